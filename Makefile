@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+READY := $(VENV)/.ready
+OLDEST_READY := $(OLDEST)/.ready
+OLDEST_TRANSFORMERS := 5.17.0
+
+.PHONY: demo test lint types unit oldest bench clean setup
+
+demo: $(READY)
+	$(BIN)/axattn demo --output demo-output
+
+test: lint types unit oldest
+
+setup: $(READY)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY)
+	$(BIN)/python -m pytest -n 2 -q tests
+
+# The oldest supported Transformers, laid over the same environment: every test that touches Transformers again.
+oldest: $(OLDEST_READY)
+	$(OLDEST)/bin/python -m pytest -n 2 -q tests/test_registration.py tests/test_segments.py tests/test_masks.py \
+	    tests/test_interface.py tests/test_door.py tests/test_loading.py tests/test_needs.py tests/test_packing_models.py
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.run
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(OLDEST_READY): $(READY)
+	$(BIN)/python -m venv --without-pip $(OLDEST)
+	$(BIN)/python -c "import pathlib, sysconfig; old = next(pathlib.Path('$(OLDEST)').glob('lib/python*/site-packages')); \
+	(old / 'newest.pth').write_text('import site; site.addsitedir(%r)\n' % sysconfig.get_path('purelib'))"
+	$(BIN)/python -m pip --python $(OLDEST)/bin/python install -q --ignore-installed "transformers==$(OLDEST_TRANSFORMERS)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
