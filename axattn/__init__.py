@@ -1,0 +1,85 @@
+"""Every attention kernel for Hugging Face Transformers behind one argument, and never silently wrong.
+
+Importing axattn loads neither torch nor Transformers; it registers its names with Transformers once that is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from axattn.registration import register, register_when_imported, registered, unregister
+
+if TYPE_CHECKING:
+    from axattn.config import AttentionConfig
+    from axattn.environment import Environment
+    from axattn.errors import (
+        AxattnError,
+        BackendUnavailableError,
+        InvalidConfigError,
+        InvalidInputError,
+        RegistrationError,
+        UnknownAttentionError,
+        UnsupportedAttentionError,
+    )
+    from axattn.loading import apply, from_pretrained, plan, restore, status, using
+    from axattn.packing import PackingCollator
+    from axattn.training import prepare_for_training
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "AttentionConfig": "config",
+    "AxattnError": "errors",
+    "BackendUnavailableError": "errors",
+    "Environment": "environment",
+    "InvalidConfigError": "errors",
+    "InvalidInputError": "errors",
+    "PackingCollator": "packing",
+    "RegistrationError": "errors",
+    "UnknownAttentionError": "errors",
+    "UnsupportedAttentionError": "errors",
+    "apply": "loading",
+    "from_pretrained": "loading",
+    "plan": "loading",
+    "prepare_for_training": "training",
+    "restore": "loading",
+    "status": "loading",
+    "using": "loading",
+}
+
+__all__ = [
+    "AttentionConfig",
+    "AxattnError",
+    "BackendUnavailableError",
+    "Environment",
+    "InvalidConfigError",
+    "InvalidInputError",
+    "PackingCollator",
+    "RegistrationError",
+    "UnknownAttentionError",
+    "UnsupportedAttentionError",
+    "apply",
+    "from_pretrained",
+    "plan",
+    "prepare_for_training",
+    "register",
+    "registered",
+    "restore",
+    "status",
+    "unregister",
+    "using",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"axattn.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'axattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+register_when_imported()

@@ -1,0 +1,70 @@
+"""The registry of kernel families: a file each, looked up by name and imported when first asked for.
+
+Third parties add a backend through the entry point group ``axattn.backends``; one is loaded only when it is named.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+
+from axattn.backends.base import Backend
+from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError
+
+_MODULES: dict[str, str] = {
+    "varlen": "axattn.backends.varlen",
+    "sdpa": "axattn.backends.dense",
+    "eager": "axattn.backends.eager",
+    "s2": "axattn.backends.s2",
+    "flash_attention_2": "axattn.backends.flash",
+    "flash_attention_3": "axattn.backends.flash",
+    "flash_attention_4": "axattn.backends.flash",
+    "flex_attention": "axattn.backends.flex",
+    "xformers": "axattn.backends.xformers",
+    "sage": "axattn.backends.sage",
+    "fp8": "axattn.backends.fp8",
+}
+
+ENTRY_POINT_GROUP = "axattn.backends"
+
+AUTO_ORDER: tuple[str, ...] = ("varlen", "sdpa", "eager")
+"""What ``auto`` tries, the fastest exact kernel first (ranks on a GPU: see docs; measured in benchmarks)."""
+
+ROUTE_ORDER = AUTO_ORDER
+"""Where ``on_unsupported="route"`` sends what the named kernel can't serve."""
+
+
+def builtin_names() -> tuple[str, ...]:
+    """Names of the backends that ship with axattn."""
+    return tuple(_MODULES)
+
+
+@functools.cache
+def get(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        UnknownAttentionError: no backend of that name, built in or installed.
+        BackendUnavailableError: a third party's backend is installed and fails to import; its own error is the cause.
+    """
+    if name in _MODULES:
+        module = importlib.import_module(_MODULES[name])
+        return next(backend for backend in module.BACKENDS if backend.name == name)
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
+        try:
+            loaded = entry.load()
+        except Exception as error:
+            raise BackendUnavailableError(
+                f"the installed backend {name!r} fails to import",
+                [Reason("library", f"{type(error).__name__}: {error}")],
+            ) from error
+        if not isinstance(loaded, Backend) or loaded.name != name:
+            raise BackendUnavailableError(f"the entry point {entry.value!r} is no axattn Backend named {name!r}")
+        return loaded
+    raise UnknownAttentionError(f"no backend named {name!r}", advice=f"Backends: {', '.join(_MODULES)}.")
+
+
+def third_party_names() -> tuple[str, ...]:
+    """Names of installed third-party backends (read from their metadata; none is imported)."""
+    return tuple(entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))

@@ -1,0 +1,91 @@
+"""What a backend is: a name, a `Capability`, a probe of the machine and a forward. No kernel lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from axattn.capability import Capability
+from axattn.environment import Environment
+from axattn.errors import Reason
+
+if TYPE_CHECKING:
+    import torch
+
+    from axattn.call import AttentionCall
+
+FLOATS = frozenset({"float32", "float64", "bfloat16", "float16"})
+HALVES = frozenset({"bfloat16", "float16"})
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One kernel.
+
+    Attributes:
+        name: canonical name.
+        summary: one line for tables.
+        capability: what it serves.
+        probe: every reason why a machine can't run it; empty when it can.
+        forward: `AttentionCall` → output ``[B, S, H, Dv]``; None when Transformers runs the name itself.
+        install: the command that installs it, or ``""``.
+    """
+
+    name: str
+    summary: str
+    capability: Capability
+    probe: Callable[[Environment], list[Reason]]
+    forward: Callable[[AttentionCall], torch.Tensor] | None = None
+    install: str = ""
+
+
+def always_usable(environment: Environment) -> list[Reason]:
+    """A probe with nothing to check beyond torch itself."""
+    return [] if environment.has("torch") else [need_library("torch", "torch", environment, "pip install torch")]
+
+
+def need_library(
+    key: str, shown: str, environment: Environment, fix: str, minimum: str | None = None
+) -> Reason:
+    """The reason for a library that is absent or older than `minimum`."""
+    found = environment.libraries.get(key)
+    if found is None:
+        return Reason("library", f"{shown} is not installed", fix)
+    return Reason("version", f"{shown} {found} is older than {minimum}", fix)
+
+
+def check_library(
+    reasons: list[Reason], key: str, shown: str, environment: Environment, fix: str, minimum: str | None = None
+) -> None:
+    """Add `need_library` to `reasons` unless the library is there and new enough."""
+    if not environment.has(key, minimum):
+        reasons.append(need_library(key, shown, environment, fix, minimum))
+
+
+def check_gpu(
+    reasons: list[Reason], name: str, environment: Environment, *, minimum_sm: int, rocm: str | None = None
+) -> None:
+    """Add the reason why the machine's GPU (or its absence) rules `name` out.
+
+    Args:
+        reasons: extended in place.
+        name: kernel.
+        environment: machine.
+        minimum_sm: oldest NVIDIA architecture, such as 80 for Ampere.
+        rocm: oldest ROCm version, None when AMD GPUs are not served.
+    """
+    from packaging.version import Version
+
+    if environment.device == "cuda":
+        if environment.sm is not None and environment.sm < minimum_sm:
+            text = f"{environment.gpu or 'the GPU'} is sm{environment.sm}, {name} needs sm{minimum_sm} or newer"
+            reasons.append(Reason("gpu", text))
+    elif environment.device == "rocm" and rocm is not None:
+        found = (environment.rocm or "0").split("-")[0]
+        if Version(found) < Version(rocm):
+            fix = f"install a torch build for ROCm {rocm} or newer"
+            reasons.append(Reason("version", f"ROCm {found} is older than {rocm}", fix))
+    else:
+        kind = f"an NVIDIA GPU (sm{minimum_sm} or newer)" + (f" or an AMD GPU with ROCm {rocm}+" if rocm else "")
+        reasons.append(Reason("gpu", f"{name} needs {kind}; this machine has {environment.describe()}"))

@@ -1,0 +1,67 @@
+"""``sdpa``: torch's ``scaled_dot_product_attention`` with a dense mask; exact for every mask that is a tensor."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from axattn.backends.base import FLOATS, Backend, always_usable
+from axattn.call import AttentionCall
+from axattn.capability import Capability
+from axattn.masks import LazyMask
+
+CAPABILITY = Capability(
+    devices=frozenset({"cpu", "cuda", "xpu", "mps", "npu"}),
+    dtypes=FLOATS,
+    value_dim_differs=True,
+    grouped_heads=True,
+    causal=True,
+    bidirectional=True,
+    window=True,
+    chunk=True,
+    bias=True,
+    dropout=True,
+    dense_mask=True,
+    padding=True,
+    segments=True,
+    cross_lengths=True,
+    gradient=True,
+    notes={"segments": "through a dense S x S mask when called by axattn; the native name alone can't pack"},
+)
+
+
+def sdpa(call: AttentionCall) -> torch.Tensor:
+    """Attention through ``F.scaled_dot_product_attention``; returns ``[B, S, H, Dv]``."""
+    layout = call.mask.layout() if isinstance(call.mask, LazyMask) else None
+    query, key, value = call.query, call.key, call.value
+    if call.bias is None and layout is not None and layout.trivial:
+        mask, causal = None, layout.causal and query.shape[2] > 1
+    elif call.bias is None and call.mask is None and call.window is None:
+        mask, causal = None, call.causal and query.shape[2] > 1
+    else:
+        mask, causal = _with_bias(call.dense_mask(), call.bias, query.dtype), False
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=call.dropout,
+        is_causal=causal,
+        scale=call.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
+    if bias is None or mask is None:
+        return mask if bias is None else bias.to(dtype)
+    bias = bias.to(dtype)
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, torch.finfo(dtype).min)
+    return bias + mask
+
+
+BACKENDS = (Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa),)

@@ -1,0 +1,78 @@
+"""``eager``: the model's own eager attention function, the exact last resort for sinks, softcap and sparse indices."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from axattn.backends.base import FLOATS, Backend, always_usable
+from axattn.call import AttentionCall
+from axattn.capability import Capability
+from axattn.errors import Reason, UnsupportedAttentionError
+
+CAPABILITY = Capability(
+    devices=frozenset({"cpu", "cuda", "xpu", "mps", "npu"}),
+    dtypes=FLOATS,
+    value_dim_differs=True,
+    grouped_heads=True,
+    causal=True,
+    bidirectional=True,
+    window=True,
+    chunk=True,
+    softcap=True,
+    sinks=True,
+    bias=True,
+    sparse=True,
+    dropout=True,
+    dense_mask=True,
+    padding=True,
+    segments=True,
+    cross_lengths=True,
+    gradient=True,
+    weights=True,
+    notes={"segments": "through a dense S x S mask when called by axattn; the native name alone can't pack"},
+)
+
+
+def eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """``eager_attention_forward`` of the file that defines the attention module, None if it has none."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]  # a module attribute has no type
+    return None
+
+
+def eager(call: AttentionCall) -> torch.Tensor:
+    """Run the model's own eager function with an additive mask; returns ``[B, S, H, Dv]``.
+
+    Raises:
+        UnsupportedAttentionError: the model's file has no ``eager_attention_forward``.
+    """
+    function = eager_function(call.module)
+    if function is None:
+        raise UnsupportedAttentionError(
+            f"{type(call.module).__name__} has no eager attention function to fall back to",
+            [Reason("model", f"{type(call.module).__module__} defines no eager_attention_forward")],
+        )
+    mask = call.dense_mask()
+    if mask is not None and mask.dtype == torch.bool:
+        lowest = torch.finfo(call.query.dtype).min
+        mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill_(~mask, lowest)
+    out: torch.Tensor = function(
+        call.module,
+        call.query,
+        call.key,
+        call.value,
+        mask,
+        dropout=call.dropout,
+        scaling=call.scale,
+        **call.extras,
+    )[0]
+    return out
+
+
+BACKENDS = (Backend("eager", "the model's own eager function", CAPABILITY, always_usable, eager),)

@@ -1,0 +1,71 @@
+"""``flash_attention_2/3/4``: what they serve and need. Transformers runs them; axattn checks first."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from axattn.backends.base import HALVES, Backend, check_gpu, check_library
+from axattn.capability import Capability
+from axattn.environment import Environment
+from axattn.errors import Reason
+
+_COMMON = Capability(
+    devices=frozenset({"cuda"}),
+    dtypes=HALVES,
+    max_head_dim=256,
+    head_dim_multiple=8,
+    grouped_heads=True,
+    causal=True,
+    bidirectional=True,
+    window=True,
+    softcap=True,
+    padding=True,
+    segments=True,
+    cross_lengths=True,
+    gradient=True,
+)
+_INSTALL = {
+    2: "pip install flash-attn --no-build-isolation",
+    3: "build hopper/ of the flash-attention repository (no package on the registry)",
+    4: "pip install --pre flash-attn-4",
+}
+
+
+def _probe_2(environment: Environment) -> list[Reason]:
+    reasons: list[Reason] = []
+    check_gpu(reasons, "flash_attention_2", environment, minimum_sm=80, rocm="6.0")
+    check_library(reasons, "flash_attn", "flash-attn", environment, _INSTALL[2], "2.3.3")
+    return reasons
+
+
+def _probe_3(environment: Environment) -> list[Reason]:
+    reasons: list[Reason] = []
+    check_gpu(reasons, "flash_attention_3", environment, minimum_sm=90)
+    check_library(reasons, "flash_attn_3", "flash-attn-3", environment, _INSTALL[3])
+    return reasons
+
+
+def _probe_4(environment: Environment) -> list[Reason]:
+    reasons: list[Reason] = []
+    check_gpu(reasons, "flash_attention_4", environment, minimum_sm=90)
+    check_library(reasons, "flash_attn_4", "flash-attn-4", environment, _INSTALL[4])
+    return reasons
+
+
+BACKENDS = (
+    Backend(
+        "flash_attention_2",
+        "FlashAttention 2, run by Transformers",
+        dataclasses.replace(_COMMON, dropout=True),
+        _probe_2,
+        install=_INSTALL[2],
+    ),
+    Backend("flash_attention_3", "FlashAttention 3, run by Transformers", _COMMON, _probe_3, install=_INSTALL[3]),
+    Backend(
+        "flash_attention_4",
+        "FlashAttention 4, run by Transformers",
+        dataclasses.replace(_COMMON, sinks=True),
+        _probe_4,
+        install=_INSTALL[4],
+    ),
+)

@@ -1,0 +1,89 @@
+"""``s2``: shifted sparse attention (LongLoRA, arXiv:2309.12307, section 3.2) as two variable-length calls.
+
+In training each half of the heads attends within groups of tokens; the groups of the second half are shifted by half a
+group. Here the shift moves the group boundaries instead of rolling the tokens, so nothing wraps around from the end of
+a row to its start (the paper's roll leaks there). In evaluation it is full attention, as in the paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from axattn.backends import varlen
+from axattn.backends.base import FLOATS, Backend, always_usable
+from axattn.call import AttentionCall
+from axattn.capability import Capability
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.masks import Layout, LazyMask, Span
+
+GROUP_RATIO = 4  # a group is a quarter of the row by default, as in the paper
+
+CAPABILITY = Capability(
+    exactness="lossy",
+    devices=frozenset({"cpu", "cuda"}),
+    dtypes=FLOATS,
+    value_dim_differs=True,
+    grouped_heads=True,
+    causal=True,
+    padding=True,
+    cross_lengths=True,
+    gradient=True,
+    notes={"": "deprecated; LLaMA only; sparse in training, full attention in evaluation"},
+)
+
+
+def s2(call: AttentionCall) -> torch.Tensor:
+    """Shifted sparse attention in training, full attention in evaluation; returns ``[B, S, H, Dv]``.
+
+    Raises:
+        UnsupportedAttentionError: in training, heads or KV heads that can't be halved, or a mask without a compact form.
+    """
+    if not call.module.training or call.query.shape[2] != call.key.shape[2]:
+        return varlen.varlen(call)
+    heads, kv_heads = call.query.shape[1], call.key.shape[1]
+    reasons = [
+        Reason("heads", f"{count} {kind} heads can't be halved")
+        for kind, count in (("query", heads), ("KV", kv_heads))
+        if count % 2
+    ]
+    layout = call.mask.layout() if isinstance(call.mask, LazyMask) else None
+    if layout is None:
+        reasons.append(Reason("dense_mask", "the mask has no compact form"))
+    if reasons:
+        raise UnsupportedAttentionError("s2 can't serve this call", reasons, 'Use attn_implementation="varlen".')
+    assert layout is not None
+    group = -(-call.query.shape[2] // GROUP_RATIO)
+    halves = []
+    for half, shift in ((0, 0), (1, group // 2)):
+        q = slice(half * heads // 2, (half + 1) * heads // 2)
+        kv = slice(half * kv_heads // 2, (half + 1) * kv_heads // 2)
+        part = dataclasses.replace(
+            call, query=call.query[:, q], key=call.key[:, kv], value=call.value[:, kv]
+        )
+        halves.append(varlen.over_layout(part, grouped(layout, group, shift)))
+    return torch.cat(halves, dim=2)
+
+
+def grouped(layout: Layout, group: int, shift: int) -> Layout:
+    """Cut the spans of a layout at ``shift, shift + group, shift + 2 * group, ...`` (positions within the row).
+
+    Args:
+        layout: causal, without packed documents.
+        group: tokens in a group; the first and the last may be shorter.
+        shift: where the first boundary lies; 0 for the unshifted half.
+    """
+    key = f"s2-{group}-{shift}"
+    if key not in layout.memo:
+        spans = []
+        for row0, row1, q0, q1, _, _ in layout.spans:
+            inner = range(shift if shift else group, q1, group)
+            edges = [q0, *(e for e in inner if q0 < e < q1), q1]
+            spans += [Span(row0, row1, a, b, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        layout.memo[key] = dataclasses.replace(layout, spans=tuple(spans), memo={})
+    result: Layout = layout.memo[key]
+    return result
+
+
+BACKENDS = (Backend("s2", "shifted sparse attention (LongLoRA), deprecated", CAPABILITY, always_usable, s2),)

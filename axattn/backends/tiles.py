@@ -1,0 +1,174 @@
+"""Exact attention over a `Layout` on a CPU: torch's own flash kernel, tile by tile, with one autograd node.
+
+A tile is a block of queries with the keys it may see, so time and memory follow the documents and the window, never
+S x S. Bitwise equal to ``F.scaled_dot_product_attention`` on each document alone (same kernel, same inputs).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from axattn.masks import Layout
+
+_WINDOW_BLOCK = 256  # queries a tile of windowed attention takes at least; more waste mask, fewer waste calls
+
+
+class Tile(NamedTuple):
+    """Queries ``[q0, q1)`` of rows ``[row0, row1)`` over keys ``[k0, k1)``; `offset` is the first query's key index."""
+
+    row0: int
+    row1: int
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    causal: bool
+    offset: int | None  # None: no mask beyond `causal`
+
+
+def tiles(layout: Layout) -> list[Tile]:
+    """Cut the spans of a layout into tiles. Plain causal or full spans stay whole; windows are cut in blocks."""
+    result: list[Tile] = []
+    for span in layout.spans:
+        row0, row1, q0, q1, k0, k1 = span
+        queries, keys, window = q1 - q0, k1 - k0, layout.window
+        offset = keys - queries  # bottom-right: the last query sits at the last key
+        narrow = window is not None and window < keys
+        if not narrow:
+            if not layout.causal or queries == 1:
+                result.append(Tile(*span, causal=False, offset=None))
+            elif offset == 0:
+                result.append(Tile(*span, causal=True, offset=None))
+            else:
+                result.append(Tile(*span, causal=False, offset=offset))
+            continue
+        assert window is not None
+        block = max(window, _WINDOW_BLOCK)
+        for start in range(0, queries, block):
+            end = min(start + block, queries)
+            low = max(start + offset - window + 1, 0)
+            high = min(end + offset if layout.causal else end + offset + window - 1, keys)
+            result.append(Tile(row0, row1, q0 + start, q0 + end, k0 + low, k0 + high, False, start + offset - low))
+    return result
+
+
+@functools.lru_cache(maxsize=64)
+def _tile_mask(
+    queries: int, keys: int, offset: int, causal: bool, window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Additive ``[queries, keys]`` of one tile (0 or -inf). Cached: the inner tiles of every document and layer are alike."""
+    q = torch.arange(queries)[:, None] + offset
+    k = torch.arange(keys)[None, :]
+    seen = k <= q if causal else torch.ones(queries, keys, dtype=torch.bool)
+    if window is not None:
+        seen = seen & (k > q - window)
+        if not causal:
+            seen = seen & (k < q + window)
+    return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+class _Segmented(torch.autograd.Function):
+    """Forward and backward of torch's CPU flash attention over tiles."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: list[Tile],
+        layout: Layout,
+        scale: float,
+    ) -> torch.Tensor:
+        B, H, S, _ = query.shape
+        disjoint = _disjoint(layout, plan)
+        out = (query.new_empty if disjoint else query.new_zeros)(B, S, H, value.shape[-1])
+        saved = []
+        for tile in plan:
+            q, k, v = _slices(tile, query, key, value)
+            part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, tile.causal, attn_mask=_mask_of(tile, layout, q.dtype), scale=scale
+            )
+            out[tile.row0 : tile.row1, tile.q0 : tile.q1] = part.transpose(1, 2)
+            saved.append(lse)
+        ctx.save_for_backward(query, key, value, out, *saved)
+        ctx.plan, ctx.layout, ctx.scale, ctx.disjoint = plan, layout, scale, disjoint
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out, *saved = ctx.saved_tensors
+        like = torch.empty_like if ctx.disjoint else torch.zeros_like
+        dq, dk, dv = like(query), like(key), like(value)
+        for tile, lse in zip(ctx.plan, saved, strict=True):
+            q, k, v = _slices(tile, query, key, value)
+            part = (slice(tile.row0, tile.row1), slice(tile.q0, tile.q1))
+            gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[part].transpose(1, 2),
+                q,
+                k,
+                v,
+                out[part].transpose(1, 2),
+                lse,
+                0.0,
+                tile.causal,
+                attn_mask=_mask_of(tile, ctx.layout, q.dtype),
+                scale=ctx.scale,
+            )
+            for target, part_grad in zip(_slices(tile, dq, dk, dv), (gq, gk, gv), strict=True):
+                if ctx.disjoint:
+                    target.copy_(part_grad)
+                else:
+                    target.add_(part_grad)
+        return dq, dk, dv, None, None, None
+
+
+def _slices(
+    tile: Tile, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, keys = slice(tile.row0, tile.row1), slice(tile.k0, tile.k1)
+    return query[rows, :, tile.q0 : tile.q1], key[rows, :, keys], value[rows, :, keys]
+
+
+def _mask_of(tile: Tile, layout: Layout, dtype: torch.dtype) -> torch.Tensor | None:
+    if tile.offset is None:
+        return None
+    return _tile_mask(tile.q1 - tile.q0, tile.k1 - tile.k0, tile.offset, layout.causal, layout.window, dtype)
+
+
+def attention_over_tiles(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
+) -> torch.Tensor:
+    """Exact attention of a layout.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key: ``[B, Hkv, T, D]``.
+        value: ``[B, Hkv, T, D]``.
+        layout: spans of the mask.
+        scale: factor on the logits.
+
+    Returns:
+        ``[B, S, H, D]``; zero at queries that no span covers (padding).
+    """
+    out: torch.Tensor = _Segmented.apply(query, key, value, _plan(layout), layout, scale)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
+    return out
+
+
+def _plan(layout: Layout) -> list[Tile]:
+    """The tiles of a layout, cut once for all layers that share it."""
+    if "tiles" not in layout.memo:
+        layout.memo["tiles"] = tiles(layout)
+    plan: list[Tile] = layout.memo["tiles"]
+    return plan
+
+
+def _disjoint(layout: Layout, plan: list[Tile]) -> bool:
+    """Whether the tiles cover every query and every key exactly once, so gradients need no zeros and no adding."""
+    square = all(t.offset is None and (t.q0, t.q1) == (t.k0, t.k1) for t in plan)
+    covered = sum((t.row1 - t.row0) * (t.q1 - t.q0) for t in plan)
+    return square and layout.q_length == layout.kv_length and covered == layout.rows * layout.q_length

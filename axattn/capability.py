@@ -1,0 +1,173 @@
+"""What a kernel serves (`Capability`), what a layer or a call asks for (`Need`), and every reason why they don't meet.
+
+Pure value types and one pure function; nothing here imports torch or Transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from axattn.errors import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one attention layer (at load) or one attention call asks of a kernel.
+
+    A field at its default asks for nothing. `None` for a size means "not known before the call".
+
+    Attributes:
+        head_dim: size of a query and key head, D.
+        value_dim: size of a value head, Dv (differs from D in multi-head latent attention).
+        heads: query heads, H.
+        kv_heads: key and value heads, Hkv.
+        causal: a query sees no later key.
+        window: sliding window in tokens, None for full attention.
+        chunk: chunked attention (Llama 4), chunk size in tokens.
+        softcap: logits are ``softcap * tanh(logits / softcap)``.
+        sinks: learned attention sinks (``s_aux``).
+        bias: an additive position bias (T5).
+        sparse: attention over selected indices only (DeepSeek V3.2, MiniMax M3).
+        dropout: probability of attention dropout in training.
+        dense_mask: an arbitrary 4-D mask that has no compact description.
+        padding: rows padded to one length (a 2-D mask with zeros).
+        segments: several documents in one row.
+        cross_lengths: q_len differs from kv_len (decoding, cross attention).
+        gradient: gradients of q, k and v are asked for.
+        weights: the attention probabilities are asked for (``output_attentions``).
+        dtype: ``"float32"``, ``"bfloat16"``, ...; None when not known.
+        device: ``"cpu"``, ``"cuda"``, ...; None when not known.
+    """
+
+    head_dim: int | None = None
+    value_dim: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    bias: bool = False
+    sparse: bool = False
+    dropout: float = 0.0
+    dense_mask: bool = False
+    padding: bool = False
+    segments: bool = False
+    cross_lengths: bool = False
+    gradient: bool = False
+    weights: bool = False
+    dtype: str | None = None
+    device: str | None = None
+
+
+Exactness = Literal["exact", "lossy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What a kernel serves. Every field says no unless a backend says yes.
+
+    Attributes:
+        exactness: ``"lossy"`` kernels (int8, fp8) are never chosen by ``auto``.
+        devices: device types served.
+        dtypes: dtypes served.
+        head_dims: the only head dims served, or None for any up to `max_head_dim`.
+        max_head_dim: largest head dim, None for no limit.
+        head_dim_multiple: head dims must be a multiple of this.
+        (others): True when the kernel honours the field of `Need` of that name.
+    """
+
+    exactness: Exactness = "exact"
+    devices: frozenset[str] = frozenset()
+    dtypes: frozenset[str] = frozenset()
+    head_dims: frozenset[int] | None = None
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    value_dim_differs: bool = False
+    grouped_heads: bool = False
+    causal: bool = False
+    bidirectional: bool = False
+    window: bool = False
+    chunk: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    bias: bool = False
+    sparse: bool = False
+    dropout: bool = False
+    dense_mask: bool = False
+    padding: bool = False
+    segments: bool = False
+    cross_lengths: bool = False
+    gradient: bool = False
+    weights: bool = False
+    notes: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def features(self) -> dict[str, bool]:
+        """The yes/no features by name, in the order of declaration (for the docs' tables)."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), bool)}
+
+
+_FLAGS: dict[str, str] = {
+    "chunk": "no chunked attention",
+    "softcap": "no softcap",
+    "sinks": "no attention sinks",
+    "bias": "no additive position bias",
+    "sparse": "no sparse indices",
+    "dropout": "no attention dropout",
+    "window": "no sliding window",
+    "dense_mask": "no arbitrary 4-D mask",
+    "padding": "no padding mask",
+    "segments": "no packed documents",
+    "cross_lengths": "no q_len different from kv_len",
+    "gradient": "no gradient",
+    "weights": "no attention weights to return",
+}
+
+
+def missing(need: Need, capability: Capability, name: str = "this kernel") -> list[Reason]:
+    """Every reason why `capability` does not cover `need`; empty when it does. Pure."""
+    reasons: list[Reason] = []
+
+    def say(feature: str, text: str, fix: str = "") -> None:
+        reasons.append(Reason(feature, text, fix))
+
+    for flag, clause in _FLAGS.items():
+        asked = getattr(need, flag)
+        if asked is not None and asked is not False and asked != 0.0 and not getattr(capability, flag):
+            shown = flag if asked is True else f"{flag}={asked}"
+            say(flag, f"{shown} ({name} has {clause})")
+    if need.causal and not capability.causal:
+        say("causal", f"causal attention ({name} is bidirectional only)")
+    if not need.causal and not capability.bidirectional:
+        say("causal", f"bidirectional attention ({name} is causal only)")
+    reasons += _missing_head_dims(need, capability, name)
+    if need.dtype is not None and need.dtype not in capability.dtypes:
+        fix = "dtype=torch.bfloat16, or bf16 autocast" if "bfloat16" in capability.dtypes else ""
+        say("dtype", f"{need.dtype} ({name} serves {', '.join(sorted(capability.dtypes))})", fix)
+    if need.device is not None and need.device not in capability.devices:
+        say("device", f"device {need.device} ({name} runs on {', '.join(sorted(capability.devices))})")
+    return reasons
+
+
+def _missing_head_dims(need: Need, capability: Capability, name: str) -> list[Reason]:
+    reasons: list[Reason] = []
+    value_dim = need.head_dim if need.value_dim is None else need.value_dim
+    for label, dim in (("head_dim", need.head_dim), ("value_dim", need.value_dim)):
+        if dim is None or (label == "value_dim" and dim == need.head_dim):
+            continue
+        if capability.head_dims is not None and dim not in capability.head_dims:
+            served = ", ".join(str(d) for d in sorted(capability.head_dims))
+            reasons.append(Reason(label, f"{label}={dim} ({name} serves {served})"))
+        elif capability.max_head_dim is not None and dim > capability.max_head_dim:
+            reasons.append(Reason(label, f"{label}={dim} ({name} serves up to {capability.max_head_dim})"))
+        elif dim % capability.head_dim_multiple:
+            reasons.append(Reason(label, f"{label}={dim} ({name} serves multiples of {capability.head_dim_multiple})"))
+    if need.head_dim is not None and value_dim != need.head_dim and not capability.value_dim_differs:
+        reasons.append(
+            Reason("value_dim", f"value head dim {value_dim} differs from query head dim {need.head_dim} ({name} can't)")
+        )
+    if need.heads and need.kv_heads and need.heads != need.kv_heads and not capability.grouped_heads:
+        reasons.append(Reason("kv_heads", f"{need.heads} query heads over {need.kv_heads} KV heads ({name} has no GQA)"))
+    return reasons

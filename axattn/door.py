@@ -1,0 +1,210 @@
+"""The door of a model: hooks that read positions, cumulative lengths and masks once, before the model's own forward.
+
+Every `PreTrainedModel` inside a model has one `Door`. It checks the inputs, finds the documents (`Segments`) and holds
+them in a context variable while the forward runs, where the mask function picks them up. On native names the same door
+is a guard: packed input that Transformers would leak is refused.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from axattn import guard
+from axattn.errors import InvalidInputError, Reason
+from axattn.segments import Segments, from_cu_seqlens, from_positions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """What the door found for the forward that is running.
+
+    Attributes:
+        segments: the documents, None when every row is one document.
+        shape: (B, S) of the tokens, None when the model takes no tokens (a vision tower).
+        seen: the objects it was computed from, to reuse it in inner models that get the same ones.
+        door: whose forward is running.
+        outer: the context to go back to.
+    """
+
+    segments: Segments | None
+    shape: tuple[int, int] | None
+    seen: tuple[Any, ...]
+    door: Door
+    outer: Context | None
+
+
+_current: contextvars.ContextVar[Context | None] = contextvars.ContextVar("axattn_door", default=None)
+_packed_caches: weakref.WeakSet[Any] = weakref.WeakSet()
+
+_READ = ("position_ids", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def current() -> Context | None:
+    """The context of the innermost model that is running, None outside of any model with a door."""
+    return _current.get()
+
+
+class Door:
+    """The forward pre-hook and forward hook of one `PreTrainedModel`. Picklable and copyable with its model.
+
+    Args:
+        parameters: names of the positional parameters of the model's ``forward``, in order.
+        native: the native name that Transformers serves here, None for our own names.
+        encoder_decoder: the model is an encoder-decoder, whose rows can't be packed.
+        position_planes: how many leading planes ``position_ids`` may have (Qwen-VL: 3 or 4), () for none.
+    """
+
+    def __init__(
+        self,
+        parameters: tuple[str, ...],
+        *,
+        native: str | None = None,
+        encoder_decoder: bool = False,
+        position_planes: tuple[int, ...] = (),
+    ) -> None:
+        self.parameters = parameters
+        self.native = native
+        self.encoder_decoder = encoder_decoder
+        self.position_planes = position_planes
+
+    def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook (``with_kwargs=True``)."""
+        inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
+        outer = _current.get()
+        seen = tuple(inputs.get(name) for name in _READ)
+        if outer is not None and _same(seen, outer.seen):
+            segments, shape = outer.segments, outer.shape
+        else:
+            segments, shape = self._read(module, inputs, seen, outer)
+        _current.set(Context(segments, shape, seen, self, outer))
+
+    def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Forward hook (``always_call=True``): also runs when the forward raised."""
+        context = _current.get()
+        if context is None or context.door is not self:  # `enter` raised: nothing was set
+            return
+        _current.set(context.outer)
+        if context.segments is not None:
+            cache = getattr(output, "past_key_values", None)
+            if cache is not None and not isinstance(cache, tuple):
+                _packed_caches.add(cache)
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def _read(
+        self, module: torch.nn.Module, inputs: dict[str, Any], seen: tuple[Any, ...], outer: Context | None
+    ) -> tuple[Segments | None, tuple[int, int] | None]:
+        positions, mask, cu_q, cu_k, _, _ = seen
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache in _packed_caches:
+            raise InvalidInputError(
+                "this cache was filled by a row of several documents",
+                [Reason("segments", "a token decoded from it would attend to all of them")],
+                "Prefill each document in a row of its own (left-padded) before decoding.",
+            )
+        shape = _token_shape(inputs)
+        if shape is None:
+            return None, None
+        rows, length = shape
+        if rows == 0 or length == 0:
+            raise InvalidInputError(
+                f"the batch is empty: {rows} rows of {length} tokens", advice="Give at least one row with one token."
+            )
+        mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        if cu_q is not None or cu_k is not None:
+            segments = self._from_lengths(cu_q, cu_k, rows, length)
+        else:
+            positions = self._text_positions(positions, rows, length)
+            inside = mask if mask is not None and mask.shape[-1] == length else None
+            segments = None
+            if positions is not None or inside is not None:
+                segments = from_positions(positions, inside, rows, length)
+            elif outer is not None and outer.shape == shape:
+                segments = outer.segments
+        if segments is not None and not segments.packed:
+            segments = None
+        if segments is not None:
+            self._check_packed(module, inputs, segments, cache, mask)
+        return segments, shape
+
+    @staticmethod
+    def _from_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segments:
+        found = [
+            from_cu_seqlens(value, rows, length, name)
+            for name, value in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k))
+            if value is not None and not (name == "cu_seq_lens_k" and value is cu_q)
+        ]
+        if len(found) == 2 and found[0].boundaries != found[1].boundaries:
+            raise InvalidInputError(
+                "cu_seq_lens_q and cu_seq_lens_k describe different documents",
+                advice="In self-attention over packed rows they are the same tensor.",
+            )
+        return found[0]
+
+    def _text_positions(self, positions: Any, rows: int, length: int) -> torch.Tensor | None:
+        """The text positions ``[B or 1, S]`` in ``position_ids``, None when there are none to read documents from."""
+        if not isinstance(positions, torch.Tensor):
+            return None
+        shape = list(positions.shape)
+        legal = f"[{rows}, {length}] or [1, {length}]"
+        if positions.is_floating_point() or positions.dtype == torch.bool:
+            dtype = str(positions.dtype).removeprefix("torch.")
+            raise InvalidInputError(f"position_ids have dtype {dtype}", advice="Positions are integers (torch.long).")
+        if positions.ndim == 3 and self.position_planes:
+            legal = f"[{'|'.join(map(str, self.position_planes))}, {rows}, {length}]"
+            if shape[0] in self.position_planes and shape[1] in (1, rows) and shape[2] == length:
+                return positions[0] if shape[0] == 4 else None
+        elif positions.ndim == 2 and shape[0] in (1, rows) and shape[1] == length:
+            return positions
+        elif positions.ndim == 1 and shape[0] == length:
+            return positions[None]
+        raise InvalidInputError(
+            f"position_ids have shape {shape}, but the batch has {rows} rows of {length} tokens",
+            advice=f"This model takes {legal}.",
+        )
+
+    def _check_packed(
+        self, module: torch.nn.Module, inputs: dict[str, Any], segments: Segments, cache: Any, mask: Any
+    ) -> None:
+        if self.encoder_decoder:
+            raise InvalidInputError(
+                "packed rows were given to an encoder-decoder model",
+                [Reason("segments", "its cross-attention has no document boundaries")],
+                "Give it one document a row, padded.",
+            )
+        if cache is not None and _length(cache) > 0:
+            raise InvalidInputError(
+                "packed rows can't continue from a cache",
+                [Reason("segments", f"the cache already holds {_length(cache)} tokens of unknown documents")],
+                "Pass past_key_values=None, or one document a row.",
+            )
+        if self.native is not None:
+            guard.require_no_leak(self.native, module, inputs, segments, mask)
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    some = False
+    for x, y in zip(a, b, strict=True):
+        if x is not y:
+            return False
+        some = some or x is not None
+    return some
+
+
+def _token_shape(inputs: dict[str, Any]) -> tuple[int, int] | None:
+    ids = inputs.get("input_ids")
+    if isinstance(ids, torch.Tensor):
+        return (ids.shape[0], ids.shape[1]) if ids.ndim == 2 else None
+    embeds = inputs.get("inputs_embeds")
+    if isinstance(embeds, torch.Tensor) and embeds.ndim == 3:
+        return embeds.shape[0], embeds.shape[1]
+    return None
+
+
+def _length(cache: Any) -> int:
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0

@@ -1,0 +1,157 @@
+"""What a machine has: torch, CUDA or ROCm, GPU architecture, library versions. Probed once, frozen, injectable."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+_DISTRIBUTIONS: dict[str, str] = {
+    # key → distribution on the package registry
+    "torch": "torch",
+    "transformers": "transformers",
+    "flash_attn": "flash-attn",
+    "flash_attn_3": "flash-attn-3",
+    "fa3_fwd": "fa3-fwd",
+    "flash_attn_4": "flash-attn-4",
+    "xformers": "xformers",
+    "sageattention": "sageattention",
+    "torchao": "torchao",
+    "kernels": "kernels",
+    "triton": "triton",
+    "nvidia_cutlass_dsl": "nvidia-cutlass-dsl",
+    "quack_kernels": "quack-kernels",
+}
+_EXTRA_MODULES: dict[str, str] = {"flash_attn_3": "flash_attn_interface"}
+"""Libraries that some builds ship as a bare module, with no distribution under the usual name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """A machine, as far as attention kernels care.
+
+    Attributes:
+        device: ``"cuda"``, ``"rocm"``, ``"npu"``, ``"xpu"``, ``"mps"`` or ``"cpu"``.
+        architecture: (major, minor) compute capability of the first NVIDIA GPU, else None.
+        gpu: the GPU's marketing name, else None.
+        gpus: how many GPUs are visible.
+        cuda: CUDA version torch was built with, else None.
+        rocm: ROCm version torch was built with, else None.
+        python: Python version.
+        libraries: version by key (``"torch"``, ``"transformers"``, ``"flash_attn"``, ...); absent when not installed.
+        triton_interpret: ``TRITON_INTERPRET=1`` is set.
+    """
+
+    device: str = "cpu"
+    architecture: tuple[int, int] | None = None
+    gpu: str | None = None
+    gpus: int = 0
+    cuda: str | None = None
+    rocm: str | None = None
+    python: str = field(default_factory=platform.python_version)
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    triton_interpret: bool = False
+
+    def has(self, library: str, minimum: str | None = None) -> bool:
+        """Whether `library` (a key of `libraries`) is installed, at `minimum` or newer. Local suffixes are ignored."""
+        found = self.version(library)
+        if found is None:
+            return False
+        return minimum is None or Version(found.base_version) >= Version(minimum)
+
+    def version(self, library: str) -> Version | None:
+        """The installed version of `library`, None when absent; an unreadable version counts as 0."""
+        text = self.libraries.get(library)
+        if text is None:
+            return None
+        try:
+            return Version(text)
+        except InvalidVersion:
+            return Version("0")
+
+    @property
+    def torch_device(self) -> str:
+        """The torch device type that models run on here (ROCm builds of torch call it ``"cuda"``)."""
+        return "cuda" if self.device == "rocm" else self.device
+
+    @property
+    def sm(self) -> int | None:
+        """The GPU architecture as one number (90 for Hopper), None without an NVIDIA GPU."""
+        return None if self.architecture is None else self.architecture[0] * 10 + self.architecture[1]
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.device == "cuda":
+            return f"{self.gpu or 'NVIDIA GPU'} (sm{self.sm}, CUDA {self.cuda})"
+        if self.device == "rocm":
+            return f"{self.gpu or 'AMD GPU'} (ROCm {self.rocm})"
+        return {"cpu": "CPU, no GPU"}.get(self.device, self.device.upper())
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description; it holds no paths and no environment variables."""
+        return {
+            "device": self.device,
+            "architecture": None if self.sm is None else f"sm{self.sm}",
+            "gpu": self.gpu,
+            "gpus": self.gpus,
+            "cuda": self.cuda,
+            "rocm": self.rocm,
+            "python": self.python,
+            "libraries": dict(self.libraries),
+            "triton_interpret": self.triton_interpret,
+        }
+
+    @classmethod
+    def current(cls) -> Environment:
+        """This machine, probed on the first call. Imports torch when it is installed, no other library."""
+        return _probe()
+
+
+@functools.cache
+def _probe() -> Environment:
+    libraries = {key: version for key in _DISTRIBUTIONS if (version := _installed_version(key)) is not None}
+    device, architecture, gpu, gpus, cuda, rocm = "cpu", None, None, 0, None, None
+    if "torch" in libraries:
+        import torch
+
+        cuda, rocm = torch.version.cuda, torch.version.hip
+        if torch.cuda.is_available():
+            device, gpus = ("rocm" if rocm else "cuda"), torch.cuda.device_count()
+            gpu = torch.cuda.get_device_name(0)
+            architecture = None if rocm else torch.cuda.get_device_capability(0)
+        else:
+            device = next((name for name in ("npu", "xpu", "mps") if _torch_device_available(name)), "cpu")
+    return Environment(
+        device=device,
+        architecture=architecture,
+        gpu=gpu,
+        gpus=gpus,
+        cuda=cuda,
+        rocm=rocm,
+        libraries=libraries,
+        triton_interpret=os.environ.get("TRITON_INTERPRET") == "1",
+    )
+
+
+def _installed_version(key: str) -> str | None:
+    try:
+        return importlib.metadata.version(_DISTRIBUTIONS[key])
+    except importlib.metadata.PackageNotFoundError:
+        module = _EXTRA_MODULES.get(key)
+        return "0" if module is not None and importlib.util.find_spec(module) is not None else None
+
+
+def _torch_device_available(name: str) -> bool:
+    import torch
+
+    if name == "npu" and importlib.util.find_spec("torch_npu") is None:
+        return False
+    module = getattr(torch, name, None)
+    return bool(module is not None and module.is_available())

@@ -1,0 +1,138 @@
+"""What Transformers itself leaks on native names, and the refusal of it. Pure checks over a call's inputs.
+
+On these names Transformers builds the masks: documents are separated only under the conditions below, measured on
+transformers 5.17 and 5.23. Where a condition fails the documents would attend to each other in silence.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from typing import Any
+
+import torch
+
+from axattn import names
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.segments import Segments
+
+_MASK_BUILDERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
+
+
+def require_no_leak(
+    native: str, module: torch.nn.Module, inputs: dict[str, Any], segments: Segments, mask: torch.Tensor | None
+) -> None:
+    """Raise unless Transformers keeps the documents of this call apart on `native`.
+
+    Raises:
+        UnsupportedAttentionError: with every reason, and the names that are right.
+    """
+    if names.is_flash(native):
+        reasons = _flash_reasons(inputs, segments)
+    else:
+        reasons = _mask_reasons(module, inputs, mask)
+    if reasons:
+        raise UnsupportedAttentionError(
+            f"packed rows ({segments.documents} documents in {segments.rows} rows) would leak on {native}",
+            reasons,
+            'Use attn_implementation="varlen" or "auto", which keep documents apart.',
+        )
+
+
+def _mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor | None) -> list[Reason]:
+    """eager, sdpa, flex_attention: right only when Transformers itself finds the documents in position_ids."""
+    reasons = []
+    if mask is not None:
+        reasons.append(Reason("segments", "with a 2-D attention_mask Transformers ignores document boundaries"))
+    if _caches(module, inputs):
+        reasons.append(Reason("segments", "with use_cache on (the default) Transformers ignores document boundaries"))
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
+        reasons.append(Reason("segments", "the mask is built from position_ids, and none were given"))
+    elif inputs.get("cu_seq_lens_q") is not None:
+        # the two descriptions must agree: Transformers reads the positions here, and ignores the lengths
+        starts = (positions[:, 1:] != positions[:, :-1] + 1).sum() + positions.shape[0]
+        if int(starts) != segments_in(inputs):
+            reasons.append(Reason("segments", "position_ids and cu_seq_lens_q describe different documents"))
+    if not hands_positions_to_masks(module):
+        reasons.append(
+            Reason("segments", f"{type(module).__name__} does not hand position_ids to Transformers' mask builder")
+        )
+    return reasons
+
+
+def segments_in(inputs: dict[str, Any]) -> int:
+    """How many documents ``cu_seq_lens_q`` describes."""
+    return int(inputs["cu_seq_lens_q"].numel()) - 1
+
+
+def _flash_reasons(inputs: dict[str, Any], segments: Segments) -> list[Reason]:
+    """Flash names: right with all four lengths, or with one row whose documents all start at its lowest position."""
+    lengths = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    given = [name for name in lengths if inputs.get(name) is not None]
+    if len(given) == len(lengths):
+        return []
+    reasons = []
+    if given:
+        absent = ", ".join(name for name in lengths if name not in given)
+        reasons.append(Reason("segments", f"Transformers reads the lengths only when all are given; missing: {absent}"))
+    if segments.rows > 1:
+        reasons.append(Reason("segments", "Transformers' flash path separates documents only when there is one row"))
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, torch.Tensor):
+        reasons.append(Reason("segments", "neither cu_seq_lens nor position_ids reach the kernel"))
+    elif segments.rows == 1:
+        flat = positions.reshape(-1)
+        starts = [int(flat[at]) for at in segments.boundaries[0][:-1]]
+        if len(set(starts)) > 1:
+            reasons.append(Reason("segments", "documents start at different positions, which the flash path merges"))
+    return reasons
+
+
+def _caches(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
+    if inputs.get("past_key_values") is not None:
+        return True
+    asked = inputs.get("use_cache")
+    if asked is not None:
+        return bool(asked)
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if config is not None else None
+    return bool(getattr(config, "use_cache", False) or getattr(text, "use_cache", False))
+
+
+def hands_positions_to_masks(module: torch.nn.Module) -> bool:
+    """Whether the decoder inside `module` passes ``position_ids`` to Transformers' mask builders (read in its source).
+
+    Unreadable source counts as no.
+    """
+    found = [answer for inner in module.modules() if (answer := _class_hands_positions(type(inner))) is not None]
+    return bool(found) and all(found)
+
+
+@functools.cache
+def _class_hands_positions(cls: type) -> bool | None:
+    """True or False for a class that builds masks, None for one that does not."""
+    forward = getattr(cls, "forward", None)
+    if forward is None or not hasattr(cls, "config_class"):
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    builders = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id in _MASK_BUILDERS]
+    if not builders:
+        return None
+    spread = {
+        key.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+        if isinstance(key, ast.Constant)
+    }
+    return all(
+        any(kw.arg == "position_ids" or (kw.arg is None and "position_ids" in spread) for kw in call.keywords)
+        for call in builders
+    )

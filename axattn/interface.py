@@ -1,0 +1,272 @@
+"""The one attention function behind every name of ours: normalise, route, run, ``[B, S, H, Dv]``.
+
+It drops no keyword: one that carries a value is used by the kernel, known to be harmless, or refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from axattn.call import AttentionCall
+from axattn.capability import Need
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.masks import LazyMask
+from axattn.patterns import Pattern
+from axattn.routes import Route, route_of
+from axattn.segments import Segments, from_cu_seqlens, from_positions
+
+HARMLESS: frozenset[str] = frozenset(
+    {
+        # forward keywords that Transformers hands through every layer; none changes what attention computes
+        "position_ids",
+        "position_embeddings",
+        "use_cache",
+        "cache_position",
+        "past_key_values",
+        "num_items_in_batch",
+        "seq_idx",
+        "output_router_logits",
+        "output_hidden_states",
+        "return_dict",
+        "logits_to_keep",
+        "layer_idx",
+        "deterministic",  # flash attention's choice of backward algorithm, not its result
+        "max_length_q",
+        "max_length_k",
+        "cu_seq_lens_q",  # read through the mask (the door), or by `_segments_from_keywords`
+        "cu_seq_lens_k",
+    }
+)
+SERVED: frozenset[str] = frozenset(
+    {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "sinks", "position_bias"}
+)
+SPARSE: frozenset[str] = frozenset({"indices", "block_indices"})
+
+
+def attend(
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: LazyMask | torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface.
+
+    Args:
+        name: the registered name.
+        module: the attention module.
+        query: ``[B, H, S, D]``.
+        key: ``[B, Hkv, T, D]``.
+        value: ``[B, Hkv, T, Dv]``.
+        attention_mask: our `LazyMask`, a 4-D tensor (bool: True attends; float: additive), or None.
+        kwargs: Transformers' keywords.
+
+    Returns:
+        Output ``[B, S, H, Dv]`` and None (attention weights are never returned).
+
+    Raises:
+        UnsupportedAttentionError: a keyword nobody declared, or no kernel that serves the call.
+        InvalidInputError: a mask of the wrong shape or dtype.
+    """
+    route = route_of(module, name)
+    sparse = False
+    for keyword, given in kwargs.items():
+        if given is None or keyword in SERVED or keyword in HARMLESS:
+            continue
+        if keyword in SPARSE:
+            sparse = True
+        elif given is not False:
+            _refuse_keyword(route, keyword, given)
+    query, key, value = _one_dtype(query, key, value)
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    mask = attention_mask
+    if mask is None or (isinstance(mask, LazyMask) and not mask.guarded):
+        mask = _segments_from_keywords(mask, causal, query, key, kwargs)
+    elif not isinstance(mask, LazyMask):
+        _check_mask(mask, query, key)
+    sinks = kwargs.get("s_aux")
+    scaling = kwargs.get("scaling")
+    call = AttentionCall(
+        module=module,
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        causal=causal,
+        window=kwargs.get("sliding_window"),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=kwargs.get("dropout") or 0.0,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("sinks") if sinks is None else sinks,
+        bias=kwargs.get("position_bias"),
+        extras=kwargs,
+    )
+    backend = _decide(route, call, sparse)
+    if backend.name == "eager":
+        call.extras = {k: v for k, v in kwargs.items() if k not in ("dropout", "scaling")}
+    assert backend.forward is not None
+    out = backend.forward(call)
+    route.served[backend.name] = route.served.get(backend.name, 0) + 1
+    return out, None
+
+
+def _decide(route: Route, call: AttentionCall, sparse: bool) -> Any:
+    query, key, value, mask = call.query, call.key, call.value, call.mask
+    if isinstance(mask, LazyMask):
+        kind: Any = mask.signature()
+    else:
+        kind = "plain" if mask is None else "dense"
+        if mask is None and call.causal and 1 < query.shape[2] != key.shape[2]:
+            raise UnsupportedAttentionError(
+                f"{route.asked} can't serve {route.layer}",
+                [Reason("causal", f"causal attention of {query.shape[2]} queries over {key.shape[2]} keys, no mask")],
+                "Transformers' own kernels disagree on what that means; pass an attention mask.",
+            )
+    fingerprint = (
+        kind,
+        query.shape[1],
+        query.shape[-1],
+        key.shape[1],
+        value.shape[-1],
+        query.shape[2] == key.shape[2],
+        query.dtype,
+        query.device.type,
+        call.causal,
+        call.window,
+        call.dropout,
+        call.softcap,
+        call.sinks is None,
+        call.bias is None,
+        sparse,
+        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+    )
+    backend = route.decisions.get(fingerprint)
+    if backend is None:
+        backend = route.choose(need_of(call, sparse))
+        route.decisions[fingerprint] = backend
+    return backend
+
+
+def need_of(call: AttentionCall, sparse: bool = False) -> Need:
+    """What a call asks of a kernel."""
+    query, key, value, mask = call.query, call.key, call.value, call.mask
+    causal, window, chunk, dense = call.causal and query.shape[2] > 1, call.window, None, False
+    padding = segments = False
+    if isinstance(mask, LazyMask):
+        causal, window, chunk, dense, padding, segments = mask.signature()
+        if dense and mask.pattern is not None:
+            dense = False  # a known rule without spans: padding with holes, or chunks over a cache
+            padding = True
+    elif mask is not None:
+        window, dense = None, True
+    if window is not None and window >= key.shape[2]:
+        window = None
+    return Need(
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        causal=causal,
+        window=window,
+        chunk=chunk,
+        softcap=call.softcap,
+        sinks=call.sinks is not None,
+        bias=call.bias is not None,
+        sparse=sparse,
+        dropout=call.dropout,
+        dense_mask=dense,
+        padding=padding,
+        segments=segments,
+        cross_lengths=query.shape[2] != key.shape[2],
+        gradient=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        dtype=str(query.dtype).removeprefix("torch."),
+        device=query.device.type,
+    )
+
+
+def _one_dtype(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Under autocast its dtype (RoPE brings q and k back to fp32 there), else the widest of the three."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    elif query.dtype == key.dtype == value.dtype:
+        return query, key, value
+    else:
+        dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _segments_from_keywords(
+    mask: LazyMask | None, causal: bool, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
+) -> LazyMask | None:
+    """For models without a door, and for vision towers: documents from the call's own keywords."""
+    rows, length = query.shape[0], query.shape[2]
+    lengths, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if length != key.shape[2] or (mask is not None and mask.segments is not None):
+        return mask
+    segments: Segments | None = None
+    if lengths is not None:
+        segments = from_cu_seqlens(lengths, rows, length)
+    elif mask is not None and isinstance(positions, torch.Tensor) and positions.shape[-1] == length:
+        text = positions[0] if positions.ndim == 3 and positions.shape[0] == 4 else positions
+        if text.ndim == 2 and text.shape[0] in (1, rows):
+            padding = mask.padding
+            segments = from_positions(text, None if padding is None else padding[:, :length], rows, length)
+    if segments is None or not segments.packed:
+        return mask
+    if mask is not None:
+        return mask.with_segments(segments)
+    window = kwargs.get("sliding_window")
+    plain = LazyMask(
+        shape=(rows, 1, length, length),
+        pattern=Pattern(causal=causal, window=window),
+        segments=None,
+        padding=None,
+        materialise=lambda: _plain_rule(length, causal, window, query.device).expand(rows, 1, length, length),
+        device=query.device,
+    )
+    return plain.with_segments(segments)
+
+
+def _plain_rule(length: int, causal: bool, window: int | None, device: torch.device) -> torch.Tensor:
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index[None, :]
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    return seen if window is None else seen & (distance.abs() < window)
+
+
+def _check_mask(mask: Any, query: torch.Tensor, key: torch.Tensor) -> None:
+    B, H, S, T = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+    if not isinstance(mask, torch.Tensor):
+        raise InvalidInputError(
+            f"attention_mask is a {type(mask).__name__}", advice="Give a 2-D mask, or a 4-D bool or float tensor."
+        )
+    reasons = []
+    legal = ((1, B), (1, H), (1, S), (T,))
+    if mask.ndim != 4 or any(size not in sizes for size, sizes in zip(mask.shape, legal, strict=True)):
+        reasons.append(Reason("attention_mask", f"shape {list(mask.shape)} is not [{B}|1, {H}|1, {S}|1, {T}]"))
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        reasons.append(Reason("attention_mask", f"dtype {str(mask.dtype).removeprefix('torch.')} is not bool or float"))
+    if reasons:
+        raise InvalidInputError("attention_mask can't be used", reasons, "A 2-D [B, T] mask of 0 and 1 is simplest.")
+
+
+def _refuse_keyword(route: Route, keyword: str, given: Any) -> None:
+    shown = repr(given) if isinstance(given, int | float | str) else f"a {type(given).__name__}"
+    if keyword == "output_attentions":
+        reason, advice = "flash kernels never form the attention weights", 'Use attn_implementation="eager".'
+    elif keyword == "cache":
+        reason, advice = "axattn has no paged cache", 'Use attn_implementation="sdpa" for continuous batching.'
+    else:
+        reason, advice = "nobody declared what it means for this kernel", 'Use attn_implementation="eager".'
+    raise UnsupportedAttentionError(
+        f"{route.asked} can't serve {route.layer}", [Reason(keyword, f"{keyword}={shown} ({reason})")], advice
+    )

@@ -1,0 +1,140 @@
+"""The mask function that Transformers calls for all our names: it describes the mask and computes nothing yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from axattn import door
+from axattn.masks import LazyMask
+from axattn.patterns import Pattern, recognise
+from axattn.segments import Segments, from_positions
+
+
+def lazy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> LazyMask:
+    """Describe a mask as Transformers asks for it (``transformers.masking_utils``, arguments as for ``sdpa_mask``).
+
+    Documents come from the door (see `axattn.door`); a model without one falls back to what Transformers itself found
+    in ``position_ids``. The remaining keywords (``local_size``, ``dtype``, ``allow_is_causal_skip``, ...) only steer
+    shortcuts that a `LazyMask` does not need.
+
+    Args:
+        batch_size: B.
+        q_length: S.
+        kv_length: T.
+        q_offset: absolute position of the first query; a tensor with a static cache (read now: the cache changes it).
+        kv_offset: absolute position of the first key.
+        mask_function: Transformers' mask function over absolute indices; causal when None.
+        attention_mask: bool ``[B, T']``, True for real tokens, or None.
+        use_vmap: the mask function is not index based.
+        device: where a dense mask is built.
+
+    Returns:
+        A `LazyMask` of shape ``[B, 1, S, T]``.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    function = causal_mask_function if mask_function is None else mask_function
+    device = torch.device(device)
+    offset = int(q_offset)
+    pattern = None if use_vmap else recognise(function)
+    segments = _segments(pattern, batch_size, q_length, offset, kv_length, device)
+    if pattern is not None and pattern.base is not None:
+        function = pattern.base
+    padding = _padding(attention_mask, kv_length, kv_offset)
+
+    def materialise() -> torch.Tensor:
+        from transformers.masking_utils import sdpa_mask
+
+        if pattern is not None and pattern.chunk is not None and segments is not None:
+            dense = _chunks_in_documents(segments, pattern.chunk, kv_length)
+        else:
+            dense = sdpa_mask(
+                batch_size=batch_size,
+                q_length=q_length,
+                kv_length=kv_length,
+                q_offset=offset,
+                kv_offset=kv_offset,
+                mask_function=function,
+                attention_mask=None,
+                allow_is_causal_skip=False,
+                allow_is_bidirectional_skip=False,
+                use_vmap=use_vmap,
+                device=device,
+            )
+        if padding is not None:
+            dense = dense & padding[:, None, None, :]
+        if segments is not None:
+            dense = dense & _same_document(segments, kv_length)
+        return dense
+
+    return LazyMask(
+        shape=(batch_size, 1, q_length, kv_length),
+        pattern=pattern,
+        segments=segments,
+        padding=padding,
+        materialise=materialise,
+        q_offset=offset,
+        kv_offset=kv_offset,
+        device=device,
+        guarded=door.current() is not None,
+    )
+
+
+def _segments(
+    pattern: Pattern | None, rows: int, q_length: int, q_offset: int, kv_length: int, device: torch.device
+) -> Segments | None:
+    context = door.current()
+    if context is not None and context.segments is not None:
+        found = context.segments
+        if (found.rows, found.length) != (rows, q_length) or q_offset != 0 or kv_length < q_length:
+            return None
+        return found.to(device)
+    if pattern is None or pattern.document_ids is None:
+        return None
+    ids = pattern.document_ids
+    positions = torch.arange(q_length, device=ids.device).expand_as(ids) + 2 * ids  # a jump at every document
+    return from_positions(positions, None, rows, q_length)
+
+
+def _padding(attention_mask: torch.Tensor | None, kv_length: int, kv_offset: int) -> torch.Tensor | None:
+    """bool ``[B, T]`` for the keys in the cache, as Transformers cuts and pads it: unknown keys are not real."""
+    if attention_mask is None:
+        return None
+    mask = attention_mask.to(torch.bool)
+    short = kv_length + kv_offset - mask.shape[-1]
+    if short > 0:
+        mask = torch.nn.functional.pad(mask, (0, short))
+    return mask[:, kv_offset : kv_offset + kv_length]
+
+
+def _same_document(segments: Segments, kv_length: int) -> torch.Tensor:
+    """bool ``[B, 1, S, T]``; keys past S (an empty static cache) belong to no document."""
+    ids = segments.document_ids
+    keys = torch.nn.functional.pad(ids, (0, kv_length - ids.shape[-1]), value=-1)
+    return (ids[:, None, :, None] == keys[:, None, None, :]).contiguous()
+
+
+def _chunks_in_documents(segments: Segments, chunk: int, kv_length: int) -> torch.Tensor:
+    """Chunked causal attention where the chunks restart with each document (Transformers counts from the row's start).
+
+    bool ``[B, 1, S, T]``.
+    """
+    positions = segments.positions
+    keys = torch.nn.functional.pad(positions, (0, kv_length - positions.shape[-1]))
+    index = torch.arange(kv_length, device=positions.device)
+    causal = index[None, None, None, :] <= index[: positions.shape[-1]][None, None, :, None]
+    return causal & (positions[:, None, :, None] // chunk == keys[:, None, None, :] // chunk)

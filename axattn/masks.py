@@ -1,0 +1,346 @@
+"""`LazyMask`: the compact description of a mask, dense only when someone touches it, and its compact `Layout`.
+
+`axattn.masking` builds these from Transformers' mask arguments; backends read `layout()` or `dense()`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from axattn.patterns import Pattern
+from axattn.segments import Segments
+
+
+class Span(NamedTuple):
+    """Queries ``[q0, q1)`` of rows ``[row0, row1)`` attend to keys ``[k0, k1)``, aligned bottom-right if causal."""
+
+    row0: int
+    row1: int
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mask as spans: what a variable-length kernel needs.
+
+    Attributes:
+        spans: disjoint in their queries; a query in no span is padding and its output is zero.
+        causal: within a span.
+        window: keys seen to the left, the query itself included (and to the right, if not causal); None for all.
+        rows: B.
+        q_length: S.
+        kv_length: T.
+        memo: what backends derive from the layout once for all layers of a forward.
+    """
+
+    spans: tuple[Span, ...]
+    causal: bool
+    window: int | None
+    rows: int
+    q_length: int
+    kv_length: int
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether one call of plain (causal or full) attention over whole rows is all there is, S equal to T."""
+        if len(self.spans) != 1 or self.q_length != self.kv_length:
+            return False
+        span = self.spans[0]
+        whole = span == (0, self.rows, 0, self.q_length, 0, self.kv_length)
+        return whole and (self.window is None or self.window >= self.q_length)
+
+
+class LazyMask:
+    """A bool mask ``[B, 1, S, T]`` (True: attend) that is dense only if someone asks.
+
+    It stands where Transformers passes a mask tensor through a model. Indexing, arithmetic, ``.to``, torch functions
+    and unknown attributes materialise it; the result equals Transformers' own ``sdpa_mask`` with documents separated.
+
+    Attributes:
+        pattern: recognised meaning of the mask function, or None (then only `dense` serves).
+        segments: documents of the rows, or None.
+        padding: bool ``[B, T]`` (True: real key), or None.
+        guarded: a door looked for documents; if not, the attention call's own keywords are asked.
+    """
+
+    __slots__ = (
+        "_dense",
+        "_layout",
+        "_materialise",
+        "_padding",
+        "_padding_checked",
+        "_signature",
+        "device",
+        "guarded",
+        "kv_offset",
+        "pattern",
+        "q_offset",
+        "segments",
+        "shape",
+    )
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int, int],
+        pattern: Pattern | None,
+        segments: Segments | None,
+        padding: torch.Tensor | None,
+        materialise: Callable[[], torch.Tensor],
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        device: torch.device,
+        guarded: bool = False,
+    ) -> None:
+        self.shape = torch.Size(shape)
+        self.pattern = pattern
+        self.segments = segments
+        self.q_offset = q_offset
+        self.kv_offset = kv_offset
+        self.device = device
+        self.guarded = guarded
+        self._padding = padding
+        self._padding_checked = padding is None
+        self._materialise = materialise
+        self._dense: torch.Tensor | None = None
+        self._layout: Layout | None | bool = False
+        self._signature: tuple[Any, ...] | None = None
+
+    dtype = torch.bool
+    ndim = 4
+    requires_grad = False
+    is_cuda = property(lambda self: self.device.type == "cuda")
+
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """Bool ``[B, T]``, None when no key is padding. Reads the mask's values once."""
+        if not self._padding_checked:
+            self._padding_checked = True
+            if self._padding is not None and bool(self._padding.all()):
+                self._padding = None
+        return self._padding
+
+    def dense(self) -> torch.Tensor:
+        """The bool tensor ``[B, 1, S, T]``, built on the first call."""
+        if self._dense is None:
+            self._dense = self._materialise()
+        return self._dense
+
+    def layout(self) -> Layout | None:
+        """The mask as spans, None when it has no such form. Computed once and shared by all layers of a forward."""
+        if isinstance(self._layout, bool):
+            self._layout = build_layout(self)
+        return self._layout
+
+    def signature(self) -> tuple[Any, ...]:
+        """What of this mask decides which kernel may serve it: hashable, equal for masks of the same kind."""
+        if self._signature is None:
+            pattern, layout = self.pattern, self.layout()
+            self._signature = (
+                pattern is None or pattern.causal,
+                None if pattern is None else pattern.window,
+                None if pattern is None else pattern.chunk,
+                layout is None,
+                self.padding is not None,
+                self.segments is not None,
+            )
+        return self._signature
+
+    def with_segments(self, segments: Segments) -> LazyMask:
+        """The same mask with documents separated (for models without a door)."""
+        mine, rule = self, segments.document_ids
+
+        def materialise() -> torch.Tensor:
+            return mine.dense() & (rule[:, None, :, None] == rule[:, None, None, :])
+
+        return LazyMask(
+            shape=tuple(self.shape),
+            pattern=self.pattern,
+            segments=segments,
+            padding=self._padding,
+            materialise=materialise,
+            q_offset=self.q_offset,
+            kv_offset=self.kv_offset,
+            device=self.device,
+            guarded=True,
+        )
+
+    # ---- standing in for a tensor -------------------------------------------------------------------------------
+
+    def dim(self) -> int:
+        """4."""
+        return 4
+
+    def size(self, dim: int | None = None) -> Any:
+        """As ``torch.Tensor.size``."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """As ``torch.Tensor.numel``."""
+        return self.shape.numel()
+
+    def contiguous(self, *_: Any, **__: Any) -> LazyMask:
+        """Itself: there is nothing to lay out (``generate`` calls this on every mask)."""
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Itself when only its own device is asked for, else the dense tensor, moved or cast."""
+        wanted = [a for a in (*args, kwargs.get("device"), kwargs.get("dtype")) if a is not None]
+        if all(_same_place(value, self.device) for value in wanted if not isinstance(value, bool)):
+            return self
+        return self.dense().to(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.dense()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    def __repr__(self) -> str:
+        kind = "dense" if self.pattern is None else ("causal" if self.pattern.causal else "full")
+        return f"LazyMask(shape={tuple(self.shape)}, {kind}, documents={self.segments and self.segments.documents})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from torch.utils._pytree import tree_map
+
+        def densify(value: Any) -> Any:
+            return value.dense() if isinstance(value, LazyMask) else value
+
+        return func(*tree_map(densify, args), **tree_map(densify, kwargs or {}))
+
+
+def _same_place(value: Any, device: torch.device) -> bool:
+    if isinstance(value, torch.dtype):
+        return value == torch.bool
+    return isinstance(value, str | torch.device | int) and torch.device(value) == device
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def method(self: LazyMask, *args: Any) -> Any:
+        return function(self.dense(), *args)
+
+    return method
+
+
+def _reflected(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def method(self: LazyMask, other: Any) -> Any:
+        return function(other, self.dense())
+
+    return method
+
+
+for _name in ("and_", "or_", "xor", "add", "sub", "mul", "truediv", "invert", "lt", "le", "gt", "ge"):
+    setattr(LazyMask, f"__{_name.strip('_')}__", _forwarded(_name))
+for _name in ("and_", "or_", "xor", "add", "sub", "mul", "truediv"):
+    setattr(LazyMask, f"__r{_name.strip('_')}__", _reflected(_name))
+
+
+def build_layout(mask: LazyMask) -> Layout | None:
+    """The spans of a mask; None when the pattern is unknown, padding has holes, or chunks meet a cache.
+
+    Reads padding values in one transfer to the host.
+    """
+    pattern = mask.pattern
+    if pattern is None:
+        return None
+    rows, _, q_length, kv_length = mask.shape
+    start = mask.q_offset - mask.kv_offset  # the key index of the first query
+    aligned = start == 0 and kv_length >= q_length
+    if pattern.causal:
+        visible = start + q_length
+        if visible > kv_length:
+            return None
+    else:
+        visible = kv_length
+        aligned = kv_length == q_length
+        if pattern.window is not None and not aligned:
+            return None
+    if (mask.segments is not None or pattern.chunk is not None) and not aligned:
+        return None
+    real = _real_keys(mask.padding, rows, visible)
+    if real is None:
+        return None
+    spans: list[Span] = []
+    for row in range(rows):
+        low, high = real[row]
+        spans += _row_spans(mask, row, low, high, start, visible, aligned and (pattern.causal or q_length == visible))
+    merged = _merge_equal_rows(spans, rows)
+    return Layout(tuple(merged), pattern.causal, pattern.window, rows, q_length, kv_length)
+
+
+def _row_spans(
+    mask: LazyMask, row: int, low: int, high: int, start: int, visible: int, square: bool
+) -> list[Span]:
+    pattern, q_length = mask.pattern, mask.shape[2]
+    assert pattern is not None
+    if not square:
+        if pattern.causal:  # the queries are the last keys; those before `low` are padding
+            first = max(low - start, 0)
+            last = high - start
+            return [Span(row, row + 1, first, last, low, high)] if last > first else []
+        return [Span(row, row + 1, 0, q_length, low, high)] if high > low else []
+    edges: tuple[int, ...] = (0, visible) if mask.segments is None else mask.segments.boundaries[row]
+    spans = []
+    for a, b in pairwise(edges):
+        a, b = max(a, low), min(b, high)  # noqa: PLW2901
+        if a >= b:
+            continue
+        step = pattern.chunk or b - a
+        spans += [Span(row, row + 1, s, e, s, e) for s in range(a, b, step) for e in (min(s + step, b),)]
+    return spans
+
+
+def _real_keys(padding: torch.Tensor | None, rows: int, visible: int) -> list[tuple[int, int]] | None:
+    """Per row the range of real keys; None when a row's real keys are not contiguous."""
+    if padding is None:
+        return [(0, visible)] * rows
+    seen = padding[:, :visible].to(torch.int32)
+    first = seen.argmax(-1)
+    count = seen.sum(-1)
+    last = visible - seen.flip(-1).argmax(-1)
+    ranges: list[tuple[int, int]] = []
+    for a, b, n in torch.stack([first, last, count], -1).tolist():
+        if n == 0:
+            ranges.append((0, 0))
+        elif b - a != n:
+            return None
+        else:
+            ranges.append((a, b))
+    if len(ranges) == 1 and rows > 1:
+        ranges *= rows
+    return ranges
+
+
+def _merge_equal_rows(spans: list[Span], rows: int) -> list[Span]:
+    """One span over all rows where every row has the same spans: the plain batched case stays one kernel call."""
+    if rows == 1 or not spans or len(spans) % rows:
+        return spans
+    per_row = len(spans) // rows
+    first = spans[:per_row]
+    for row in range(rows):
+        for a, b in zip(first, spans[row * per_row : (row + 1) * per_row], strict=True):
+            if b.row0 != row or a[2:] != b[2:]:
+                return spans
+    return [Span(0, rows, *span[2:]) for span in first]

@@ -1,0 +1,128 @@
+"""Recognises Transformers' own mask functions by what they are (code object and closure), with no call to them.
+
+`recognise` returns a `Pattern` or None; None means "compute the dense mask", which is always right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+
+MaskFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """The compact meaning of a mask function.
+
+    Attributes:
+        causal: a query sees no later key.
+        window: how many keys a query sees to the left, itself included (causal); the radius + 1 (bidirectional).
+        chunk: chunk size of chunked attention.
+        left_padding: int ``[B]``: where the chunks of each row start.
+        packed: the mask function separates documents that Transformers found in position_ids.
+        document_ids: int ``[B, S]``: those documents.
+        base: the mask function without the documents.
+    """
+
+    causal: bool
+    window: int | None = None
+    chunk: int | None = None
+    left_padding: torch.Tensor | None = None
+    packed: bool = False
+    document_ids: torch.Tensor | None = None
+    base: MaskFunction | None = None
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The code objects of the closures in the installed ``transformers.masking_utils``."""
+
+    and_mask: CodeType
+    window: CodeType
+    window_both: CodeType
+    chunk: CodeType
+    documents: CodeType
+    remap: CodeType
+    causal: MaskFunction
+    bidirectional: MaskFunction
+
+
+@functools.cache
+def _known() -> _Known:
+    from transformers import masking_utils as mu
+
+    zero = torch.zeros(1, 1, dtype=torch.long)
+    return _Known(
+        and_mask=mu.and_masks(mu.causal_mask_function).__code__,
+        window=mu.sliding_window_overlay(1).__code__,
+        window_both=mu.sliding_window_bidirectional_overlay(1).__code__,
+        chunk=mu.chunked_overlay(1, zero[0]).__code__,
+        documents=mu.packed_sequence_mask_function(zero).__code__,
+        remap=mu.remap_positions_for_packed_sequence(mu.causal_mask_function, zero).__code__,
+        causal=mu.causal_mask_function,
+        bidirectional=mu.bidirectional_mask_function,
+    )
+
+
+def _closure(function: MaskFunction) -> dict[str, Any]:
+    cells = function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
+
+
+def recognise(function: MaskFunction) -> Pattern | None:
+    """The `Pattern` of a mask function of Transformers, None when any part of it is not one that we know."""
+    known = _known()
+    if function is known.causal:
+        return _CAUSAL
+    if function is known.bidirectional:
+        return _FULL
+    parts = _flatten(function, known)
+    codes = [getattr(part, "__code__", None) for part in parts]
+    if known.documents in codes:
+        return _packed(parts, codes, known)
+    if len(parts) != 2:
+        return None
+    first = _closure(parts[0]) if codes[0] in (known.window, known.window_both, known.chunk) else {}
+    if parts[1] is known.causal and codes[0] is known.window:
+        return Pattern(causal=True, window=int(first["sliding_window"]), base=function)
+    if parts[1] is known.causal and codes[0] is known.chunk:
+        return Pattern(
+            causal=True, chunk=int(first["chunk_size"]), left_padding=first["left_padding"], base=function
+        )
+    if parts[1] is known.bidirectional and codes[0] is known.window_both:
+        return Pattern(causal=False, window=int(first["sliding_window"]) + 1, base=function)
+    return None
+
+
+def _flatten(function: MaskFunction, known: _Known) -> list[MaskFunction]:
+    if getattr(function, "__code__", None) is not known.and_mask:
+        return [function]
+    return list(_closure(function)["mask_functions"])
+
+
+def _packed(parts: list[MaskFunction], codes: list[CodeType | None], known: _Known) -> Pattern | None:
+    if len(parts) != 2 or codes != [known.documents, known.remap]:
+        return None
+    base = _closure(parts[1])["mask_function"]
+    inner = recognise(base)
+    if inner is None:
+        return None
+    return Pattern(
+        causal=inner.causal,
+        window=inner.window,
+        chunk=inner.chunk,
+        left_padding=inner.left_padding,
+        packed=True,
+        document_ids=_closure(parts[0])["packed_sequence_mask"],
+        base=base,
+    )
+
+
+_CAUSAL = Pattern(causal=True)
+_FULL = Pattern(causal=False)

@@ -1,0 +1,97 @@
+"""`Route`: which kernels may serve one attention layer, in order, and what has served it. No attention runs here."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from axattn import backends
+from axattn.backends.base import Backend
+from axattn.capability import Need, missing
+from axattn.errors import Reason, UnsupportedAttentionError
+
+logger = logging.getLogger("axattn")
+
+OnUnsupported = Literal["raise", "route"]
+ATTRIBUTE = "_axattn_route"
+
+
+@dataclass(eq=False)
+class Route:
+    """The kernels that one attention module may use.
+
+    Attributes:
+        asked: the name that was asked for.
+        layer: the module's qualified name in the model, or its class name.
+        candidates: backends in the order they are tried.
+        planned: the backend that the plan chose at load.
+        served: calls served, by backend.
+        decisions: backend by kind of call, so that a call like an earlier one costs one dict lookup.
+    """
+
+    asked: str
+    layer: str
+    candidates: tuple[str, ...]
+    planned: str
+    served: dict[str, int] = field(default_factory=dict)
+    decisions: dict[Any, Backend] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "decisions": {}}
+
+    def choose(self, need: Need) -> Backend:
+        """The first candidate that serves `need`.
+
+        Raises:
+            UnsupportedAttentionError: none does; with every candidate's reasons.
+        """
+        reasons: list[Reason] = []
+        for name in self.candidates:
+            backend = backends.get(name)
+            lacking = missing(need, backend.capability, name)
+            if not lacking:
+                if name != self.planned:
+                    self._say_routed(name, reasons)
+                return backend
+            reasons += lacking
+        advice = 'Use attn_implementation="auto", or on_unsupported="route".'
+        if len(self.candidates) > 1:
+            advice = 'Use attn_implementation="eager".'
+        raise UnsupportedAttentionError(f"{self.asked} can't serve {self.layer}", reasons, advice)
+
+    def _say_routed(self, name: str, reasons: list[Reason]) -> None:
+        text = "; ".join(reason.text for reason in reasons)
+        key = (self.asked, name, text)
+        if key not in _said:
+            _said.add(key)
+            logger.warning("axattn: %s runs on %s instead of %s: %s", self.layer, name, self.planned, text)
+
+
+_said: set[tuple[str, str, str]] = set()
+_unplanned: weakref.WeakKeyDictionary[torch.nn.Module, Route] = weakref.WeakKeyDictionary()
+
+
+def candidates(name: str, on_unsupported: OnUnsupported) -> tuple[str, ...]:
+    """Backends to try for a name of ours, in order."""
+    if name == "auto":
+        return backends.AUTO_ORDER
+    if on_unsupported == "raise":
+        return (name,)
+    return (name, *(other for other in backends.ROUTE_ORDER if other != name))
+
+
+def route_of(module: torch.nn.Module, name: str) -> Route:
+    """The route of an attention module: its model's plan, or one made now for models that axattn did not load."""
+    route: Route | None = module.__dict__.get(ATTRIBUTE)
+    if route is not None and route.asked == name:
+        return route
+    route = _unplanned.get(module)
+    if route is None or route.asked != name:
+        order = candidates(name, "route" if name == "auto" else "raise")
+        route = Route(name, type(module).__name__, order, order[0])
+        _unplanned[module] = route
+    return route

@@ -1,0 +1,180 @@
+"""`Segments`: which tokens of each row belong to one document, computed once a forward.
+
+Sources, in order of precedence: ``cu_seq_lens`` keywords, then ``position_ids`` together with a 2-D mask of document
+numbers. Everything that reads tensor values does so in one transfer to the host per forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from axattn.errors import InvalidInputError, Reason
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The documents of a packed batch of B rows of S tokens.
+
+    Attributes:
+        boundaries: per row, the document boundaries ``(0, ..., S)``: n documents have n + 1 boundaries.
+        device: where the tensors below live.
+    """
+
+    boundaries: tuple[tuple[int, ...], ...]
+    device: torch.device
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.boundaries)
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.boundaries[0][-1]
+
+    @property
+    def documents(self) -> int:
+        """How many documents all rows hold together."""
+        return sum(len(row) - 1 for row in self.boundaries)
+
+    @property
+    def packed(self) -> bool:
+        """Whether any row holds more than one document."""
+        return any(len(row) > 2 for row in self.boundaries)
+
+    @cached_property
+    def document_ids(self) -> torch.Tensor:
+        """int64 ``[B, S]``: the number of each token's document within its row."""
+        rows = []
+        for row in self.boundaries:
+            lengths = torch.tensor([b - a for a, b in pairwise(row)])
+            rows.append(torch.repeat_interleave(torch.arange(len(lengths)), lengths))
+        return torch.stack(rows).to(self.device)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 ``[B, S]``: the position of each token within its document, from 0."""
+        rows = [torch.cat([torch.arange(b - a) for a, b in pairwise(row)]) for row in self.boundaries]
+        return torch.stack(rows).to(self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """int32 ``[documents + 1]``: cumulative lengths over the flattened ``B * S`` tokens."""
+        flat = [0]
+        for row in self.boundaries:
+            flat += [flat[-1] + b - a for a, b in pairwise(row)]
+        return torch.tensor(flat, dtype=torch.int32, device=self.device)
+
+    def to(self, device: torch.device) -> Segments:
+        """The same documents with tensors on `device`."""
+        return self if device == self.device else Segments(self.boundaries, device)
+
+
+def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str = "cu_seq_lens_q") -> Segments:
+    """Documents from cumulative lengths over the flattened ``rows * length`` tokens.
+
+    Args:
+        cu_seqlens: int32 ``[documents + 1]``.
+        rows: B.
+        length: S.
+        name: the keyword to name in errors.
+
+    Raises:
+        InvalidInputError: wrong dtype or shape, not starting at 0, decreasing, not ending at the token count, or a
+            document that spans two rows.
+    """
+    reasons: list[Reason] = []
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise InvalidInputError(f"{name} must be an int32 tensor, not {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype != torch.int32:
+        reasons.append(Reason(name, f"dtype is {_plain(cu_seqlens.dtype)}, kernels read int32"))
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        reasons.append(Reason(name, f"shape is {list(cu_seqlens.shape)}, not [documents + 1]"))
+        raise _invalid(name, reasons)
+    ends = [int(value) for value in cu_seqlens.tolist()]
+    tokens = rows * length
+    if ends[0] != 0:
+        reasons.append(Reason(name, f"starts at {ends[0]}, not 0"))
+    if any(b < a for a, b in pairwise(ends)):
+        at = next(i for i, (a, b) in enumerate(pairwise(ends)) if b < a)
+        reasons.append(Reason(name, f"decreases from {ends[at]} to {ends[at + 1]} at index {at + 1}"))
+    if ends[-1] != tokens:
+        reasons.append(Reason(name, f"ends at {ends[-1]}, but the batch has {rows} x {length} = {tokens} tokens"))
+    if reasons:
+        raise _invalid(name, reasons)
+    boundaries: list[tuple[int, ...]] = []
+    known = set(ends)
+    for row in range(rows):
+        low, high = row * length, (row + 1) * length
+        if low not in known or high not in known:
+            at = low if low not in known else high
+            raise _invalid(name, [Reason(name, f"a document spans two rows (token {at} is inside it)")])
+        boundaries.append(tuple(sorted({end - low for end in ends if low <= end <= high})))
+    return Segments(tuple(boundaries), cu_seqlens.device)
+
+
+def from_positions(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int, length: int
+) -> Segments | None:
+    """Documents from positions and a 2-D mask; None when every row is one document.
+
+    A document starts where a position is not its predecessor plus one, or where a mask of document numbers changes.
+    Padding tokens (mask 0) start no document.
+
+    Args:
+        position_ids: integer ``[B, S]``, ``[1, S]`` or ``[S]``, or None.
+        attention_mask: bool or integer ``[B, S]``, or None. Integers above 1 are document numbers.
+        rows: B.
+        length: S.
+    """
+    if length < 2:
+        return None
+    starts: torch.Tensor | None = None
+    device = torch.device("cpu")
+    if position_ids is not None:
+        positions = position_ids.reshape(-1, length)
+        starts = positions[:, 1:] != positions[:, :-1] + 1
+        device = positions.device
+    if attention_mask is not None:
+        real = attention_mask != 0
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            changed = _changes(attention_mask)
+            starts = changed if starts is None else starts | changed.to(starts.device)
+        if starts is not None:
+            real = real.to(starts.device)
+            starts = starts & real[:, 1:] & (real.cumsum(-1)[:, :-1] > 0)
+            device = starts.device
+    if starts is None:
+        return None
+    found = starts.nonzero().tolist()  # the one transfer to the host
+    if not found:
+        return None
+    if starts.shape[0] == 1 and rows > 1:
+        found = [(row, at) for row in range(rows) for _, at in found]
+    per_row: list[list[int]] = [[0] for _ in range(rows)]
+    for row, at in found:
+        per_row[row].append(at + 1)
+    return Segments(tuple((*row, length) for row in per_row), device)
+
+
+def _changes(numbers: torch.Tensor) -> torch.Tensor:
+    """bool ``[B, S - 1]``: where a mask of document numbers starts another document, padding in between or not."""
+    before, after = numbers[:, :-1], numbers[:, 1:]
+    highest = numbers.cummax(-1).values
+    adjacent = (before != after) & (before > 0) & (after > 0)
+    return adjacent | ((highest[:, 1:] != highest[:, :-1]) & (highest[:, :-1] > 0))
+
+
+def _invalid(name: str, reasons: Sequence[Reason]) -> InvalidInputError:
+    advice = "Build it as torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), or use PackingCollator."
+    return InvalidInputError(f"{name} can't be used", reasons, advice)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
