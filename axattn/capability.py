@@ -166,8 +166,12 @@ def _missing_head_dims(need: Need, capability: Capability, name: str) -> list[Re
             reasons.append(Reason(label, f"{label}={dim} ({name} serves multiples of {capability.head_dim_multiple})"))
     if need.head_dim is not None and value_dim != need.head_dim and not capability.value_dim_differs:
         reasons.append(
-            Reason("value_dim", f"value head dim {value_dim} differs from query head dim {need.head_dim} ({name} can't)")
+            Reason(
+                "value_dim", f"value head dim {value_dim} differs from query head dim {need.head_dim} ({name} can't)"
+            )
         )
     if need.heads and need.kv_heads and need.heads != need.kv_heads and not capability.grouped_heads:
-        reasons.append(Reason("kv_heads", f"{need.heads} query heads over {need.kv_heads} KV heads ({name} has no GQA)"))
+        reasons.append(
+            Reason("kv_heads", f"{need.heads} query heads over {need.kv_heads} KV heads ({name} has no GQA)")
+        )
     return reasons

@@ -29,10 +29,7 @@ def require_no_leak(
     Raises:
         UnsupportedAttentionError: with every reason, and the names that are right.
     """
-    if names.is_flash(native):
-        reasons = _flash_reasons(inputs, segments)
-    else:
-        reasons = _mask_reasons(module, inputs, mask)
+    reasons = _flash_reasons(inputs, segments) if names.is_flash(native) else _mask_reasons(module, inputs, mask)
     if reasons:
         raise UnsupportedAttentionError(
             f"packed rows ({segments.documents} documents in {segments.rows} rows) would leak on {native}",
@@ -112,7 +109,7 @@ def hands_positions_to_masks(module: torch.nn.Module) -> bool:
 
 
 @functools.cache
-def _class_hands_positions(cls: type) -> bool | None:
+def _class_hands_positions(cls: Any) -> bool | None:
     """True or False for a class that builds masks, None for one that does not."""
     forward = getattr(cls, "forward", None)
     if forward is None or not hasattr(cls, "config_class"):

@@ -42,7 +42,7 @@ HARMLESS: frozenset[str] = frozenset(
 SERVED: frozenset[str] = frozenset(
     {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "sinks", "position_bias"}
 )
-SPARSE: frozenset[str] = frozenset({"indices", "block_indices"})
+SPARSE: frozenset[str] = frozenset({"indices"})
 
 
 def attend(

@@ -92,7 +92,7 @@ class LazyMask:
     def __init__(
         self,
         *,
-        shape: tuple[int, int, int, int],
+        shape: tuple[int, ...],
         pattern: Pattern | None,
         segments: Segments | None,
         padding: torch.Tensor | None,
@@ -113,7 +113,7 @@ class LazyMask:
         self._padding_checked = padding is None
         self._materialise = materialise
         self._dense: torch.Tensor | None = None
-        self._layout: Layout | None | bool = False
+        self._layout: Layout | bool | None = False
         self._signature: tuple[Any, ...] | None = None
 
     dtype = torch.bool
@@ -290,9 +290,7 @@ def build_layout(mask: LazyMask) -> Layout | None:
     return Layout(tuple(merged), pattern.causal, pattern.window, rows, q_length, kv_length)
 
 
-def _row_spans(
-    mask: LazyMask, row: int, low: int, high: int, start: int, visible: int, square: bool
-) -> list[Span]:
+def _row_spans(mask: LazyMask, row: int, low: int, high: int, start: int, visible: int, square: bool) -> list[Span]:
     pattern, q_length = mask.pattern, mask.shape[2]
     assert pattern is not None
     if not square:

@@ -92,9 +92,7 @@ def recognise(function: MaskFunction) -> Pattern | None:
     if parts[1] is known.causal and codes[0] is known.window:
         return Pattern(causal=True, window=int(first["sliding_window"]), base=function)
     if parts[1] is known.causal and codes[0] is known.chunk:
-        return Pattern(
-            causal=True, chunk=int(first["chunk_size"]), left_padding=first["left_padding"], base=function
-        )
+        return Pattern(causal=True, chunk=int(first["chunk_size"]), left_padding=first["left_padding"], base=function)
     if parts[1] is known.bidirectional and codes[0] is known.window_both:
         return Pattern(causal=False, window=int(first["sliding_window"]) + 1, base=function)
     return None

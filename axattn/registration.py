@@ -1,4 +1,4 @@
-"""The only place that touches Transformers' registries: adds our names, never replaces a foreign one, undoes exactly."""
+"""The only place that touches Transformers' registries: adds our names, replaces no foreign one, undoes exactly."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def get(name: str) -> Backend:
     """
     if name in _MODULES:
         module = importlib.import_module(_MODULES[name])
-        return next(backend for backend in module.BACKENDS if backend.name == name)
+        found: Backend = next(backend for backend in module.BACKENDS if backend.name == name)
+        return found
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
         try:
             loaded = entry.load()

@@ -45,9 +45,7 @@ def always_usable(environment: Environment) -> list[Reason]:
     return [] if environment.has("torch") else [need_library("torch", "torch", environment, "pip install torch")]
 
 
-def need_library(
-    key: str, shown: str, environment: Environment, fix: str, minimum: str | None = None
-) -> Reason:
+def need_library(key: str, shown: str, environment: Environment, fix: str, minimum: str | None = None) -> Reason:
     """The reason for a library that is absent or older than `minimum`."""
     found = environment.libraries.get(key)
     if found is None:

@@ -11,7 +11,7 @@ from axattn.capability import Capability
 from axattn.masks import LazyMask
 
 CAPABILITY = Capability(
-    devices=frozenset({"cpu", "cuda", "xpu", "mps", "npu"}),
+    devices=frozenset({"cpu", "cuda", "xpu", "mps"}),
     dtypes=FLOATS,
     value_dim_differs=True,
     grouped_heads=True,

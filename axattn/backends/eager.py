@@ -59,6 +59,9 @@ def eager(call: AttentionCall) -> torch.Tensor:
             [Reason("model", f"{type(call.module).__module__} defines no eager_attention_forward")],
         )
     mask = call.dense_mask()
+    indices = call.extras.get("indices")
+    if isinstance(indices, torch.Tensor):
+        mask = _only_selected(mask, indices, call.key.shape[2])
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(call.query.dtype).min
         mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill_(~mask, lowest)
@@ -73,6 +76,17 @@ def eager(call: AttentionCall) -> torch.Tensor:
         **call.extras,
     )[0]
     return out
+
+
+def _only_selected(mask: torch.Tensor | None, indices: torch.Tensor, keys: int) -> torch.Tensor:
+    """Keep the keys an indexer selected (``indices``: int ``[B, S, topk]``); the eager functions ignore the keyword."""
+    selected = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
+    selected = selected.scatter(-1, indices.long(), True)[:, None]
+    if mask is None:
+        return selected
+    if mask.dtype == torch.bool:
+        return mask & selected
+    return mask.masked_fill(~selected, torch.finfo(mask.dtype).min)
 
 
 BACKENDS = (Backend("eager", "the model's own eager function", CAPABILITY, always_usable, eager),)

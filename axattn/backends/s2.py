@@ -8,6 +8,7 @@ a row to its start (the paper's roll leaks there). In evaluation it is full atte
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import torch
 
@@ -38,7 +39,7 @@ def s2(call: AttentionCall) -> torch.Tensor:
     """Shifted sparse attention in training, full attention in evaluation; returns ``[B, S, H, Dv]``.
 
     Raises:
-        UnsupportedAttentionError: in training, heads or KV heads that can't be halved, or a mask without a compact form.
+        UnsupportedAttentionError: in training, heads that can't be halved, or a mask without a compact form.
     """
     if not call.module.training or call.query.shape[2] != call.key.shape[2]:
         return varlen.varlen(call)
@@ -59,9 +60,7 @@ def s2(call: AttentionCall) -> torch.Tensor:
     for half, shift in ((0, 0), (1, group // 2)):
         q = slice(half * heads // 2, (half + 1) * heads // 2)
         kv = slice(half * kv_heads // 2, (half + 1) * kv_heads // 2)
-        part = dataclasses.replace(
-            call, query=call.query[:, q], key=call.key[:, kv], value=call.value[:, kv]
-        )
+        part = dataclasses.replace(call, query=call.query[:, q], key=call.key[:, kv], value=call.value[:, kv])
         halves.append(varlen.over_layout(part, grouped(layout, group, shift)))
     return torch.cat(halves, dim=2)
 
@@ -80,7 +79,7 @@ def grouped(layout: Layout, group: int, shift: int) -> Layout:
         for row0, row1, q0, q1, _, _ in layout.spans:
             inner = range(shift if shift else group, q1, group)
             edges = [q0, *(e for e in inner if q0 < e < q1), q1]
-            spans += [Span(row0, row1, a, b, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+            spans += [Span(row0, row1, a, b, a, b) for a, b in pairwise(edges)]
         layout.memo[key] = dataclasses.replace(layout, spans=tuple(spans), memo={})
     result: Layout = layout.memo[key]
     return result

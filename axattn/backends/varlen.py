@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,16 +78,16 @@ def _flash_varlen(
     if "cuda" not in layout.memo:
         layout.memo["cuda"] = _packed_index(layout, query.device)
     cu_q, cu_k, max_q, max_k, index_q, index_k = layout.memo["cuda"]
-    flat = [x.transpose(1, 2).reshape(-1, x.shape[1], D) for x in (query, key, value)]
+    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], D) for x in (query, key, value))
     if index_q is not None:
-        flat[0] = flat[0].index_select(0, index_q)
+        q = q.index_select(0, index_q)
     if index_k is not None:
-        flat[1:] = [x.index_select(0, index_k) for x in flat[1:]]
+        k, v = k.index_select(0, index_k), v.index_select(0, index_k)
     left = -1 if layout.window is None else layout.window - 1
-    extra: dict[str, Any] = {"enable_gqa": True} if _takes_enable_gqa() and H != key.shape[1] else {}
-    out: torch.Tensor = varlen_attn(
-        *flat, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(left, 0 if layout.causal else left), **extra
-    )  # type: ignore[assignment]  # a tuple only when return_aux is asked for
+    window = (left, 0 if layout.causal else left)
+    grouped: dict[str, Any] = {"enable_gqa": True} if _takes_enable_gqa() and key.shape[1] != H else {}
+    run: Callable[..., torch.Tensor] = varlen_attn  # type: ignore[assignment]  # a tuple only if return_aux is given
+    out = run(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, **grouped)
     if index_q is None:
         return out.view(B, S, H, D)
     return out.new_zeros(B * S, H, D).index_copy(0, index_q, out).view(B, S, H, D)

@@ -1,0 +1,287 @@
+"""`AttentionConfig`: the single source of truth for what a training config says about attention (pydantic v2).
+
+Legacy booleans are input only; the three capability flags are computed, never given.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    computed_field,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+
+from axattn import backends, names
+from axattn.environment import Environment
+from axattn.errors import AxattnError, InvalidConfigError, Reason
+from axattn.planning import Plan, require_available
+
+COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
+
+
+def _legacy_schema(schema: JsonSchemaValue) -> None:
+    """Show the legacy booleans in the JSON schema as what they are: deprecated input."""
+    for flag, name in names.LEGACY_FLAGS.items():
+        schema["properties"][flag] = {
+            "anyOf": [{"type": "boolean"}, {"type": "null"}],
+            "default": None,
+            "deprecated": True,
+            "title": flag.replace("_", " ").title(),
+            "description": f'Deprecated: write attn_implementation: "{name}".',
+        }
+
+
+class AttentionConfig(BaseModel):
+    """What a training config says about attention.
+
+    Validation raises ``pydantic.ValidationError`` with every problem at once, each with what to type instead. Machine
+    requirements are checked only against an `Environment` given as context:
+    ``AttentionConfig.model_validate(data, context={"environment": Environment.current()})``.
+
+    Attributes:
+        attn_implementation: canonical name, hub path, dict per sub-config, or None (which means ``"auto"``).
+        sample_packing: rows hold several documents.
+        adapter: PEFT adapter (``"lora"``, ``"qlora"``), None for a full fine-tune.
+        model_type: Transformers' model type or class name, where known.
+        use_cache: the model's cache setting; ``fp8`` sets it to False.
+        context_parallel_size: ranks that share one sequence.
+        activation_offloading: activations are offloaded to the CPU in training.
+        scaling_softmax: Llama 4's scaled softmax, which only flex attention can express.
+        gemma4_hybrid_attn_impl: FlashAttention 2 on Gemma 4's sliding layers, another kernel on its global ones.
+    """
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_legacy_schema, protected_namespaces=())
+
+    attn_implementation: str | dict[str, Any] | None = None
+    sample_packing: bool = False
+    adapter: str | None = None
+    model_type: str | None = None
+    use_cache: bool | None = None
+    context_parallel_size: int = 1
+    activation_offloading: bool | str | None = None
+    scaling_softmax: bool | None = None
+    gemma4_hybrid_attn_impl: bool | None = None
+
+    _resolved: tuple[str, ...] | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any, info: ValidationInfo) -> Any:
+        """The one validator: maps legacy flags, checks names and everything that depends on them, says all at once."""
+        if not isinstance(data, Mapping):
+            return data
+        values = dict(data)
+        problems: list[str] = []
+        for name in COMPUTED:
+            if name in values:
+                del values[name]
+                problems.append(f"{name} is computed from attn_implementation and can't be given; remove it.")
+        _take_legacy(values, problems)
+        asked = values.get("attn_implementation")
+        if asked is not None:
+            try:
+                asked = values["attn_implementation"] = names.canonicalise_all(asked)
+            except AxattnError as error:
+                problems.append(str(error))
+                asked = None
+        listed = [] if asked is None else names.names_in(asked)
+        problems += _conflicts(values, listed)
+        environment = (info.context or {}).get("environment")
+        for name in listed:
+            if environment is not None:
+                problems += _machine_problems(name, environment)
+        if problems:
+            raise ValueError("\n".join(problems) if len(problems) == 1 else "\n".join(f"- {p}" for p in problems))
+        _settle(values, listed)
+        return values
+
+    @computed_field  # type: ignore[prop-decorator]  # pydantic documents this order of decorators
+    @property
+    def attn_supports_packing(self) -> bool:
+        """Whether every kernel named keeps packed documents apart."""
+        if self._resolved is not None:
+            return all(backends.get(name).capability.segments for name in self._resolved)
+        return all(names.flags(name).packing for name in self.names)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def attn_uses_flash_lib(self) -> bool:
+        """Whether any kernel named comes from a flash attention library."""
+        return any(names.flags(name).flash_lib for name in self._resolved or self.names)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def attn_needs_dtype_cast(self) -> bool:
+        """Whether stray fp32 embeddings and norms must be brought to the dtype of the other weights."""
+        return any(names.flags(name).dtype_cast for name in self._resolved or self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """Every name asked for; ``["auto"]`` when none was."""
+        return ["auto"] if self.attn_implementation is None else names.names_in(self.attn_implementation)
+
+    def resolve(self, plan: Plan) -> Self:
+        """A copy whose flags answer for the kernels that `plan` chose (what ``auto`` turned out to be)."""
+        resolved = self.model_copy()
+        chosen = tuple(dict.fromkeys(entry.chosen for entry in plan.layers))
+        resolved._resolved = chosen or None
+        return resolved
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, environment: Environment | None = None) -> Self:
+        """Read an axolotl YAML file (safe loader) and take what is about attention; the rest is ignored.
+
+        Args:
+            path: the file.
+            environment: check the names against this machine too.
+
+        Raises:
+            InvalidConfigError: no mapping, unreadable YAML, a key given twice, or settings that contradict each other.
+        """
+        values = _load_yaml(Path(path))
+        known = {*cls.model_fields, *names.LEGACY_FLAGS, *COMPUTED}
+        taken = {key: value for key, value in values.items() if key in known}
+        if "model_type" not in taken or taken["model_type"] is None:
+            taken["model_type"] = values.get("type_of_model") or values.get("model_config_type")
+            if values.get("is_llama_derived_model"):
+                taken["model_type"] = "llama"
+        for key in ("sample_packing", "context_parallel_size"):
+            if key in taken and taken[key] is None:
+                del taken[key]
+        try:
+            return cls.model_validate(taken, context={"environment": environment})
+        except ValidationError as error:
+            reasons = [Reason(".".join(map(str, e["loc"])) or "config", _without_prefix(e)) for e in error.errors()]
+            raise InvalidConfigError(f"{Path(path).name} can't be used", reasons) from error
+
+
+def _without_prefix(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    text = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {text}" if where else text
+
+
+def _take_legacy(values: dict[str, Any], problems: list[str]) -> None:
+    """Replace the legacy booleans in `values` by ``attn_implementation``; every flag seen warns."""
+    seen: list[str] = []
+    for flag, name in names.LEGACY_FLAGS.items():
+        if flag not in values:
+            continue
+        given = values.pop(flag)
+        if given is None or given is False:
+            continue
+        if given is not True:
+            problems.append(f"{flag} is {given!r}, not true or false; write attn_implementation: {name}.")
+            continue
+        seen.append(flag)
+        text = f"{flag} is deprecated; write attn_implementation: {name}"
+        warnings.warn(text, DeprecationWarning, stacklevel=4)
+    if not seen:
+        return
+    if values.get("attn_implementation") is not None:
+        flags = ", ".join(seen)
+        problems.append(
+            f"{flags} and attn_implementation: {values['attn_implementation']} are both given; "
+            f"keep attn_implementation and remove {flags}."
+        )
+    else:
+        values["attn_implementation"] = names.LEGACY_FLAGS[seen[0]]  # LEGACY_FLAGS is in order of priority
+
+
+def _conflicts(values: Mapping[str, Any], listed: list[str]) -> list[str]:
+    """What the config itself contradicts, each with what to type instead."""
+    problems: list[str] = []
+    packing = bool(values.get("sample_packing"))
+    for name in listed:
+        if packing and not names.flags(name).packing:
+            unknown = "/" in name
+            why = "is a hub kernel that axattn does not know to separate documents" if unknown else "can't pack"
+            problems.append(f"sample_packing with {name}: it {why}; write attn_implementation: varlen.")
+        if name == "s2":
+            model = values.get("model_type")
+            if model is not None and not _is_llama(str(model)):
+                problems.append(f"s2 is defined for LLaMA models only, not {model}; write attn_implementation: varlen.")
+    parallel = values.get("context_parallel_size")
+    if isinstance(parallel, int) and parallel > 1 and not (listed and all(names.flags(n).flash_lib for n in listed)):
+        problems.append(
+            f"context_parallel_size: {parallel} needs a flash attention library; "
+            "write attn_implementation: flash_attention_2."
+        )
+    if values.get("activation_offloading") and "flex_attention" in listed:
+        problems.append(
+            "activation_offloading does not work with flex_attention; write attn_implementation: varlen, "
+            "or remove activation_offloading."
+        )
+    if values.get("scaling_softmax") and listed != ["flex_attention"]:
+        problems.append("scaling_softmax needs flex_attention; write attn_implementation: flex_attention.")
+    if values.get("gemma4_hybrid_attn_impl") and listed != ["flash_attention_2"]:
+        shown = ", ".join(listed) or "no name"
+        problems.append(
+            f"gemma4_hybrid_attn_impl works with flash_attention_2 only, and {shown} is given; "
+            "write attn_implementation: flash_attention_2."
+        )
+    return problems
+
+
+def _machine_problems(name: str, environment: Environment) -> list[str]:
+    try:
+        require_available(name, environment)
+    except AxattnError as error:
+        return [str(error)]
+    return []
+
+
+def _settle(values: dict[str, Any], listed: list[str]) -> None:
+    """Warnings, and the settings that a kernel brings with it."""
+    if "s2" in listed:
+        text = "s2 (shifted sparse attention) is deprecated; write attn_implementation: varlen"
+        warnings.warn(text, DeprecationWarning, stacklevel=4)
+    if "sage" in listed and not values.get("adapter") and not backends.get("sage").capability.gradient:
+        text = "sage has no true gradient in this version of axattn; write attn_implementation: varlen to train"
+        warnings.warn(text, UserWarning, stacklevel=4)
+    if "fp8" in listed and values.get("use_cache") is not False:
+        values["use_cache"] = False
+        warnings.warn("fp8 sets use_cache: false", UserWarning, stacklevel=4)
+
+
+def _is_llama(model: str) -> bool:
+    return "llama" in model.lower() and "llama4" not in model.lower()
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    class UniqueKeys(yaml.SafeLoader):
+        """PyYAML's safe loader, with a key given twice an error instead of the last one winning."""
+
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+        loader.flatten_mapping(node)
+        result: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            if key in result:
+                raise InvalidConfigError(f"{path.name} gives {key!r} twice (line {key_node.start_mark.line + 1})")
+            result[key] = loader.construct_object(value_node, deep=True)
+        return result
+
+    UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)  # a safe loader
+    except yaml.YAMLError as error:
+        raise InvalidConfigError(f"{path.name} is not YAML", [Reason("yaml", " ".join(str(error).split()))]) from error
+    except UnicodeDecodeError as error:
+        raise InvalidConfigError(f"{path.name} is not UTF-8 text", [Reason("yaml", str(error))]) from error
+    if not isinstance(values, dict):
+        kind = "empty" if values is None else f"a {type(values).__name__}"
+        raise InvalidConfigError(f"{path.name} is {kind}, not a mapping of settings")
+    return values

@@ -1,0 +1,282 @@
+"""`from_pretrained`, `apply`, `restore`, `using`, `plan`, `status`: what a user calls. Changes go into a `PatchSet`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from axattn import names, planning
+from axattn.environment import Environment
+from axattn.errors import UnsupportedAttentionError
+from axattn.needs import ModelNeeds, inner_model_classes, model_class_reasons, model_needs, sub_configs
+from axattn.patches.doors import add_doors, native_name
+from axattn.patches.patchset import PatchSet
+from axattn.patches.routes import add_routes, nested, set_names
+from axattn.planning import Plan
+from axattn.registration import register
+from axattn.reporting import Status, read_status
+from axattn.routes import OnUnsupported
+from axattn.state import ATTRIBUTE, State, state_of, transformers_model
+
+_HUB_KEYWORDS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+_NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config", "device_map", "state_dict", "allow_all_kernels")
+
+
+def from_pretrained(
+    pretrained_model_name_or_path: Any,
+    *args: Any,
+    attn_implementation: names.AttentionNames | None = "auto",
+    model_class: Any = None,
+    on_unsupported: OnUnsupported = "raise",
+    **kwargs: Any,
+) -> Any:
+    """Load a Transformers model whose attention runs on the kernel named, or refuse before the weights load.
+
+    Args:
+        pretrained_model_name_or_path: hub name or local folder, as for Transformers.
+        *args: positional arguments for the model class.
+        attn_implementation: canonical name, hub path, or dict per sub-config (``{"": ..., "text_config": ...}``). None
+            takes ``"auto"``.
+        model_class: any Auto class or model class; None takes the class that the checkpoint names in
+            ``architectures``, else ``AutoModelForCausalLM``.
+        on_unsupported: ``"raise"``, or ``"route"``: layers that the kernel can't serve run on the next exact one.
+        **kwargs: everything that ``from_pretrained`` of the model class takes.
+
+    Returns:
+        What the model class returns (with ``output_loading_info=True``: a tuple).
+
+    Raises:
+        UnknownAttentionError: the name is not known.
+        BackendUnavailableError: this machine can't run it.
+        UnsupportedAttentionError: the model or one of its layers needs what the kernel lacks.
+    """
+    value = names.canonicalise_all("auto" if attn_implementation is None else attn_implementation)
+    _check_policy(on_unsupported)
+    register()
+    config, kwargs = _load_config(pretrained_model_name_or_path, kwargs)
+    cls = _resolve_class(model_class, config)
+    allow = bool(kwargs.get("allow_all_kernels", False))
+    decided = _decide(config, _concrete_class(cls, config), value, on_unsupported, allow)
+    config._attn_implementation = None  # a name inside config.json would beat the argument (Transformers 5.23)
+    native = {path: name for path, name in decided.running.items() if name is not None and names.is_native(name)}
+    if native:
+        kwargs["attn_implementation"] = nested(dict(native))
+    loaded = cls.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    _attach(model, decided, value, allow)
+    return loaded
+
+
+def apply(
+    model: torch.nn.Module,
+    attn_implementation: names.AttentionNames,
+    *,
+    on_unsupported: OnUnsupported = "raise",
+    allow_all_kernels: bool = False,
+) -> torch.nn.Module:
+    """Put a loaded model on the kernel named. What an earlier `apply` did is undone first.
+
+    Args:
+        model: a Transformers model, or a wrapper around one (PEFT).
+        attn_implementation: as for `from_pretrained`.
+        on_unsupported: as for `from_pretrained`.
+        allow_all_kernels: as for Transformers: hub kernels from any publisher, at any revision.
+
+    Returns:
+        `model`.
+
+    Raises:
+        AxattnError: as for `from_pretrained`; the model is then as it was.
+    """
+    value = names.canonicalise_all(attn_implementation)
+    _check_policy(on_unsupported)
+    register()
+    base = transformers_model(model)
+    decided = _decide(base.config, type(base), value, on_unsupported, allow_all_kernels)
+    before = state_of(base)
+    restore(base)
+    try:
+        _attach(base, decided, value, allow_all_kernels)
+    except BaseException:
+        if before is not None and before.plan is not None:
+            _attach(base, before.plan, before.value, before.allow_all_kernels)
+        raise
+    return model
+
+
+def restore(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo everything axattn did to a model, exactly. Does nothing to an untouched model.
+
+    A model loaded by `from_pretrained` on a name of ours then runs on Transformers' default attention.
+    """
+    state = state_of(model)
+    if state is not None:
+        state.patches.undo()
+    return model
+
+
+@contextlib.contextmanager
+def using(
+    model: torch.nn.Module,
+    attn_implementation: names.AttentionNames,
+    *,
+    on_unsupported: OnUnsupported = "raise",
+    allow_all_kernels: bool = False,
+) -> Iterator[torch.nn.Module]:
+    """`apply` for the length of a ``with`` block; the model then runs on what it ran on before."""
+    before = state_of(model)
+    apply(model, attn_implementation, on_unsupported=on_unsupported, allow_all_kernels=allow_all_kernels)
+    try:
+        yield model
+    finally:
+        restore(model)
+        if before is not None and before.plan is not None:
+            _attach(transformers_model(model), before.plan, before.value, before.allow_all_kernels)
+
+
+def plan(
+    model: Any,
+    attn_implementation: names.AttentionNames = "auto",
+    *,
+    environment: Environment | None = None,
+    on_unsupported: OnUnsupported = "raise",
+    allow_all_kernels: bool = False,
+    **kwargs: Any,
+) -> Plan:
+    """What `from_pretrained` or `apply` would do: which kernel each layer gets, and why not the others.
+
+    Args:
+        model: a model, a config, a hub name or a local folder. No weights are loaded.
+        attn_implementation: as for `from_pretrained`.
+        environment: the machine; this one when None.
+        on_unsupported: as for `from_pretrained`.
+        allow_all_kernels: as for `from_pretrained`.
+        **kwargs: for ``AutoConfig.from_pretrained``.
+
+    Raises:
+        AxattnError: as for `from_pretrained`.
+    """
+    value = names.canonicalise_all(attn_implementation)
+    _check_policy(on_unsupported)
+    if isinstance(model, torch.nn.Module):
+        base = transformers_model(model)
+        config: Any = base.config
+        cls: type | None = type(base)
+    elif hasattr(model, "sub_configs"):
+        config = model
+        cls = _concrete_class(_resolve_class(None, config), config)
+    else:
+        config, _ = _load_config(model, kwargs)
+        cls = _concrete_class(_resolve_class(None, config), config)
+    return _decide(config, cls, value, on_unsupported, allow_all_kernels, environment)
+
+
+def status(model: torch.nn.Module) -> Status:
+    """Asked for → running for each layer, the patches that are active, and the calls served."""
+    return read_status(transformers_model(model))
+
+
+def _check_policy(on_unsupported: str) -> None:
+    if on_unsupported not in ("raise", "route"):
+        raise ValueError(f'on_unsupported={on_unsupported!r} is neither "raise" nor "route"')
+
+
+def _load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The config as Transformers' own loading would make it, and the keywords that it left over."""
+    from transformers import AutoConfig
+
+    given = kwargs.pop("config", None)
+    if given is not None and not isinstance(given, str):
+        return copy.deepcopy(given), kwargs
+    hub = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
+    held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
+    rest = {key: value for key, value in kwargs.items() if key not in hub}
+    config, unused = AutoConfig.from_pretrained(given or source, return_unused_kwargs=True, **hub, **rest)
+    return config, {**hub, **{k: v for k, v in unused.items() if k not in hub}, **held}
+
+
+def _resolve_class(model_class: Any, config: Any) -> Any:
+    import transformers
+
+    if model_class is not None:
+        return model_class
+    for name in getattr(config, "architectures", None) or ():
+        cls = getattr(transformers, name, None)
+        if cls is not None:
+            return cls
+    return transformers.AutoModelForCausalLM
+
+
+def _concrete_class(cls: Any, config: Any) -> type | None:
+    """The model class behind an Auto class, None when Transformers has no mapping for this config (remote code)."""
+    mapping = getattr(cls, "_model_mapping", None)
+    if mapping is None:
+        return cls if isinstance(cls, type) else None
+    if type(config) not in mapping:
+        return None
+    found = mapping[type(config)]
+    concrete: type = found[0] if isinstance(found, tuple) else found
+    return concrete
+
+
+def _decide(
+    config: Any,
+    cls: type | None,
+    value: names.AttentionNames,
+    on_unsupported: OnUnsupported,
+    allow_all_kernels: bool,
+    environment: Environment | None = None,
+) -> Plan:
+    """The plan, after the model's classes are known to run through Transformers' attention interface."""
+    needs: ModelNeeds = model_needs(config, cls.__name__ if cls is not None else "")
+    if any(name not in ("eager", "sdpa") for name in names.names_in(value)):
+        classes = [cls, *(inner_model_classes(config) if isinstance(value, str) else ())]
+        _require_interface(needs.model, classes)
+    return planning.plan(
+        needs, value, environment or Environment.current(), on_unsupported, allow_all_kernels=allow_all_kernels
+    )
+
+
+def _require_interface(model: str, classes: list[type | None]) -> None:
+    reasons = list(dict.fromkeys(reason for cls in classes for reason in model_class_reasons(cls)))
+    if reasons:
+        raise UnsupportedAttentionError(
+            f"{model} can't take another attention kernel",
+            reasons,
+            'Use attn_implementation="eager" (or "sdpa"), or a dict that names only the sub-configs that can.',
+        )
+
+
+def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, allow_all_kernels: bool) -> None:
+    """Patch a loaded model to run as planned; on any error the model is as it was."""
+    from transformers import PreTrainedModel
+
+    configs = dict(sub_configs(model.config))
+    ours = {
+        id(configs[path]) for path, name in decided.running.items() if name is not None and not names.is_native(name)
+    }
+    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel) and id(m.config) in ours]
+    _require_interface(decided.model, [type(module) for module in inner])
+    with PatchSet() as patches:
+        state = State(decided, patches, value, allow_all_kernels)
+        patches.set_attribute(model, ATTRIBUTE, state)
+        set_names(patches, model, decided, allow_all_kernels=allow_all_kernels)
+        native = {
+            id(config): native_name(decided.running.get(path), config._attn_implementation)
+            for path, config in configs.items()
+        }
+        add_doors(patches, model, native)
+        add_routes(patches, model, decided)

@@ -1,0 +1,226 @@
+"""Reads what each attention layer of a model needs from its Transformers config alone: no weights, no model object."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+from axattn.capability import Need
+from axattn.errors import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNeed:
+    """What one layer asks for.
+
+    Attributes:
+        path: the sub-config, ``""`` for the model's own config, ``"text_config"``, ``"a.b"`` when nested.
+        index: layer number within that config.
+        kind: Transformers' layer type (``full_attention``, ``sliding_attention``, ...).
+        need: its `Need`.
+    """
+
+    path: str
+    index: int
+    kind: str
+    need: Need
+
+    @property
+    def name(self) -> str:
+        """For people: ``text_config layer 3``."""
+        return f"{self.path} layer {self.index}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNeeds:
+    """What a model asks for.
+
+    Attributes:
+        model: class name or model type, for messages.
+        layers: every attention layer found.
+        paths: every config path of the model, ``""`` first.
+        unknown: paths whose config tells nothing about attention; they are checked call by call.
+    """
+
+    model: str
+    layers: tuple[LayerNeed, ...]
+    paths: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def model_needs(config: Any, model: str = "") -> ModelNeeds:
+    """The needs of every attention layer that a config describes.
+
+    Args:
+        config: a ``PreTrainedConfig``.
+        model: name for messages, the config's model type if empty.
+    """
+    layers: list[LayerNeed] = []
+    paths: list[str] = []
+    unknown: list[str] = []
+    for path, inner in sub_configs(config):
+        paths.append(path)
+        found = _layers(path, inner)
+        layers += found
+        if not found and not inner.sub_configs:
+            unknown.append(path)
+    return ModelNeeds(model or config.model_type, tuple(layers), tuple(paths), tuple(unknown))
+
+
+def sub_configs(config: Any, path: str = "") -> list[tuple[str, Any]]:
+    """``(path, config)`` of a config and every config inside it, outermost first."""
+    found = [(path, config)]
+    for key in config.sub_configs:
+        inner = getattr(config, key, None)
+        if inner is not None and hasattr(inner, "sub_configs"):
+            found += sub_configs(inner, f"{path}.{key}" if path else key)
+    return found
+
+
+def model_class_reasons(cls: type | None) -> list[Reason]:
+    """Why a model class does not run through Transformers' attention interface; empty when it does."""
+    if cls is None:
+        return []
+    settable = getattr(cls, "_can_set_attn_implementation", None)
+    if settable is None or (settable() and getattr(cls, "_supports_attention_backend", False)):
+        return []
+    if settable() and not _module_calls(cls.__module__):
+        return []  # no attention of its own: a wrapper whose inner models are checked one by one
+    return [Reason("model", f"{cls.__name__} does not use Transformers' attention interface")]
+
+
+def inner_model_classes(config: Any) -> list[type]:
+    """The ``AutoModel`` classes of a config and of the configs inside it, as far as Transformers maps them."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    classes: list[type] = []
+    for _, inner in sub_configs(config):
+        if type(inner) in MODEL_MAPPING:
+            found = MODEL_MAPPING[type(inner)]
+            classes += list(found) if isinstance(found, tuple) else [found]
+    return classes
+
+
+def _layers(path: str, config: Any) -> list[LayerNeed]:
+    heads = _first(config, "num_attention_heads", "num_heads", "encoder_attention_heads")
+    count = _first(config, "num_hidden_layers", "depth", "num_layers", "encoder_layers")
+    size = _first(config, "hidden_size", "d_model", "embed_dim")
+    if not isinstance(heads, int) or not isinstance(count, int) or not heads:
+        return []
+    words = _modeling_words(config)
+    head_dim = _first(config, "head_dim") or (size // heads if isinstance(size, int) else None)
+    value_dim = head_dim
+    nope, rope = _first(config, "qk_nope_head_dim"), _first(config, "qk_rope_head_dim")
+    if isinstance(nope, int) and isinstance(rope, int):
+        head_dim, value_dim = nope + rope, _first(config, "v_head_dim") or nope + rope
+    base = Need(
+        head_dim=head_dim,
+        value_dim=value_dim,
+        heads=heads,
+        kv_heads=_first(config, "num_key_value_heads") or heads,
+        causal=_is_causal(config, words),
+        softcap=_first(config, "attn_logit_softcapping") if "softcap" in words.keywords else None,
+        sinks=bool({"s_aux", "sinks"} & words.keywords),
+        bias="position_bias" in words.keywords,
+        sparse=bool({"indices", "block_indices"} & words.keywords),
+        dropout=_dropout(config),
+    )
+    kinds = getattr(config, "layer_types", None) or [_default_kind(config)] * count
+    return [
+        LayerNeed(path, index, kind, _of_kind(base, kind, config, index))
+        for index, kind in enumerate(kinds)
+        if "attention" in kind or kind in ("hybrid", "minimax_m3_sparse", "hybrid_sliding")
+        if not kind.startswith("linear")
+    ]
+
+
+def _of_kind(base: Need, kind: str, config: Any, index: int) -> Need:
+    if kind == "sliding_attention":
+        return replace(base, window=_first(config, "sliding_window"))
+    if kind == "chunked_attention":
+        return replace(base, chunk=_first(config, "attention_chunk_size"))
+    if kind == "full_attention":
+        wider = _full_head_dim(config, index)
+        if wider is not None and wider != base.head_dim:
+            kv = _first(config, "num_global_key_value_heads") or base.kv_heads
+            return replace(base, head_dim=wider, value_dim=wider, kv_heads=kv)
+    return base
+
+
+def _full_head_dim(config: Any, index: int) -> int | None:
+    """Gemma 4: full-attention layers have a head dim of their own (``per_layer_config``, else ``global_head_dim``)."""
+    per_layer = getattr(config, "per_layer_config", None)
+    if per_layer:
+        inner = per_layer.get(index) if isinstance(per_layer, dict) else per_layer[index]
+        found = inner.get("head_dim") if isinstance(inner, dict) else getattr(inner, "head_dim", None)
+        if isinstance(found, int):
+            return found
+    found = getattr(config, "global_head_dim", None)
+    return found if isinstance(found, int) else None
+
+
+def _default_kind(config: Any) -> str:
+    if _first(config, "sliding_window") and getattr(config, "use_sliding_window", True):
+        return "sliding_attention"
+    return "chunked_attention" if _first(config, "attention_chunk_size") else "full_attention"
+
+
+def _is_causal(config: Any, words: _Words) -> bool:
+    if getattr(config, "is_causal", None) is False:
+        return False
+    if "create_causal_mask" in words.names:
+        both = "create_bidirectional_mask" in words.names
+        return bool(getattr(config, "is_decoder", False)) if both else True
+    return not words.names  # a file we can't read: assume the common case
+
+
+def _dropout(config: Any) -> float:
+    value = _first(config, "attention_dropout", "attention_probs_dropout_prob")
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _first(config: Any, *names: str) -> Any:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What a modeling file mentions: keywords given to the attention function, and names it uses."""
+
+    keywords: frozenset[str]
+    names: frozenset[str]
+
+
+def _modeling_words(config: Any) -> _Words:
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    return _read_words(module)
+
+
+def _module_calls(module: str) -> bool:
+    """Whether a modeling file calls an attention function itself."""
+    return bool(_read_words(module).keywords)
+
+
+@functools.cache
+def _read_words(module: str) -> _Words:
+    try:
+        source = inspect.getsource(sys.modules.get(module) or importlib.import_module(module))
+    except (ImportError, OSError, TypeError):
+        return _Words(frozenset(), frozenset())
+    keywords: set[str] = set()
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface":
+            keywords |= {kw.arg for kw in node.keywords if kw.arg is not None}
+    return _Words(frozenset(keywords), frozenset(names))

@@ -1,0 +1,255 @@
+"""`PackingCollator`: documents into rows of at most N tokens, with everything a kernel needs to keep them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+from axattn.errors import InvalidInputError, Reason
+
+IGNORE_INDEX = -100
+
+TooLong = Literal["split", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document: token features of equal length (``input_ids``, ``labels``, ...)."""
+
+    features: Mapping[str, list[int]]
+
+    def __len__(self) -> int:
+        return len(self.features["input_ids"])
+
+    def piece(self, start: int, end: int) -> Document:
+        """Tokens ``[start, end)`` as a document of its own."""
+        return Document({key: values[start:end] for key, values in self.features.items()})
+
+
+@dataclass(slots=True)
+class PackingStats:
+    """What a collator has packed so far, in its own process.
+
+    Attributes:
+        documents: documents given.
+        tokens: their tokens; every one is in exactly one row.
+        rows: rows made.
+        padding: padding tokens added.
+        splits: how often a document was cut to fit a row.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    rows: int = 0
+    padding: int = 0
+    splits: int = 0
+
+    @property
+    def fill(self) -> float:
+        """Real tokens over all tokens, from 0 to 1."""
+        total = self.tokens + self.padding
+        return self.tokens / total if total else 1.0
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack items into as few rows as first-fit decreasing finds (at most 11/9 of the optimum + 6/9; Dósa 2007).
+
+    Args:
+        lengths: size of each item, none above `capacity`.
+        capacity: size of a row.
+
+    Returns:
+        Item numbers by row; rows in order of their first item, items of a row in the order given.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = next((row for row, room in enumerate(free) if room >= lengths[item]), None)
+        if at is None:
+            rows.append([])
+            free.append(capacity)
+            at = len(rows) - 1
+        rows[at].append(item)
+        free[at] -= lengths[item]
+    return sorted(sorted(row) for row in rows)
+
+
+class PackingCollator:
+    """A ``data_collator`` for Transformers' Trainer and TRL that packs documents without leaking.
+
+    A batch holds ``input_ids``, ``position_ids`` (from 0 in every document), ``labels`` (no loss across a boundary:
+    the first token of a document is no target), and ``cu_seq_lens_q/k``, ``max_length_q/k`` over the flattened
+    tokens. Padding behind a row is a document of its own, with no loss; there is no attention mask.
+
+    Args:
+        max_length: tokens in a row. None puts all documents of a batch into one row.
+        pad_token_id: token that fills rows.
+        too_long: what happens to a document longer than `max_length`: ``"split"`` cuts it into documents of their
+            own, ``"error"`` refuses it.
+        pad_rows: fill every row to `max_length`, not only to the longest (fixed shapes for compiled models).
+        pad_to_multiple_of: row lengths are a multiple of this.
+        return_lengths: emit ``cu_seq_lens_*`` and ``max_length_*``; turn off for models whose forward does not take
+            them (documents are then found in ``position_ids``).
+
+    Attributes:
+        stats: `PackingStats` so far.
+
+    Raises:
+        InvalidInputError: an empty batch, an empty document, features of different lengths, a document too long.
+    """
+
+    def __init__(
+        self,
+        max_length: int | None = None,
+        *,
+        pad_token_id: int = 0,
+        too_long: TooLong = "split",
+        pad_rows: bool = False,
+        pad_to_multiple_of: int | None = None,
+        return_lengths: bool = True,
+    ) -> None:
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"max_length={max_length}: a row needs at least two tokens to have one target")
+        if too_long not in ("split", "error"):
+            raise ValueError(f'too_long={too_long!r} is neither "split" nor "error"')
+        if pad_to_multiple_of and max_length is not None and max_length % pad_to_multiple_of:
+            raise ValueError(f"max_length={max_length} is no multiple of pad_to_multiple_of={pad_to_multiple_of}")
+        if pad_rows and max_length is None:
+            raise ValueError("pad_rows=True needs a max_length")
+        self.max_length = max_length
+        self.pad_token_id = pad_token_id
+        self.too_long = too_long
+        self.pad_rows = pad_rows
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.return_lengths = return_lengths
+        self.stats = PackingStats()
+
+    def __call__(self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        """Pack a batch.
+
+        Args:
+            features: one mapping per example: ``input_ids`` and any other per-token lists. ``attention_mask`` zeros are
+                removed; ``position_ids`` or ``seq_lengths`` that mark several documents in an example are honoured;
+                ``completion_mask`` and ``assistant_masks`` turn into labels.
+            return_tensors: ``"pt"`` or None; there is nothing else.
+
+        Returns:
+            Tensors as described for the class, rows first: ``[rows, row length]``.
+        """
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f'return_tensors={return_tensors!r}: PackingCollator makes "pt" tensors only')
+        if not features:
+            raise InvalidInputError("the batch is empty", advice="Give PackingCollator at least one example.")
+        documents = [document for at, feature in enumerate(features) for document in _documents(feature, at)]
+        keys = {frozenset(document.features) for document in documents}
+        if len(keys) > 1:
+            names = sorted({name for key in keys for name in key} - set.intersection(*(set(key) for key in keys)))
+            raise InvalidInputError(f"only some examples of the batch have {', '.join(names)}")
+        self.stats.documents += len(documents)
+        pieces = self._cut(documents)
+        lengths = [len(piece) for piece in pieces]
+        rows = [list(range(len(pieces)))]
+        if self.max_length is not None:
+            rows = first_fit_decreasing(lengths, self.max_length)
+        return self._batch([[pieces[i] for i in row] for row in rows])
+
+    def _cut(self, documents: list[Document]) -> list[Document]:
+        limit = self.max_length
+        if limit is None:
+            return documents
+        pieces: list[Document] = []
+        for document in documents:
+            if len(document) <= limit:
+                pieces.append(document)
+                continue
+            if self.too_long == "error":
+                raise InvalidInputError(
+                    f"a document has {len(document)} tokens, a row holds {limit}",
+                    advice='Raise max_length, or pass too_long="split".',
+                )
+            pieces += [document.piece(a, a + limit) for a in range(0, len(document), limit)]
+            self.stats.splits += -(-len(document) // limit) - 1
+        return pieces
+
+    def _batch(self, rows: list[list[Document]]) -> dict[str, Any]:
+        import torch
+
+        used = [sum(len(document) for document in row) for row in rows]
+        size = self.max_length if self.pad_rows and self.max_length is not None else max(used)
+        if self.pad_to_multiple_of:
+            size = -(-size // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        columns: dict[str, list[list[int]]] = {key: [] for key in (*rows[0][0].features, "position_ids")}
+        lengths: list[int] = []
+        for row, real in zip(rows, used, strict=True):
+            padding = size - real
+            parts = [len(document) for document in row] + ([padding] if padding else [])
+            lengths += parts
+            columns["position_ids"].append([i for part in parts for i in range(part)])
+            for key in rows[0][0].features:
+                fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}.get(key, 0)
+                columns[key].append([v for document in row for v in document.features[key]] + [fill] * padding)
+        self.stats.rows += len(rows)
+        self.stats.tokens += sum(used)
+        self.stats.padding += size * len(rows) - sum(used)
+        batch: dict[str, Any] = {key: torch.tensor(values, dtype=torch.long) for key, values in columns.items()}
+        if self.return_lengths:
+            cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = cumulative
+            batch["max_length_q"] = batch["max_length_k"] = max(lengths)
+        return batch
+
+
+_CONSUMED = ("attention_mask", "position_ids", "seq_lengths", "completion_mask", "assistant_masks")
+
+
+def _documents(feature: Mapping[str, Any], at: int) -> list[Document]:
+    """The documents of one example, with labels; padding that its attention mask marks is gone."""
+    if "input_ids" not in feature:
+        raise InvalidInputError(f"example {at} has no input_ids", advice="Tokenise the data set first.")
+    columns = {key: _ints(feature[key], key, at) for key in feature if feature[key] is not None}
+    count = len(columns["input_ids"])
+    lengths = columns.pop("seq_lengths", None)
+    reasons = [
+        Reason(key, f"{key} has {len(values)} values for {count} tokens")
+        for key, values in columns.items()
+        if len(values) != count
+    ]
+    if lengths is not None and sum(lengths) != count:
+        reasons.append(Reason("seq_lengths", f"seq_lengths add up to {sum(lengths)} for {count} tokens"))
+    if reasons:
+        raise InvalidInputError(f"example {at} can't be packed", reasons)
+    labels = list(columns.get("labels", columns["input_ids"]))
+    for key in ("completion_mask", "assistant_masks"):
+        if key in columns:
+            labels = [label if kept else IGNORE_INDEX for label, kept in zip(labels, columns[key], strict=True)]
+    starts = _starts(columns.get("position_ids"), lengths, count)
+    kept = columns.get("attention_mask", [1] * count)
+    columns = {key: values for key, values in columns.items() if key not in _CONSUMED} | {"labels": labels}
+    documents = []
+    for a, b in zip(starts, [*starts[1:], count], strict=True):
+        real = [i for i in range(a, b) if kept[i]]
+        if not real:
+            continue
+        part = {key: [values[i] for i in real] for key, values in columns.items()}
+        part["labels"][0] = IGNORE_INDEX
+        documents.append(Document(part))
+    if not documents:
+        raise InvalidInputError(f"example {at} has no tokens", advice="Filter empty examples out of the data set.")
+    return documents
+
+
+def _starts(positions: list[int] | None, lengths: list[int] | None, count: int) -> list[int]:
+    if lengths is not None:
+        return [0, *accumulate(lengths)][:-1] if lengths else [0]
+    if positions is None:
+        return [0]
+    return [i for i in range(count) if i == 0 or positions[i] != positions[i - 1] + 1]
+
+
+def _ints(values: Any, key: str, at: int) -> list[int]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes) or any(isinstance(v, list) for v in values):
+        raise InvalidInputError(f"example {at}: {key} is not a flat list of integers")
+    return [int(value) for value in values]

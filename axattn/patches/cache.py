@@ -1,0 +1,18 @@
+"""Patch: ``use_cache`` off on every config inside a model (Transformers' Trainer turns off the outermost only)."""
+
+from __future__ import annotations
+
+import torch
+
+from axattn.needs import sub_configs
+from axattn.patches.patchset import PatchSet
+
+
+def disable_cache(patches: PatchSet, model: torch.nn.Module) -> list[str]:
+    """Set ``use_cache = False`` on every config and generation config that has it on; returns the paths changed."""
+    changed = []
+    for path, config in sub_configs(model.config):
+        if getattr(config, "use_cache", False):
+            patches.set_attribute(config, "use_cache", False)
+            changed.append(path)
+    return changed

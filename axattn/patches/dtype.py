@@ -1,0 +1,62 @@
+"""Patch: stray fp32 embeddings and norms brought to the dtype of the model's other weights.
+
+k-bit preparation (PEFT) and some checkpoints leave norms and embeddings in fp32, so that q and k reach a 16-bit kernel
+as fp32. Undo brings the dtype back, not the bits that rounding took.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from axattn.patches.patchset import PatchSet
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def compute_dtype(model: torch.nn.Module) -> torch.dtype | None:
+    """The 16-bit dtype that most of the model's weights have (or that its quantised layers compute in), else None."""
+    weight: Counter[torch.dtype] = Counter()
+    for module in model.modules():
+        asked = getattr(module, "compute_dtype", None)  # bitsandbytes linears: their weights are bytes
+        for parameter in module.parameters(recurse=False):
+            if not parameter.is_floating_point():
+                if isinstance(asked, torch.dtype):
+                    weight[asked] += parameter.numel()
+            else:
+                weight[parameter.dtype] += parameter.numel()
+    if not weight:
+        return None
+    halves = [dtype for dtype in weight if dtype in _HALVES]
+    if not halves:
+        return None
+    rest = Counter({d: n for d, n in weight.items() if d in _HALVES})
+    return rest.most_common(1)[0][0]
+
+
+def cast_stray_weights(patches: PatchSet, model: torch.nn.Module) -> list[str]:
+    """Cast fp32 embeddings and norms to `compute_dtype`; an fp32 model stays as it is. Returns the names cast."""
+    dtype = compute_dtype(model)
+    if dtype is None:
+        return []
+    cast = []
+    for name, module in model.named_modules():
+        if not (isinstance(module, torch.nn.Embedding) or _is_norm(module)):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype == torch.float32:
+                patches.add_undo(_set_dtype, parameter, torch.float32)
+                _set_dtype(parameter, dtype)
+                cast.append(f"{name}.{key}")
+    return cast
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _set_dtype(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
+    parameter.data = parameter.data.to(dtype)
+    if parameter.grad is not None:
+        parameter.grad = parameter.grad.to(dtype)

@@ -1,0 +1,84 @@
+"""`PatchSet`: a list of changes to objects, undone last in first out to the exact prior values."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+
+class _Absent(enum.Enum):
+    """Marks an attribute that was not there; an enum member stays itself through copies and pickles."""
+
+    ABSENT = 0
+
+
+class PatchSet:
+    """Changes made through this object are undone by `undo`, in reverse order. Copyable and picklable with a model.
+
+    Only `set_attribute` and `add_handle` change anything; nothing else in axattn sets attributes on foreign objects.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[str, Any, Any, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._undo)
+
+    def set_attribute(self, target: object, name: str, value: Any, *, must_exist: bool = False) -> None:
+        """Set an attribute of `target` itself and remember what was there.
+
+        Args:
+            target: the object.
+            name: attribute.
+            value: new value.
+            must_exist: refuse to add an attribute that `target` does not have.
+
+        Raises:
+            AttributeError: `must_exist`, and `target` has no such attribute.
+        """
+        if must_exist and not hasattr(target, name):
+            raise AttributeError(f"{type(target).__name__} has no attribute {name!r} to patch")
+        old = vars(target).get(name, _Absent.ABSENT)
+        self._undo.append(("attribute", target, name, old))
+        setattr(target, name, value)
+
+    def add_handle(self, handle: Any) -> None:
+        """Take over a handle (of a hook): `undo` calls its ``remove()``."""
+        self._undo.append(("handle", handle, None, None))
+
+    def add_undo(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Take over a change made elsewhere: `undo` calls ``function(*arguments)`` (module-level, so it pickles)."""
+        self._undo.append(("call", function, arguments, None))
+
+    def undo(self) -> None:
+        """Undo everything, last first. Idempotent. An undo that fails does not keep the others from running.
+
+        Raises:
+            ExceptionGroup: with every error met.
+        """
+        errors: list[Exception] = []
+        while self._undo:
+            kind, target, name, old = self._undo.pop()
+            try:
+                if kind == "handle":
+                    target.remove()
+                elif kind == "call":
+                    target(*name)
+                elif old is _Absent.ABSENT:
+                    if name in vars(target):
+                        delattr(target, name)
+                else:
+                    setattr(target, name, old)
+            except Exception as error:  # gathered and raised below
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("some patches could not be undone", errors)
+
+    def __enter__(self) -> PatchSet:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Roll back when the block raised; keep the changes otherwise."""
+        if kind is not None:
+            self.undo()

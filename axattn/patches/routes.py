@@ -1,0 +1,74 @@
+"""Patch: the attention names in a model's configs and a `Route` on every attention module."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+from axattn import names
+from axattn.needs import sub_configs
+from axattn.patches.patchset import PatchSet
+from axattn.planning import Plan
+from axattn.routes import ATTRIBUTE, Route, candidates
+
+_INTERNAL = "_attn_implementation_internal"
+
+
+def set_names(patches: PatchSet, model: torch.nn.Module, plan: Plan, *, allow_all_kernels: bool = False) -> None:
+    """Put the plan's names into the model's configs; native ones through Transformers' own checked setter."""
+    configs = dict(sub_configs(model.config))
+    for config in configs.values():  # remember every prior name, also those that Transformers' setter changes
+        patches.set_attribute(config, _INTERNAL, getattr(config, _INTERNAL, None))
+    native = {p: n for p, n in plan.running.items() if n is not None and names.is_native(n)}
+    if any(configs[path]._attn_implementation != name for path, name in native.items()):
+        model.set_attn_implementation(  # type: ignore[operator]  # a method of PreTrainedModel
+            nested({**{p: c._attn_implementation for p, c in configs.items()}, **native}),
+            allow_all_kernels=allow_all_kernels,
+        )
+    for path, name in plan.running.items():
+        if name is not None and not names.is_native(name):
+            setattr(configs[path], _INTERNAL, name)
+
+
+def nested(by_path: dict[str, str | None]) -> dict[str, object]:
+    """``{"": a, "x": b, "x.y": c}`` in the nested form that Transformers takes; None is left out."""
+    result: dict[str, object] = {}
+    for path, name in by_path.items():
+        if name is None:
+            continue
+        *parents, last = path.split(".") if path else [""]
+        inner = result
+        for parent in parents:
+            below = inner.setdefault(parent, {})
+            if not isinstance(below, dict):
+                below = inner[parent] = {"": below}
+            inner = below
+        inner[last] = name
+    return result
+
+
+def add_routes(patches: PatchSet, model: torch.nn.Module, plan: Plan) -> None:
+    """Put a `Route` on every attention module whose config runs on a name of ours."""
+    path_of = {id(config): path for path, config in sub_configs(model.config)}
+    chosen = {(entry.layer.path, entry.layer.index): entry.chosen for entry in plan.layers}
+    for name, module in model.named_modules():
+        if not calls_interface(type(module)):
+            continue
+        path = path_of.get(id(getattr(module, "config", None)), "")
+        running = plan.running.get(path)
+        if running is None or names.is_native(running):
+            continue
+        order = candidates(running, plan.on_unsupported)
+        planned = chosen.get((path, getattr(module, "layer_idx", None) or 0), order[0])
+        patches.set_attribute(module, ATTRIBUTE, Route(running, name, order, planned))
+
+
+@functools.cache
+def calls_interface(cls: Any) -> bool:
+    """Whether a module class calls Transformers' attention interface in its own ``forward``."""
+    forward = cls.__dict__.get("forward") or getattr(cls, "forward", None)
+    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

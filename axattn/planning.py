@@ -1,0 +1,310 @@
+"""`plan`: which kernel each layer gets and why not the others. Pure: needs, names, machine and policy in, plan out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace as replaced
+from typing import Any
+
+from axattn import backends, names
+from axattn.backends.base import Backend
+from axattn.backends.hub import hub_backend
+from axattn.capability import Need, missing
+from axattn.environment import Environment
+from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError, UnsupportedAttentionError
+from axattn.needs import LayerNeed, ModelNeeds
+from axattn.routes import OnUnsupported, candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A kernel that a layer does not get, and every reason."""
+
+    backend: str
+    reasons: tuple[Reason, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What one layer gets.
+
+    Attributes:
+        layer: what it needs.
+        asked: the name asked for.
+        chosen: the backend it gets.
+        rejected: the faster or asked-for kernels it does not get.
+    """
+
+    layer: LayerNeed
+    asked: str
+    chosen: str
+    rejected: tuple[Rejected, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The plan of a model.
+
+    Attributes:
+        model: name of the model, for people.
+        environment: the machine it was made for.
+        asked: name by config path; None leaves Transformers' default there.
+        running: the name Transformers is given, by config path.
+        layers: a `LayerPlan` per attention layer.
+        on_unsupported: the policy.
+        unknown: config paths that are checked call by call only.
+        notes: sentences for people.
+    """
+
+    model: str
+    environment: Environment
+    asked: Mapping[str, str | None]
+    running: Mapping[str, str | None]
+    layers: tuple[LayerPlan, ...]
+    on_unsupported: OnUnsupported
+    unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def groups(self) -> list[tuple[list[LayerPlan], LayerPlan]]:
+        """Layers that are alike but for their number, in order: (members, the first of them)."""
+        found: dict[Any, list[LayerPlan]] = {}
+        for entry in self.layers:
+            key = (entry.layer.path, entry.layer.kind, entry.layer.need, entry.asked, entry.chosen)
+            found.setdefault(key, []).append(entry)
+        return [(members, members[0]) for members in found.values()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        return {
+            "model": self.model,
+            "environment": self.environment.to_dict(),
+            "asked": dict(self.asked),
+            "running": dict(self.running),
+            "on_unsupported": self.on_unsupported,
+            "layers": [
+                {
+                    "layer": entry.layer.name,
+                    "kind": entry.layer.kind,
+                    "asked": entry.asked,
+                    "chosen": entry.chosen,
+                    "rejected": {r.backend: [reason.text for reason in r.reasons] for r in entry.rejected},
+                }
+                for entry in self.layers
+            ],
+            "unknown": list(self.unknown),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} on {self.environment.describe()}"]
+        for members, first in self.groups():
+            lines.append(f"  {_range(members)} {first.layer.kind}: {first.asked} → {first.chosen}")
+            for rejected in first.rejected:
+                lines.append(f"      not {rejected.backend}: {'; '.join(r.text for r in rejected.reasons)}")
+        lines += [f"  {path or 'model'}: checked call by call" for path in self.unknown]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def _range(members: list[LayerPlan]) -> str:
+    numbers = [entry.layer.index for entry in members]
+    path = f"{members[0].layer.path} " if members[0].layer.path else ""
+    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{path}layers {numbers[0]}-{numbers[-1]}"
+    return f"{path}layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def resolve_names(value: names.AttentionNames, paths: tuple[str, ...]) -> dict[str, str | None]:
+    """Name by config path from a name or a (nested) dict; a path that no dict mentions keeps Transformers' default.
+
+    Raises:
+        UnknownAttentionError: a key is no sub-config of this model.
+    """
+    if isinstance(value, str):
+        return dict.fromkeys(paths, value)
+    resolved: dict[str, str | None] = dict.fromkeys(paths, None)
+    unknown: list[str] = []
+
+    def fill(inner: Mapping[str, Any], prefix: str) -> None:
+        for key, given in inner.items():
+            path = prefix if key == "" else (f"{prefix}.{key}" if prefix else key)
+            if path not in resolved:
+                unknown.append(path)
+            elif isinstance(given, Mapping):
+                fill(given, path)
+            else:
+                below = [p for p in paths if p == path or (key != "" and p.startswith(f"{path}."))]
+                resolved.update(dict.fromkeys(below, given))
+
+    fill(value, "")
+    if unknown:
+        keys = ", ".join(repr(p) for p in paths)
+        raise UnknownAttentionError(
+            "attn_implementation names sub-configs that this model does not have",
+            [Reason("name", f"unknown key {path!r}") for path in unknown],
+            f"Its keys are {keys}.",
+        )
+    return resolved
+
+
+def plan(
+    needs: ModelNeeds,
+    value: names.AttentionNames,
+    environment: Environment,
+    on_unsupported: OnUnsupported = "raise",
+    *,
+    allow_all_kernels: bool = False,
+) -> Plan:
+    """Decide for every layer which kernel it gets.
+
+    Args:
+        needs: what the model asks for.
+        value: canonical name, or dict of names by sub-config.
+        environment: the machine.
+        on_unsupported: ``"raise"``, or ``"route"`` to the next exact kernel; ``auto`` always routes.
+        allow_all_kernels: hub kernels outside ``kernels-community`` may run.
+
+    Raises:
+        UnknownAttentionError: a key of the dict is no sub-config.
+        BackendUnavailableError: this machine can't run the name.
+        UnsupportedAttentionError: a layer needs what the kernel lacks, and the policy is ``"raise"``.
+    """
+    asked = resolve_names(value, needs.paths)
+    notes: list[str] = []
+    running: dict[str, str | None] = {}
+    layers: list[LayerPlan] = []
+    for path, name in asked.items():
+        mine = [layer for layer in needs.layers if layer.path == path]
+        if name is None:
+            running[path] = None
+            continue
+        running[path], planned = _plan_path(
+            needs.model, path, name, mine, environment, on_unsupported, allow_all_kernels, notes
+        )
+        layers += planned
+    return Plan(needs.model, environment, asked, running, tuple(layers), on_unsupported, needs.unknown, tuple(notes))
+
+
+def backend_of(name: str) -> Backend:
+    """The backend record of a canonical name or hub path."""
+    bare = name.removeprefix("paged|")
+    path = names.parse_hub_path(bare)
+    return backends.get(bare) if path is None else hub_backend(path)
+
+
+def usable_exact(environment: Environment) -> list[str]:
+    """Exact kernels that this machine can run, fastest first."""
+    found = []
+    for name in (*backends.AUTO_ORDER, *backends.builtin_names()):
+        backend = backends.get(name)
+        served = environment.torch_device in backend.capability.devices and not backend.probe(environment)
+        if name not in found and served and backend.capability.exactness == "exact":
+            found.append(name)
+    return found
+
+
+def require_available(name: str, environment: Environment, *, allow_all_kernels: bool = False) -> None:
+    """Raise unless this machine can run the name.
+
+    Raises:
+        BackendUnavailableError: with every reason, the command that mends each, and the exact kernels that do run here.
+    """
+    if name == "auto":
+        return
+    reasons = backend_of(name).probe(environment)
+    path = names.parse_hub_path(name.removeprefix("paged|"))
+    if path is not None and not allow_all_kernels:
+        if not path.repository.startswith("kernels-community/"):
+            text = f"{path.repository} is not published by kernels-community, and hub kernels run code"
+            reasons.append(Reason("trust", text, "allow_all_kernels=True, if you trust it"))
+        elif path.revision is None:
+            text = "no revision is pinned: the code that runs may change under you"
+            reasons.append(Reason("trust", text, f"{path.repository}@REVISION, or allow_all_kernels=True"))
+    if name.startswith("paged|") and name != "paged|eager" and environment.has("transformers", "5.23"):
+        text = f"transformers {environment.libraries['transformers']} no longer takes {name!r}"
+        reasons.append(Reason("paged", text, name.removeprefix("paged|")))
+    device = environment.torch_device
+    served = backend_of(name).capability.devices
+    if device not in served and not any(reason.feature == "gpu" for reason in reasons):
+        reasons.append(Reason("gpu", f"{name} runs on {', '.join(sorted(served))}, this machine has {device}"))
+    if reasons:
+        fixes = list(dict.fromkeys(reason.fix for reason in reasons if reason.fix))
+        advice = f"To mend it: {'; '.join(fixes)}. " if fixes else ""
+        exact = ", ".join(usable_exact(environment))
+        advice += f'Exact kernels this machine has: {exact}; or attn_implementation="auto".'
+        raise BackendUnavailableError(f"{name} can't run on this machine", reasons, advice)
+
+
+def _plan_path(
+    model: str,
+    path: str,
+    name: str,
+    layers: list[LayerNeed],
+    environment: Environment,
+    on_unsupported: OnUnsupported,
+    allow_all_kernels: bool,
+    notes: list[str],
+) -> tuple[str, list[LayerPlan]]:
+    route = name == "auto" or on_unsupported == "route"
+    try:
+        require_available(name, environment, allow_all_kernels=allow_all_kernels)
+    except BackendUnavailableError as error:
+        if not route or name in ("s2",):
+            raise
+        notes.append(f"{name} → auto for {path or 'the model'}: {error}")
+        return _plan_path(model, path, "auto", layers, environment, "route", allow_all_kernels, notes)
+    if names.is_native(name):
+        planned = [_plan_layer(layer, name, (name,), environment) for layer in layers]
+        failed = [entry for entry in planned if not entry.chosen]
+        if not failed:
+            return name, planned
+        if not route:
+            raise _unsupported(model, name, failed)
+        notes.append(f"{name} → auto for {path or 'the model'}: it can't serve every layer")
+        return "auto", [
+            replaced(_plan_layer(layer, "auto", backends.AUTO_ORDER, environment), asked=name) for layer in layers
+        ]
+    if name == "s2":
+        _require_llama(model, path, layers)
+    order = candidates(name, on_unsupported)
+    planned = [_plan_layer(layer, name, order, environment) for layer in layers]
+    failed = [entry for entry in planned if not entry.chosen]
+    if failed:
+        raise _unsupported(model, name, failed)
+    return name, planned
+
+
+def _plan_layer(layer: LayerNeed, asked: str, order: tuple[str, ...], environment: Environment) -> LayerPlan:
+    rejected: list[Rejected] = []
+    need: Need = replaced(layer.need, device=environment.torch_device)
+    for name in order:
+        backend = backend_of(name)
+        reasons = [*backend.probe(environment), *missing(need, backend.capability, name)] if len(order) > 1 else []
+        reasons = reasons or missing(need, backend.capability, name)
+        if not reasons:
+            return LayerPlan(layer, asked, name, tuple(rejected))
+        rejected.append(Rejected(name, tuple(reasons)))
+    return LayerPlan(layer, asked, "", tuple(rejected))
+
+
+def _require_llama(model: str, path: str, layers: list[LayerNeed]) -> None:
+    plain = all(layer.kind == "full_attention" for layer in layers)
+    if "llama" not in model.lower() or "llama4" in model.lower() or path or not plain:
+        raise UnsupportedAttentionError(
+            f"s2 can't serve {model}",
+            [Reason("model", "shifted sparse attention is defined for LLaMA models only")],
+            'Use attn_implementation="varlen" or "auto".',
+        )
+
+
+def _unsupported(model: str, name: str, failed: list[LayerPlan]) -> UnsupportedAttentionError:
+    reasons = list(dict.fromkeys(reason for entry in failed for r in entry.rejected for reason in r.reasons))
+    numbers = ", ".join(str(entry.layer.index) for entry in failed[:12]) + (", ..." if len(failed) > 12 else "")
+    where = f" of {failed[0].layer.path}" if failed[0].layer.path else ""
+    plural = "s" if len(failed) > 1 else ""
+    advice = 'Use attn_implementation="auto"'
+    if name != "auto":
+        advice += ', or on_unsupported="route"'
+    return UnsupportedAttentionError(
+        f"{name} can't serve layer{plural} {numbers}{where} of {model}", reasons, advice + "."
+    )

@@ -1,0 +1,61 @@
+"""`Status`: what runs in a model now, layer by layer, and how often it has served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from axattn.needs import sub_configs
+from axattn.routes import ATTRIBUTE, Route
+from axattn.state import state_of
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatus:
+    """One attention module: what was asked for, what the plan chose, calls served by kernel."""
+
+    layer: str
+    asked: str
+    planned: str
+    served: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What runs in a model.
+
+    Attributes:
+        asked: name asked for, by config path.
+        running: name in each config now, by config path.
+        layers: attention modules that run through axattn.
+        patches: how many changes `axattn.restore` would undo.
+    """
+
+    asked: Mapping[str, str | None]
+    running: Mapping[str, str | None]
+    layers: tuple[LayerStatus, ...]
+    patches: int
+
+    def __str__(self) -> str:
+        lines = []
+        for path, running in self.running.items():
+            asked = self.asked.get(path)
+            shown = f"{asked} → {running}" if asked not in (None, running) else str(running)
+            lines.append(f"{path or 'model'}: {shown}")
+        for layer in self.layers:
+            served = ", ".join(f"{name} {count}" for name, count in layer.served.items()) or "no calls yet"
+            lines.append(f"  {layer.layer}: planned {layer.planned}; served {served}")
+        lines.append(f"{self.patches} patches active")
+        return "\n".join(lines)
+
+
+def read_status(model: torch.nn.Module) -> Status:
+    """The status of a Transformers model."""
+    state = state_of(model)
+    running = {path: config._attn_implementation for path, config in sub_configs(model.config)}
+    routes: list[Route] = [vars(module)[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in vars(module)]
+    layers = tuple(LayerStatus(r.layer, r.asked, r.planned, dict(r.served)) for r in routes)
+    asked = dict(state.plan.asked) if state is not None and state.plan is not None else {}
+    return Status(asked, running, layers, 0 if state is None else len(state.patches))

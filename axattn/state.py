@@ -1,0 +1,63 @@
+"""What axattn keeps on a model it has changed: the plan, the patches, and how to find them again under wrappers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from axattn.patches.patchset import PatchSet
+from axattn.planning import Plan
+
+ATTRIBUTE = "_axattn_state"
+
+
+@dataclass(eq=False)
+class State:
+    """Everything axattn did to one model.
+
+    Attributes:
+        plan: what runs where; None when the model was only prepared for training.
+        patches: what `axattn.restore` undoes.
+        value: the names asked for, to apply them again after `axattn.using`.
+        allow_all_kernels: as given.
+    """
+
+    plan: Plan | None
+    patches: PatchSet
+    value: Any = None
+    allow_all_kernels: bool = False
+
+
+def transformers_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The outermost ``PreTrainedModel`` inside `model` (PEFT, DDP and compile wrap it).
+
+    Raises:
+        TypeError: there is none.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return cast(torch.nn.Module, model)
+    found = next((inner for inner in model.modules() if isinstance(inner, PreTrainedModel)), None)
+    if found is None:
+        raise TypeError(f"{type(model).__name__} holds no Transformers model")
+    return cast(torch.nn.Module, found)
+
+
+def state_of(model: torch.nn.Module) -> State | None:
+    """The state of a model, None when axattn has not touched it."""
+    state: State | None = vars(transformers_model(model)).get(ATTRIBUTE)
+    return state
+
+
+def ensure_state(model: torch.nn.Module) -> State:
+    """The state of a model, made now if there is none."""
+    base = transformers_model(model)
+    state = state_of(base)
+    if state is None:
+        patches = PatchSet()
+        state = State(None, patches)
+        patches.set_attribute(base, ATTRIBUTE, state)
+    return state

@@ -1,0 +1,53 @@
+"""`prepare_for_training`: what a model needs before a packed fine-tune, as patches that `axattn.restore` undoes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+
+from axattn import names
+from axattn.needs import sub_configs
+from axattn.patches.cache import disable_cache
+from axattn.patches.dtype import cast_stray_weights
+from axattn.state import ensure_state, transformers_model
+
+logger = logging.getLogger("axattn")
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def prepare_for_training(model: Model) -> Model:
+    """Turn ``use_cache`` off on every sub-config, and bring stray fp32 weights to the model's 16-bit dtype.
+
+    The cast takes embeddings and norms, and only where the kernel needs one dtype (``attn_needs_dtype_cast``).
+    Works on plain, PEFT and k-bit-prepared models. An fp32 model stays fp32.
+
+    Args:
+        model: a Transformers model, or a wrapper around one.
+
+    Returns:
+        `model`, changed in place.
+    """
+    base = transformers_model(model)
+    patches = ensure_state(base).patches
+    changed = disable_cache(patches, base)
+    if changed:
+        logger.info("axattn: use_cache=False on %s", ", ".join(path or "the model's config" for path in changed))
+    if needs_dtype_cast(base):
+        cast = cast_stray_weights(patches, model)
+        if cast:
+            logger.info("axattn: cast %d fp32 embeddings and norms (%s, ...)", len(cast), cast[0])
+    return model
+
+
+def needs_dtype_cast(model: torch.nn.Module) -> bool:
+    """Whether any kernel that runs in the model wants q, k and v in one 16-bit dtype."""
+    running: Mapping[str, str | None] = {p: c._attn_implementation for p, c in sub_configs(model.config)}
+    return any(name is not None and _known(name) and names.flags(name).dtype_cast for name in running.values())
+
+
+def _known(name: str) -> bool:
+    return name in names.CANONICAL or "/" in name
