@@ -115,11 +115,14 @@ class Door:
             raise InvalidInputError(
                 f"the batch is empty: {rows} rows of {length} tokens", advice="Give at least one row with one token."
             )
-        mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+        mask = None if finished else mask
         if cu_q is not None or cu_k is not None:
             segments = self._from_lengths(cu_q, cu_k, rows, length)
         else:
             positions = self._text_positions(positions, rows, length)
+            if finished:  # a 4-D mask (the user's own, or one that `generate` built before) already says it all
+                return None, shape
             inside = mask if mask is not None and mask.shape[-1] == length else None
             segments = None
             if positions is not None or inside is not None:

@@ -104,7 +104,8 @@ def hands_positions_to_masks(module: torch.nn.Module) -> bool:
 
     Unreadable source counts as no.
     """
-    found = [answer for inner in module.modules() if (answer := _class_hands_positions(type(inner))) is not None]
+    classes: set[Any] = {type(inner) for inner in module.modules()}
+    found = [answer for cls in classes if (answer := _class_hands_positions(cls)) is not None]
     return bool(found) and all(found)
 
 

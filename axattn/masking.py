@@ -20,7 +20,7 @@ def lazy_mask(
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | LazyMask | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **_: Any,
@@ -47,6 +47,8 @@ def lazy_mask(
     """
     from transformers.masking_utils import causal_mask_function
 
+    if isinstance(attention_mask, LazyMask):  # `generate` builds the masks of a static cache before the forward
+        return attention_mask
     function = causal_mask_function if mask_function is None else mask_function
     device = torch.device(device)
     offset = int(q_offset)

@@ -145,7 +145,7 @@ class PackingCollator:
         documents = [document for at, feature in enumerate(features) for document in _documents(feature, at)]
         keys = {frozenset(document.features) for document in documents}
         if len(keys) > 1:
-            names = sorted({name for key in keys for name in key} - set.intersection(*(set(key) for key in keys)))
+            names = sorted({name for key in keys for name in key} - frozenset.intersection(*keys))
             raise InvalidInputError(f"only some examples of the batch have {', '.join(names)}")
         self.stats.documents += len(documents)
         pieces = self._cut(documents)

@@ -59,7 +59,7 @@ def tiles(layout: Layout) -> list[Tile]:
 def _tile_mask(
     queries: int, keys: int, offset: int, causal: bool, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Additive ``[queries, keys]`` of one tile (0 or -inf). Cached: inner tiles of every document and layer are alike."""
+    """Additive ``[queries, keys]`` of one tile (0 or -inf). Cached: inner tiles are alike in every layer."""
     q = torch.arange(queries)[:, None] + offset
     k = torch.arange(keys)[None, :]
     seen = k <= q if causal else torch.ones(queries, keys, dtype=torch.bool)

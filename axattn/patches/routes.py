@@ -55,7 +55,8 @@ def add_routes(patches: PatchSet, model: torch.nn.Module, plan: Plan) -> None:
     path_of = {id(config): path for path, config in sub_configs(model.config)}
     chosen = {(entry.layer.path, entry.layer.index): entry.chosen for entry in plan.layers}
     for name, module in model.named_modules():
-        if not calls_interface(type(module)):
+        cls: Any = type(module)
+        if not calls_interface(cls):
             continue
         path = path_of.get(id(getattr(module, "config", None)), "")
         running = plan.running.get(path)
