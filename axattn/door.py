@@ -19,7 +19,7 @@ from axattn.errors import InvalidInputError, Reason
 from axattn.segments import Segments, from_cu_seqlens, from_positions
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Context:
     """What the door found for the forward that is running.
 
@@ -40,8 +40,6 @@ class Context:
 
 _current: contextvars.ContextVar[Context | None] = contextvars.ContextVar("axattn_door", default=None)
 _packed_caches: weakref.WeakSet[Any] = weakref.WeakSet()
-
-_READ = ("position_ids", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def current() -> Context | None:
@@ -76,7 +74,8 @@ class Door:
         """Forward pre-hook (``with_kwargs=True``)."""
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
         outer = _current.get()
-        seen = tuple(inputs.get(name) for name in _READ)
+        get = inputs.get
+        seen = (get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k"))
         if outer is not None and _same(seen, outer.seen):
             segments, shape = outer.segments, outer.shape
         else:
@@ -99,9 +98,9 @@ class Door:
     def _read(
         self, module: torch.nn.Module, inputs: dict[str, Any], seen: tuple[Any, ...], outer: Context | None
     ) -> tuple[Segments | None, tuple[int, int] | None]:
-        positions, mask, cu_q, cu_k, _, _ = seen
+        positions, mask, cu_q, cu_k = seen
         cache = inputs.get("past_key_values")
-        if cache is not None and cache in _packed_caches:
+        if cache is not None and _packed_caches and cache in _packed_caches:
             raise InvalidInputError(
                 "this cache was filled by a row of several documents",
                 [Reason("segments", "a token decoded from it would attend to all of them")],
@@ -115,6 +114,8 @@ class Door:
             raise InvalidInputError(
                 f"the batch is empty: {rows} rows of {length} tokens", advice="Give at least one row with one token."
             )
+        if positions is mask is cu_q is cu_k is None:
+            return (outer.segments if outer is not None and outer.shape == shape else None), shape
         finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
         mask = None if finished else mask
         if cu_q is not None or cu_k is not None:
@@ -127,8 +128,6 @@ class Door:
             segments = None
             if positions is not None or inside is not None:
                 segments = from_positions(positions, inside, rows, length)
-            elif outer is not None and outer.shape == shape:
-                segments = outer.segments
         if segments is not None and not segments.packed:
             segments = None
         if segments is not None:

@@ -16,13 +16,4 @@ mask_function = lazy_mask
 @functools.cache
 def attention_functions() -> dict[str, Callable[..., Any]]:
     """Name of ours → attention function. The same objects on every call."""
-    return {name: _attention_function(name) for name in names.OURS}
-
-
-def _attention_function(name: str) -> Callable[..., Any]:
-    def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        return attend(name, module, query, key, value, attention_mask, **kwargs)
-
-    attention.__name__ = attention.__qualname__ = f"{name}_attention"
-    attention.__doc__ = f"Transformers' attention interface for {name!r}; see `axattn.interface.attend`."
-    return attention
+    return {name: functools.partial(attend, name) for name in names.OURS}

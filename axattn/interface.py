@@ -14,8 +14,10 @@ from axattn.capability import Need
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
 from axattn.patterns import Pattern
-from axattn.routes import Route, route_of
+from axattn.routes import ATTRIBUTE, Route, route_of
 from axattn.segments import Segments, from_cu_seqlens, from_positions
+
+_sdpa = torch.nn.functional.scaled_dot_product_attention
 
 HARMLESS: frozenset[str] = frozenset(
     {
@@ -42,6 +44,8 @@ HARMLESS: frozenset[str] = frozenset(
 SERVED: frozenset[str] = frozenset(
     {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "sinks", "position_bias"}
 )
+PLAIN = HARMLESS | {"dropout", "scaling", "is_causal", "sliding_window"}
+"""With a `LazyMask.plain` mask these change nothing but the scale: the mask says what is causal and windowed."""
 SPARSE: frozenset[str] = frozenset({"indices"})
 
 
@@ -72,7 +76,26 @@ def attend(
         UnsupportedAttentionError: a keyword nobody declared, or no kernel that serves the call.
         InvalidInputError: a mask of the wrong shape or dtype.
     """
-    route = route_of(module, name)
+    route: Route | None = module.__dict__.get(ATTRIBUTE)
+    if route is None or route.asked != name:
+        route = route_of(module, name)
+    plain = False
+    if type(attention_mask) is LazyMask and kwargs.keys() <= PLAIN and not kwargs.get("dropout"):
+        # the common call: nothing that F.scaled_dot_product_attention would not do by itself, as an earlier layer found
+        hit = attention_mask.hit
+        if hit is not None:
+            shapes, dtype, asked, served, causal, grouped = hit
+            if (
+                shapes == (query.shape, key.shape, value.shape)
+                and query.dtype is dtype
+                and key.dtype is dtype
+                and value.dtype is dtype
+                and asked == name
+            ):
+                route.served[served] = route.served.get(served, 0) + 1
+                out = _sdpa(query, key, value, is_causal=causal, scale=kwargs.get("scaling"), enable_gqa=grouped)
+                return out.transpose(1, 2), None
+        plain = attention_mask.guarded and attention_mask.plain is not None
     sparse = False
     for keyword, given in kwargs.items():
         if given is None or keyword in SERVED or keyword in HARMLESS:
@@ -81,6 +104,7 @@ def attend(
             sparse = True
         elif given is not False:
             _refuse_keyword(route, keyword, given)
+    kept = query
     query, key, value = _one_dtype(query, key, value)
     causal = kwargs.get("is_causal")
     if causal is None:
@@ -113,6 +137,10 @@ def attend(
     assert backend.forward is not None
     out = backend.forward(call)
     route.served[backend.name] = route.served.get(backend.name, 0) + 1
+    if plain and backend.plain and query.dtype == kept.dtype:
+        assert isinstance(mask, LazyMask)
+        shapes = (query.shape, key.shape, value.shape)
+        mask.hit = (shapes, query.dtype, name, backend.name, mask.plain == "causal", query.shape[1] != key.shape[1])
     return out, None
 
 

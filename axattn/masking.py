@@ -9,7 +9,7 @@ import torch
 
 from axattn import door
 from axattn.masks import LazyMask
-from axattn.patterns import Pattern, recognise
+from axattn.patterns import Pattern, known, recognise
 from axattn.segments import Segments, from_positions
 
 
@@ -45,11 +45,9 @@ def lazy_mask(
     Returns:
         A `LazyMask` of shape ``[B, 1, S, T]``.
     """
-    from transformers.masking_utils import causal_mask_function
-
     if isinstance(attention_mask, LazyMask):  # `generate` builds the masks of a static cache before the forward
         return attention_mask
-    function = causal_mask_function if mask_function is None else mask_function
+    function = known().causal if mask_function is None else mask_function
     device = torch.device(device)
     offset = int(q_offset)
     pattern = None if use_vmap else recognise(function)

@@ -50,15 +50,6 @@ class Layout:
     kv_length: int
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
-    def trivial(self) -> bool:
-        """Whether one call of plain (causal or full) attention over whole rows is all there is, S equal to T."""
-        if len(self.spans) != 1 or self.q_length != self.kv_length:
-            return False
-        span = self.spans[0]
-        whole = span == (0, self.rows, 0, self.q_length, 0, self.kv_length)
-        return whole and (self.window is None or self.window >= self.q_length)
-
 
 class LazyMask:
     """A bool mask ``[B, 1, S, T]`` (True: attend) that is dense only if someone asks.
@@ -79,9 +70,11 @@ class LazyMask:
         "_materialise",
         "_padding",
         "_padding_checked",
+        "_plain",
         "_signature",
         "device",
         "guarded",
+        "hit",
         "kv_offset",
         "pattern",
         "q_offset",
@@ -109,12 +102,14 @@ class LazyMask:
         self.kv_offset = kv_offset
         self.device = device
         self.guarded = guarded
+        self.hit: tuple[Any, ...] | None = None  # the interface's note for the next layer of this forward
         self._padding = padding
         self._padding_checked = padding is None
         self._materialise = materialise
         self._dense: torch.Tensor | None = None
         self._layout: Layout | bool | None = False
         self._signature: tuple[Any, ...] | None = None
+        self._plain: str | None = "unread"
 
     dtype = torch.bool
     ndim = 4
@@ -141,6 +136,26 @@ class LazyMask:
         if isinstance(self._layout, bool):
             self._layout = build_layout(self)
         return self._layout
+
+    @property
+    def plain(self) -> str | None:
+        """``"causal"`` or ``"full"`` when one call of plain attention over whole rows is all there is, else None."""
+        if self._plain == "unread":
+            self._plain = self._read_plain()
+        return self._plain
+
+    def _read_plain(self) -> str | None:
+        pattern = self.pattern
+        if pattern is None or self.segments is not None or pattern.chunk is not None:
+            return None
+        _, _, q_length, kv_length = self.shape
+        if pattern.window is not None and pattern.window < kv_length:
+            return None
+        square = self.q_offset == self.kv_offset and q_length == kv_length
+        last = q_length == 1 and self.q_offset - self.kv_offset + 1 == kv_length
+        if (pattern.causal and not square and not last) or self.padding is not None:
+            return None
+        return "causal" if pattern.causal and not last else "full"
 
     def signature(self) -> tuple[Any, ...]:
         """What of this mask decides which kernel may serve it: hashable, equal for masks of the same kind."""

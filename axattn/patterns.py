@@ -54,7 +54,8 @@ class _Known:
 
 
 @functools.cache
-def _known() -> _Known:
+def known() -> _Known:
+    """The functions and code objects that `recognise` compares with, read once from the installed Transformers."""
     from transformers import masking_utils as mu
 
     zero = torch.zeros(1, 1, dtype=torch.long)
@@ -77,35 +78,35 @@ def _closure(function: MaskFunction) -> dict[str, Any]:
 
 def recognise(function: MaskFunction) -> Pattern | None:
     """The `Pattern` of a mask function of Transformers, None when any part of it is not one that we know."""
-    known = _known()
-    if function is known.causal:
+    k = known()
+    if function is k.causal:
         return _CAUSAL
-    if function is known.bidirectional:
+    if function is k.bidirectional:
         return _FULL
-    parts = _flatten(function, known)
+    parts = _flatten(function, k)
     codes = [getattr(part, "__code__", None) for part in parts]
-    if known.documents in codes:
-        return _packed(parts, codes, known)
+    if k.documents in codes:
+        return _packed(parts, codes, k)
     if len(parts) != 2:
         return None
-    first = _closure(parts[0]) if codes[0] in (known.window, known.window_both, known.chunk) else {}
-    if parts[1] is known.causal and codes[0] is known.window:
+    first = _closure(parts[0]) if codes[0] in (k.window, k.window_both, k.chunk) else {}
+    if parts[1] is k.causal and codes[0] is k.window:
         return Pattern(causal=True, window=int(first["sliding_window"]), base=function)
-    if parts[1] is known.causal and codes[0] is known.chunk:
+    if parts[1] is k.causal and codes[0] is k.chunk:
         return Pattern(causal=True, chunk=int(first["chunk_size"]), left_padding=first["left_padding"], base=function)
-    if parts[1] is known.bidirectional and codes[0] is known.window_both:
+    if parts[1] is k.bidirectional and codes[0] is k.window_both:
         return Pattern(causal=False, window=int(first["sliding_window"]) + 1, base=function)
     return None
 
 
-def _flatten(function: MaskFunction, known: _Known) -> list[MaskFunction]:
-    if getattr(function, "__code__", None) is not known.and_mask:
+def _flatten(function: MaskFunction, k: _Known) -> list[MaskFunction]:
+    if getattr(function, "__code__", None) is not k.and_mask:
         return [function]
     return list(_closure(function)["mask_functions"])
 
 
-def _packed(parts: list[MaskFunction], codes: list[CodeType | None], known: _Known) -> Pattern | None:
-    if len(parts) != 2 or codes != [known.documents, known.remap]:
+def _packed(parts: list[MaskFunction], codes: list[CodeType | None], k: _Known) -> Pattern | None:
+    if len(parts) != 2 or codes != [k.documents, k.remap]:
         return None
     base = _closure(parts[1])["mask_function"]
     inner = recognise(base)

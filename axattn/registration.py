@@ -1,13 +1,13 @@
-"""The only place that touches Transformers' registries: adds our names, replaces no foreign one, undoes exactly."""
+"""The only place that touches Transformers' registries: adds our names, replaces no foreign one, undoes exactly.
+
+``import axattn`` imports this file, so it imports nothing itself that is not needed to wait for Transformers.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
 from typing import Any
-
-from axattn import names
-from axattn.errors import Reason, RegistrationError
 
 _lock = threading.RLock()
 _active = False
@@ -21,6 +21,8 @@ def register() -> None:
         RegistrationError: another package holds one of our names; nothing is registered then.
     """
     global _active  # noqa: PLW0603  # one registry a process, as Transformers has it
+    from axattn import names
+    from axattn.errors import Reason, RegistrationError
     from axattn.functions import attention_functions, mask_function
 
     with _lock:
@@ -49,6 +51,7 @@ def unregister() -> None:
     global _active  # noqa: PLW0603
     with _lock:
         if _active:
+            from axattn import names
             from axattn.functions import attention_functions, mask_function
 
             functions = attention_functions()

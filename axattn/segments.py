@@ -142,12 +142,12 @@ def from_positions(
         starts = positions[:, 1:] != positions[:, :-1] + 1
         device = positions.device
     if attention_mask is not None:
-        real = attention_mask != 0
-        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+        numbered = attention_mask.dtype not in (torch.bool, torch.float32) and int(attention_mask.max()) > 1
+        if numbered:
             changed = _changes(attention_mask)
             starts = changed if starts is None else starts | changed.to(starts.device)
         if starts is not None:
-            real = real.to(starts.device)
+            real = (attention_mask != 0).to(starts.device)
             starts = starts & real[:, 1:] & (real.cumsum(-1)[:, :-1] > 0)
             device = starts.device
     if starts is None:

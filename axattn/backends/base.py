@@ -30,6 +30,7 @@ class Backend:
         probe: every reason why a machine can't run it; empty when it can.
         forward: `AttentionCall` → output ``[B, S, H, Dv]``; None when Transformers runs the name itself.
         install: the command that installs it, or ``""``.
+        plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Backend:
     probe: Callable[[Environment], list[Reason]]
     forward: Callable[[AttentionCall], torch.Tensor] | None = None
     install: str = ""
+    plain: bool = False
 
 
 def always_usable(environment: Environment) -> list[Reason]:

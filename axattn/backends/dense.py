@@ -32,10 +32,10 @@ CAPABILITY = Capability(
 
 def sdpa(call: AttentionCall) -> torch.Tensor:
     """Attention through ``F.scaled_dot_product_attention``; returns ``[B, S, H, Dv]``."""
-    layout = call.mask.layout() if isinstance(call.mask, LazyMask) else None
+    plain = call.mask.plain if isinstance(call.mask, LazyMask) else None
     query, key, value = call.query, call.key, call.value
-    if call.bias is None and layout is not None and layout.trivial:
-        mask, causal = None, layout.causal and query.shape[2] > 1
+    if call.bias is None and plain is not None:
+        mask, causal = None, plain == "causal"
     elif call.bias is None and call.mask is None and call.window is None:
         mask, causal = None, call.causal and query.shape[2] > 1
     else:
@@ -50,7 +50,7 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
         scale=call.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out.transpose(1, 2).contiguous()
+    return out.transpose(1, 2)
 
 
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -64,4 +64,4 @@ def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torc
     return bias + mask
 
 
-BACKENDS = (Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa),)
+BACKENDS = (Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa, plain=True),)

@@ -46,10 +46,10 @@ CAPABILITY = Capability(
 
 def varlen(call: AttentionCall) -> torch.Tensor:
     """Attention that costs what the documents cost; returns ``[B, S, H, Dv]``."""
-    layout = call.mask.layout() if isinstance(call.mask, LazyMask) else None
-    if layout is None or layout.trivial or call.dropout:
+    if call.dropout or not isinstance(call.mask, LazyMask) or call.mask.plain is not None:
         return dense.sdpa(call)
-    return over_layout(call, layout)
+    layout = call.mask.layout()
+    return dense.sdpa(call) if layout is None else over_layout(call, layout)
 
 
 def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
@@ -131,5 +131,12 @@ def _packed_index(
 
 
 BACKENDS = (
-    Backend("varlen", "torch's flash kernels over documents; no extra library", CAPABILITY, always_usable, varlen),
+    Backend(
+        "varlen",
+        "torch's flash kernels over documents; no extra library",
+        CAPABILITY,
+        always_usable,
+        varlen,
+        plain=True,
+    ),
 )

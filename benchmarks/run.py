@@ -1,0 +1,228 @@
+"""Every CPU benchmark in one command: ``python -m benchmarks.run [NAME ...] [--output FILE]``."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ROOT, interleaved, machine, ratios
+
+
+def import_time() -> dict[str, Any]:
+    """``import axattn`` against ``import transformers``, a fresh interpreter each, in turn."""
+
+    def run(code: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+    times = interleaved(
+        {"nothing": run("pass"), "transformers": run("import transformers"), "axattn": run("import axattn")}, 7
+    )
+    base = min(times["nothing"])
+    ours, theirs = min(times["axattn"]) - base, min(times["transformers"]) - base
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import axattn, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return {
+        "ratio": round(ours / theirs, 4),
+        "aim": "< 0.10",
+        "also_loaded": json.loads(loaded.stdout.replace("'", '"')),
+    }
+
+
+def _llama(hidden: int, layers: int, heads: int, vocabulary: int) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=1 << 16,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _packed(tokens: int, documents: int, vocabulary: int) -> dict[str, Any]:
+    import torch
+
+    length = tokens // documents
+    ids = torch.randint(0, vocabulary, (1, tokens))
+    where = torch.arange(length).repeat(documents)[None]
+    return {"input_ids": ids, "labels": ids, "position_ids": where, "use_cache": False}
+
+
+def _step(model: Any, batch: dict[str, Any]) -> Callable[[], object]:
+    def run() -> None:
+        model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def packed_step() -> dict[str, Any]:
+    """Forward + backward of a 20 M LLaMA, packed, through ``varlen`` against Transformers' own ``sdpa``."""
+    import copy
+
+    import axattn
+
+    theirs = _llama(384, 8, 6, 8192)
+    theirs.set_attn_implementation("sdpa")
+    ours = copy.deepcopy(theirs)
+    axattn.apply(ours, "varlen")
+    found: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in ours.parameters()),
+        "aim": "speedup >= 1.85 at 4096/16",
+    }
+    for tokens, documents, rounds in ((4096, 16, 5), (4096, 64, 3), (4096, 1, 3)):
+        batch = _packed(tokens, documents, 8192)
+        times = interleaved({"sdpa": _step(theirs, batch), "varlen": _step(ours, batch)}, rounds, 1)
+        speedup = 1 / ratios(times, "sdpa")["varlen"]["ratio"]
+        found[f"{tokens} tokens in {documents}"] = {"speedup": round(speedup, 3), **ratios(times, "sdpa")["varlen"]}
+    return found
+
+
+def linear() -> dict[str, Any]:
+    """Time and peak memory of a packed step against the token count, documents of 256 tokens: log-log slopes."""
+    import math
+
+    import axattn
+
+    model = _llama(192, 4, 6, 1024)
+    axattn.apply(model, "varlen")
+    sizes = (2048, 4096, 8192, 16384)
+    seconds, peaks = [], []
+    for tokens in sizes:
+        run = _step(model, _packed(tokens, tokens // 256, 1024))
+        seconds.append(min(interleaved({"varlen": run}, 3, 1)["varlen"]))
+        peaks.append(_peak(run))
+    span = math.log(sizes[-1] / sizes[0])
+    return {
+        "tokens": sizes,
+        "seconds": [round(s, 4) for s in seconds],
+        "peak_mib": [round(p / 2**20, 1) for p in peaks],
+        "time_exponent": round(math.log(seconds[-1] / seconds[0]) / span, 3),
+        "memory_exponent": round(math.log(peaks[-1] / peaks[0]) / span, 3),
+        "aim": "both about 1.0",
+    }
+
+
+def _peak(run: Callable[[], object]) -> int:
+    """Peak of resident memory above the start of the call, sampled every millisecond."""
+    gc.collect()
+    done = threading.Event()
+    start = peak = _resident()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _resident())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    run()
+    done.set()
+    thread.join()
+    return max(peak - start, 1)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def tiny_forward() -> dict[str, Any]:
+    """One forward of a tiny model: the cost of the call path through ``varlen`` against Transformers' ``sdpa``."""
+    import copy
+
+    import torch
+
+    import axattn
+
+    theirs = _llama(64, 4, 4, 128).eval()
+    theirs.set_attn_implementation("sdpa")
+    ours = copy.deepcopy(theirs)
+    axattn.apply(ours, "varlen")
+    found: dict[str, Any] = {"aim": "<= 1.00"}
+    torch.set_num_threads(1)
+    ids = torch.randint(0, 128, (1, 16))
+    for name, inputs in (
+        ("plain", {"input_ids": ids}),
+        ("no cache", {"input_ids": ids, "use_cache": False}),
+        ("all-ones mask", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}),
+        ("positions", {"input_ids": ids, "position_ids": torch.arange(16)[None], "use_cache": False}),
+    ):
+
+        def many(model: Any, inputs: dict[str, Any] = inputs) -> Callable[[], object]:
+            def run() -> None:
+                with torch.no_grad():
+                    for _ in range(20):
+                        model(**inputs)
+
+            return run
+
+        found[name] = ratios(interleaved({"sdpa": many(theirs), "varlen": many(ours)}, 25, 3), "sdpa")["varlen"]
+    return found
+
+
+def loading() -> dict[str, Any]:
+    """``axattn.from_pretrained`` against Transformers' own, on a tiny and on a 20 M model."""
+    from transformers import AutoModelForCausalLM
+
+    import axattn
+
+    found: dict[str, Any] = {"aim": "tiny <= 1.10, 20 M <= 1.02"}
+    for name, shape in (("tiny", (64, 4, 4, 128)), ("20M", (384, 8, 6, 8192))):
+        with tempfile.TemporaryDirectory() as folder:
+            _llama(*shape).save_pretrained(folder)
+            candidates = {
+                "transformers": lambda folder=folder: AutoModelForCausalLM.from_pretrained(folder),
+                "axattn": lambda folder=folder: axattn.from_pretrained(folder, attn_implementation="auto"),
+            }
+            found[name] = ratios(interleaved(candidates, 25, 3), "transformers")["axattn"]
+    return found
+
+
+BENCHMARKS = {
+    "import_time": import_time,
+    "tiny_forward": tiny_forward,
+    "loading": loading,
+    "packed_step": packed_step,
+    "linear": linear,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which (all when none is named)")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    for name in arguments.names or BENCHMARKS:
+        import torch
+
+        torch.set_num_threads(2)
+        results[name] = BENCHMARKS[name]()
+        print(name, json.dumps(results[name], indent=2), flush=True)
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
