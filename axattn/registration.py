@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from typing import Any
 
+from axattn.post_import import after_import, is_imported
+
+_WATCHED = "transformers.modeling_utils"
 _lock = threading.RLock()
 _active = False
 _hooked = False
@@ -70,18 +72,11 @@ def registered() -> bool:
 def register_when_imported() -> None:
     """Register as soon as ``transformers.modeling_utils`` is there: at once if it is, else after its import."""
     global _hooked  # noqa: PLW0603
-    if "transformers.modeling_utils" in sys.modules and not _partially_imported("transformers.modeling_utils"):
+    if is_imported(_WATCHED):
         register()
     elif not _hooked:
-        import wrapt
-
         _hooked = True
-        wrapt.register_post_import_hook(lambda _module: register(), "transformers.modeling_utils")
-
-
-def _partially_imported(name: str) -> bool:
-    spec = getattr(sys.modules[name], "__spec__", None)
-    return bool(getattr(spec, "_initializing", False))
+        after_import(_WATCHED, register)
 
 
 def _tables() -> list[tuple[str, dict[str, Any], bool]]:

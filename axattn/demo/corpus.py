@@ -1,0 +1,55 @@
+"""Real text that every machine has: the functions of Python's standard library, and a tokenizer for them."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+import textwrap
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 2048
+END = "<|end|>"
+
+
+def documents(limit: int = 3000) -> list[str]:
+    """Source of the standard library's documented functions and methods, in a fixed order."""
+    found: list[str] = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError):
+            continue  # a few files of the library are in other encodings on purpose
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+                text = ast.get_source_segment(source, node)
+                if text is not None:
+                    found.append(textwrap.dedent(" " * node.col_offset + text))
+        if len(found) >= limit:
+            break
+    return found[:limit]
+
+
+def train_tokenizer(texts: list[str]) -> Any:
+    """A byte-level BPE of `VOCABULARY` entries trained on `texts`, as a Transformers tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def tokenise(texts: list[str], tokenizer: Any) -> list[dict[str, list[int]]]:
+    """One example a document: ``input_ids`` that end with the end token."""
+    end = tokenizer.eos_token_id
+    return [{"input_ids": [*ids, end]} for ids in tokenizer(texts)["input_ids"]]

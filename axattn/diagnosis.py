@@ -1,0 +1,73 @@
+"""`diagnose`: what a machine can run, what it can't, every reason, and the command that mends it. Pure over a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from axattn import backends
+from axattn.environment import Environment
+from axattn.errors import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class KernelDiagnosis:
+    """One kernel on one machine.
+
+    Attributes:
+        name: canonical name.
+        summary: one line.
+        exact: False for int8, fp8 and sparse kernels.
+        packs: keeps packed documents apart.
+        reasons: why it can't run here; empty when it can.
+    """
+
+    name: str
+    summary: str
+    exact: bool
+    packs: bool
+    reasons: tuple[Reason, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether it runs here."""
+        return not self.reasons
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Every kernel on one machine."""
+
+    environment: Environment
+    kernels: tuple[KernelDiagnosis, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        return {
+            "environment": self.environment.to_dict(),
+            "kernels": [
+                {
+                    "name": kernel.name,
+                    "usable": kernel.usable,
+                    "exact": kernel.exact,
+                    "packs": kernel.packs,
+                    "reasons": [{"feature": r.feature, "text": r.text, "fix": r.fix} for r in kernel.reasons],
+                }
+                for kernel in self.kernels
+            ],
+        }
+
+
+def diagnose(environment: Environment | None = None) -> Diagnosis:
+    """Probe every built-in kernel against a machine (this one when None)."""
+    machine = environment or Environment.current()
+    found = []
+    for name in backends.builtin_names():
+        backend = backends.get(name)
+        reasons = list(backend.probe(machine))
+        device = machine.torch_device
+        if not reasons and device not in backend.capability.devices:
+            reasons.append(Reason("gpu", f"{name} does not run on {device}"))
+        exact = backend.capability.exactness == "exact"
+        found.append(KernelDiagnosis(name, backend.summary, exact, backend.capability.segments, tuple(reasons)))
+    return Diagnosis(machine, tuple(found))
