@@ -10,7 +10,7 @@ import typer
 def demo(
     output: Path = typer.Option(Path("demo-output"), "--output", "-o", help="Folder for the model, plot and report."),
     attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to train with."),
-    steps: int = typer.Option(160, "--steps", min=2, help="Optimiser steps."),
+    steps: int = typer.Option(200, "--steps", min=2, help="Optimiser steps."),
     seed: int = typer.Option(0, "--seed", help="Seed of weights, data order and split."),
 ) -> None:
     """Fine-tune a small LLaMA on Python's own library, packed, and prove that no document leaks into another.

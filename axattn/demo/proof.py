@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def _spans(batch: dict[str, Any]) -> list[tuple[int, int, int]]:
     """(row, start, end) of every document of a batch that has a target."""
     rows, length = batch["input_ids"].shape
     ends = batch["cu_seq_lens_q"].tolist()
-    found = [(a // length, a % length, a % length + b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    found = [(a // length, a % length, a % length + b - a) for a, b in pairwise(ends)]
     return [(r, a, b) for r, a, b in found if r < rows and (batch["labels"][r, a:b] != -100).any()]
 
 
