@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from axattn.capability import Need
@@ -107,61 +107,53 @@ def inner_model_classes(config: Any) -> list[type]:
 
 
 def _layers(path: str, config: Any) -> list[LayerNeed]:
-    heads = _first(config, "num_attention_heads", "num_heads", "encoder_attention_heads")
     count = _first(config, "num_hidden_layers", "depth", "num_layers", "encoder_layers")
-    size = _first(config, "hidden_size", "d_model", "embed_dim")
-    if not isinstance(heads, int) or not isinstance(count, int) or not heads:
+    if not isinstance(count, int):
         return []
     words = _modeling_words(config)
+    kinds = getattr(config, "layer_types", None) or [_default_kind(config)] * count
+    found = []
+    for index, kind in enumerate(kinds):
+        if kind.startswith("linear") or not ("attention" in kind or kind in _OTHER_ATTENTION):
+            continue
+        need = _layer_need(_layer_config(config, index), kind, words)
+        if need is not None:
+            found.append(LayerNeed(path, index, kind, need))
+    return found
+
+
+_OTHER_ATTENTION = ("hybrid", "hybrid_sliding", "minimax_m3_sparse")
+
+
+def _layer_config(config: Any, index: int) -> Any:
+    """The config of one layer; Gemma 4's global layers have head dims of their own (``per_layer_config``)."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+
+
+def _layer_need(config: Any, kind: str, words: _Words) -> Need | None:
+    heads = _first(config, "num_attention_heads", "num_heads", "encoder_attention_heads")
+    size = _first(config, "hidden_size", "d_model", "embed_dim")
+    if not isinstance(heads, int) or not heads:
+        return None
     head_dim = _first(config, "head_dim") or (size // heads if isinstance(size, int) else None)
     value_dim = head_dim
     nope, rope = _first(config, "qk_nope_head_dim"), _first(config, "qk_rope_head_dim")
-    if isinstance(nope, int) and isinstance(rope, int):
+    if isinstance(nope, int) and isinstance(rope, int):  # multi-head latent attention
         head_dim, value_dim = nope + rope, _first(config, "v_head_dim") or nope + rope
-    base = Need(
+    return Need(
         head_dim=head_dim,
         value_dim=value_dim,
         heads=heads,
         kv_heads=_first(config, "num_key_value_heads") or heads,
         causal=_is_causal(config, words),
+        window=_first(config, "sliding_window") if kind == "sliding_attention" else None,
+        chunk=_first(config, "attention_chunk_size") if kind == "chunked_attention" else None,
         softcap=_first(config, "attn_logit_softcapping") if "softcap" in words.keywords else None,
         sinks=bool({"s_aux", "sinks"} & words.keywords),
         bias="position_bias" in words.keywords,
         sparse=bool({"indices", "block_indices"} & words.keywords),
         dropout=_dropout(config),
     )
-    kinds = getattr(config, "layer_types", None) or [_default_kind(config)] * count
-    return [
-        LayerNeed(path, index, kind, _of_kind(base, kind, config, index))
-        for index, kind in enumerate(kinds)
-        if "attention" in kind or kind in ("hybrid", "minimax_m3_sparse", "hybrid_sliding")
-        if not kind.startswith("linear")
-    ]
-
-
-def _of_kind(base: Need, kind: str, config: Any, index: int) -> Need:
-    if kind == "sliding_attention":
-        return replace(base, window=_first(config, "sliding_window"))
-    if kind == "chunked_attention":
-        return replace(base, chunk=_first(config, "attention_chunk_size"))
-    if kind == "full_attention":
-        wider = _full_head_dim(config, index)
-        if wider is not None and wider != base.head_dim:
-            kv = _first(config, "num_global_key_value_heads") or base.kv_heads
-            return replace(base, head_dim=wider, value_dim=wider, kv_heads=kv)
-    return base
-
-
-def _full_head_dim(config: Any, index: int) -> int | None:
-    """Gemma 4: full-attention layers have a head dim of their own (``per_layer_config``, else ``global_head_dim``)."""
-    per_layer = getattr(config, "per_layer_config", None)
-    if per_layer:
-        inner = per_layer.get(index) if isinstance(per_layer, dict) else per_layer[index]
-        found = inner.get("head_dim") if isinstance(inner, dict) else getattr(inner, "head_dim", None)
-        if isinstance(found, int):
-            return found
-    found = getattr(config, "global_head_dim", None)
-    return found if isinstance(found, int) else None
 
 
 def _default_kind(config: Any) -> str:
@@ -172,6 +164,8 @@ def _default_kind(config: Any) -> str:
 
 def _is_causal(config: Any, words: _Words) -> bool:
     if getattr(config, "is_causal", None) is False:
+        return False
+    if any(tower in type(config).__name__ for tower in ("Vision", "Audio", "Speech")):
         return False
     if "create_causal_mask" in words.names:
         both = "create_bidirectional_mask" in words.names

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -66,10 +66,8 @@ class Segments:
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """int32 ``[documents + 1]``: cumulative lengths over the flattened ``B * S`` tokens."""
-        flat = [0]
-        for row in self.boundaries:
-            flat += [flat[-1] + b - a for a, b in pairwise(row)]
-        return torch.tensor(flat, dtype=torch.int32, device=self.device)
+        lengths = [b - a for row in self.boundaries for a, b in pairwise(row)]
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.device)
 
     def to(self, device: torch.device) -> Segments:
         """The same documents with tensors on `device`."""

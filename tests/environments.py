@@ -17,7 +17,9 @@ LIBRARIES = {
 }
 
 
-def machine(device: str = "cpu", sm: int | None = None, rocm: str | None = None, **libraries: str | None) -> Environment:
+def machine(
+    device: str = "cpu", sm: int | None = None, rocm: str | None = None, **libraries: str | None
+) -> Environment:
     """A machine with every library; give a version to change one, None to take it away."""
     found = {k: v for k, v in {**LIBRARIES, **libraries}.items() if v is not None}
     architecture = None if sm is None else divmod(sm, 10)

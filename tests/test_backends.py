@@ -131,7 +131,11 @@ def test_hub_paths_pass_when_pinned_known_or_allowed() -> None:
 
 
 def test_the_kernels_window_follows_transformers() -> None:
-    for transformers, kernels, fits in (("5.17.0", "0.16.2", True), ("5.17.0", "0.17.2", False), ("5.21.0", "0.17.2", True)):
+    for transformers, kernels, fits in (
+        ("5.17.0", "0.16.2", True),
+        ("5.17.0", "0.17.2", False),
+        ("5.21.0", "0.17.2", True),
+    ):
         environment = machine("cuda", 80, transformers=transformers, kernels=kernels)
         assert (reasons_of("kernels-community/flash-attn2@v1", environment) == []) is fits
 

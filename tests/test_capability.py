@@ -29,7 +29,9 @@ ASKED = {
 
 
 def test_a_kernel_that_has_everything_lacks_nothing() -> None:
-    assert missing(Need(head_dim=64, heads=8, kv_heads=2, value_dim=32, dtype="float32", device="cpu", **ASKED), ALL) == []
+    assert (
+        missing(Need(head_dim=64, heads=8, kv_heads=2, value_dim=32, dtype="float32", device="cpu", **ASKED), ALL) == []
+    )
 
 
 @pytest.mark.parametrize("feature", sorted(ASKED))

@@ -19,7 +19,9 @@ def test_short_forms_are_refused_with_the_canonical_name(short: str, canonical: 
         names.canonicalise(short)
 
 
-@pytest.mark.parametrize(("spelling", "canonical"), [("SDPA", "sdpa"), (" sage ", "sage"), ("Flash-Attn", "flash_attention_2")])
+@pytest.mark.parametrize(
+    ("spelling", "canonical"), [("SDPA", "sdpa"), (" sage ", "sage"), ("Flash-Attn", "flash_attention_2")]
+)
 def test_other_spellings_are_refused_with_the_canonical_name(spelling: str, canonical: str) -> None:
     with pytest.raises(UnknownAttentionError, match=f'"{canonical}"'):
         names.canonicalise(spelling)

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import ast
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import axattn
+from axattn import names
+from axattn.config import COMPUTED, AttentionConfig
+from axattn.environment import Environment
+from axattn.errors import InvalidConfigError
+from tests.environments import CPU, HOPPER, NPU
+from tests.models import CONFIGS
+
+LEGACY = sorted(names.LEGACY_FLAGS.items())
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def quiet(**values: Any) -> AttentionConfig:
+    with quietly():
+        return AttentionConfig(**values)
+
+
+def problems(environment: Environment | None = None, **values: Any) -> str:
+    with quietly(), pytest.raises(ValidationError) as caught:
+        AttentionConfig.model_validate(values, context={"environment": environment})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("flag", "name"), LEGACY)
+def test_a_legacy_flag_maps_to_its_name_warns_and_is_gone(flag: str, name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"^{flag} is deprecated; write attn_implementation: {name}$"):
+        config = AttentionConfig(**{flag: True})
+    assert config.attn_implementation == name
+    assert flag not in config.model_dump()
+    assert not hasattr(config, flag)
+
+
+@pytest.mark.parametrize(("flag", "name"), LEGACY)
+def test_legacy_flags_are_deprecated_in_the_json_schema(flag: str, name: str) -> None:
+    schema = AttentionConfig.model_json_schema()["properties"][flag]
+    assert schema["deprecated"] is True
+    assert name in schema["description"]
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_a_legacy_flag_that_is_off_is_harmless(value: bool | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = AttentionConfig(attn_implementation="sdpa", flash_attention=value, sage_attention=value)
+    assert config.attn_implementation == "sdpa"
+
+
+def test_several_legacy_flags_follow_the_priority_and_each_warns() -> None:
+    order = ["s2", "sage", "xformers", "flex", "flash", "sdp", "eager"]
+    flags = [f"{name}_attention" for name in order]
+    for at in range(len(flags)):
+        with pytest.warns(DeprecationWarning, match="is deprecated") as caught:
+            config = AttentionConfig(**dict.fromkeys(reversed(flags[at:]), True))
+        assert config.attn_implementation == names.LEGACY_FLAGS[flags[at]]
+        said = [str(w.message).split()[0] for w in caught if "_attention is deprecated" in str(w.message)]
+        assert sorted(said) == sorted(flags[at:])
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "org/kernel@v1", {"": "sdpa"}])
+def test_a_legacy_flag_beside_attn_implementation_is_refused(name: Any) -> None:
+    assert "both given" in problems(attn_implementation=name, flash_attention=True)
+
+
+def test_a_legacy_flag_that_is_no_boolean_is_refused() -> None:
+    assert "not true or false" in problems(flash_attention="yes")
+
+
+@pytest.mark.parametrize("flag", COMPUTED)
+def test_giving_a_computed_flag_is_refused(flag: str) -> None:
+    assert "is computed" in problems(attn_implementation="varlen", **{flag: True})
+
+
+@pytest.mark.parametrize("name", [n for n in names.CANONICAL if n not in ("auto", "s2", "sage", "fp8")])
+def test_computed_flags_follow_the_name_and_are_dumped(name: str) -> None:
+    config = AttentionConfig(attn_implementation=name)
+    flags = names.flags(name)
+    dumped = config.model_dump()
+    assert (config.attn_supports_packing, config.attn_uses_flash_lib, config.attn_needs_dtype_cast) == (
+        flags.packing,
+        flags.flash_lib,
+        flags.dtype_cast,
+    )
+    assert [dumped[flag] for flag in COMPUTED] == [flags.packing, flags.flash_lib, flags.dtype_cast]
+
+
+def test_a_dict_packs_only_if_all_its_names_do() -> None:
+    assert AttentionConfig(attn_implementation={"": "varlen", "text_config": "auto"}).attn_supports_packing
+    assert not AttentionConfig(attn_implementation={"": "varlen", "vision_config": "sdpa"}).attn_supports_packing
+
+
+def test_auto_and_none_answer_before_and_after_they_are_resolved() -> None:
+    for config in (AttentionConfig(), AttentionConfig(attn_implementation="auto")):
+        flags = (config.attn_supports_packing, config.attn_uses_flash_lib, config.attn_needs_dtype_cast)
+        assert flags == (True, False, False)
+    resolved = AttentionConfig().resolve(axattn.plan(CONFIGS["llama"](), "auto", environment=CPU))
+    assert resolved.attn_supports_packing
+    assert resolved.attn_needs_dtype_cast  # it became varlen
+    resolved = AttentionConfig().resolve(axattn.plan(CONFIGS["gemma2"](), "auto", environment=CPU))
+    assert not resolved.attn_needs_dtype_cast  # it became eager, through our masks
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "s2", "fp8"])
+def test_packing_with_a_name_that_can_not_is_refused(name: str) -> None:
+    text = problems(attn_implementation=name, sample_packing=True)
+    assert "can't pack" in text
+    assert "write attn_implementation: varlen" in text
+
+
+def test_packing_with_a_legacy_name_that_can_not_is_refused() -> None:
+    assert "can't pack" in problems(sdp_attention=True, sample_packing=True)
+
+
+def test_packing_with_an_unknown_hub_kernel_is_refused_and_with_a_known_one_accepted() -> None:
+    assert "does not know" in problems(attn_implementation="org/kernel", sample_packing=True)
+    AttentionConfig(attn_implementation="kernels-community/flash-attn2@v1", sample_packing=True)
+
+
+def test_s2_is_deprecated_and_for_llama_only() -> None:
+    with pytest.warns(DeprecationWarning, match="s2 .* is deprecated"):
+        AttentionConfig(attn_implementation="s2", model_type="LlamaForCausalLM")
+    assert "LLaMA models only" in problems(attn_implementation="s2", model_type="mistral")
+    assert "LLaMA models only" in problems(attn_implementation="s2", model_type="llama4")
+
+
+def test_sage_without_an_adapter_warns_while_it_has_no_gradient() -> None:
+    with pytest.warns(UserWarning, match="no true gradient"):
+        AttentionConfig(attn_implementation="sage")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AttentionConfig(attn_implementation="sage", adapter="lora")
+
+
+def test_fp8_turns_the_cache_off_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="use_cache: false"):
+        assert AttentionConfig(attn_implementation="fp8").use_cache is False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert AttentionConfig(attn_implementation="fp8", use_cache=False).use_cache is False
+
+
+@pytest.mark.parametrize(("name", "fine"), [("flash_attention_2", True), ("varlen", False), (None, False)])
+def test_context_parallelism_needs_a_flash_library(name: str | None, fine: bool) -> None:
+    if fine:
+        AttentionConfig(attn_implementation=name, context_parallel_size=2)
+    else:
+        assert "context_parallel_size: 2" in problems(attn_implementation=name, context_parallel_size=2)
+    AttentionConfig(attn_implementation=name, context_parallel_size=1)
+
+
+def test_activation_offloading_is_refused_with_flex() -> None:
+    assert "activation_offloading" in problems(attn_implementation="flex_attention", activation_offloading=True)
+    AttentionConfig(attn_implementation="varlen", activation_offloading=True)
+
+
+def test_scaling_softmax_needs_flex() -> None:
+    assert "scaling_softmax" in problems(attn_implementation="sdpa", scaling_softmax=True)
+    AttentionConfig(attn_implementation="flex_attention", scaling_softmax=True)
+
+
+@pytest.mark.parametrize(
+    "values", [{"attn_implementation": "sdpa"}, {"sdp_attention": True}, {"flex_attention": True}, {}]
+)
+def test_gemma4_hybrid_is_refused_with_anything_but_fa2(values: dict[str, Any]) -> None:
+    assert "gemma4_hybrid_attn_impl" in problems(gemma4_hybrid_attn_impl=True, **values)
+
+
+@pytest.mark.parametrize("values", [{"attn_implementation": "flash_attention_2"}, {"flash_attention": True}])
+def test_gemma4_hybrid_is_accepted_with_fa2(values: dict[str, Any]) -> None:
+    assert quiet(gemma4_hybrid_attn_impl=True, **values).attn_implementation == "flash_attention_2"
+
+
+def test_all_problems_are_said_at_once() -> None:
+    text = problems(
+        attn_supports_packing=True,
+        sdp_attention=True,
+        sample_packing=True,
+        scaling_softmax=True,
+        context_parallel_size=4,
+    )
+    for part in ("is computed", "can't pack", "scaling_softmax", "context_parallel_size"):
+        assert part in text
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    assert "Extra inputs" in problems(attn_impl="sdpa")
+
+
+def test_the_machine_is_checked_only_when_one_is_given() -> None:
+    AttentionConfig(attn_implementation="flash_attention_3")
+    assert "needs an NVIDIA GPU" in problems(CPU, attn_implementation="flash_attention_3")
+    AttentionConfig.model_validate({"attn_implementation": "flash_attention_3"}, context={"environment": HOPPER})
+    for name in ("flash_attention_2", "sdpa", "s2"):
+        assert "can't run on this machine" in problems(NPU, attn_implementation=name)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_axolotl_yaml_is_read_and_the_rest_ignored(tmp_path: Path) -> None:
+    text = "base_model: org/x\nflash_attention: true\nsample_packing: true\nadapter: lora\n"
+    text += "learning_rate: 1e-4\neager_attention:\n"
+    with pytest.warns(DeprecationWarning, match="flash_attention is deprecated"):
+        config = AttentionConfig.from_yaml(write(tmp_path, text))
+    assert config.attn_implementation == "flash_attention_2"
+    assert config.adapter == "lora"
+    assert config.sample_packing
+
+
+def test_the_model_type_of_a_yaml_reaches_the_s2_check(tmp_path: Path) -> None:
+    with quietly(), pytest.raises(InvalidConfigError, match="LLaMA models only"):
+        AttentionConfig.from_yaml(write(tmp_path, "s2_attention: true\ntype_of_model: MistralForCausalLM\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("- a\n- b\n", "is a list, not a mapping"),
+        ("", "is empty, not a mapping"),
+        ("just text", "is a str, not a mapping"),
+        ("a: [", "is not YAML"),
+        ("sdp_attention: true\nsdp_attention: false\n", "gives 'sdp_attention' twice \\(line 2\\)"),
+        ("a: !!python/object/apply:os.system ['true']\n", "is not YAML"),
+        ("attn_implementation: fa2\n", "flash_attention_2"),
+        ("attn_uses_flash_lib: true\n", "is computed"),
+    ],
+)
+def test_a_bad_yaml_is_one_clear_error(tmp_path: Path, text: str, part: str) -> None:
+    with pytest.raises(InvalidConfigError, match=part):
+        AttentionConfig.from_yaml(write(tmp_path, text))
+
+
+def test_a_yaml_that_is_no_utf_8_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("a: é".encode("latin-1"))
+    with pytest.raises(InvalidConfigError, match="is not UTF-8"):
+        AttentionConfig.from_yaml(path)
+
+
+def test_no_code_outside_config_and_names_reads_a_legacy_flag() -> None:
+    for path in Path(axattn.__file__).parent.rglob("*.py"):
+        if path.name in ("config.py", "names.py"):
+            continue
+        read = {node.attr for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
+        assert not read & (set(names.LEGACY_FLAGS) - {"flex_attention"}), path

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import masking_utils as mu
+
+from axattn.masking import lazy_mask
+from axattn.masks import Layout, LazyMask
+from axattn.patterns import recognise
+from axattn.segments import from_positions
+from tests.models import positions
+
+
+def hf(**kwargs: Any) -> torch.Tensor:
+    return mu.sdpa_mask(**{"allow_is_causal_skip": False, **kwargs})
+
+
+def functions(window: int, chunk: int, rows: int) -> dict[str, Any]:
+    return {
+        "causal": mu.causal_mask_function,
+        "full": mu.bidirectional_mask_function,
+        "window": mu.sliding_window_causal_mask_function(window),
+        "window both": mu.sliding_window_bidirectional_mask_function(window),
+        "chunk": mu.chunked_causal_mask_function(chunk, torch.zeros(rows, dtype=torch.long)),
+        "prefix": mu.or_masks(mu.causal_mask_function, lambda b, h, q, k: (k < 2) & (q >= 0)),
+    }
+
+
+KINDS = sorted(functions(1, 1, 1))
+
+
+def dense_of_layout(layout: Layout) -> torch.Tensor:
+    """The mask that a layout means, by its definition."""
+    seen = torch.zeros(layout.rows, 1, layout.q_length, layout.kv_length, dtype=torch.bool)
+    for row0, row1, q0, q1, k0, k1 in layout.spans:
+        offset = (k1 - k0) - (q1 - q0)
+        q = torch.arange(q1 - q0)[:, None] + offset
+        k = torch.arange(k1 - k0)[None]
+        rule = (k <= q) if layout.causal else torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+        if layout.window is not None:
+            rule = rule & (k > q - layout.window)
+            if not layout.causal:
+                rule = rule & (k < q + layout.window)
+        seen[row0:row1, :, q0:q1, k0:k1] = rule
+    return seen
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_dense_equals_transformers_and_the_layout_means_the_same(data: st.DataObject, kind: str) -> None:
+    rows, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    past = data.draw(st.integers(0, 4)) if kind != "full" else 0
+    function = functions(data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4)), rows)[kind]
+    total = length + past
+    padding = None
+    if data.draw(st.booleans()):
+        left = [data.draw(st.integers(0, total - 1)) for _ in range(rows)]
+        side = data.draw(st.sampled_from(["left", "right", "holes"]))
+        padding = torch.ones(rows, total, dtype=torch.bool)
+        for row, n in enumerate(left):
+            if side == "holes":
+                padding[row, torch.randperm(total)[:n]] = False
+            else:
+                padding[row, slice(0, n) if side == "left" else slice(total - n, total)] = False
+        if kind == "chunk":
+            counts = (padding.cumsum(-1) == 0).sum(-1)
+            function = mu.chunked_causal_mask_function(3, counts)
+    common = {
+        "batch_size": rows,
+        "q_length": length,
+        "kv_length": total,
+        "q_offset": past,
+        "mask_function": function,
+        "attention_mask": padding,
+    }
+    mask = lazy_mask(**common)
+    expected = hf(**common)
+    assert torch.equal(mask.dense(), expected)
+    layout = mask.layout()
+    if layout is not None:
+        real = torch.ones(rows, 1, length, 1, dtype=torch.bool)
+        if padding is not None and kind not in ("full", "window both"):
+            real = padding[:, None, past:, None]
+        elif padding is not None:
+            real = padding[:, None, :, None]
+        # queries that are padding are in no span; what they see does not matter
+        assert torch.equal(dense_of_layout(layout) & real, expected & real)
+    if mask.plain is not None:
+        rule = expected[0, 0]
+        assert (mask.plain == "full" and bool(rule.all())) or torch.equal(rule, torch.ones_like(rule).tril())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    data=st.data(),
+    kind=st.sampled_from(["causal", "full", "window", "window both"]),
+    lengths=st.lists(st.integers(1, 6), min_size=2, max_size=4),
+)
+def test_packed_masks_equal_those_of_transformers(data: st.DataObject, kind: str, lengths: list[int]) -> None:
+    where, total = positions(tuple(lengths)), sum(lengths)
+    base = functions(data.draw(st.integers(1, 5)), 2, 1)[kind]
+    found = from_positions(where, None, 1, total)
+    assert found is not None
+    packed = mu.packed_sequence_compatibility_function(base, where, found.document_ids)
+    common = {"batch_size": 1, "q_length": total, "kv_length": total, "mask_function": packed}
+    mask = lazy_mask(**common)  # no door: the documents are taken from Transformers' own closure
+    expected = hf(**common)
+    assert torch.equal(mask.dense(), expected)
+    layout = mask.layout()
+    assert layout is not None
+    assert torch.equal(dense_of_layout(layout), expected)
+
+
+def test_transformers_own_mask_functions_are_recognised() -> None:
+    """Drift: runs on the oldest and the newest supported Transformers."""
+    known = {kind: recognise(function) for kind, function in functions(3, 4, 1).items()}
+    assert known["prefix"] is None
+    summary = {k: (p.causal, p.window, p.chunk, p.packed) for k, p in known.items() if p is not None}
+    assert summary == {
+        "causal": (True, None, None, False),
+        "full": (False, None, None, False),
+        "window": (True, 3, None, False),
+        "window both": (False, 4, None, False),
+        "chunk": (True, None, 4, False),
+    }
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    packed = mu.packed_sequence_compatibility_function(mu.sliding_window_causal_mask_function(3), ids, ids)
+    pattern = recognise(packed)
+    assert pattern is not None
+    assert (pattern.packed, pattern.window) == (True, 3)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        mu.and_masks(mu.causal_mask_function, lambda b, h, q, k: q >= k),
+        mu.and_masks(mu.causal_mask_function, mu.sliding_window_overlay(2), mu.causal_mask_function),
+        lambda b, h, q, k: q >= k,
+        mu.and_masks(mu.sliding_window_overlay(2), mu.bidirectional_mask_function),
+        mu.packed_sequence_compatibility_function(lambda *a: a[2] >= a[3], torch.zeros(1, 4), torch.zeros(1, 4)),
+    ],
+)
+def test_anything_unknown_is_not_recognised(function: Any) -> None:
+    assert recognise(function) is None
+
+
+def test_chunks_restart_with_each_document() -> None:
+    where = positions((3, 5))
+    segments = from_positions(where, None, 1, 8)
+    mask = lazy_mask(1, 8, 8, mask_function=mu.chunked_causal_mask_function(2, torch.zeros(1, dtype=torch.long)))
+    packed = mask.with_segments(segments)  # the rule that Transformers gives, documents on top: chunks straddle
+    assert packed.layout() is not None
+    alone = [
+        hf(batch_size=1, q_length=n, kv_length=n, mask_function=mu.chunked_causal_mask_function(2, torch.zeros(1)))
+        for n in (3, 5)
+    ]
+    expected = torch.block_diag(*(m[0, 0].int() for m in alone)).bool()
+    assert torch.equal(dense_of_layout(packed.layout())[0, 0], expected)
+
+
+def test_a_static_cache_offset_is_read_when_the_mask_is_made() -> None:
+    offset = torch.tensor(3)
+    mask = lazy_mask(1, 2, 8, q_offset=offset)
+    offset.add_(2)  # what the cache does in the first layer
+    assert torch.equal(mask.dense(), hf(batch_size=1, q_length=2, kv_length=8, q_offset=3))
+
+
+def make() -> LazyMask:
+    return lazy_mask(2, 4, 4, attention_mask=torch.tensor([[True] * 4, [False, True, True, True]]))
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda m: m[:, :, :, :2],
+        lambda m: m & torch.ones(4, 4, dtype=torch.bool),
+        lambda m: torch.ones(4, 4, dtype=torch.bool) & m,
+        lambda m: ~m,
+        lambda m: torch.where(m, 0.0, 1.0),
+        lambda m: torch.zeros(2, 1, 4, 4).masked_fill(m, 1.0),
+        lambda m: m.to(torch.float32),
+        lambda m: m.float() * 2,
+        lambda m: m.expand(2, 3, 4, 4),
+        lambda m: torch.cat([m, m]),
+        lambda m: m + 1,
+        lambda m: 1 - m.int(),
+        lambda m: torch.nn.functional.pad(m, (0, 1)),
+    ],
+)
+def test_a_touched_mask_is_the_tensor(touch: Any) -> None:
+    mask = make()
+    found, expected = touch(mask), touch(make().dense())
+    assert isinstance(found, torch.Tensor)
+    assert torch.equal(found, expected)
+
+
+def test_an_untouched_mask_stays_lazy() -> None:
+    mask = make()
+    assert mask.shape == (2, 1, 4, 4)
+    assert (mask.ndim, mask.dim(), mask.size(-1), len(mask), mask.dtype) == (4, 4, 4, 2, torch.bool)
+    assert mask.contiguous() is mask
+    assert mask.to("cpu") is mask
+    assert mask.to(torch.bool) is mask
+    assert mask.to(device=torch.device("cpu"), non_blocking=True) is mask
+    assert not hasattr(mask, "__cuda_array_interface__")
+    assert mask._dense is None
+    assert "LazyMask" in repr(mask)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+import transformers as tf
+
+from axattn.needs import inner_model_classes, model_class_reasons, model_needs, sub_configs
+from tests.models import CONFIGS, LAYERS, REFUSED, SMALL, build
+
+
+def needs_of(family: str) -> list[tuple[str, object]]:
+    return [(layer.kind, layer.need) for layer in model_needs(CONFIGS[family]()).layers]
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_sizes_are_those_of_the_real_model(family: str) -> None:
+    model = build(family)
+    attention = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    layers = model_needs(model.config).layers
+    assert len(layers) == len(attention) == 2
+    for layer, module in zip(layers, attention, strict=True):
+        real = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+        assert layer.need.head_dim == real
+        assert layer.need.value_dim == (getattr(module, "v_head_dim", None) or real)
+        assert layer.need.causal
+
+
+def test_features_are_read_from_the_config() -> None:
+    sliding, full = (need for _, need in needs_of("gemma2"))
+    assert (sliding.window, full.window, sliding.softcap, full.softcap) == (5, None, 2.0, 2.0)
+    assert [need.sinks for _, need in needs_of("gpt_oss")] == [True, True]
+    assert [need.sinks for _, need in needs_of("llama")] == [False, False]
+    assert [need.window for _, need in needs_of("mistral")] == [5, 5]
+    assert [(kind, need.chunk) for kind, need in needs_of("llama4")] == [
+        ("chunked_attention", 4),
+        ("full_attention", None),
+    ]
+    assert [(need.head_dim, need.value_dim) for _, need in needs_of("deepseek_v3")] == [(16, 12)] * 2
+    assert [need.kv_heads for _, need in needs_of("llama")] == [2, 2]
+
+
+def test_dropout_is_read_from_the_config() -> None:
+    assert model_needs(CONFIGS["llama"](attention_dropout=0.1)).layers[0].need.dropout == 0.1
+
+
+def test_gemma_4_has_two_head_dims() -> None:
+    config = tf.Gemma4TextConfig(
+        **{**SMALL, "head_dim": 8, "global_head_dim": 16, "sliding_window": 5, "layer_types": LAYERS}
+    )
+    assert [layer.need.head_dim for layer in model_needs(config).layers] == [8, 16]
+
+
+def test_encoders_are_bidirectional() -> None:
+    bert = tf.BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8)
+    assert not model_needs(bert).layers[0].need.causal
+    bert.is_decoder = True
+    assert model_needs(bert).layers[0].need.causal
+
+
+def test_composite_models_are_read_by_sub_config() -> None:
+    config = tf.Qwen2_5_VLConfig()
+    needs = model_needs(config)
+    assert set(needs.paths) == {"", "text_config", "vision_config"}
+    causal = {path: {layer.need.causal for layer in needs.layers if layer.path == path} for path in needs.paths}
+    assert causal == {"": set(), "text_config": {True}, "vision_config": {False}}
+    assert sub_configs(config)[0] == ("", config)
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_models_outside_the_interface_have_a_reason(family: str) -> None:
+    cls = tf.AutoModelForCausalLM._model_mapping[type(REFUSED[family]())]
+    (reason,) = model_class_reasons(cls)
+    assert "does not use Transformers' attention interface" in reason.text
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_models_of_the_interface_have_none(family: str) -> None:
+    config = CONFIGS[family]()
+    cls = tf.AutoModelForCausalLM._model_mapping[type(config)]
+    assert [r for c in [cls, *inner_model_classes(config)] for r in model_class_reasons(c)] == []
+
+
+def test_an_unknown_config_is_checked_call_by_call() -> None:
+    class Odd(tf.PretrainedConfig):  # type: ignore[misc]
+        model_type = "odd"
+
+    needs = model_needs(Odd())
+    assert needs.layers == ()
+    assert needs.unknown == ("",)

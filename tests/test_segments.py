@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from axattn.errors import InvalidInputError
+from axattn.segments import Segments, from_cu_seqlens, from_positions
+from tests.models import positions
+
+CPU = torch.device("cpu")
+documents = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@given(documents)
+def test_positions_and_cumulative_lengths_agree(lengths: list[int]) -> None:
+    total = sum(lengths)
+    expected = tuple(accumulate(lengths, initial=0))
+    by_lengths = from_cu_seqlens(int32(*expected), 1, total)
+    assert by_lengths.boundaries == (expected,)
+    by_positions = from_positions(positions(tuple(lengths)), None, 1, total)
+    assert (by_positions.boundaries if by_positions else ((0, total),)) == (expected,)
+    assert torch.equal(by_lengths.positions, positions(tuple(lengths)))
+    assert torch.equal(by_lengths.cu_seqlens, int32(*expected))
+    assert by_lengths.document_ids.diff().sum() == len(lengths) - 1
+    assert by_lengths.packed == (len(lengths) > 1)
+    assert by_lengths.documents == len(lengths)
+
+
+def test_many_rows_have_boundaries_of_their_own() -> None:
+    found = from_positions(positions((3, 4), (7,)), None, 2, 7)
+    assert found == Segments(((0, 3, 7), (0, 7)), CPU)
+    assert from_cu_seqlens(int32(0, 3, 7, 14), 2, 7).boundaries == found.boundaries
+
+
+def test_one_row_of_positions_stands_for_all_rows() -> None:
+    found = from_positions(positions((3, 4)), None, 2, 7)
+    assert found is not None
+    assert found.boundaries == ((0, 3, 7), (0, 3, 7))
+
+
+def test_padding_starts_no_document() -> None:
+    where = torch.tensor([[1, 1, 1, 0, 1, 2], [0, 1, 2, 0, 0, 0]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    assert from_positions(where, mask, 2, 6) is None
+    assert from_positions(where, None, 2, 6) is not None
+
+
+def test_a_mask_of_document_numbers_separates_them_with_padding_between_or_not() -> None:
+    found = from_positions(None, torch.tensor([[1, 1, 2, 2, 0, 3], [2, 2, 1, 1, 0, 0]]), 2, 6)
+    assert found is not None
+    assert found.boundaries == ((0, 2, 5, 6), (0, 2, 6))
+
+
+def test_plain_rows_have_no_segments() -> None:
+    assert from_positions(torch.arange(5)[None], None, 1, 5) is None
+    assert from_positions(None, torch.ones(2, 5, dtype=torch.long), 2, 5) is None
+    assert from_positions(None, None, 2, 5) is None
+    assert from_positions(torch.zeros(2, 1, dtype=torch.long), None, 2, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        (int32(0, 3, 6), "ends at 6, but the batch has 1 x 7 = 7 tokens"),
+        (int32(0, 5, 3, 7), "decreases from 5 to 3 at index 2"),
+        (int32(1, 7), "starts at 1"),
+        (torch.tensor([0, 7]), "dtype is int64"),
+        (torch.tensor([0.0, 7.0]), "dtype is float32"),
+        (int32(7), "shape is \\[1\\]"),
+        (int32(0, 7)[None], "shape is \\[1, 2\\]"),
+        ([0, 7], "must be an int32 tensor, not list"),
+    ],
+)
+def test_bad_cumulative_lengths_are_refused_by_name(value: torch.Tensor, part: str) -> None:
+    with pytest.raises(InvalidInputError, match=part) as caught:
+        from_cu_seqlens(value, 1, 7, "cu_seq_lens_k")
+    assert "cu_seq_lens_k" in str(caught.value)
+
+
+def test_every_problem_of_cumulative_lengths_is_said_at_once() -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        from_cu_seqlens(torch.tensor([1, 5, 3]), 1, 7)
+    assert len(caught.value.reasons) == 4
+
+
+def test_a_document_that_spans_two_rows_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="spans two rows"):
+        from_cu_seqlens(int32(0, 3, 10, 14), 2, 7)
