@@ -119,8 +119,14 @@ def _class_hands_positions(cls: Any) -> bool | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):
         return False
+    known = set(_MASK_BUILDERS)
+    for node in ast.walk(tree):  # mask_function = create_causal_mask if ... else create_sliding_window_causal_mask
+        if isinstance(node, ast.Assign) and not any(isinstance(inner, ast.Call) for inner in ast.walk(node.value)):
+            mentioned = {inner.id for inner in ast.walk(node.value) if isinstance(inner, ast.Name)}
+            if mentioned & known:
+                known |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    builders = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id in _MASK_BUILDERS]
+    builders = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id in known]
     if not builders:
         return None
     spread = {

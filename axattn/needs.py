@@ -87,10 +87,8 @@ def model_class_reasons(cls: type | None) -> list[Reason]:
     if cls is None:
         return []
     settable = getattr(cls, "_can_set_attn_implementation", None)
-    if settable is None or (settable() and getattr(cls, "_supports_attention_backend", False)):
+    if settable is None or settable():  # Transformers reads the same in the source of the class's file
         return []
-    if settable() and not _module_calls(cls.__module__):
-        return []  # no attention of its own: a wrapper whose inner models are checked one by one
     return [Reason("model", f"{cls.__name__} does not use Transformers' attention interface")]
 
 
@@ -197,11 +195,6 @@ class _Words:
 def _modeling_words(config: Any) -> _Words:
     module = type(config).__module__.replace(".configuration_", ".modeling_")
     return _read_words(module)
-
-
-def _module_calls(module: str) -> bool:
-    """Whether a modeling file calls an attention function itself."""
-    return bool(_read_words(module).keywords)
 
 
 @functools.cache

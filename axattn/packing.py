@@ -24,8 +24,10 @@ class Document:
         return len(self.features["input_ids"])
 
     def piece(self, start: int, end: int) -> Document:
-        """Tokens ``[start, end)`` as a document of its own."""
-        return Document({key: values[start:end] for key, values in self.features.items()})
+        """Tokens ``[start, end)`` as a document of its own, whose first token is no target."""
+        part = {key: values[start:end] for key, values in self.features.items()}
+        part["labels"] = [IGNORE_INDEX, *part["labels"][1:]]
+        return Document(part)
 
 
 @dataclass(slots=True)

@@ -65,7 +65,8 @@ def test_a_block_that_raises_rolls_back_and_one_that_does_not_keeps() -> None:
             patches.set_attribute(thing, "a", 2)
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail)
+    with pytest.raises(RuntimeError):
+        fail()
     assert thing.a == 1
     with patches:
         patches.set_attribute(thing, "a", 2)

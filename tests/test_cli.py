@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import axattn
+from axattn.cli import app
+from axattn.diagnosis import diagnose
+from tests.environments import CPU, HOPPER
+from tests.models import build
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gemma2")
+    build("gemma2").save_pretrained(path)
+    return path
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; sys.argv = ['axattn', '--help']\nfrom axattn.cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit: pass\n"
+    code += "print('heavy:', [m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "heavy: []" in done.stdout, done.stderr
+    for verb in ("doctor", "plan", "demo"):
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["doctor", "plan", "demo"])
+def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
+    done = runner.invoke(app, [verb, "--help"])
+    assert done.exit_code == 0
+    assert f"axattn {verb}" in done.output
+
+
+def test_the_version_is_the_packages() -> None:
+    assert axattn.__version__ in runner.invoke(app, ["--version"]).output
+
+
+def test_doctor_prints_every_kernel_and_json_is_json() -> None:
+    done = runner.invoke(app, ["doctor"])
+    assert done.exit_code == 0
+    found = json.loads(runner.invoke(app, ["doctor", "--json"]).output)
+    for kernel in found["kernels"]:
+        assert kernel["name"] in done.output
+        assert kernel["usable"] == (not kernel["reasons"])
+
+
+def test_doctor_requires() -> None:
+    assert runner.invoke(app, ["doctor", "--require", "varlen"]).exit_code == 0
+    done = runner.invoke(app, ["doctor", "--require", "fp8"])
+    assert done.exit_code == 1
+    assert "fp8 can't run on this machine" in done.stderr
+    assert runner.invoke(app, ["doctor", "--require", "fa2"]).exit_code == 1
+
+
+def test_a_diagnosis_is_pure_over_a_machine() -> None:
+    usable = {kernel.name for kernel in diagnose(CPU).kernels if kernel.usable}
+    assert {"varlen", "sdpa", "eager", "s2"} <= usable
+    assert not {"flash_attention_2", "sage", "fp8", "xformers"} & usable
+    assert {"flash_attention_2", "flash_attention_3"} <= {k.name for k in diagnose(HOPPER).kernels if k.usable}
+
+
+def test_plan_prints_and_speaks_json(folder: Path) -> None:
+    done = runner.invoke(app, ["plan", str(folder)])
+    assert done.exit_code == 0
+    assert "eager" in done.output
+    found = json.loads(runner.invoke(app, ["plan", str(folder), "--json"]).output)
+    assert [layer["chosen"] for layer in found["layers"]] == ["eager", "eager"]
+    routed = runner.invoke(app, ["plan", str(folder), "--attn", "varlen", "--route", "--json"])
+    assert json.loads(routed.output)["on_unsupported"] == "route"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--attn", "varlen"], "softcap"),
+        (["--attn", "fa2"], "flash_attention_2"),
+    ],
+)
+def test_a_users_mistake_is_one_line_on_stderr(folder: Path, arguments: list[str], part: str) -> None:
+    done = runner.invoke(app, ["plan", str(folder), *arguments])
+    assert done.exit_code == 1
+    assert part in done.stderr
+    assert "Traceback" not in done.output + done.stderr
+    assert done.stdout == ""
+
+
+def test_a_folder_without_a_model_is_one_line_on_stderr(tmp_path: Path) -> None:
+    done = runner.invoke(app, ["plan", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("axattn: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert runner.invoke(app, ["plan"]).exit_code == 2

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+import axattn
+from axattn import door, guard
+from axattn.errors import InvalidInputError, UnsupportedAttentionError
+from axattn.segments import Segments
+from tests.models import build, positions, tokens
+
+PACKED = {"position_ids": positions((4, 6))}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return axattn.apply(build("llama"), "varlen")
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "part"),
+    [
+        ({"position_ids": torch.zeros(3, 10, dtype=torch.long)}, r"shape \[3, 10\]"),
+        ({"position_ids": torch.zeros(1, 9, dtype=torch.long)}, r"shape \[1, 9\]"),
+        ({"position_ids": torch.zeros(3, 1, 10, dtype=torch.long)}, r"shape \[3, 1, 10\]"),
+        ({"position_ids": torch.zeros(1, 10)}, "dtype float32"),
+        ({"cu_seq_lens_q": int32(0, 4, 9)}, "ends at 9"),
+        ({"cu_seq_lens_q": int32(0, 6, 4, 10)}, "decreases"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 10])}, "int64"),
+        ({"cu_seq_lens_k": int32(0, 4, 9)}, "cu_seq_lens_k can't be used"),
+        ({"cu_seq_lens_q": int32(0, 4, 10), "cu_seq_lens_k": int32(0, 5, 10)}, "different documents"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_the_model_runs_on(model: Any, inputs: dict[str, Any], part: str) -> None:
+    ids = tokens(1, 10)
+    before = model(ids).logits
+    with pytest.raises(InvalidInputError, match=part):
+        model(ids, **inputs)
+    assert door.current() is None
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 10), (1, 0)])
+def test_an_empty_batch_is_one_clear_error(model: Any, shape: tuple[int, int]) -> None:
+    with pytest.raises(InvalidInputError, match="the batch is empty"):
+        model(torch.zeros(shape, dtype=torch.long))
+
+
+def test_a_forward_that_raises_leaves_no_context_behind(model: Any) -> None:
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 4), 10_000))
+    assert door.current() is None
+
+
+def test_inner_models_called_by_themselves_are_guarded_too(model: Any) -> None:
+    with pytest.raises(InvalidInputError, match="ends at 9"):
+        model.model(tokens(1, 10), cu_seq_lens_q=int32(0, 4, 9))
+    with torch.no_grad():
+        whole = model(tokens(1, 10), **PACKED, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(model.model(tokens(1, 10), **PACKED).last_hidden_state, whole)
+
+
+@torch.no_grad()
+def test_positional_arguments_are_read_as_well(model: Any) -> None:
+    by_name = model(tokens(1, 10), **PACKED).logits
+    assert torch.equal(model(tokens(1, 10), None, PACKED["position_ids"]).logits, by_name)
+
+
+@torch.no_grad()
+def test_input_embeddings_stand_for_tokens(model: Any) -> None:
+    embeds = model.get_input_embeddings()(tokens(1, 10))
+    assert torch.equal(model(inputs_embeds=embeds, **PACKED).logits, model(tokens(1, 10), **PACKED).logits)
+
+
+@torch.no_grad()
+def test_packed_rows_can_not_continue_from_a_cache(model: Any) -> None:
+    cache = model(tokens(1, 3)).past_key_values
+    with pytest.raises(InvalidInputError, match="can't continue from a cache"):
+        model(tokens(1, 10), past_key_values=cache, **PACKED)
+
+
+def test_packed_encoder_decoders_are_refused() -> None:
+    config = tf.T5Config(
+        vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    model = axattn.apply(tf.T5ForConditionalGeneration(config).eval(), "auto")
+    ids = tokens(1, 10)
+    model(input_ids=ids, labels=ids)
+    numbers = torch.tensor([[1] * 4 + [2] * 6])
+    with pytest.raises(InvalidInputError, match="encoder-decoder"):
+        model(input_ids=ids, attention_mask=numbers, labels=ids)
+
+
+def qwen_vl() -> Any:
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 97,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 4, "out_hidden_size": 32}
+    config = tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    return tf.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_planes_of_multimodal_positions_are_legal_and_packed_ones_kept_apart() -> None:
+    model = axattn.apply(qwen_vl(), "auto")
+    ids, where = tokens(1, 10), positions((4, 6))
+    alone = torch.cat([model(ids[:, :4]).logits, model(ids[:, 4:]).logits], 1)
+    packed = model(ids, position_ids=where[None].expand(4, 1, 10)).logits
+    assert torch.allclose(packed, alone, atol=1e-5)
+    model(ids, position_ids=torch.arange(10).expand(3, 1, 10))
+    with pytest.raises(InvalidInputError, match=r"This model takes \[3\|4, 1, 10\]"):
+        model(ids, position_ids=torch.arange(10).expand(5, 1, 10))
+
+
+# ---- native names: the guard --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("inputs", "part"),
+    [
+        ({}, "use_cache on"),
+        ({"use_cache": False, "attention_mask": torch.ones(1, 10, dtype=torch.long)}, "2-D attention_mask"),
+        ({"use_cache": False, "position_ids": None, "cu_seq_lens_q": int32(0, 4, 10)}, "none were given"),
+        (
+            {"use_cache": False, "position_ids": torch.arange(10)[None], "cu_seq_lens_q": int32(0, 4, 10)},
+            "describe different documents",
+        ),
+    ],
+)
+def test_packed_input_that_transformers_would_leak_is_refused(native: str, inputs: dict[str, Any], part: str) -> None:
+    model = axattn.apply(build("llama"), native)
+    with pytest.raises(UnsupportedAttentionError, match=part) as caught:
+        model(tokens(1, 10), **{**PACKED, **inputs})
+    assert 'attn_implementation="varlen"' in str(caught.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("native", ["sdpa", "eager"])
+def test_packed_input_that_transformers_serves_right_passes(native: str) -> None:
+    model = axattn.apply(build("llama"), native)
+    found = model(tokens(2, 10), position_ids=positions((4, 6), (5, 5)), use_cache=False).logits
+    axattn.apply(model, "varlen")
+    assert torch.allclose(found, model(tokens(2, 10), position_ids=positions((4, 6), (5, 5))).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "opt"])
+def test_models_that_never_hand_positions_to_their_masks_are_refused_packed(family: str) -> None:
+    model = axattn.apply(build(family), "eager")
+    with pytest.raises(UnsupportedAttentionError, match="does not hand position_ids"):
+        model(tokens(1, 10), **PACKED, use_cache=False)
+
+
+def test_padded_batches_are_not_taken_for_packed_ones() -> None:
+    model = axattn.apply(build("llama"), "sdpa")
+    mask = torch.tensor([[0] * 4 + [1] * 6])
+    where = (mask.cumsum(-1) - 1).clamp(min=0)
+    model(tokens(1, 10), attention_mask=mask, position_ids=where)
+    assert model.generate(tokens(1, 10), attention_mask=mask, max_new_tokens=2, eos_token_id=None).shape == (1, 12)
+
+
+LENGTHS = {"cu_seq_lens_q": int32(0, 4, 10), "cu_seq_lens_k": int32(0, 4, 10), "max_length_q": 6, "max_length_k": 6}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "boundaries", "part"),
+    [
+        (PACKED, ((0, 4, 10),), None),
+        (LENGTHS, ((0, 4, 10), (0, 10)), None),
+        ({"position_ids": positions((4, 6), (4, 6))}, ((0, 4, 10), (0, 4, 10)), "only when there is one row"),
+        ({"cu_seq_lens_q": int32(0, 4, 10)}, ((0, 4, 10),), "missing: cu_seq_lens_k, max_length_q, max_length_k"),
+        ({}, ((0, 4, 10),), "neither cu_seq_lens nor position_ids"),
+        ({"position_ids": torch.tensor([[3, 4, 5, 6, 0, 1, 2, 3, 4, 5]])}, ((0, 4, 10),), "different positions"),
+    ],
+)
+def test_the_guard_of_flash_names(inputs: dict[str, Any], boundaries: Any, part: str | None) -> None:
+    segments = Segments(boundaries, torch.device("cpu"))
+    call = ("flash_attention_2", torch.nn.Module(), inputs, segments, None)
+    if part is None:
+        guard.require_no_leak(*call)
+    else:
+        with pytest.raises(UnsupportedAttentionError, match=part):
+            guard.require_no_leak(*call)
+
+
+@pytest.mark.parametrize(("family", "answer"), [("llama", True), ("mistral", True), ("gpt_oss", False), ("opt", False)])
+def test_whether_a_model_hands_positions_on_is_read_from_its_source(family: str, answer: bool) -> None:
+    assert guard.hands_positions_to_masks(build(family)) is answer
+
+
+# ---- copies -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copied_model_keeps_its_documents_apart_and_is_restored_by_itself(clone: Any) -> None:
+    model = axattn.apply(build("llama"), "varlen")
+    expected = model(tokens(1, 10), **PACKED).logits
+    other = clone(model)
+    assert torch.equal(other(tokens(1, 10), **PACKED).logits, expected)
+    axattn.restore(other)
+    assert other.config._attn_implementation == "sdpa"
+    assert not other._forward_pre_hooks
+    assert torch.equal(model(tokens(1, 10), **PACKED).logits, expected)
+    assert model.config._attn_implementation == "varlen"

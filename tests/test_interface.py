@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import axattn
+from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionError
+from axattn.interface import HARMLESS, attend
+from axattn.masking import lazy_mask
+from axattn.masks import LazyMask
+from tests.models import build, tokens
+
+
+class Attention(torch.nn.Module):
+    """A bare attention module, as far as the interface looks at one."""
+
+    is_causal = True
+    num_key_value_groups = 2
+
+
+def qkv(q: int = 6, k: int = 6, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(2, h, n, 8, dtype=dtype) for h, n in ((4, q), (2, k), (2, k))]
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **kwargs).transpose(1, 2)
+
+
+def run(mask: Any, *, name: str = "varlen", inputs: list[torch.Tensor] | None = None, **kwargs: Any) -> torch.Tensor:
+    out, weights = attend(name, Attention(), *(inputs or qkv()), mask, **kwargs)
+    assert weights is None
+    return out
+
+
+def test_every_combination_of_mask_gives_the_same_causal_attention() -> None:
+    expected = reference(*qkv(), is_causal=True)
+    lower = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    additive = torch.zeros(1, 1, 6, 6).masked_fill(~lower, torch.finfo(torch.float32).min)
+    for mask in (None, lazy_mask(2, 6, 6), lower, additive, lower.expand(2, 4, 6, 6)):
+        assert torch.allclose(run(mask), expected, atol=1e-6), mask
+
+
+def test_the_mask_beats_is_causal_and_without_one_is_causal_decides() -> None:
+    full = reference(*qkv())
+    assert torch.allclose(run(torch.ones(1, 1, 6, 6, dtype=torch.bool), is_causal=True), full, atol=1e-6)
+    assert torch.allclose(run(None, is_causal=False), full, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [None, 1.0, 0.1])
+def test_the_scale_is_the_one_asked_for(scaling: float | None) -> None:
+    expected = reference(*qkv(), is_causal=True, scale=scaling)
+    for mask in (None, lazy_mask(2, 6, 6)):
+        assert torch.allclose(run(mask, scaling=scaling), expected, atol=1e-6)
+
+
+def test_a_window_without_a_mask_is_honoured() -> None:
+    index = torch.arange(6)
+    seen = (index[None] <= index[:, None]) & (index[None] > index[:, None] - 2)
+    assert torch.allclose(run(None, sliding_window=2), reference(*qkv(), attn_mask=seen), atol=1e-6)
+
+
+def test_one_query_sees_every_key() -> None:
+    inputs = qkv(1, 9)
+    assert torch.allclose(run(None, inputs=inputs), reference(*inputs), atol=1e-6)
+    mask = lazy_mask(2, 1, 9, q_offset=8)
+    assert mask.plain is None or mask.plain == "full"
+    assert torch.allclose(run(mask, inputs=inputs), reference(*inputs), atol=1e-6)
+
+
+def test_queries_over_a_cache_are_aligned_bottom_right() -> None:
+    inputs = qkv(3, 9)
+    seen = torch.ones(3, 9, dtype=torch.bool).tril(6)
+    mask = lazy_mask(2, 3, 9, q_offset=6)
+    assert torch.allclose(run(mask, inputs=inputs), reference(*inputs, attn_mask=seen), atol=1e-6)
+
+
+def test_an_empty_static_cache_is_aligned_top_left() -> None:
+    inputs = qkv(3, 9)
+    seen = torch.ones(3, 9, dtype=torch.bool).tril()
+    assert torch.allclose(run(lazy_mask(2, 3, 9), inputs=inputs), reference(*inputs, attn_mask=seen), atol=1e-6)
+
+
+def test_causal_attention_of_unequal_lengths_without_a_mask_is_ambiguous_and_refused() -> None:
+    with pytest.raises(UnsupportedAttentionError, match="3 queries over 9 keys, no mask"):
+        run(None, inputs=qkv(3, 9))
+
+
+@pytest.mark.parametrize("keyword", sorted(HARMLESS - {"cu_seq_lens_q", "position_ids"}))
+def test_harmless_keywords_change_nothing(keyword: str) -> None:
+    assert torch.equal(run(lazy_mask(2, 6, 6), **{keyword: True}), run(lazy_mask(2, 6, 6)))
+
+
+@pytest.mark.parametrize("value", [1, 0.5, "x", torch.ones(2)])
+def test_a_keyword_that_nobody_declared_is_refused(value: Any) -> None:
+    with pytest.raises(UnsupportedAttentionError, match="surprise"):
+        run(lazy_mask(2, 6, 6), surprise=value)
+    run(lazy_mask(2, 6, 6), surprise=None)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "part"),
+    [
+        ("softcap", 30.0, "softcap=30.0"),
+        ("s_aux", torch.zeros(4), "sinks"),
+        ("sinks", torch.zeros(4), "sinks"),
+        ("position_bias", torch.zeros(1, 4, 6, 6), "bias"),
+        ("indices", torch.zeros(2, 6, 1), "sparse"),
+        ("output_attentions", True, "output_attentions=True"),
+        ("cache", object(), "paged cache"),
+    ],
+)
+def test_what_varlen_does_not_have_is_refused_not_dropped(keyword: str, value: Any, part: str) -> None:
+    run(lazy_mask(2, 6, 6))  # a plain call before it must not open the fast path to this one
+    with pytest.raises(UnsupportedAttentionError, match=part):
+        run(lazy_mask(2, 6, 6), **{keyword: value})
+
+
+def test_dropout_is_stochastic_never_ignored() -> None:
+    mask, inputs = lazy_mask(2, 6, 6), qkv()
+    assert torch.equal(run(mask, inputs=inputs), run(mask, inputs=inputs))
+    assert not torch.equal(run(mask, inputs=inputs, dropout=0.5), run(mask, inputs=inputs, dropout=0.5))
+    assert not torch.equal(run(mask, inputs=inputs, dropout=0.5), run(mask, inputs=inputs))
+
+
+def test_a_position_bias_is_served_by_auto() -> None:
+    bias = torch.randn(1, 4, 6, 6)
+    lower = torch.ones(6, 6, dtype=torch.bool).tril()
+    expected = reference(*qkv(), attn_mask=bias.masked_fill(~lower, float("-inf")))
+    assert torch.allclose(run(lazy_mask(2, 6, 6), name="auto", position_bias=bias), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "part"),
+    [
+        (torch.ones(2, 6, dtype=torch.bool), "shape"),
+        (torch.ones(1, 1, 6, 5, dtype=torch.bool), "shape"),
+        (torch.ones(3, 1, 6, 6, dtype=torch.bool), "shape"),
+        (torch.ones(1, 1, 6, 6, dtype=torch.long), "dtype int64"),
+        ("mask", "is a str"),
+    ],
+)
+def test_a_mask_of_the_wrong_shape_or_dtype_is_one_clear_error(mask: Any, part: str) -> None:
+    with pytest.raises(InvalidInputError, match=part):
+        run(mask)
+
+
+def test_under_autocast_the_output_has_its_dtype_and_equals_sdpa() -> None:
+    q, k, v = qkv()
+    v = v.bfloat16()
+    for mask in (
+        lazy_mask(2, 6, 6),
+        lazy_mask(2, 6, 6, attention_mask=torch.tensor([[True] * 6, [True] * 4 + [False] * 2])),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(mask, inputs=[q, k, v])
+        assert out.dtype == torch.bfloat16
+        expected = reference(q.bfloat16(), k.bfloat16(), v, attn_mask=mask.dense())
+        assert torch.allclose(out[0], expected[0], atol=1e-2)
+
+
+def test_padding_queries_give_zeros_and_no_nan_in_gradients() -> None:
+    inputs = [x.requires_grad_() for x in qkv()]
+    mask = lazy_mask(2, 6, 6, attention_mask=torch.tensor([[True] * 6, [False] * 6]))
+    out = run(mask, inputs=inputs)
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs)
+
+
+@pytest.mark.parametrize("documents", [(2, 4), (3, 3)])
+def test_a_model_without_a_door_reads_documents_from_the_keywords(documents: tuple[int, int]) -> None:
+    q, k, v = qkv()
+    a = documents[0]
+    parts = [reference(*(x[:, :, s] for x in (q, k, v)), is_causal=True) for s in (slice(0, a), slice(a, 6))]
+    expected = torch.cat(parts, 1)
+    lengths = torch.tensor([0, a, 6, 6 + a, 12], dtype=torch.int32)
+    where = torch.tensor([[*range(a), *range(6 - a)]] * 2)
+    for keywords in ({"cu_seq_lens_q": lengths}, {"position_ids": where}):
+        mask = lazy_mask(2, 6, 6)
+        assert not mask.guarded
+        assert torch.allclose(run(mask, **keywords), expected, atol=1e-6)
+    assert torch.allclose(run(None, cu_seq_lens_q=lengths), expected, atol=1e-6)
+
+
+def test_a_vision_tower_reads_its_images_from_the_keywords() -> None:
+    q, k, v = (x[:1] for x in qkv())
+    lengths = torch.tensor([0, 2, 6], dtype=torch.int32)
+    out = run(None, inputs=[q, k, v], cu_seq_lens_q=lengths, is_causal=False)
+    parts = [reference(*(x[:, :, s] for x in (q, k, v))) for s in (slice(0, 2), slice(2, 6))]
+    assert torch.allclose(out, torch.cat(parts, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_no_call_of_a_packed_forward_makes_a_dense_mask_unless_it_must(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    dense = LazyMask.dense
+    monkeypatch.setattr(LazyMask, "dense", lambda self: made.append(1) or dense(self))
+    model = build(family)
+    axattn.apply(model, "auto")
+    model(tokens(1, 8), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
+    assert bool(made) == (family == "gemma2")
+
+
+def test_values_are_read_on_the_host_once_a_forward_not_once_a_layer() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                Count.reads += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (2, 6):
+        model = build("llama", num_hidden_layers=layers)
+        axattn.apply(model, "varlen")
+        Count.reads = 0
+        with torch.no_grad(), Count():
+            model(tokens(1, 8), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), use_cache=False)
+        counts.append(Count.reads)
+    assert counts[0] == counts[1]
+
+
+def test_errors_of_ours_share_a_base() -> None:
+    assert issubclass(UnsupportedAttentionError, AxattnError)
+    assert issubclass(UnsupportedAttentionError, ValueError)
