@@ -28,8 +28,8 @@ unit: $(READY)
 
 # The oldest supported Transformers, laid over the same environment: every test that touches Transformers again.
 oldest: $(OLDEST_READY)
-	$(OLDEST)/bin/python -m pytest -n 2 -q tests/test_registration.py tests/test_segments.py tests/test_masks.py \
-	    tests/test_interface.py tests/test_door.py tests/test_loading.py tests/test_needs.py tests/test_packing_models.py
+	$(OLDEST)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,registration.py segments.py masks.py interface.py door.py \
+	    loading.py needs.py planning.py training.py s2.py packing_models.py) tests/e2e
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run

@@ -53,6 +53,8 @@ def _mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.T
         starts = (positions[:, 1:] != positions[:, :-1] + 1).sum() + positions.shape[0]
         if int(starts) != segments_in(inputs):
             reasons.append(Reason("segments", "position_ids and cu_seq_lens_q describe different documents"))
+    if _has_chunks(module) and not _chunks_restart():
+        reasons.append(Reason("chunk", "this version of Transformers counts chunks from the row's start"))
     if not hands_positions_to_masks(module):
         reasons.append(
             Reason("segments", f"{type(module).__name__} does not hand position_ids to Transformers' mask builder")
@@ -97,6 +99,19 @@ def _caches(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
     config = getattr(module, "config", None)
     text = config.get_text_config() if config is not None else None
     return bool(getattr(config, "use_cache", False) or getattr(text, "use_cache", False))
+
+
+def _has_chunks(module: torch.nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if config is not None else None
+    return "chunked_attention" in (getattr(text, "layer_types", None) or ())
+
+
+def _chunks_restart() -> bool:
+    """Whether Transformers counts positions from each document's start (5.18 and newer)."""
+    from transformers import masking_utils
+
+    return hasattr(masking_utils, "remap_positions_for_packed_sequence")
 
 
 def hands_positions_to_masks(module: torch.nn.Module) -> bool:

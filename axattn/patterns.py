@@ -48,7 +48,7 @@ class _Known:
     window_both: CodeType
     chunk: CodeType
     documents: CodeType
-    remap: CodeType
+    remap: CodeType | None  # transformers 5.18 and newer count positions from each document's start
     causal: MaskFunction
     bidirectional: MaskFunction
 
@@ -65,10 +65,15 @@ def known() -> _Known:
         window_both=mu.sliding_window_bidirectional_overlay(1).__code__,
         chunk=mu.chunked_overlay(1, zero[0]).__code__,
         documents=mu.packed_sequence_mask_function(zero).__code__,
-        remap=mu.remap_positions_for_packed_sequence(mu.causal_mask_function, zero).__code__,
+        remap=_remap_code(mu, zero),
         causal=mu.causal_mask_function,
         bidirectional=mu.bidirectional_mask_function,
     )
+
+
+def _remap_code(masking_utils: Any, positions: torch.Tensor) -> CodeType | None:
+    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+    return None if remap is None else remap(masking_utils.causal_mask_function, positions).__code__
 
 
 def _closure(function: MaskFunction) -> dict[str, Any]:
@@ -106,11 +111,15 @@ def _flatten(function: MaskFunction, k: _Known) -> list[MaskFunction]:
 
 
 def _packed(parts: list[MaskFunction], codes: list[CodeType | None], k: _Known) -> Pattern | None:
-    if len(parts) != 2 or codes != [k.documents, k.remap]:
+    """``documents and rule``: the rule over positions within documents, or (older Transformers) over the row."""
+    if len(parts) != 2:
         return None
-    base = _closure(parts[1])["mask_function"]
+    at = codes.index(k.documents)
+    base = parts[1 - at]
+    if k.remap is not None and codes[1 - at] is k.remap:
+        base = _closure(base)["mask_function"]
     inner = recognise(base)
-    if inner is None:
+    if inner is None or inner.packed:
         return None
     return Pattern(
         causal=inner.causal,
@@ -118,7 +127,7 @@ def _packed(parts: list[MaskFunction], codes: list[CodeType | None], k: _Known) 
         chunk=inner.chunk,
         left_padding=inner.left_padding,
         packed=True,
-        document_ids=_closure(parts[0])["packed_sequence_mask"],
+        document_ids=_closure(parts[at])["packed_sequence_mask"],
         base=base,
     )
 

@@ -142,7 +142,7 @@ def test_apply_and_restore_leave_no_trace(family: str) -> None:
     model = build(family)
     before, tables = snapshot(model), [dict(table) for _, table, _ in _tables()]
     for name in ("auto", "sdpa", "auto"):
-        if name == "sdpa" and not model._supports_sdpa:
+        if name == "sdpa" and family in ("gemma2", "gpt_oss"):  # softcap, sinks: sdpa is refused
             name = "eager"  # noqa: PLW2901
         axattn.apply(model, name)
         with torch.no_grad():

@@ -30,6 +30,12 @@ def functions(window: int, chunk: int, rows: int) -> dict[str, Any]:
     }
 
 
+def packed_function(base: Any, where: torch.Tensor, ids: torch.Tensor) -> Any:
+    """As Transformers composes it; older versions have no remapping of positions."""
+    newer = getattr(mu, "packed_sequence_compatibility_function", None)
+    return newer(base, where, ids) if newer else mu.and_masks(base, mu.packed_sequence_mask_function(ids))
+
+
 KINDS = sorted(functions(1, 1, 1))
 
 
@@ -105,7 +111,7 @@ def test_packed_masks_equal_those_of_transformers(data: st.DataObject, kind: str
     base = functions(data.draw(st.integers(1, 5)), 2, 1)[kind]
     found = from_positions(where, None, 1, total)
     assert found is not None
-    packed = mu.packed_sequence_compatibility_function(base, where, found.document_ids)
+    packed = packed_function(base, where, found.document_ids)
     common = {"batch_size": 1, "q_length": total, "kv_length": total, "mask_function": packed}
     mask = lazy_mask(**common)  # no door: the documents are taken from Transformers' own closure
     expected = hf(**common)
@@ -128,7 +134,7 @@ def test_transformers_own_mask_functions_are_recognised() -> None:
         "chunk": (True, None, 4, False),
     }
     ids = torch.zeros(1, 4, dtype=torch.long)
-    packed = mu.packed_sequence_compatibility_function(mu.sliding_window_causal_mask_function(3), ids, ids)
+    packed = packed_function(mu.sliding_window_causal_mask_function(3), ids, ids)
     pattern = recognise(packed)
     assert pattern is not None
     assert (pattern.packed, pattern.window) == (True, 3)
@@ -141,7 +147,7 @@ def test_transformers_own_mask_functions_are_recognised() -> None:
         mu.and_masks(mu.causal_mask_function, mu.sliding_window_overlay(2), mu.causal_mask_function),
         lambda b, h, q, k: q >= k,
         mu.and_masks(mu.sliding_window_overlay(2), mu.bidirectional_mask_function),
-        mu.packed_sequence_compatibility_function(lambda *a: a[2] >= a[3], torch.zeros(1, 4), torch.zeros(1, 4)),
+        packed_function(lambda *a: a[2] >= a[3], torch.zeros(1, 4), torch.zeros(1, 4)),
     ],
 )
 def test_anything_unknown_is_not_recognised(function: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
+from transformers.masking_utils import create_chunked_causal_mask
 
 import axattn
 from axattn.errors import InvalidInputError
@@ -147,6 +150,10 @@ def test_generation_of_a_left_padded_batch_equals_eager(family: str, cache: str)
     model = build(family)
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[1, :4] = 0
+    if (family, cache) == ("llama4", "static") and "block_sequence_ids" not in inspect.signature(
+        create_chunked_causal_mask
+    ).parameters:
+        pytest.skip("this version of Transformers raises in its own mask builder")
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     options |= {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
     model.set_attn_implementation("eager")
