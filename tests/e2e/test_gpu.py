@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from axattn.segments import Segments
 from tests.models import build, positions, tokens
 
 pytestmark = pytest.mark.gpu
+DEVICE = os.environ.get("AXATTN_GPU_TESTS_ON", "cuda")  # "cpu" runs these tests without a GPU, to check the tests
 LENGTHS = (70, 130, 33, 23)
 
 
@@ -38,8 +40,8 @@ def packed_mask(rows: int, window: int | None) -> LazyMask:
     edges = [0]
     for length in LENGTHS:
         edges.append(edges[-1] + length)
-    segments = Segments((tuple(edges),) * rows, torch.device("cuda"))
-    return lazy_mask(rows, total, total, mask_function=function, device="cuda").with_segments(segments)
+    segments = Segments((tuple(edges),) * rows, torch.device(DEVICE))
+    return lazy_mask(rows, total, total, mask_function=function, device=DEVICE).with_segments(segments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -51,14 +53,14 @@ def test_varlen_equals_fp32_attention_on_each_document_forward_and_backward(
     torch.manual_seed(0)
     total = sum(LENGTHS)
     shapes = ((2, heads, total, dim), (2, kv_heads, total, dim), (2, kv_heads, total, value_dim))
-    inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+    inputs = [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
     out, _ = attend("varlen", Attention(), *inputs, packed_mask(2, window))
     exact = [x.detach().double().requires_grad_() for x in inputs]
     parts, edges = [], [0]
     for length in LENGTHS:
         edges.append(edges[-1] + length)
     for a, b in pairwise(edges):
-        index = torch.arange(b - a, device="cuda")
+        index = torch.arange(b - a, device=DEVICE)
         seen = index[None] <= index[:, None]
         if window is not None:
             seen &= index[None] > index[:, None] - window
@@ -78,10 +80,10 @@ def test_varlen_equals_fp32_attention_on_each_document_forward_and_backward(
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "llama4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_rows_equal_their_documents_alone(family: str, dtype: torch.dtype) -> None:
-    model = build(family).cuda().to(dtype)
+    model = build(family).to(DEVICE).to(dtype)
     axattn.apply(model, "auto")
-    ids = tokens(2, 21).cuda()
-    where = positions((7, 11, 3), (5, 9, 7)).cuda()
+    ids = tokens(2, 21).to(DEVICE)
+    where = positions((7, 11, 3), (5, 9, 7)).to(DEVICE)
     with torch.no_grad():
         packed = model(ids, position_ids=where).logits
         rows = [
@@ -92,12 +94,12 @@ def test_packed_rows_equal_their_documents_alone(family: str, dtype: torch.dtype
 
 
 def test_a_changed_document_leaves_the_others_bit_identical() -> None:
-    model = axattn.apply(build("llama").cuda().to(torch.bfloat16), "auto")
-    ids = tokens(1, 21).cuda()
+    model = axattn.apply(build("llama").to(DEVICE).to(torch.bfloat16), "auto")
+    ids = tokens(1, 21).to(DEVICE)
     changed = ids.clone()
     changed[0, 8:14] = 5
     with torch.no_grad():
-        before, after = (model(x, position_ids=positions((7, 11, 3)).cuda()).logits for x in (ids, changed))
+        before, after = (model(x, position_ids=positions((7, 11, 3)).to(DEVICE)).logits for x in (ids, changed))
     assert torch.equal(before[:, :7], after[:, :7])
     assert torch.equal(before[:, 18:], after[:, 18:])
     assert not torch.equal(before[:, 7:18], after[:, 7:18])
@@ -105,8 +107,8 @@ def test_a_changed_document_leaves_the_others_bit_identical() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches_and_generation_equal_eager(side: str) -> None:
-    model = build("llama").cuda()
-    ids, mask = tokens(2, 12).cuda(), torch.ones(2, 12, dtype=torch.long, device="cuda")
+    model = build("llama").to(DEVICE)
+    ids, mask = tokens(2, 12).to(DEVICE), torch.ones(2, 12, dtype=torch.long, device=DEVICE)
     mask[1, slice(0, 5) if side == "left" else slice(7, 12)] = 0
     with torch.no_grad(), axattn.using(model, "eager"):
         expected = model(ids, attention_mask=mask).logits
@@ -140,6 +142,7 @@ def test_a_packed_training_run_follows_the_eager_run(tmp_path: Any) -> None:
             report_to=[],
             save_strategy="no",
             seed=1,
+            use_cpu=DEVICE == "cpu",
             disable_tqdm=True,
         )
         trainer = Trainer(model, arguments, train_dataset=corpus, data_collator=axattn.PackingCollator(64))
@@ -151,8 +154,8 @@ def test_a_packed_training_run_follows_the_eager_run(tmp_path: Any) -> None:
 def test_one_sync_a_forward_not_one_a_layer() -> None:
     counts = []
     for layers in (2, 8):
-        model = axattn.apply(build("llama", num_hidden_layers=layers).cuda().to(torch.bfloat16), "varlen")
-        ids, where = tokens(1, 21).cuda(), positions((7, 11, 3)).cuda()
+        model = axattn.apply(build("llama", num_hidden_layers=layers).to(DEVICE).to(torch.bfloat16), "varlen")
+        ids, where = tokens(1, 21).to(DEVICE), positions((7, 11, 3)).to(DEVICE)
         with torch.no_grad():
             model(ids, position_ids=where, use_cache=False)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
