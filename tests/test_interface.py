@@ -94,10 +94,45 @@ def test_harmless_keywords_change_nothing(keyword: str) -> None:
     assert torch.equal(run(lazy_mask(2, 6, 6), **{keyword: True}), run(lazy_mask(2, 6, 6)))
 
 
+def after_a_plain_call() -> LazyMask:
+    """A mask on which the shortcut for plain calls is open: it must not let anything else through."""
+    mask = lazy_mask(2, 6, 6)
+    mask.guarded = True
+    run(mask)
+    assert mask.hit is not None
+    return mask
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [qkv(), [x.double() for x in qkv()], [qkv()[0][:, :2], *qkv()[1:]]],
+    ids=["same", "float64", "fewer heads"],
+)
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_the_shortcut_for_plain_calls_computes_the_same(inputs: list[torch.Tensor], scaling: float | None) -> None:
+    mask = after_a_plain_call()
+    out = run(mask, inputs=inputs, scaling=scaling)
+    assert torch.allclose(out, reference(*inputs, is_causal=True, scale=scaling), atol=1e-6)
+
+
+def test_the_shortcut_counts_its_calls_and_stays_shut_under_autocast() -> None:
+    module, mask = Attention(), after_a_plain_call()
+    for _ in range(3):
+        attend("varlen", module, *qkv(), mask)
+    from axattn.routes import route_of
+
+    assert route_of(module, "varlen").served == {"varlen": 3}
+    mask = lazy_mask(2, 6, 6)
+    mask.guarded = True
+    with torch.autocast("cpu", torch.bfloat16):
+        run(mask)
+    assert mask.hit is None
+
+
 @pytest.mark.parametrize("value", [1, 0.5, "x", torch.ones(2)])
 def test_a_keyword_that_nobody_declared_is_refused(value: Any) -> None:
     with pytest.raises(UnsupportedAttentionError, match="surprise"):
-        run(lazy_mask(2, 6, 6), surprise=value)
+        run(after_a_plain_call(), surprise=value)
     run(lazy_mask(2, 6, 6), surprise=None)
 
 
@@ -114,13 +149,13 @@ def test_a_keyword_that_nobody_declared_is_refused(value: Any) -> None:
     ],
 )
 def test_what_varlen_does_not_have_is_refused_not_dropped(keyword: str, value: Any, part: str) -> None:
-    run(lazy_mask(2, 6, 6))  # a plain call before it must not open the fast path to this one
+    mask = after_a_plain_call()
     with pytest.raises(UnsupportedAttentionError, match=part):
-        run(lazy_mask(2, 6, 6), **{keyword: value})
+        run(mask, **{keyword: value})
 
 
 def test_dropout_is_stochastic_never_ignored() -> None:
-    mask, inputs = lazy_mask(2, 6, 6), qkv()
+    mask, inputs = after_a_plain_call(), qkv()
     assert torch.equal(run(mask, inputs=inputs), run(mask, inputs=inputs))
     assert not torch.equal(run(mask, inputs=inputs, dropout=0.5), run(mask, inputs=inputs, dropout=0.5))
     assert not torch.equal(run(mask, inputs=inputs, dropout=0.5), run(mask, inputs=inputs))
