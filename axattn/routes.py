@@ -61,6 +61,9 @@ class Route:
         advice = 'Use attn_implementation="auto", or on_unsupported="route".'
         if len(self.candidates) > 1:
             advice = 'Use attn_implementation="eager".'
+        fixes = list(dict.fromkeys(reason.fix for reason in reasons if reason.fix))
+        if fixes:
+            advice = f"To mend it: {'; '.join(fixes)}. {advice}"
         raise UnsupportedAttentionError(f"{self.asked} can't serve {self.layer}", reasons, advice)
 
     def _say_routed(self, name: str, reasons: list[Reason]) -> None:

@@ -94,6 +94,14 @@ def test_a_users_mistake_is_one_line_on_stderr(folder: Path, arguments: list[str
     assert done.stdout == ""
 
 
+def test_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = runner.invoke(app, ["demo"])
+    assert done.exit_code == 1
+    assert "accelerate is not installed" in done.stderr
+    assert 'pip install "axattn[demo]"' in done.stderr
+
+
 def test_a_folder_without_a_model_is_one_line_on_stderr(tmp_path: Path) -> None:
     done = runner.invoke(app, ["plan", str(tmp_path)])
     assert done.exit_code == 1

@@ -20,9 +20,19 @@ def demo(
 
         axattn demo --attn varlen --steps 40 --output /tmp/demo
     """
+    from importlib.util import find_spec
+
     from axattn.cli.output import quiet_transformers, user_errors
+    from axattn.errors import BackendUnavailableError, Reason
 
     with user_errors():
+        absent = [name for name in ("accelerate", "matplotlib", "tokenizers") if find_spec(name) is None]
+        if absent:
+            raise BackendUnavailableError(
+                "the demo can't run here",
+                [Reason("library", f"{name} is not installed") for name in absent],
+                'Type: pip install "axattn[demo]".',
+            )
         quiet_transformers()
         from axattn.demo.job import run
 

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from axattn import backends
+from axattn.capability import Need
+from axattn.errors import UnsupportedAttentionError
+from axattn.routes import Route, candidates
+
+
+def test_a_name_the_user_typed_stands_alone_unless_routing_is_asked_for() -> None:
+    assert candidates("varlen", "raise") == ("varlen",)
+    assert candidates("s2", "route") == ("s2", *backends.ROUTE_ORDER)
+    assert candidates("sdpa", "route")[0] == "sdpa"
+    assert candidates("auto", "raise") == candidates("auto", "route") == backends.AUTO_ORDER
+
+
+def test_the_first_candidate_that_serves_is_chosen() -> None:
+    route = Route("auto", "layer", candidates("auto", "route"), "varlen")
+    assert route.choose(Need(dtype="float32", device="cpu")).name == "varlen"
+    assert route.choose(Need(bias=True)).name == "sdpa"
+    assert route.choose(Need(softcap=1.0)).name == "eager"
+
+
+def test_an_fp32_call_of_a_16_bit_kernel_is_refused_with_the_way_out() -> None:
+    route = Route("sage", "layer", ("sage",), "sage")
+    with pytest.raises(UnsupportedAttentionError, match=r"To mend it: dtype=torch\.bfloat16, or bf16 autocast"):
+        route.choose(Need(head_dim=64, dtype="float32", device="cuda"))
+
+
+def test_when_nothing_serves_every_candidates_reasons_are_given() -> None:
+    route = Route("auto", "layer", ("varlen", "sdpa"), "varlen")
+    with pytest.raises(UnsupportedAttentionError) as caught:
+        route.choose(Need(softcap=1.0, sinks=True))
+    assert len(caught.value.reasons) == 4
+
+
+def test_a_route_pickles_without_its_memo() -> None:
+    route = Route("auto", "layer", ("varlen",), "varlen", served={"varlen": 3}, decisions={1: backends.get("varlen")})
+    other = pickle.loads(pickle.dumps(route))
+    assert (other.served, other.decisions) == ({"varlen": 3}, {})
