@@ -79,10 +79,15 @@ def attend(
     route: Route | None = module.__dict__.get(ATTRIBUTE)
     if route is None or route.asked != name:
         route = route_of(module, name)
-    plain = False
+    plain_key = None
     if type(attention_mask) is LazyMask and kwargs.keys() <= PLAIN and not kwargs.get("dropout"):
         # the common call: nothing that F.scaled_dot_product_attention would not do by itself, as an earlier layer found
         hit = attention_mask.hit
+        if hit is None:
+            plain_key = _plain_key(attention_mask, query, key, value)
+            served = route.plain.get(plain_key)
+            if served is not None:
+                hit = attention_mask.hit = _hit(name, served, attention_mask, query, key, value)
         if hit is not None:
             shapes, dtype, asked, served, causal, grouped = hit
             if (
@@ -95,7 +100,6 @@ def attend(
                 route.served[served] = route.served.get(served, 0) + 1
                 out = _sdpa(query, key, value, is_causal=causal, scale=kwargs.get("scaling"), enable_gqa=grouped)
                 return out.transpose(1, 2), None
-        plain = attention_mask.guarded and attention_mask.plain is not None
     sparse = False
     for keyword, given in kwargs.items():
         if given is None or keyword in SERVED or keyword in HARMLESS:
@@ -104,7 +108,6 @@ def attend(
             sparse = True
         elif given is not False:
             _refuse_keyword(route, keyword, given)
-    kept = query
     query, key, value = _one_dtype(query, key, value)
     causal = kwargs.get("is_causal")
     if causal is None:
@@ -137,11 +140,27 @@ def attend(
     assert backend.forward is not None
     out = backend.forward(call)
     route.served[backend.name] = route.served.get(backend.name, 0) + 1
-    if plain and backend.plain and query.dtype == kept.dtype:
-        assert isinstance(mask, LazyMask)
-        shapes = (query.shape, key.shape, value.shape)
-        mask.hit = (shapes, query.dtype, name, backend.name, mask.plain == "causal", query.shape[1] != key.shape[1])
+    if plain_key is not None and backend.plain:
+        route.plain[plain_key] = backend.name
     return out, None
+
+
+def _plain_key(mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...] | None:
+    """What decides the kernel of a plain call, None when the call is not plain (or its dtypes are not settled)."""
+    if not mask.guarded or mask.plain is None or not query.dtype == key.dtype == value.dtype:
+        return None
+    device, q, k = query.device, query.shape, key.shape
+    if torch.is_autocast_enabled(device.type):
+        return None
+    return (mask.plain, q[1], q[3], k[1], value.shape[3], query.dtype, device, torch.is_grad_enabled())
+
+
+def _hit(
+    name: str, served: str, mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[Any, ...]:
+    """The note that a layer leaves on the mask for the next layers of the same forward."""
+    shapes = (query.shape, key.shape, value.shape)
+    return shapes, query.dtype, name, served, mask.plain == "causal", query.shape[1] != key.shape[1]
 
 
 def _decide(route: Route, call: AttentionCall, sparse: bool) -> Any:

@@ -160,7 +160,7 @@ class LazyMask:
     def signature(self) -> tuple[Any, ...]:
         """What of this mask decides which kernel may serve it: hashable, equal for masks of the same kind."""
         if self._signature is None:
-            pattern, layout = self.pattern, self.layout()
+            pattern, layout = self.pattern, self.plain or self.layout()
             self._signature = (
                 pattern is None or pattern.causal,
                 None if pattern is None else pattern.window,

@@ -31,6 +31,7 @@ class Route:
         planned: the backend that the plan chose at load.
         served: calls served, by backend.
         decisions: backend by kind of call, so that a call like an earlier one costs one dict lookup.
+        plain: the same for plain calls (see `axattn.interface`): the name of the backend, by a smaller key.
     """
 
     asked: str
@@ -39,9 +40,10 @@ class Route:
     planned: str
     served: dict[str, int] = field(default_factory=dict)
     decisions: dict[Any, Backend] = field(default_factory=dict)
+    plain: dict[Any, str] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "decisions": {}}
+        return {**self.__dict__, "decisions": {}, "plain": {}}
 
     def choose(self, need: Need) -> Backend:
         """The first candidate that serves `need`.
