@@ -76,6 +76,14 @@ class Door:
         outer = _current.get()
         get = inputs.get
         seen = (get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k"))
+        if (
+            outer is not None
+            and outer.segments is None
+            and outer.door is not self
+            and not _packed_caches
+            and (seen[0] is seen[1] is seen[2] is seen[3] is None)
+        ):
+            return  # an inner model with nothing to read: the outer door has looked, and its context holds
         if outer is not None and _same(seen, outer.seen):
             segments, shape = outer.segments, outer.shape
         else:

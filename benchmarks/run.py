@@ -155,30 +155,38 @@ def tiny_forward() -> dict[str, Any]:
 
     import axattn
 
-    theirs = _llama(64, 4, 4, 128).eval()
-    theirs.set_attn_implementation("sdpa")
-    ours = copy.deepcopy(theirs)
-    axattn.apply(ours, "varlen")
     found: dict[str, Any] = {"aim": "<= 1.00"}
     torch.set_num_threads(1)
     ids = torch.randint(0, 128, (1, 16))
-    for name, inputs in (
-        ("plain", {"input_ids": ids}),
-        ("no cache", {"input_ids": ids, "use_cache": False}),
-        ("all-ones mask", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}),
-        ("positions", {"input_ids": ids, "position_ids": torch.arange(16)[None], "use_cache": False}),
-    ):
-
-        def many(model: Any, inputs: dict[str, Any] = inputs) -> Callable[[], object]:
-            def run() -> None:
-                with torch.no_grad():
-                    for _ in range(20):
-                        model(**inputs)
-
-            return run
-
-        found[name] = ratios(interleaved({"sdpa": many(theirs), "varlen": many(ours)}, 25, 3), "sdpa")["varlen"]
+    kinds = {
+        "plain": {"input_ids": ids},
+        "no cache": {"input_ids": ids, "use_cache": False},
+        "all-ones mask": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        "positions": {"input_ids": ids, "position_ids": torch.arange(16)[None], "use_cache": False},
+    }
+    for layers in (4, 32):
+        theirs = _llama(64, layers, 4, 128).eval()
+        theirs.set_attn_implementation("sdpa")
+        same, ours = copy.deepcopy(theirs), copy.deepcopy(theirs)
+        axattn.apply(ours, "varlen")
+        models = {"sdpa": theirs, "sdpa again": same, "varlen": ours}
+        for name, inputs in kinds.items():
+            runs = {kind: _forwards(model, inputs, 80 // layers) for kind, model in models.items()}
+            compared = ratios(interleaved(runs, 60, 3), "sdpa")
+            noise = compared["sdpa again"]["ratio"]
+            found[f"{layers} layers, {name}"] = {**compared["varlen"], "sdpa against itself": noise}
     return found
+
+
+def _forwards(model: Any, inputs: dict[str, Any], count: int) -> Callable[[], object]:
+    import torch
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in range(count):
+                model(**inputs)
+
+    return run
 
 
 def loading() -> dict[str, Any]:
