@@ -268,7 +268,8 @@ def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, 
     ours = {
         id(configs[path]) for path, name in decided.running.items() if name is not None and not names.is_native(name)
     }
-    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel) and id(m.config) in ours]
+    modules = dict(model.named_modules())
+    inner = [m for m in modules.values() if isinstance(m, PreTrainedModel) and id(m.config) in ours]
     _require_interface(decided.model, [type(module) for module in inner])
     with PatchSet() as patches:
         state = State(decided, patches, value, allow_all_kernels)
@@ -278,5 +279,5 @@ def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, 
             id(config): native_name(decided.running.get(path), config._attn_implementation)
             for path, config in configs.items()
         }
-        add_doors(patches, model, native)
-        add_routes(patches, model, decided)
+        add_doors(patches, model, modules.values(), native)
+        add_routes(patches, model, modules, decided)

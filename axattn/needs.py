@@ -110,11 +110,14 @@ def _layers(path: str, config: Any) -> list[LayerNeed]:
         return []
     words = _modeling_words(config)
     kinds = getattr(config, "layer_types", None) or [_default_kind(config)] * count
+    alike: dict[str, Need | None] = {}  # layers of one kind are alike unless the config says otherwise
     found = []
     for index, kind in enumerate(kinds):
         if kind.startswith("linear") or not ("attention" in kind or kind in _OTHER_ATTENTION):
             continue
-        need = _layer_need(_layer_config(config, index), kind, words)
+        if kind not in alike or _layer_config(config, index) is not config:
+            alike[kind] = _layer_need(_layer_config(config, index), kind, words)
+        need = alike[kind]
         if need is not None:
             found.append(LayerNeed(path, index, kind, need))
     return found

@@ -254,24 +254,34 @@ def _plan_path(
         notes.append(f"{name} → auto for {path or 'the model'}: {error}")
         return _plan_path(model, path, "auto", layers, environment, "route", allow_all_kernels, notes)
     if names.is_native(name):
-        planned = [_plan_layer(layer, name, (name,), environment) for layer in layers]
+        planned = _plan_layers(layers, name, (name,), environment)
         failed = [entry for entry in planned if not entry.chosen]
         if not failed:
             return name, planned
         if not route:
             raise _unsupported(model, name, failed)
         notes.append(f"{name} → auto for {path or 'the model'}: it can't serve every layer")
-        return "auto", [
-            replaced(_plan_layer(layer, "auto", backends.AUTO_ORDER, environment), asked=name) for layer in layers
-        ]
+        routed = _plan_layers(layers, "auto", backends.AUTO_ORDER, environment)
+        return "auto", [replaced(entry, asked=name) for entry in routed]
     if name == "s2":
         _require_llama(model, path, layers)
     order = candidates(name, on_unsupported)
-    planned = [_plan_layer(layer, name, order, environment) for layer in layers]
+    planned = _plan_layers(layers, name, order, environment)
     failed = [entry for entry in planned if not entry.chosen]
     if failed:
         raise _unsupported(model, name, failed)
     return name, planned
+
+
+def _plan_layers(
+    layers: list[LayerNeed], asked: str, order: tuple[str, ...], environment: Environment
+) -> list[LayerPlan]:
+    """A plan per layer; layers with the same need are decided once."""
+    decided: dict[Need, LayerPlan] = {}
+    for layer in layers:
+        if layer.need not in decided:
+            decided[layer.need] = _plan_layer(layer, asked, order, environment)
+    return [replaced(decided[layer.need], layer=layer) for layer in layers]
 
 
 def _plan_layer(layer: LayerNeed, asked: str, order: tuple[str, ...], environment: Environment) -> LayerPlan:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,21 +14,22 @@ from axattn.door import Door
 from axattn.patches.patchset import PatchSet
 
 
-def add_doors(patches: PatchSet, model: torch.nn.Module, native: dict[int, str | None]) -> None:
+def add_doors(
+    patches: PatchSet, model: torch.nn.Module, modules: Iterable[torch.nn.Module], native: dict[int, str | None]
+) -> None:
     """Put a door on the model and on every ``PreTrainedModel`` inside it.
 
     Args:
         patches: takes the hooks over.
         model: the model.
+        modules: every module inside it, itself included.
         native: by ``id(config)``, the native name that Transformers serves there, None for our names.
     """
     from transformers import PreTrainedModel
 
-    for module in model.modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
+    for module in [m for m in modules if isinstance(m, PreTrainedModel)]:
         door = Door(
-            _positional(module),
+            _positional(type(module).forward),
             native=native.get(id(module.config), native.get(id(model.config))),
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
             position_planes=_planes(module.config),
@@ -41,10 +44,12 @@ def native_name(name: str | None, default: str | None) -> str | None:
     return running if running is not None and running not in names.OURS else None
 
 
-def _positional(module: torch.nn.Module) -> tuple[str, ...]:
-    signature = inspect.signature(module.forward)
+@functools.cache
+def _positional(forward: Any) -> tuple[str, ...]:
+    """Names of the positional parameters of a class's ``forward``, without ``self``."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, parameter in signature.parameters.items() if parameter.kind in kinds)
+    parameters = inspect.signature(forward).parameters
+    return tuple(name for name, parameter in parameters.items() if parameter.kind in kinds)[1:]
 
 
 def _planes(config: Any) -> tuple[int, ...]:

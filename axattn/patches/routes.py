@@ -50,11 +50,11 @@ def nested(by_path: dict[str, str | None]) -> dict[str, object]:
     return result
 
 
-def add_routes(patches: PatchSet, model: torch.nn.Module, plan: Plan) -> None:
+def add_routes(patches: PatchSet, model: torch.nn.Module, modules: dict[str, torch.nn.Module], plan: Plan) -> None:
     """Put a `Route` on every attention module whose config runs on a name of ours."""
     path_of = {id(config): path for path, config in sub_configs(model.config)}
     chosen = {(entry.layer.path, entry.layer.index): entry.chosen for entry in plan.layers}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         cls: Any = type(module)
         if not calls_interface(cls):
             continue
