@@ -1,4 +1,4 @@
-"""`LazyMask`: the compact description of a mask, dense only when someone touches it, and its compact `Layout`.
+"""`LazyMask`: the compact description of a mask, dense only when someone touches it.
 
 `axattn.masking` builds these from Transformers' mask arguments; backends read `layout()` or `dense()`.
 """
@@ -7,48 +7,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from axattn.layouts import Layout, build_layout
 from axattn.patterns import Pattern
 from axattn.segments import Segments
-
-
-class Span(NamedTuple):
-    """Queries ``[q0, q1)`` of rows ``[row0, row1)`` attend to keys ``[k0, k1)``, aligned bottom-right if causal."""
-
-    row0: int
-    row1: int
-    q0: int
-    q1: int
-    k0: int
-    k1: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A mask as spans: what a variable-length kernel needs.
-
-    Attributes:
-        spans: disjoint in their queries; a query in no span is padding and its output is zero.
-        causal: within a span.
-        window: keys seen to the left, the query itself included (and to the right, if not causal); None for all.
-        rows: B.
-        q_length: S.
-        kv_length: T.
-        memo: what backends derive from the layout once for all layers of a forward.
-    """
-
-    spans: tuple[Span, ...]
-    causal: bool
-    window: int | None
-    rows: int
-    q_length: int
-    kv_length: int
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class LazyMask:
@@ -270,90 +235,3 @@ for _name in ("and_", "or_", "xor", "add", "sub", "mul", "truediv", "invert", "l
     setattr(LazyMask, f"__{_name.strip('_')}__", _forwarded(_name))
 for _name in ("and_", "or_", "xor", "add", "sub", "mul", "truediv"):
     setattr(LazyMask, f"__r{_name.strip('_')}__", _reflected(_name))
-
-
-def build_layout(mask: LazyMask) -> Layout | None:
-    """The spans of a mask; None when the pattern is unknown, padding has holes, or chunks meet a cache.
-
-    Reads padding values in one transfer to the host.
-    """
-    pattern = mask.pattern
-    if pattern is None:
-        return None
-    rows, _, q_length, kv_length = mask.shape
-    start = mask.q_offset - mask.kv_offset  # the key index of the first query
-    aligned = start == 0 and kv_length >= q_length
-    if pattern.causal:
-        visible = start + q_length
-        if visible > kv_length:
-            return None
-    else:
-        visible = kv_length
-        aligned = kv_length == q_length
-        if pattern.window is not None and not aligned:
-            return None
-    if (mask.segments is not None or pattern.chunk is not None) and not aligned:
-        return None
-    real = _real_keys(mask.padding, rows, visible)
-    if real is None:
-        return None
-    spans: list[Span] = []
-    for row in range(rows):
-        low, high = real[row]
-        spans += _row_spans(mask, row, low, high, start, visible, aligned and (pattern.causal or q_length == visible))
-    merged = _merge_equal_rows(spans, rows)
-    return Layout(tuple(merged), pattern.causal, pattern.window, rows, q_length, kv_length)
-
-
-def _row_spans(mask: LazyMask, row: int, low: int, high: int, start: int, visible: int, square: bool) -> list[Span]:
-    pattern, q_length = mask.pattern, mask.shape[2]
-    assert pattern is not None
-    if not square:
-        if pattern.causal:  # the queries are the last keys; those before `low` are padding
-            first = max(low - start, 0)
-            last = high - start
-            return [Span(row, row + 1, first, last, low, high)] if last > first else []
-        return [Span(row, row + 1, 0, q_length, low, high)] if high > low else []
-    edges: tuple[int, ...] = (0, visible) if mask.segments is None else mask.segments.boundaries[row]
-    spans = []
-    for a, b in pairwise(edges):
-        a, b = max(a, low), min(b, high)  # noqa: PLW2901
-        if a >= b:
-            continue
-        step = pattern.chunk or b - a
-        spans += [Span(row, row + 1, s, e, s, e) for s in range(a, b, step) for e in (min(s + step, b),)]
-    return spans
-
-
-def _real_keys(padding: torch.Tensor | None, rows: int, visible: int) -> list[tuple[int, int]] | None:
-    """Per row the range of real keys; None when a row's real keys are not contiguous."""
-    if padding is None:
-        return [(0, visible)] * rows
-    seen = padding[:, :visible].to(torch.int32)
-    first = seen.argmax(-1)
-    count = seen.sum(-1)
-    last = visible - seen.flip(-1).argmax(-1)
-    ranges: list[tuple[int, int]] = []
-    for a, b, n in torch.stack([first, last, count], -1).tolist():
-        if n == 0:
-            ranges.append((0, 0))
-        elif b - a != n:
-            return None
-        else:
-            ranges.append((a, b))
-    if len(ranges) == 1 and rows > 1:
-        ranges *= rows
-    return ranges
-
-
-def _merge_equal_rows(spans: list[Span], rows: int) -> list[Span]:
-    """One span over all rows where every row has the same spans: the plain batched case stays one kernel call."""
-    if rows == 1 or not spans or len(spans) % rows:
-        return spans
-    per_row = len(spans) // rows
-    first = spans[:per_row]
-    for row in range(rows):
-        for a, b in zip(first, spans[row * per_row : (row + 1) * per_row], strict=True):
-            if b.row0 != row or a[2:] != b[2:]:
-                return spans
-    return [Span(0, rows, *span[2:]) for span in first]

@@ -267,6 +267,15 @@ def test_values_are_read_on_the_host_once_a_forward_not_once_a_layer() -> None:
     assert counts[0] == counts[1]
 
 
+@torch.no_grad()
+def test_a_compiled_model_keeps_documents_apart() -> None:
+    model = axattn.apply(build("llama"), "varlen")
+    inputs = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), "use_cache": False}
+    expected = model(tokens(1, 8), **inputs).logits
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(tokens(1, 8), **inputs).logits, expected, atol=1e-5)
+
+
 def test_errors_of_ours_share_a_base() -> None:
     assert issubclass(UnsupportedAttentionError, AxattnError)
     assert issubclass(UnsupportedAttentionError, ValueError)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import masking_utils as mu
 
+from axattn.layouts import Layout
 from axattn.masking import lazy_mask
-from axattn.masks import Layout, LazyMask
+from axattn.masks import LazyMask
 from axattn.patterns import recognise
 from axattn.segments import from_positions
 from tests.models import positions

@@ -8,8 +8,8 @@ import axattn
 from axattn.backends.s2 import grouped
 from axattn.errors import UnsupportedAttentionError
 from axattn.interface import attend
+from axattn.layouts import Layout, Span
 from axattn.masking import lazy_mask
-from axattn.masks import Layout, Span
 from tests.models import alone, build, positions, tokens
 
 

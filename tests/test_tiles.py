@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from axattn.backends import tiles as tiles_module
 from axattn.backends.tiles import attention_over_tiles, tiles
-from axattn.masks import Layout, Span
+from axattn.layouts import Layout, Span
 from tests.test_masks import dense_of_layout
 
 

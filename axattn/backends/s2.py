@@ -17,7 +17,8 @@ from axattn.backends.base import FLOATS, Backend, always_usable
 from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.errors import Reason, UnsupportedAttentionError
-from axattn.masks import Layout, LazyMask, Span
+from axattn.layouts import Layout, Span
+from axattn.masks import LazyMask
 
 GROUP_RATIO = 4  # a group is a quarter of the row by default, as in the paper
 

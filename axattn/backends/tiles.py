@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from axattn.masks import Layout
+from axattn.layouts import Layout
 
 _WINDOW_BLOCK = 256  # queries a tile of windowed attention takes at least; more waste mask, fewer waste calls
 

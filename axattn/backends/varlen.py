@@ -19,7 +19,8 @@ from axattn.backends.base import FLOATS, Backend, always_usable
 from axattn.backends.tiles import attention_over_tiles
 from axattn.call import AttentionCall
 from axattn.capability import Capability
-from axattn.masks import Layout, LazyMask
+from axattn.layouts import Layout
+from axattn.masks import LazyMask
 
 CAPABILITY = Capability(
     devices=frozenset({"cpu", "cuda"}),
