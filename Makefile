@@ -29,7 +29,7 @@ unit: $(READY)
 # The oldest supported Transformers, laid over the same environment: every test that touches Transformers again.
 oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,registration.py segments.py masks.py interface.py door.py \
-	    loading.py needs.py planning.py training.py s2.py packing_models.py) tests/e2e
+	    loading.py needs.py planning.py training.py s2.py packing_models.py other_families.py) tests/e2e
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run

@@ -265,16 +265,19 @@ def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, 
     from transformers import PreTrainedModel
 
     configs = dict(sub_configs(model.config))
-    ours = {
-        id(configs[path]) for path, name in decided.running.items() if name is not None and not names.is_native(name)
-    }
     modules = dict(model.named_modules())
-    inner = [m for m in modules.values() if isinstance(m, PreTrainedModel) and id(m.config) in ours]
+    native_paths = {p for p, name in decided.running.items() if name is None or names.is_native(name)}
+    path_of = {id(config): path for path, config in configs.items()}
+    inner = [
+        m
+        for m in modules.values()
+        if isinstance(m, PreTrainedModel) and path_of.get(id(m.config), "") not in native_paths
+    ]
     _require_interface(decided.model, [type(module) for module in inner])
     with PatchSet() as patches:
         state = State(decided, patches, value, allow_all_kernels)
         patches.set_attribute(model, ATTRIBUTE, state)
-        set_names(patches, model, decided, allow_all_kernels=allow_all_kernels)
+        set_names(patches, model, modules.values(), decided, allow_all_kernels=allow_all_kernels)
         native = {
             id(config): native_name(decided.running.get(path), config._attn_implementation)
             for path, config in configs.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,10 +18,33 @@ from axattn.routes import ATTRIBUTE, Route, candidates
 _INTERNAL = "_attn_implementation_internal"
 
 
-def set_names(patches: PatchSet, model: torch.nn.Module, plan: Plan, *, allow_all_kernels: bool = False) -> None:
-    """Put the plan's names into the model's configs; native ones through Transformers' own checked setter."""
+def copied_configs(model: torch.nn.Module, modules: Iterable[torch.nn.Module]) -> list[Any]:
+    """Configs of inner models that are no part of the model's own config: T5's stacks each have a copy of theirs."""
+    from transformers import PreTrainedModel
+
+    known = {id(config) for _, config in sub_configs(model.config)}
+    found = {id(m.config): m.config for m in modules if isinstance(m, PreTrainedModel) and id(m.config) not in known}
+    return list(found.values())
+
+
+def set_names(
+    patches: PatchSet,
+    model: torch.nn.Module,
+    modules: Iterable[torch.nn.Module],
+    plan: Plan,
+    *,
+    allow_all_kernels: bool = False,
+) -> None:
+    """Put the plan's names into the model's configs; native ones through Transformers' own checked setter.
+
+    A copied config (see `copied_configs`) follows the outermost one, as in Transformers.
+    """
     configs = dict(sub_configs(model.config))
-    for config in configs.values():  # remember every prior name, also those that Transformers' setter changes
+    copies = copied_configs(model, modules)
+    for config in (
+        *configs.values(),
+        *copies,
+    ):  # remember every prior name, also those that Transformers' setter changes
         patches.set_attribute(config, _INTERNAL, getattr(config, _INTERNAL, None))
     native = {p: n for p, n in plan.running.items() if n is not None and names.is_native(n)}
     if any(configs[path]._attn_implementation != name for path, name in native.items()):
@@ -30,7 +54,8 @@ def set_names(patches: PatchSet, model: torch.nn.Module, plan: Plan, *, allow_al
         )
     for path, name in plan.running.items():
         if name is not None and not names.is_native(name):
-            setattr(configs[path], _INTERNAL, name)
+            for config in (configs[path], *(copies if path == "" else ())):
+                setattr(config, _INTERNAL, name)
 
 
 def nested(by_path: dict[str, str | None]) -> dict[str, object]:
@@ -61,6 +86,8 @@ def add_routes(patches: PatchSet, model: torch.nn.Module, modules: dict[str, tor
         path = path_of.get(id(getattr(module, "config", None)), "")
         running = plan.running.get(path)
         if running is None or names.is_native(running):
+            continue
+        if module.config._attn_implementation != running:  # a tower that hard-codes its own: not ours, so not in status
             continue
         order = candidates(running, plan.on_unsupported)
         planned = chosen.get((path, getattr(module, "layer_idx", None) or 0), order[0])
