@@ -41,10 +41,8 @@ def set_names(
     """
     configs = dict(sub_configs(model.config))
     copies = copied_configs(model, modules)
-    for config in (
-        *configs.values(),
-        *copies,
-    ):  # remember every prior name, also those that Transformers' setter changes
+    for config in (*configs.values(), *copies):
+        # the name itself does not change here: this remembers it, before Transformers' setter changes it unseen
         patches.set_attribute(config, _INTERNAL, getattr(config, _INTERNAL, None))
     native = {p: n for p, n in plan.running.items() if n is not None and names.is_native(n)}
     if any(configs[path]._attn_implementation != name for path, name in native.items()):
@@ -83,11 +81,14 @@ def add_routes(patches: PatchSet, model: torch.nn.Module, modules: dict[str, tor
         cls: Any = type(module)
         if not calls_interface(cls):
             continue
-        path = path_of.get(id(getattr(module, "config", None)), "")
+        config: Any = getattr(module, "config", None)
+        path = path_of.get(id(config), "")
         running = plan.running.get(path)
         if running is None or names.is_native(running):
             continue
-        if module.config._attn_implementation != running:  # a tower that hard-codes its own: not ours, so not in status
+        if (
+            getattr(config, "_attn_implementation", running) != running
+        ):  # a tower that hard-codes its own: not ours, so not in status
             continue
         order = candidates(running, plan.on_unsupported)
         planned = chosen.get((path, getattr(module, "layer_idx", None) or 0), order[0])
