@@ -18,6 +18,22 @@ if TYPE_CHECKING:
 FLOATS = frozenset({"float32", "float64", "bfloat16", "float16"})
 HALVES = frozenset({"bfloat16", "float16"})
 
+TORCH_KERNEL = Capability(
+    devices=frozenset({"cpu", "cuda"}),
+    dtypes=FLOATS,
+    value_dim_differs=True,
+    grouped_heads=True,
+    causal=True,
+    bidirectional=True,
+    window=True,
+    chunk=True,
+    padding=True,
+    segments=True,
+    cross_lengths=True,
+    gradient=True,
+)
+"""What all of torch's own kernels serve, called by axattn; each adds what it has beyond."""
+
 
 @dataclass(frozen=True, slots=True)
 class Backend:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
-from axattn.backends.base import FLOATS, Backend, always_usable
+from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
 from axattn.call import AttentionCall
-from axattn.capability import Capability
 from axattn.masks import LazyMask
 
-CAPABILITY = Capability(
+CAPABILITY = dataclasses.replace(
+    TORCH_KERNEL,
     devices=frozenset({"cpu", "cuda", "xpu", "mps"}),
-    dtypes=FLOATS,
-    value_dim_differs=True,
-    grouped_heads=True,
-    causal=True,
-    bidirectional=True,
-    window=True,
-    chunk=True,
     bias=True,
     dropout=True,
     dense_mask=True,
-    padding=True,
-    segments=True,
-    cross_lengths=True,
-    gradient=True,
     notes={"segments": "through a dense S x S mask when called by axattn; the native name alone can't pack"},
 )
 

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from axattn.backends.base import FLOATS, Backend, always_usable
+from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
 from axattn.call import AttentionCall
-from axattn.capability import Capability
 from axattn.errors import Reason, UnsupportedAttentionError
 
-CAPABILITY = Capability(
+CAPABILITY = dataclasses.replace(
+    TORCH_KERNEL,
     devices=frozenset({"cpu", "cuda", "xpu", "mps", "npu"}),
-    dtypes=FLOATS,
-    value_dim_differs=True,
-    grouped_heads=True,
-    causal=True,
-    bidirectional=True,
-    window=True,
-    chunk=True,
     softcap=True,
     sinks=True,
     bias=True,
     sparse=True,
     dropout=True,
     dense_mask=True,
-    padding=True,
-    segments=True,
-    cross_lengths=True,
-    gradient=True,
     weights=True,
     notes={"segments": "through a dense S x S mask when called by axattn; the native name alone can't pack"},
 )

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
-from axattn.backends.base import FLOATS, Backend, check_library
-from axattn.capability import Capability
+from axattn.backends.base import TORCH_KERNEL, Backend, check_library
 from axattn.environment import Environment
 from axattn.errors import Reason
 
-CAPABILITY = Capability(
-    devices=frozenset({"cpu", "cuda"}),
-    dtypes=FLOATS,
-    value_dim_differs=True,
-    grouped_heads=True,
-    causal=True,
-    bidirectional=True,
-    window=True,
-    chunk=True,
+CAPABILITY = dataclasses.replace(
+    TORCH_KERNEL,
     softcap=True,
     sinks=True,
-    padding=True,
-    segments=True,
-    cross_lengths=True,
-    gradient=True,
     weights=True,
     notes={"gradient": "on a GPU; torch's CPU kernel is forward only"},
 )

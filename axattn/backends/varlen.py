@@ -6,6 +6,7 @@ What has no variable-length form (an arbitrary mask, dropout, fp32 on CUDA) runs
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -15,28 +16,16 @@ import torch
 import torch.nn.functional as F
 
 from axattn.backends import dense
-from axattn.backends.base import FLOATS, Backend, always_usable
+from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
 from axattn.backends.tiles import attention_over_tiles
 from axattn.call import AttentionCall
-from axattn.capability import Capability
 from axattn.layouts import Layout
 from axattn.masks import LazyMask
 
-CAPABILITY = Capability(
-    devices=frozenset({"cpu", "cuda"}),
-    dtypes=FLOATS,
-    value_dim_differs=True,
-    grouped_heads=True,
-    causal=True,
-    bidirectional=True,
-    window=True,
-    chunk=True,
+CAPABILITY = dataclasses.replace(
+    TORCH_KERNEL,
     dropout=True,
     dense_mask=True,
-    padding=True,
-    segments=True,
-    cross_lengths=True,
-    gradient=True,
     notes={
         "dense_mask": "through sdpa",
         "dropout": "through sdpa",
