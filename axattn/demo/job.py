@@ -118,7 +118,7 @@ def _train(model: Any, train: list[Any], collator: Any, output: Path, steps: int
         output_dir=str(output / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
-        learning_rate=2e-3,
+        learning_rate=1.2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=max(steps // 20, 1),
         logging_steps=1,
