@@ -1,13 +1,13 @@
 """The door of a model: hooks that read positions, cumulative lengths and masks once, before the model's own forward.
 
 Every `PreTrainedModel` inside a model has one `Door`. It checks the inputs, finds the documents (`Segments`) and holds
-them in a context variable while the forward runs, where the mask function picks them up. On native names the same door
+them in a thread-local slot while the forward runs, where the mask function picks them up. On native names the same door
 is a guard: packed input that Transformers would leak is refused.
 """
 
 from __future__ import annotations
 
-import contextvars
+import threading
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -38,13 +38,19 @@ class Context:
     outer: Context | None
 
 
-_current: contextvars.ContextVar[Context | None] = contextvars.ContextVar("axattn_door", default=None)
+class _Slot(threading.local):
+    """What runs in this thread. A thread-local, not a context variable: torch.compile can trace it."""
+
+    context: Context | None = None
+
+
+_slot = _Slot()
 _packed_caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def current() -> Context | None:
     """The context of the innermost model that is running, None outside of any model with a door."""
-    return _current.get()
+    return _slot.context
 
 
 class Door:
@@ -73,7 +79,7 @@ class Door:
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (``with_kwargs=True``)."""
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
-        outer = _current.get()
+        outer = _slot.context
         get = inputs.get
         seen = (get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k"))
         if (
@@ -88,14 +94,14 @@ class Door:
             segments, shape = outer.segments, outer.shape
         else:
             segments, shape = self._read(module, inputs, seen, outer)
-        _current.set(Context(segments, shape, seen, self, outer))
+        _slot.context = Context(segments, shape, seen, self, outer)
 
     def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Forward hook (``always_call=True``): also runs when the forward raised."""
-        context = _current.get()
+        context = _slot.context
         if context is None or context.door is not self:  # `enter` raised: nothing was set
             return
-        _current.set(context.outer)
+        _slot.context = context.outer
         if context.segments is not None:
             cache = getattr(output, "past_key_values", None)
             if cache is not None and not isinstance(cache, tuple):

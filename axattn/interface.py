@@ -87,18 +87,22 @@ def attend(
             plain_key = _plain_key(attention_mask, query, key, value)
             served = route.plain.get(plain_key)
             if served is not None:
-                hit = attention_mask.hit = _hit(name, served, attention_mask, query, key, value)
+                hit = attention_mask.hit = _hit(route, served, attention_mask, query, key, value)
         if hit is not None:
-            shapes, dtype, asked, served, causal, grouped = hit
+            shapes, dtype, order, served, causal, grouped = hit
             if (
                 shapes == (query.shape, key.shape, value.shape)
                 and query.dtype is dtype
                 and key.dtype is dtype
                 and value.dtype is dtype
-                and asked == name
+                and order is route.candidates
             ):
                 route.served[served] = route.served.get(served, 0) + 1
-                out = _sdpa(query, key, value, is_causal=causal, scale=kwargs.get("scaling"), enable_gqa=grouped)
+                scale = kwargs.get("scaling")
+                if grouped:
+                    out = _sdpa(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=True)
+                else:
+                    out = _sdpa(query, key, value, None, 0.0, causal, scale=scale)
                 return out.transpose(1, 2), None
     sparse = False
     for keyword, given in kwargs.items():
@@ -156,11 +160,11 @@ def _plain_key(mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: to
 
 
 def _hit(
-    name: str, served: str, mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    route: Route, served: str, mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[Any, ...]:
-    """The note that a layer leaves on the mask for the next layers of the same forward."""
+    """The note that a layer leaves on the mask for the next layers that have the same candidates."""
     shapes = (query.shape, key.shape, value.shape)
-    return shapes, query.dtype, name, served, mask.plain == "causal", query.shape[1] != key.shape[1]
+    return shapes, query.dtype, route.candidates, served, mask.plain == "causal", query.shape[1] != key.shape[1]
 
 
 def _decide(route: Route, call: AttentionCall, sparse: bool) -> Any:

@@ -45,6 +45,17 @@ def lazy_mask(
     Returns:
         A `LazyMask` of shape ``[B, 1, S, T]``.
     """
+    context = door.current()
+    if (
+        mask_function is known().causal
+        and attention_mask is None
+        and q_length == kv_length
+        and (context is None or context.segments is None)
+        and type(q_offset) is int
+        and q_offset == kv_offset
+        and not use_vmap
+    ):
+        return _plain_causal(batch_size, q_length, torch.device(device), context is not None)
     if isinstance(attention_mask, LazyMask):  # `generate` builds the masks of a static cache before the forward
         return attention_mask
     function = known().causal if mask_function is None else mask_function
@@ -90,8 +101,40 @@ def lazy_mask(
         q_offset=offset,
         kv_offset=kv_offset,
         device=device,
-        guarded=door.current() is not None,
+        guarded=context is not None,
     )
+
+
+_plain: dict[tuple[int, int, torch.device, bool], LazyMask] = {}
+_PLAIN_KEPT = 8
+
+
+def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -> LazyMask:
+    """The plain causal mask of whole rows, one object over many forwards: the commonest mask, and it has no state.
+
+    What the interface notes on it (`LazyMask.hit`) then also serves the next forward. One that was made dense is not
+    kept: it would hold S x S bytes.
+    """
+    key = (rows, length, device, guarded)
+    mask = _plain.get(key)
+    if mask is None or mask.materialised:
+
+        def materialise() -> torch.Tensor:
+            return torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(rows, 1, length, length)
+
+        mask = LazyMask(
+            shape=(rows, 1, length, length),
+            pattern=recognise(known().causal),
+            segments=None,
+            padding=None,
+            materialise=materialise,
+            device=device,
+            guarded=guarded,
+        )
+        if len(_plain) >= _PLAIN_KEPT:
+            _plain.clear()
+        _plain[key] = mask
+    return mask
 
 
 def _segments(

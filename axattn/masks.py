@@ -90,6 +90,11 @@ class LazyMask:
                 self._padding = None
         return self._padding
 
+    @property
+    def materialised(self) -> bool:
+        """Whether the dense tensor has been built (and is held)."""
+        return self._dense is not None
+
     def dense(self) -> torch.Tensor:
         """The bool tensor ``[B, 1, S, T]``, built on the first call."""
         if self._dense is None:

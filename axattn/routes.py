@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from dataclasses import dataclass, field
@@ -80,8 +81,9 @@ _said: set[tuple[str, str, str]] = set()
 _unplanned: weakref.WeakKeyDictionary[torch.nn.Module, Route] = weakref.WeakKeyDictionary()
 
 
+@functools.cache
 def candidates(name: str, on_unsupported: OnUnsupported) -> tuple[str, ...]:
-    """Backends to try for a name of ours, in order."""
+    """Backends to try for a name of ours, in order. The same object for the same answer."""
     if name == "auto":
         return backends.AUTO_ORDER
     if on_unsupported == "raise":

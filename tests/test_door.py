@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers as tf
 import axattn
 from axattn import door, guard
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
+from axattn.patches.doors import hands_on
 from axattn.segments import Segments
 from tests.models import build, positions, tokens
 
@@ -219,3 +221,65 @@ def test_a_copied_model_keeps_its_documents_apart_and_is_restored_by_itself(clon
     assert not other._forward_pre_hooks
     assert torch.equal(model(tokens(1, 10), **PACKED).logits, expected)
     assert model.config._attn_implementation == "varlen"
+
+
+@pytest.mark.parametrize(
+    ("cls", "answer"),
+    [
+        ("LlamaForCausalLM", True),
+        ("Gemma2ForCausalLM", True),
+        ("GptOssForCausalLM", True),
+        ("OPTForCausalLM", False),
+        ("LlamaForSequenceClassification", False),
+    ],
+)
+def test_a_head_that_hands_all_its_inputs_on_is_read_from_its_source(cls: str, answer: bool) -> None:
+    assert hands_on(getattr(tf, cls).forward, "model") is answer
+
+
+def keeps_positions(self: Any, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+    return self.model(input_ids=input_ids, **kwargs)
+
+
+def changes_a_mask(self: Any, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+    attention_mask = None
+    return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def drops_keywords(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+    return self.model(input_ids=input_ids)
+
+
+def takes_one_out(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+    kwargs.pop("cu_seq_lens_q", None)
+    return self.model(input_ids=input_ids, **kwargs)
+
+
+def calls_twice(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+    return self.model(input_ids=input_ids, **kwargs) or self.model(input_ids=input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("forward", [keeps_positions, changes_a_mask, drops_keywords, takes_one_out, calls_twice])
+def test_a_head_that_keeps_or_changes_an_input_gets_a_door_of_its_own(forward: Any) -> None:
+    assert hands_on(forward, "model") is False
+
+
+def test_a_model_and_its_head_have_one_door_between_them() -> None:
+    model = axattn.apply(build("llama"), "varlen")
+    assert len(model._forward_pre_hooks) == 0
+    assert len(model.model._forward_pre_hooks) == 1
+
+
+def test_two_threads_do_not_see_each_others_documents(model: Any) -> None:
+    ids, found = tokens(1, 10), []
+    with torch.no_grad():
+        expected = model(ids).logits
+        door._slot.context = door.Context(None, (1, 10), (), model.model, None)  # as while a forward runs here
+        try:
+            thread = threading.Thread(target=lambda: found.extend([door.current(), model(ids).logits]))
+            thread.start()
+            thread.join()
+        finally:
+            door._slot.context = None
+    assert found[0] is None
+    assert torch.equal(found[1], expected)

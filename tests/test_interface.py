@@ -11,6 +11,8 @@ from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionEr
 from axattn.interface import HARMLESS, attend
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
+from axattn.patterns import known
+from axattn.routes import ATTRIBUTE, Route
 from tests.models import build, tokens
 
 
@@ -279,3 +281,17 @@ def test_a_compiled_model_keeps_documents_apart() -> None:
 def test_errors_of_ours_share_a_base() -> None:
     assert issubclass(UnsupportedAttentionError, AxattnError)
     assert issubclass(UnsupportedAttentionError, ValueError)
+
+
+def test_a_note_on_a_shared_mask_serves_only_layers_with_the_same_candidates() -> None:
+    """Models share the plain causal mask; where one routes around its kernel, another must still ask its own."""
+    mask = lazy_mask(2, 6, 6, 0, 0, known().causal, None, device="cpu")
+    mask.guarded = True
+    module = Attention()
+    for _ in range(2):
+        attend("varlen", module, *qkv(), mask)
+    assert mask.hit is not None
+    other = Attention().eval()
+    other.__dict__[ATTRIBUTE] = Route("s2", "layer", ("s2",), "s2")
+    attend("s2", other, *qkv(), mask)
+    assert other.__dict__[ATTRIBUTE].served == {"s2": 1}

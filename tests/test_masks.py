@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import masking_utils as mu
 
+from axattn import masking
 from axattn.layouts import Layout
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
@@ -216,3 +217,22 @@ def test_an_untouched_mask_stays_lazy() -> None:
     assert not hasattr(mask, "__cuda_array_interface__")
     assert mask._dense is None
     assert "LazyMask" in repr(mask)
+
+
+def test_the_plain_causal_mask_is_one_object_until_it_is_made_dense() -> None:
+    def make(rows: int = 2, length: int = 7) -> LazyMask:
+        return lazy_mask(rows, length, length, 0, 0, mu.causal_mask_function, None, device="cpu")
+
+    first = make()
+    assert make() is first
+    assert make(3) is not first
+    assert make(2, 8) is not first
+    expected = mu.sdpa_mask(2, 7, 7, allow_is_causal_skip=False)
+    assert torch.equal(first.dense(), expected)
+    assert make() is not first  # it would hold S x S bytes for ever
+
+
+def test_few_plain_masks_are_kept() -> None:
+    for length in range(2, 60):
+        lazy_mask(1, length, length, 0, 0, mu.causal_mask_function, None, device="cpu")
+    assert len(masking._plain) <= masking._PLAIN_KEPT

@@ -1,9 +1,11 @@
-"""Patch: a door (see `axattn.door`) on every `PreTrainedModel` inside a model."""
+"""Patch: a door (see `axattn.door`) on every `PreTrainedModel` inside a model whose inputs no inner door sees."""
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +21,9 @@ def add_doors(
 ) -> None:
     """Put a door on the model and on every ``PreTrainedModel`` inside it.
 
+    A head that hands its inputs unchanged to the one model inside it (``LlamaForCausalLM``) needs none of its own: two
+    hooks cost as much as the attention of a layer of a tiny model.
+
     Args:
         patches: takes the hooks over.
         model: the model.
@@ -28,6 +33,9 @@ def add_doors(
     from transformers import PreTrainedModel
 
     for module in [m for m in modules if isinstance(m, PreTrainedModel)]:
+        inside = [name for name, child in module.named_children() if isinstance(child, PreTrainedModel)]
+        if len(inside) == 1 and hands_on(type(module).forward, inside[0]):
+            continue
         door = Door(
             _positional(type(module).forward),
             native=native.get(id(module.config), native.get(id(model.config))),
@@ -50,6 +58,38 @@ def _positional(forward: Any) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(forward).parameters
     return tuple(name for name, parameter in parameters.items() if parameter.kind in kinds)[1:]
+
+
+READ = frozenset(
+    {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+    | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+)
+"""The inputs that a door reads."""
+
+
+@functools.cache
+def hands_on(forward: Any, child: str) -> bool:
+    """Whether a ``forward`` method hands every input that a door reads on to ``self.<child>``, as it got them.
+
+    Read in its source: one call of the child, each such parameter passed by its own name, ``**kwargs`` passed on, and
+    none of these names assigned anywhere. Unreadable source counts as no.
+    """
+    forward = inspect.unwrap(forward)
+    try:
+        function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return False
+    parameters = inspect.signature(forward).parameters
+    spread = [name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+    read = [name for name in parameters if name in READ]
+    nodes = list(ast.walk(function))
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{child}"]
+    if not spread or len(calls) != 1 or calls[0].args or stored & {*read, *spread}:
+        return False
+    given = {kw.arg: kw.value.id for kw in calls[0].keywords if isinstance(kw.value, ast.Name)}
+    changed = any(f"{spread[0]}{how}" in ast.unparse(function) for how in (".pop(", ".update(", "[", ".setdefault("))
+    return not changed and given.get(None) == spread[0] and all(given.get(name) == name for name in read)
 
 
 def _planes(config: Any) -> tuple[int, ...]:
