@@ -27,6 +27,8 @@ class AttentionCall:
         sinks: ``[H]`` learned sinks, or None.
         bias: additive position bias ``[1 or B, H, S, T]``, or None.
         extras: further keywords for the model's own eager function.
+        want_weights: the attention weights are asked for (`Need.weights`).
+        weights: where a kernel that gives them puts them, ``[B, H, S, T]``.
     """
 
     module: torch.nn.Module
@@ -42,6 +44,8 @@ class AttentionCall:
     sinks: torch.Tensor | None
     bias: torch.Tensor | None
     extras: dict[str, object]
+    want_weights: bool = False
+    weights: torch.Tensor | None = None
 
     def dense_mask(self) -> torch.Tensor | None:
         """The mask as a tensor ``[B or 1, 1 or H, S, T]`` (bool or additive float), None when all attend to all.

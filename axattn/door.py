@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from axattn import guard
-from axattn.errors import InvalidInputError, Reason
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.segments import Segments, from_cu_seqlens, from_positions
 
 
@@ -26,6 +26,7 @@ class Context:
     Attributes:
         segments: the documents, None when every row is one document.
         shape: (B, S) of the tokens, None when the model takes no tokens (a vision tower).
+        weights: the attention weights are asked for (``output_attentions``).
         seen: the objects it was computed from, to reuse it in inner models that get the same ones.
         door: whose forward is running.
         outer: the context to go back to.
@@ -33,6 +34,7 @@ class Context:
 
     segments: Segments | None
     shape: tuple[int, int] | None
+    weights: bool
     seen: tuple[Any, ...]
     door: Door
     outer: Context | None
@@ -82,8 +84,18 @@ class Door:
         outer = _slot.context
         get = inputs.get
         seen = (get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k"))
+        weights = get("output_attentions")
+        if weights is None:
+            weights = getattr(module.config, "output_attentions", False)
+        if weights and self.native not in (None, "eager"):
+            raise UnsupportedAttentionError(
+                f"{self.native} can't serve {type(module).__name__}",
+                [Reason("weights", "output_attentions=True (its kernel never forms the attention weights)")],
+                'Use attn_implementation="auto" or "eager".',
+            )
         if (
             outer is not None
+            and not weights
             and outer.segments is None
             and outer.door is not self
             and not _packed_caches
@@ -94,7 +106,7 @@ class Door:
             segments, shape = outer.segments, outer.shape
         else:
             segments, shape = self._read(module, inputs, seen, outer)
-        _slot.context = Context(segments, shape, seen, self, outer)
+        _slot.context = Context(segments, shape, bool(weights), seen, self, outer)
 
     def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Forward hook (``always_call=True``): also runs when the forward raised."""

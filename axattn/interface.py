@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from axattn import door
 from axattn.call import AttentionCall
 from axattn.capability import Need
-from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.masking import read_mask
 from axattn.masks import LazyMask
 from axattn.patterns import Pattern
 from axattn.routes import ATTRIBUTE, Route, route_of
@@ -43,6 +45,7 @@ HARMLESS: frozenset[str] = frozenset(
 )
 SERVED: frozenset[str] = frozenset(
     {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "sinks", "position_bias"}
+    | {"output_attentions"}
 )
 PLAIN = HARMLESS | {"dropout", "scaling", "is_causal", "sliding_window"}
 """With a `LazyMask.plain` mask these change nothing but the scale: the mask says what is causal and windowed."""
@@ -57,7 +60,7 @@ def attend(
     value: torch.Tensor,
     attention_mask: LazyMask | torch.Tensor | None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Transformers' attention interface.
 
     Args:
@@ -66,11 +69,12 @@ def attend(
         query: ``[B, H, S, D]``.
         key: ``[B, Hkv, T, D]``.
         value: ``[B, Hkv, T, Dv]``.
-        attention_mask: our `LazyMask`, a 4-D tensor (bool: True attends; float: additive), or None.
+        attention_mask: our `LazyMask`, a 4-D tensor (bool: True attends; float: additive), a 2-D ``[B, T]`` mask (real
+            keys), a ``BlockMask`` of flex attention, or None.
         kwargs: Transformers' keywords.
 
     Returns:
-        Output ``[B, S, H, Dv]`` and None (attention weights are never returned).
+        Output ``[B, S, H, Dv]``, and the attention weights ``[B, H, S, T]`` if they are asked for, else None.
 
     Raises:
         UnsupportedAttentionError: a keyword nobody declared, or no kernel that serves the call.
@@ -117,10 +121,10 @@ def attend(
     if causal is None:
         causal = getattr(module, "is_causal", True)
     mask = attention_mask
+    if mask is not None and not isinstance(mask, LazyMask):
+        mask = read_mask(mask, query, key, causal, kwargs.get("sliding_window"))
     if mask is None or (isinstance(mask, LazyMask) and not mask.guarded):
         mask = _segments_from_keywords(mask, causal, query, key, kwargs)
-    elif not isinstance(mask, LazyMask):
-        _check_mask(mask, query, key)
     sinks = kwargs.get("s_aux")
     scaling = kwargs.get("scaling")
     call = AttentionCall(
@@ -137,16 +141,24 @@ def attend(
         sinks=kwargs.get("sinks") if sinks is None else sinks,
         bias=kwargs.get("position_bias"),
         extras=kwargs,
+        want_weights=bool(kwargs.get("output_attentions")) or _door_wants_weights(mask),
     )
     backend = _decide(route, call, sparse)
     if backend.name == "eager":
-        call.extras = {k: v for k, v in kwargs.items() if k not in ("dropout", "scaling")}
+        call.extras = {k: v for k, v in kwargs.items() if k not in ("dropout", "scaling", "output_attentions")}
     assert backend.forward is not None
     out = backend.forward(call)
     route.served[backend.name] = route.served.get(backend.name, 0) + 1
     if plain_key is not None and backend.plain:
         route.plain[plain_key] = backend.name
-    return out, None
+    return out, call.weights
+
+
+def _door_wants_weights(mask: LazyMask | torch.Tensor | None) -> bool:
+    if isinstance(mask, LazyMask):
+        return mask.weights
+    context = door.current()
+    return context is not None and context.weights
 
 
 def _plain_key(mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...] | None:
@@ -195,6 +207,7 @@ def _decide(route: Route, call: AttentionCall, sparse: bool) -> Any:
         call.sinks is None,
         call.bias is None,
         sparse,
+        call.want_weights,
         torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
     )
     backend = route.decisions.get(fingerprint)
@@ -232,6 +245,7 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
         sparse=sparse,
         dropout=call.dropout,
         dense_mask=dense,
+        weights=call.want_weights,
         padding=padding,
         segments=segments,
         cross_lengths=query.shape[2] != key.shape[2],
@@ -294,27 +308,9 @@ def _plain_rule(length: int, causal: bool, window: int | None, device: torch.dev
     return seen if window is None else seen & (distance.abs() < window)
 
 
-def _check_mask(mask: Any, query: torch.Tensor, key: torch.Tensor) -> None:
-    B, H, S, T = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
-    if not isinstance(mask, torch.Tensor):
-        raise InvalidInputError(
-            f"attention_mask is a {type(mask).__name__}", advice="Give a 2-D mask, or a 4-D bool or float tensor."
-        )
-    reasons = []
-    legal = ((1, B), (1, H), (1, S), (T,))
-    if mask.ndim != 4 or any(size not in sizes for size, sizes in zip(mask.shape, legal, strict=True)):
-        reasons.append(Reason("attention_mask", f"shape {list(mask.shape)} is not [{B}|1, {H}|1, {S}|1, {T}]"))
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        reasons.append(Reason("attention_mask", f"dtype {str(mask.dtype).removeprefix('torch.')} is not bool or float"))
-    if reasons:
-        raise InvalidInputError("attention_mask can't be used", reasons, "A 2-D [B, T] mask of 0 and 1 is simplest.")
-
-
 def _refuse_keyword(route: Route, keyword: str, given: Any) -> None:
     shown = repr(given) if isinstance(given, int | float | str) else f"a {type(given).__name__}"
-    if keyword == "output_attentions":
-        reason, advice = "flash kernels never form the attention weights", 'Use attn_implementation="eager".'
-    elif keyword == "cache":
+    if keyword == "cache":
         reason, advice = "axattn has no paged cache", 'Use attn_implementation="sdpa" for continuous batching.'
     else:
         reason, advice = "nobody declared what it means for this kernel", 'Use attn_implementation="eager".'

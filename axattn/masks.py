@@ -27,6 +27,7 @@ class LazyMask:
         segments: documents of the rows, or None.
         padding: bool ``[B, T]`` (True: real key), or None.
         guarded: a door looked for documents; if not, the attention call's own keywords are asked.
+        weights: the door saw that the attention weights are asked for.
     """
 
     __slots__ = (
@@ -45,6 +46,7 @@ class LazyMask:
         "q_offset",
         "segments",
         "shape",
+        "weights",
     )
 
     def __init__(
@@ -59,6 +61,7 @@ class LazyMask:
         kv_offset: int = 0,
         device: torch.device,
         guarded: bool = False,
+        weights: bool = False,
     ) -> None:
         self.shape = torch.Size(shape)
         self.pattern = pattern
@@ -67,6 +70,7 @@ class LazyMask:
         self.kv_offset = kv_offset
         self.device = device
         self.guarded = guarded
+        self.weights = weights
         self.hit: tuple[Any, ...] | None = None  # the interface's note for the next layer of this forward
         self._padding = padding
         self._padding_checked = padding is None
@@ -116,7 +120,7 @@ class LazyMask:
 
     def _read_plain(self) -> str | None:
         pattern = self.pattern
-        if pattern is None or self.segments is not None or pattern.chunk is not None:
+        if pattern is None or self.segments is not None or pattern.chunk is not None or self.weights:
             return None
         _, _, q_length, kv_length = self.shape
         if pattern.window is not None and pattern.window < kv_length:
@@ -158,6 +162,7 @@ class LazyMask:
             kv_offset=self.kv_offset,
             device=self.device,
             guarded=True,
+            weights=self.weights,
         )
 
     # ---- standing in for a tensor -------------------------------------------------------------------------------

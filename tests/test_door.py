@@ -274,7 +274,7 @@ def test_two_threads_do_not_see_each_others_documents(model: Any) -> None:
     ids, found = tokens(1, 10), []
     with torch.no_grad():
         expected = model(ids).logits
-        door._slot.context = door.Context(None, (1, 10), (), model.model, None)  # as while a forward runs here
+        door._slot.context = door.Context(None, (1, 10), False, (), model.model, None)  # as while a forward runs here
         try:
             thread = threading.Thread(target=lambda: found.extend([door.current(), model(ids).logits]))
             thread.start()

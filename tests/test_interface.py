@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import masking_utils as mu
 
 import axattn
 from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionError
@@ -149,7 +151,7 @@ def test_a_keyword_that_nobody_declared_is_refused(value: Any) -> None:
         ("sinks", torch.zeros(4), "sinks"),
         ("position_bias", torch.zeros(1, 4, 6, 6), "bias"),
         ("indices", torch.zeros(2, 6, 1), "sparse"),
-        ("output_attentions", True, "output_attentions=True"),
+        ("output_attentions", True, "no attention weights"),
         ("cache", object(), "paged cache"),
     ],
 )
@@ -176,7 +178,8 @@ def test_a_position_bias_is_served_by_auto() -> None:
 @pytest.mark.parametrize(
     ("mask", "part"),
     [
-        (torch.ones(2, 6, dtype=torch.bool), "shape"),
+        (torch.ones(2, 5, dtype=torch.bool), "shape"),
+        (torch.ones(3, 6, dtype=torch.long), "shape"),
         (torch.ones(1, 1, 6, 5, dtype=torch.bool), "shape"),
         (torch.ones(3, 1, 6, 6, dtype=torch.bool), "shape"),
         (torch.ones(1, 1, 6, 6, dtype=torch.long), "dtype int64"),
@@ -295,3 +298,72 @@ def test_a_note_on_a_shared_mask_serves_only_layers_with_the_same_candidates() -
     other.__dict__[ATTRIBUTE] = Route("s2", "layer", ("s2",), "s2")
     attend("s2", other, *qkv(), mask)
     assert other.__dict__[ATTRIBUTE].served == {"s2": 1}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_2d_mask_means_what_transformers_own_masks_mean(causal: bool, window: int | None) -> None:
+    real = torch.ones(2, 6, dtype=torch.long)
+    real[1, :2] = 0
+    kinds = {
+        (True, None): mu.causal_mask_function,
+        (False, None): mu.bidirectional_mask_function,
+        (True, 3): mu.sliding_window_causal_mask_function(3),
+        (False, 3): mu.sliding_window_bidirectional_mask_function(2),
+    }
+    rule = mu.sdpa_mask(2, 6, 6, mask_function=kinds[causal, window], allow_is_causal_skip=False)
+    expected = reference(*qkv(), attn_mask=rule & real.bool()[:, None, None])
+    found = run(real, is_causal=causal, sliding_window=window)
+    seen = real.bool()
+    assert torch.allclose(found[seen], expected[seen], atol=1e-5)
+
+
+def test_a_2d_mask_over_a_cache_takes_the_queries_for_the_last_keys() -> None:
+    q, k, v = qkv(2, 6)
+    lower = torch.ones(6, 6, dtype=torch.bool).tril()[-2:]
+    assert torch.allclose(run(torch.ones(2, 6), inputs=[q, k, v]), reference(q, k, v, attn_mask=lower), atol=1e-5)
+
+
+def test_a_block_mask_is_honoured() -> None:
+    def every_other(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q - k) % 2 == 0
+
+    q, k, v = qkv()
+    index = torch.arange(6)
+    expected = reference(q, k, v, attn_mask=(index[:, None] - index) % 2 == 0)
+    block = create_block_mask(every_other, None, None, 6, 6, device="cpu")
+    assert torch.allclose(run(block), expected, atol=1e-5)
+    with pytest.raises(InvalidInputError, match="BlockMask"):
+        run(create_block_mask(every_other, None, None, 8, 8, device="cpu"))
+
+
+def test_attention_weights_are_given_where_the_model_has_an_eager_function() -> None:
+    model, ids = build("gemma2"), tokens(1, 8)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected = model(ids, output_attentions=True)
+        axattn.apply(model, "auto")
+        found = model(ids, output_attentions=True)
+        for a, b in zip(found.attentions, expected.attentions, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+        assert torch.allclose(found.logits, expected.logits, atol=1e-4)
+        assert model(ids).attentions is None
+
+
+@pytest.mark.parametrize("name", ["sdpa", "varlen", "s2"])
+def test_attention_weights_that_a_kernel_lacks_are_refused(name: str) -> None:
+    """Transformers' sdpa logs a warning and returns none."""
+    model = axattn.apply(build("llama"), name)
+    with pytest.raises(UnsupportedAttentionError, match="weights"):
+        model(tokens(1, 8), output_attentions=True)
+
+
+def test_attention_weights_asked_for_in_the_config_are_not_forgotten() -> None:
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    axattn.apply(model, "varlen")
+    with pytest.raises(UnsupportedAttentionError, match="weights"):
+        model(tokens(1, 8))
+    axattn.apply(model, "auto")
+    assert [a.shape for a in model(tokens(1, 8)).attentions] == [(1, 4, 8, 8)] * 2

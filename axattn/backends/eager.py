@@ -55,7 +55,8 @@ def eager(call: AttentionCall) -> torch.Tensor:
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(call.query.dtype).min
         mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill_(~mask, lowest)
-    out: torch.Tensor = function(
+    out: torch.Tensor
+    out, weights = function(
         call.module,
         call.query,
         call.key,
@@ -64,7 +65,9 @@ def eager(call: AttentionCall) -> torch.Tensor:
         dropout=call.dropout,
         scaling=call.scale,
         **call.extras,
-    )[0]
+    )
+    if call.want_weights:
+        call.weights = weights
     return out
 
 

@@ -62,6 +62,7 @@ def _positional(forward: Any) -> tuple[str, ...]:
 
 READ = frozenset(
     {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+    | {"output_attentions"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 )
 """The inputs that a door reads."""
