@@ -63,6 +63,7 @@ class Door:
         native: the native name that Transformers serves here, None for our own names.
         encoder_decoder: the model is an encoder-decoder, whose rows can't be packed.
         position_planes: how many leading planes ``position_ids`` may have (Qwen-VL: 3 or 4), () for none.
+        shares_keys: some layers read the keys and values of another one.
     """
 
     def __init__(
@@ -72,15 +73,19 @@ class Door:
         native: str | None = None,
         encoder_decoder: bool = False,
         position_planes: tuple[int, ...] = (),
+        shares_keys: bool = False,
     ) -> None:
         self.parameters = parameters
         self.native = native
         self.encoder_decoder = encoder_decoder
         self.position_planes = position_planes
+        self.shares_keys = shares_keys
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (``with_kwargs=True``)."""
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
+        if self.shares_keys:
+            guard.require_gradients_of_shared_keys(module)
         outer = _slot.context
         get = inputs.get
         seen = (get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k"))
@@ -143,6 +148,8 @@ class Door:
         if positions is mask is cu_q is cu_k is None:
             return (outer.segments if outer is not None and outer.shape == shape else None), shape
         finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+        if finished and self.native is not None and isinstance(mask, torch.Tensor):
+            guard.require_mask_is_read(self.native, module, mask)
         mask = None if finished else mask
         if cu_q is not None or cu_k is not None:
             segments = self._from_lengths(cu_q, cu_k, rows, length)

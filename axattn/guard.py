@@ -38,6 +38,42 @@ def require_no_leak(
         )
 
 
+def require_mask_is_read(native: str, module: torch.nn.Module, mask: torch.Tensor) -> None:
+    """Raise for a 4-D mask that Transformers would misread on `native`.
+
+    Its eager functions add the mask to the logits: True and False become 1 and 0 there, and nothing is masked.
+
+    Raises:
+        UnsupportedAttentionError: a bool mask on ``eager``.
+    """
+    if native.endswith("eager") and mask.dtype == torch.bool:
+        raise UnsupportedAttentionError(
+            f"eager can't serve {type(module).__name__}",
+            [Reason("attention_mask", "a 4-D bool mask: Transformers' eager attention adds it to the logits")],
+            'Give it as floats (0 and torch.finfo(dtype).min), or use attn_implementation="auto".',
+        )
+
+
+def require_gradients_of_shared_keys(module: torch.nn.Module) -> None:
+    """Raise where reentrant checkpointing would drop gradients: layers that share keys hand them on by the side.
+
+    Gemma 3n's and Gemma 4's last layers read the keys and values of an earlier one; a reentrant checkpoint returns
+    gradients of its direct inputs only (error 0.6 on a tiny Gemma 4, whatever the kernel; transformers 5.23).
+
+    Raises:
+        UnsupportedAttentionError: the model trains like this.
+    """
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if not (module.training and torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)):
+        return
+    if getattr(function, "keywords", {}).get("use_reentrant"):
+        raise UnsupportedAttentionError(
+            f"reentrant gradient checkpointing can't serve {type(module).__name__}",
+            [Reason("gradient", "layers share keys and values, whose gradients it drops")],
+            'Use gradient_checkpointing_kwargs={"use_reentrant": False}.',
+        )
+
+
 def _mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor | None) -> list[Reason]:
     """eager, sdpa, flex_attention: right only when Transformers itself finds the documents in position_ids."""
     reasons = []

@@ -12,7 +12,14 @@ import torch
 from axattn import names, planning
 from axattn.environment import Environment
 from axattn.errors import UnsupportedAttentionError
-from axattn.needs import ModelNeeds, inner_model_classes, model_class_reasons, model_needs, sub_configs
+from axattn.needs import (
+    ModelNeeds,
+    inner_model_classes,
+    model_class_reasons,
+    model_needs,
+    native_support_reasons,
+    sub_configs,
+)
 from axattn.patches.doors import add_doors, native_name
 from axattn.patches.patchset import PatchSet
 from axattn.patches.routes import add_routes, nested, set_names
@@ -245,6 +252,12 @@ def _decide(
     if any(name not in ("eager", "sdpa") for name in names.names_in(value)):
         classes = [cls, *(inner_model_classes(config) if isinstance(value, str) else ())]
         _require_interface(needs.model, classes)
+    for name in names.names_in(value):
+        classes = [cls, *inner_model_classes(config)] if isinstance(value, str) else []
+        reasons = list(dict.fromkeys(reason for c in classes for reason in native_support_reasons(c, name)))
+        if reasons:
+            advice = 'Use attn_implementation="auto", or "eager".'
+            raise UnsupportedAttentionError(f"{name} can't serve {needs.model}", reasons, advice)
     return planning.plan(
         needs, value, environment or Environment.current(), on_unsupported, allow_all_kernels=allow_all_kernels
     )

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from axattn import names
 from axattn.capability import Need
 from axattn.errors import Reason
 
@@ -90,6 +91,17 @@ def model_class_reasons(cls: type | None) -> list[Reason]:
     if settable is None or settable():  # Transformers reads the same in the source of the class's file
         return []
     return [Reason("model", f"{cls.__name__} does not use Transformers' attention interface")]
+
+
+_SUPPORT = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+
+
+def native_support_reasons(cls: type | None, name: str) -> list[Reason]:
+    """Why Transformers itself will not run a model class on a native name; it would raise while the model is built."""
+    flag = "_supports_flash_attn" if names.is_flash(name) else _SUPPORT.get(name.removeprefix("paged|"))
+    if cls is None or flag is None or getattr(cls, flag, True):
+        return []
+    return [Reason("model", f"{cls.__name__} says that it does not support {name} ({flag} is False)")]
 
 
 def inner_model_classes(config: Any) -> list[type]:

@@ -41,6 +41,7 @@ def add_doors(
             native=native.get(id(module.config), native.get(id(model.config))),
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
             position_planes=_planes(module.config),
+            shares_keys=bool(getattr(module.config, "num_kv_shared_layers", 0)),
         )
         patches.add_handle(module.register_forward_pre_hook(door.enter, with_kwargs=True, prepend=True))
         patches.add_handle(module.register_forward_hook(door.leave, always_call=True))

@@ -1,0 +1,121 @@
+"""Runs one cell of the matrix: ok, refused with the reason, or wrong."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from axattn.errors import AxattnError
+from tests.conformance.cases import Case, Result
+from tests.conformance.families import FAMILIES
+from tests.conformance.scenarios import SCENARIOS
+
+BACKENDS = ("auto", "varlen", "s2", "eager", "sdpa", "flex_attention")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The outcome of one backend, family and scenario.
+
+    Attributes:
+        status: ``ok``, ``refused`` or ``wrong``.
+        error: largest relative error over all that was compared, None when nothing was.
+        detail: the reason of a refusal, or what was wrong.
+    """
+
+    backend: str
+    family: str
+    scenario: str
+    status: Literal["ok", "refused", "wrong"]
+    error: float | None = None
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        return asdict(self)
+
+
+def keys() -> Iterator[tuple[str, str, str]]:
+    """Every cell of the matrix: ``(backend, family, scenario)``."""
+    for backend in BACKENDS:
+        for family in FAMILIES.values():
+            if family.kind == "refused":
+                yield backend, family.name, "dense"
+                continue
+            for scenario in SCENARIOS.values():
+                if family.kind in scenario.kinds and not scenario.applies(family):
+                    yield backend, family.name, scenario.name
+
+
+SHARE = {"auto": 1, "varlen": 4, "s2": 8, "eager": 4, "sdpa": 4, "flex_attention": 40}
+
+
+def sampled(key: tuple[str, str, str]) -> bool:
+    """Whether a cell is in the part that ``make test`` runs: all of ``auto``, a fixed share of the others."""
+    backend, family, scenario = key
+    if scenario == "compiled, fullgraph":  # seconds each
+        return backend == "auto" and family in ("llama", "gemma3", "gpt_oss")
+    return zlib.crc32("/".join(key).encode()) % SHARE[backend] == 0
+
+
+def error(found: Result, expected: Result) -> tuple[float, str]:
+    """The largest relative error, and where: over rows ``[..., n]``, the norm of the difference by the norm expected.
+
+    A row whose expected norm is below a thousandth of the largest counts as if it had that norm.
+    """
+    worst, where = 0.0, ""
+    if found.keys() != expected.keys():
+        return float("inf"), f"{sorted(found.keys() ^ expected.keys())} given on one side only"
+    floor = {name: 1e-3 * max(1e-9, t.norm(dim=-1).max().item()) for name, t in expected.items()}
+    gradients = [name for name in expected if name.startswith("d ")]
+    shared = max((floor[name] for name in gradients), default=0.0)
+    for name, wanted in expected.items():
+        got = found[name]
+        if got.shape != wanted.shape:
+            return float("inf"), f"{name}: shape {list(got.shape)} is not {list(wanted.shape)}"
+        scale = wanted.norm(dim=-1).clamp(min=shared if name in gradients else floor[name])
+        each = (got - wanted).norm(dim=-1) / scale
+        value = each.max().item()
+        if not value <= worst:  # NaN counts as larger
+            worst, where = (value if value == value else float("inf")), name
+    return worst, where
+
+
+def run(backend: str, family: str, scenario: str) -> Cell:
+    """Run one cell. Errors of axattn's own are refusals; any other exception is wrong."""
+    asked = SCENARIOS[scenario]
+    key = (backend, family, scenario)
+    case = Case(FAMILIES[family], backend)
+    torch.manual_seed(0)
+    if FAMILIES[family].kind == "refused":
+        return _refused(case, key)
+    try:
+        expected, candidate = asked.run(case)
+    except Exception as failure:
+        return Cell(*key, "wrong", detail=f"EAGER {type(failure).__name__}: {failure}"[:500])
+    try:
+        found = candidate()
+    except AxattnError as refusal:
+        return Cell(*key, "refused", detail=str(refusal))
+    except Exception as failure:
+        return Cell(*key, "wrong", detail=f"{type(failure).__name__}: {failure}"[:500])
+    value, where = error(found, expected)
+    if value <= asked.tolerance:
+        return Cell(*key, "ok", value)
+    return Cell(*key, "wrong", value, f"{where}: relative error {value:.2g}")
+
+
+def _refused(case: Case, key: tuple[str, str, str]) -> Cell:
+    """Families with attention code of their own: served by Transformers alone, refused for every other name."""
+    ids = torch.arange(3, 15)[None]
+    try:
+        model = case.candidate()
+    except AxattnError as refusal:
+        return Cell(*key, "refused", detail=str(refusal))
+    with torch.no_grad():
+        value, where = error({"logits": model(ids)[0][0]}, {"logits": case.family.make()(ids)[0][0]})
+    return Cell(*key, "ok" if value <= 1e-5 else "wrong", value, where)
