@@ -8,15 +8,15 @@ is a guard: packed input that Transformers would leak is refused.
 from __future__ import annotations
 
 import threading
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from axattn import guard
+from axattn import guard, traced
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.segments import Segments, from_cu_seqlens, from_positions
+from axattn.traced import TracedSegments
 
 
 @dataclass(slots=True, eq=False)
@@ -32,7 +32,7 @@ class Context:
         outer: the context to go back to.
     """
 
-    segments: Segments | None
+    segments: Segments | TracedSegments | None
     shape: tuple[int, int] | None
     weights: bool
     seen: tuple[Any, ...]
@@ -43,11 +43,13 @@ class Context:
 class _Slot(threading.local):
     """What runs in this thread. A thread-local, not a context variable: torch.compile can trace it."""
 
-    context: Context | None = None
+    def __init__(self) -> None:
+        self.context: Context | None = None
 
 
 _slot = _Slot()
-_packed_caches: weakref.WeakSet[Any] = weakref.WeakSet()
+PACKED_CACHE = "_axattn_packed"
+"""Attribute on a cache that a row of several documents has filled: True, or a bool tensor from a compiled graph."""
 
 
 def current() -> Context | None:
@@ -103,7 +105,7 @@ class Door:
             and not weights
             and outer.segments is None
             and outer.door is not self
-            and not _packed_caches
+            and not _is_packed(get("past_key_values"))
             and (seen[0] is seen[1] is seen[2] is seen[3] is None)
         ):
             return  # an inner model with nothing to read: the outer door has looked, and its context holds
@@ -122,16 +124,19 @@ class Door:
         if context.segments is not None:
             cache = getattr(output, "past_key_values", None)
             if cache is not None and not isinstance(cache, tuple):
-                _packed_caches.add(cache)
+                packed: Any = True
+                if isinstance(context.segments, TracedSegments):
+                    packed = (context.segments.document_ids[:, -1] > 0).any()
+                setattr(cache, PACKED_CACHE, packed)
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def _read(
         self, module: torch.nn.Module, inputs: dict[str, Any], seen: tuple[Any, ...], outer: Context | None
-    ) -> tuple[Segments | None, tuple[int, int] | None]:
+    ) -> tuple[Segments | TracedSegments | None, tuple[int, int] | None]:
         positions, mask, cu_q, cu_k = seen
         cache = inputs.get("past_key_values")
-        if cache is not None and _packed_caches and cache in _packed_caches:
+        if _is_packed(cache):
             raise InvalidInputError(
                 "this cache was filled by a row of several documents",
                 [Reason("segments", "a token decoded from it would attend to all of them")],
@@ -151,6 +156,8 @@ class Door:
         if finished and self.native is not None and isinstance(mask, torch.Tensor):
             guard.require_mask_is_read(self.native, module, mask)
         mask = None if finished else mask
+        if torch.compiler.is_compiling():
+            return self._trace(module, inputs, seen, rows, length, finished), shape
         if cu_q is not None or cu_k is not None:
             segments = self._from_lengths(cu_q, cu_k, rows, length)
         else:
@@ -166,6 +173,39 @@ class Door:
         if segments is not None:
             self._check_packed(module, inputs, segments, cache, mask)
         return segments, shape
+
+    def _trace(
+        self,
+        module: torch.nn.Module,
+        inputs: dict[str, Any],
+        seen: tuple[Any, ...],
+        rows: int,
+        length: int,
+        finished: bool,
+    ) -> TracedSegments | None:
+        """The documents while a graph is traced; checks that need values run with the graph."""
+        positions, mask, cu_q, cu_k = seen
+        segments: TracedSegments | None
+        if cu_q is not None or cu_k is not None:
+            segments = traced.from_cu_seqlens(cu_q if cu_q is not None else cu_k, rows, length, "cu_seq_lens_q")
+            if cu_q is not None and cu_k is not None and cu_q is not cu_k:
+                torch._assert_async((cu_q == cu_k).all(), "axattn: cu_seq_lens_q and cu_seq_lens_k differ")
+        else:
+            positions = self._text_positions(positions, rows, length)
+            if finished:
+                return None
+            inside = mask if mask is not None and mask.shape[-1] == length else None
+            segments = traced.from_positions(positions, inside, rows, length)
+        if segments is None:
+            return None
+        cache = inputs.get("past_key_values")
+        length_so_far = 0 if cache is None else cache.get_seq_length()
+        filled = isinstance(length_so_far, torch.Tensor) or length_so_far > 0
+        reasons = guard.mask_reasons(module, inputs, mask) if self.native is not None else []
+        if self.encoder_decoder or filled or reasons:
+            single = (segments.document_ids == 0).all()
+            torch._assert_async(single, "axattn: packed rows would leak here; run without torch.compile to see why")
+        return segments
 
     @staticmethod
     def _from_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segments:
@@ -220,6 +260,10 @@ class Door:
             )
         if self.native is not None:
             guard.require_no_leak(self.native, module, inputs, segments, mask)
+
+
+def _is_packed(cache: Any) -> bool:
+    return cache is not None and bool(getattr(cache, PACKED_CACHE, False))
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

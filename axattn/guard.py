@@ -29,7 +29,7 @@ def require_no_leak(
     Raises:
         UnsupportedAttentionError: with every reason, and the names that are right.
     """
-    reasons = _flash_reasons(inputs, segments) if names.is_flash(native) else _mask_reasons(module, inputs, mask)
+    reasons = _flash_reasons(inputs, segments) if names.is_flash(native) else mask_reasons(module, inputs, mask)
     if reasons:
         raise UnsupportedAttentionError(
             f"packed rows ({segments.documents} documents in {segments.rows} rows) would leak on {native}",
@@ -41,11 +41,19 @@ def require_no_leak(
 def require_mask_is_read(native: str, module: torch.nn.Module, mask: torch.Tensor) -> None:
     """Raise for a 4-D mask that Transformers would misread on `native`.
 
-    Its eager functions add the mask to the logits: True and False become 1 and 0 there, and nothing is masked.
+    Its eager functions add the mask to the logits: True and False become 1 and 0 there, and nothing is masked. Under
+    flex_attention it is read in blocks of 128, past its end (torch 2.13's CPU kernel aborts the process). Flash names
+    read padding only (``[B, T]``).
 
     Raises:
-        UnsupportedAttentionError: a bool mask on ``eager``.
+        UnsupportedAttentionError: a bool mask on ``eager``, any on ``flex_attention`` and the flash names.
     """
+    if native == "flex_attention" or names.is_flash(native):
+        raise UnsupportedAttentionError(
+            f"{native} can't serve {type(module).__name__}",
+            [Reason("attention_mask", f"a 4-D mask, which Transformers does not hand to {native} whole")],
+            'Use attn_implementation="auto" or "sdpa".',
+        )
     if native.endswith("eager") and mask.dtype == torch.bool:
         raise UnsupportedAttentionError(
             f"eager can't serve {type(module).__name__}",
@@ -74,7 +82,7 @@ def require_gradients_of_shared_keys(module: torch.nn.Module) -> None:
         )
 
 
-def _mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor | None) -> list[Reason]:
+def mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor | None) -> list[Reason]:
     """eager, sdpa, flex_attention: right only when Transformers itself finds the documents in position_ids."""
     reasons = []
     if mask is not None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from axattn.segments import Segments
+
 if TYPE_CHECKING:
     from axattn.masks import LazyMask
 
@@ -88,7 +90,10 @@ def _row_spans(mask: LazyMask, row: int, low: int, high: int, start: int, visibl
             last = high - start
             return [Span(row, row + 1, first, last, low, high)] if last > first else []
         return [Span(row, row + 1, 0, q_length, low, high)] if high > low else []
-    edges: tuple[int, ...] = (0, visible) if mask.segments is None else mask.segments.boundaries[row]
+    edges: tuple[int, ...] = (0, visible)
+    if mask.segments is not None:
+        assert isinstance(mask.segments, Segments)  # a traced mask has no layout (`LazyMask.whole`)
+        edges = mask.segments.boundaries[row]
     spans = []
     for a, b in pairwise(edges):
         a, b = max(a, low), min(b, high)  # noqa: PLW2901

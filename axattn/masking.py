@@ -10,8 +10,9 @@ import torch
 from axattn import door
 from axattn.errors import InvalidInputError, Reason
 from axattn.masks import LazyMask
-from axattn.patterns import Pattern, known, recognise
+from axattn.patterns import Pattern, known, recognise, recognise_traced
 from axattn.segments import Segments, from_positions
+from axattn.traced import TracedSegments
 
 
 def lazy_mask(
@@ -24,13 +25,15 @@ def lazy_mask(
     attention_mask: torch.Tensor | LazyMask | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
-    **_: Any,
+    local_size: int | None = None,
+    config: Any = None,
+    **others: Any,
 ) -> LazyMask:
     """Describe a mask as Transformers asks for it (``transformers.masking_utils``, arguments as for ``sdpa_mask``).
 
     Documents come from the door (see `axattn.door`); a model without one falls back to what Transformers itself found
-    in ``position_ids``. The remaining keywords (``local_size``, ``dtype``, ``allow_is_causal_skip``, ...) only steer
-    shortcuts that a `LazyMask` does not need.
+    in ``position_ids``. The remaining keywords (``dtype``, ``allow_is_causal_skip``, ...) only steer shortcuts that a
+    `LazyMask` does not need.
 
     Args:
         batch_size: B.
@@ -42,6 +45,9 @@ def lazy_mask(
         attention_mask: bool ``[B, T']``, True for real tokens, or None.
         use_vmap: the mask function is not index based.
         device: where a dense mask is built.
+        local_size: window or chunk size on such layers; read only while ``torch.compile`` traces.
+        config: the model's; likewise.
+        others: see above.
 
     Returns:
         A `LazyMask` of shape ``[B, 1, S, T]``.
@@ -53,6 +59,7 @@ def lazy_mask(
         and q_length == kv_length
         and (context is None or (context.segments is None and not context.weights))
         and type(q_offset) is int
+        and not torch.compiler.is_compiling()
         and q_offset == kv_offset
         and not use_vmap
     ):
@@ -61,9 +68,19 @@ def lazy_mask(
         return attention_mask
     function = known().causal if mask_function is None else mask_function
     device = torch.device(device)
-    offset = int(q_offset)
-    pattern = None if use_vmap else recognise(function)
-    segments = _segments(pattern, batch_size, q_length, offset, kv_length, device)
+    offset: Any
+    if torch.compiler.is_compiling() and isinstance(q_offset, torch.Tensor):
+        # a static cache in a compiled graph: its offset can't be read, so the mask is dense, as Transformers' own
+        offset, pattern, segments = q_offset, None, None
+    else:
+        offset = int(q_offset)
+        if use_vmap:
+            pattern = None
+        elif torch.compiler.is_compiling():
+            pattern = recognise_traced(function, local_size, config, "allow_is_bidirectional_skip" in others)
+        else:
+            pattern = recognise(function)
+        segments = _segments(pattern, batch_size, q_length, offset, kv_length, device)
     if pattern is not None and pattern.base is not None:
         function = pattern.base
     padding = _padding(attention_mask, kv_length, kv_offset)
@@ -99,7 +116,7 @@ def lazy_mask(
         segments=segments,
         padding=padding,
         materialise=materialise,
-        q_offset=offset,
+        q_offset=offset if isinstance(offset, int) else 0,
         kv_offset=kv_offset,
         device=device,
         guarded=context is not None,
@@ -199,7 +216,7 @@ def _rule(causal: bool, window: int | None) -> Callable[..., Any]:
 
 def _segments(
     pattern: Pattern | None, rows: int, q_length: int, q_offset: int, kv_length: int, device: torch.device
-) -> Segments | None:
+) -> Segments | TracedSegments | None:
     context = door.current()
     if context is not None and context.segments is not None:
         found = context.segments
@@ -224,14 +241,14 @@ def _padding(attention_mask: torch.Tensor | None, kv_length: int, kv_offset: int
     return mask[:, kv_offset : kv_offset + kv_length]
 
 
-def _same_document(segments: Segments, kv_length: int) -> torch.Tensor:
+def _same_document(segments: Segments | TracedSegments, kv_length: int) -> torch.Tensor:
     """bool ``[B, 1, S, T]``; keys past S (an empty static cache) belong to no document."""
     ids = segments.document_ids
     keys = torch.nn.functional.pad(ids, (0, kv_length - ids.shape[-1]), value=-1)
     return (ids[:, None, :, None] == keys[:, None, None, :]).contiguous()
 
 
-def _chunks_in_documents(segments: Segments, chunk: int, kv_length: int) -> torch.Tensor:
+def _chunks_in_documents(segments: Segments | TracedSegments, chunk: int, kv_length: int) -> torch.Tensor:
     """Chunked causal attention where the chunks restart with each document (Transformers counts from the row's start).
 
     bool ``[B, 1, S, T]``.

@@ -14,6 +14,7 @@ import torch
 from axattn.layouts import Layout, build_layout
 from axattn.patterns import Pattern
 from axattn.segments import Segments
+from axattn.traced import TracedSegments
 
 
 class LazyMask:
@@ -54,7 +55,7 @@ class LazyMask:
         *,
         shape: tuple[int, ...],
         pattern: Pattern | None,
-        segments: Segments | None,
+        segments: Segments | TracedSegments | None,
         padding: torch.Tensor | None,
         materialise: Callable[[], torch.Tensor],
         q_offset: int = 0,
@@ -87,7 +88,9 @@ class LazyMask:
 
     @property
     def padding(self) -> torch.Tensor | None:
-        """Bool ``[B, T]``, None when no key is padding. Reads the mask's values once."""
+        """Bool ``[B, T]``, None when no key is padding. Reads the mask's values once, but for compiled graphs."""
+        if torch.compiler.is_compiling():
+            return self._padding
         if not self._padding_checked:
             self._padding_checked = True
             if self._padding is not None and bool(self._padding.all()):
@@ -104,6 +107,12 @@ class LazyMask:
         if self._dense is None:
             self._dense = self._materialise()
         return self._dense
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rule is known and queries and keys are the same tokens (no cache): enough for a traced kernel."""
+        _, _, q_length, kv_length = self.shape
+        return self.pattern is not None and self.q_offset == self.kv_offset and q_length == kv_length
 
     def layout(self) -> Layout | None:
         """The mask as spans, None when it has no such form. Computed once and shared by all layers of a forward."""
@@ -134,12 +143,13 @@ class LazyMask:
     def signature(self) -> tuple[Any, ...]:
         """What of this mask decides which kernel may serve it: hashable, equal for masks of the same kind."""
         if self._signature is None:
-            pattern, layout = self.pattern, self.plain or self.layout()
+            pattern = self.pattern
+            spans = self.whole if torch.compiler.is_compiling() else bool(self.plain) or self.layout() is not None
             self._signature = (
                 pattern is None or pattern.causal,
                 None if pattern is None else pattern.window,
                 None if pattern is None else pattern.chunk,
-                layout is None,
+                not spans,
                 self.padding is not None,
                 self.segments is not None,
             )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
@@ -53,13 +52,19 @@ class _Known:
     bidirectional: MaskFunction
 
 
-@functools.cache
 def known() -> _Known:
     """The functions and code objects that `recognise` compares with, read once from the installed Transformers."""
+    return _found[0] if _found else _read()  # no functools.cache: torch.compile would trace what it wraps
+
+
+_found: list[_Known] = []
+
+
+def _read() -> _Known:
     from transformers import masking_utils as mu
 
     zero = torch.zeros(1, 1, dtype=torch.long)
-    return _Known(
+    found = _Known(
         and_mask=mu.and_masks(mu.causal_mask_function).__code__,
         window=mu.sliding_window_overlay(1).__code__,
         window_both=mu.sliding_window_bidirectional_overlay(1).__code__,
@@ -69,6 +74,8 @@ def known() -> _Known:
         causal=mu.causal_mask_function,
         bidirectional=mu.bidirectional_mask_function,
     )
+    _found[:] = [found]
+    return found
 
 
 def _remap_code(masking_utils: Any, positions: torch.Tensor) -> CodeType | None:
@@ -102,6 +109,34 @@ def recognise(function: MaskFunction) -> Pattern | None:
     if parts[1] is k.bidirectional and codes[0] is k.window_both:
         return Pattern(causal=False, window=int(first["sliding_window"]) + 1, base=function)
     return None
+
+
+def recognise_traced(
+    function: MaskFunction, local_size: int | None, config: Any, bidirectional: bool
+) -> Pattern | None:
+    """The same while ``torch.compile`` traces, where closures can't be opened.
+
+    Transformers marks a user's own overlays with ``use_vmap`` (the caller sorts those out) and puts image blocks on
+    with an "or"; so an "and" is its own rule, with or without documents, and `local_size` the window or the chunk.
+
+    Args:
+        function: the mask function.
+        local_size: Transformers' keyword of that name: window or chunk size, None on full layers.
+        config: the model's config, which says whether `local_size` is a window or a chunk.
+        bidirectional: which of Transformers' mask builders calls.
+    """
+    k = known()
+    if function is k.causal or function is k.bidirectional:
+        return _CAUSAL if function is k.causal else _FULL
+    if function.__code__ is not k.and_mask:
+        return None
+    if bidirectional:
+        return None if local_size is None else Pattern(causal=False, window=local_size + 1, base=function)
+    chunked = local_size is not None and getattr(config, "attention_chunk_size", None) == local_size
+    windowed = local_size is not None and getattr(config, "sliding_window", None) == local_size
+    if local_size is not None and chunked == windowed:
+        return None
+    return Pattern(True, local_size if windowed else None, local_size if chunked else None, base=function)
 
 
 def _flatten(function: MaskFunction, k: _Known) -> list[MaskFunction]:

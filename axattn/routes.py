@@ -32,6 +32,7 @@ class Route:
         planned: the backend that the plan chose at load.
         served: calls served, by backend.
         decisions: backend by kind of call, so that a call like an earlier one costs one dict lookup.
+        kernels: the backends of `candidates`; torch.compile can't trace their lookup.
         plain: the same for plain calls (see `axattn.interface`): the name of the backend, by a smaller key.
     """
 
@@ -42,9 +43,21 @@ class Route:
     served: dict[str, int] = field(default_factory=dict)
     decisions: dict[Any, Backend] = field(default_factory=dict)
     plain: dict[Any, str] = field(default_factory=dict)
+    kernels: tuple[Backend, ...] = field(
+        init=False, repr=False
+    )  # of `candidates`: torch.compile can't trace the lookup
+
+    def __post_init__(self) -> None:
+        self.kernels = tuple(backends.get(name) for name in self.candidates)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "decisions": {}, "plain": {}}
+        state = {**self.__dict__, "decisions": {}, "plain": {}}
+        del state["kernels"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def choose(self, need: Need) -> Backend:
         """The first candidate that serves `need`.
@@ -53,8 +66,8 @@ class Route:
             UnsupportedAttentionError: none does; with every candidate's reasons.
         """
         reasons: list[Reason] = []
-        for name in self.candidates:
-            backend = backends.get(name)
+        for backend in self.kernels:
+            name = backend.name
             lacking = missing(need, backend.capability, name)
             if not lacking:
                 if name != self.planned:
@@ -72,7 +85,7 @@ class Route:
     def _say_routed(self, name: str, reasons: list[Reason]) -> None:
         text = "; ".join(reason.text for reason in reasons)
         key = (self.asked, name, text)
-        if key not in _said:
+        if key not in _said and not torch.compiler.is_compiling():
             _said.add(key)
             logger.warning("axattn: %s runs on %s instead of %s: %s", self.layer, name, self.planned, text)
 

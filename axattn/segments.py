@@ -142,7 +142,7 @@ def from_positions(
     if attention_mask is not None:
         numbered = attention_mask.dtype not in (torch.bool, torch.float32) and int(attention_mask.max()) > 1
         if numbered:
-            changed = _changes(attention_mask)
+            changed = document_changes(attention_mask)
             starts = changed if starts is None else starts | changed.to(starts.device)
         if starts is not None:
             real = (attention_mask != 0).to(starts.device)
@@ -161,7 +161,7 @@ def from_positions(
     return Segments(tuple((*row, length) for row in per_row), device)
 
 
-def _changes(numbers: torch.Tensor) -> torch.Tensor:
+def document_changes(numbers: torch.Tensor) -> torch.Tensor:
     """bool ``[B, S - 1]``: where a mask of document numbers starts another document, padding in between or not."""
     before, after = numbers[:, :-1], numbers[:, 1:]
     highest = numbers.cummax(-1).values

@@ -14,6 +14,7 @@ import torch
 
 from axattn.backends import varlen
 from axattn.backends.base import FLOATS, Backend, always_usable
+from axattn.backends.spans import over_layout
 from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.errors import Reason, UnsupportedAttentionError
@@ -62,7 +63,7 @@ def s2(call: AttentionCall) -> torch.Tensor:
         q = slice(half * heads // 2, (half + 1) * heads // 2)
         kv = slice(half * kv_heads // 2, (half + 1) * kv_heads // 2)
         part = dataclasses.replace(call, query=call.query[:, q], key=call.key[:, kv], value=call.value[:, kv])
-        halves.append(varlen.over_layout(part, grouped(layout, group, shift)))
+        halves.append(over_layout(part, grouped(layout, group, shift)))
     return torch.cat(halves, dim=2)
 
 

@@ -7,19 +7,13 @@ What has no variable-length form (an arbitrary mask, dropout, fp32 on CUDA) runs
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from axattn.backends import dense
+from axattn.backends import compiled, dense
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
-from axattn.backends.tiles import attention_over_tiles
+from axattn.backends.spans import over_layout
 from axattn.call import AttentionCall
-from axattn.layouts import Layout
 from axattn.masks import LazyMask
 
 CAPABILITY = dataclasses.replace(
@@ -38,86 +32,10 @@ def varlen(call: AttentionCall) -> torch.Tensor:
     """Attention that costs what the documents cost; returns ``[B, S, H, Dv]``."""
     if call.dropout or not isinstance(call.mask, LazyMask) or call.mask.plain is not None:
         return dense.sdpa(call)
+    if torch.compiler.is_compiling():
+        return compiled.varlen(call, call.mask) if call.mask.whole else dense.sdpa(call)
     layout = call.mask.layout()
     return dense.sdpa(call) if layout is None else over_layout(call, layout)
-
-
-def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
-    """Attention over the spans of a layout, with no mask and no dropout; returns ``[B, S, H, Dv]``."""
-    query, key, value = call.query, call.key, call.value
-    value_dim = value.shape[-1]
-    if query.shape[-1] != value_dim:  # one head dim for the flash kernels: zeros add nothing to q.k or to the output
-        size = max(query.shape[-1], value_dim)
-        query, key, value = (F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
-    if query.device.type == "cpu":
-        out = attention_over_tiles(query, key, value, layout, call.scale)
-    elif query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
-        out = _flash_varlen(query, key, value, layout, call.scale)
-    else:
-        return dense.sdpa(call)
-    return out if out.shape[-1] == value_dim else out[..., :value_dim]
-
-
-def _flash_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
-) -> torch.Tensor:
-    """CUDA: the spans as one packed call of torch's flash kernel (16 bit, D <= 256, D % 8 == 0)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    B, H, S, D = query.shape
-    if "cuda" not in layout.memo:
-        layout.memo["cuda"] = _packed_index(layout, query.device)
-    cu_q, cu_k, max_q, max_k, index_q, index_k = layout.memo["cuda"]
-    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], D) for x in (query, key, value))
-    if index_q is not None:
-        q = q.index_select(0, index_q)
-    if index_k is not None:
-        k, v = k.index_select(0, index_k), v.index_select(0, index_k)
-    left = -1 if layout.window is None else layout.window - 1
-    window = (left, 0 if layout.causal else left)
-    grouped: dict[str, Any] = {"enable_gqa": True} if _takes_enable_gqa() and key.shape[1] != H else {}
-    run: Callable[..., torch.Tensor] = varlen_attn  # type: ignore[assignment]  # a tuple only if return_aux is given
-    out = run(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, **grouped)
-    if index_q is None:
-        return out.view(B, S, H, D)
-    return out.new_zeros(B * S, H, D).index_copy(0, index_q, out).view(B, S, H, D)
-
-
-@functools.cache
-def _takes_enable_gqa() -> bool:
-    """torch 2.12 added ``enable_gqa``; before it grouped heads pass unchecked."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def _packed_index(
-    layout: Layout, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None, torch.Tensor | None]:
-    """cu_seqlens, max lengths and, where spans leave gaps, the flat indices of real queries and keys."""
-    spans = sorted(
-        (row, s.q0, s.q1, s.k0, s.k1) for s in layout.spans for row in range(s.row0, s.row1)
-    )  # in the order of the flattened tokens
-    q_lengths = [q1 - q0 for _, q0, q1, _, _ in spans]
-    k_lengths = [k1 - k0 for *_, k0, k1 in spans]
-
-    def cumulative(lengths: list[int]) -> torch.Tensor:
-        return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
-
-    def index(ranges: list[tuple[int, int]], total: int) -> torch.Tensor | None:
-        if sum(b - a for a, b in ranges) == total:
-            return None
-        return torch.cat([torch.arange(a, b) for a, b in ranges]).to(device)
-
-    S, T = layout.q_length, layout.kv_length
-    return (
-        cumulative(q_lengths),
-        cumulative(k_lengths),
-        max(q_lengths, default=0),
-        max(k_lengths, default=0),
-        index([(row * S + q0, row * S + q1) for row, q0, q1, _, _ in spans], layout.rows * S),
-        index([(row * T + k0, row * T + k1) for row, _, _, k0, k1 in spans], layout.rows * T),
-    )
 
 
 BACKENDS = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 import transformers
@@ -25,7 +24,11 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     asked = [(arguments.backend, 0), (arguments.family, 1), (arguments.scenario, 2)]
     skip = arguments.skip or ()
-    keys = [key for key in cells.keys() if all(not only or key[at] in only for only, at in asked) and key[2] not in skip]
+    keys = [
+        key
+        for key in cells.every_key()
+        if all(not only or key[at] in only for only, at in asked) and key[2] not in skip
+    ]
     found = []
     for key in tqdm(keys, disable=not sys.stderr.isatty()):
         cell = cells.run(*key)
@@ -33,6 +36,7 @@ def main() -> int:
         if cell.status == "wrong":
             print(cell, flush=True)
     import collections
+
     print(collections.Counter((c.backend, c.status) for c in found))
     return int(any(cell.status == "wrong" for cell in found))
 

@@ -1,4 +1,4 @@
-"""What a scenario works with: a family's reference model on eager, a candidate on the kernel under test, and batches."""
+"""What a scenario works with: a reference model on eager, a candidate on the kernel under test, and batches."""
 
 from __future__ import annotations
 

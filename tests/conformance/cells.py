@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -39,7 +40,7 @@ class Cell:
         return asdict(self)
 
 
-def keys() -> Iterator[tuple[str, str, str]]:
+def every_key() -> Iterator[tuple[str, str, str]]:
     """Every cell of the matrix: ``(backend, family, scenario)``."""
     for backend in BACKENDS:
         for family in FAMILIES.values():
@@ -80,8 +81,9 @@ def error(found: Result, expected: Result) -> tuple[float, str]:
         scale = wanted.norm(dim=-1).clamp(min=shared if name in gradients else floor[name])
         each = (got - wanted).norm(dim=-1) / scale
         value = each.max().item()
-        if not value <= worst:  # NaN counts as larger
-            worst, where = (value if value == value else float("inf")), name
+        value = float("inf") if math.isnan(value) else value
+        if value > worst:
+            worst, where = value, name
     return worst, where
 
 

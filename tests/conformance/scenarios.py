@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tests.conformance.cases import Batch, Case, Result, image_inputs, packed, padded
+from tests.conformance.families import Family
 from tests.models import tokens
 
 LENGTHS = (7, 11, 3)
@@ -34,7 +35,7 @@ class Scenario:
     name: str
     run: Callable[[Case], tuple[Result, Callable[[], Result]]]
     kinds: frozenset[str]
-    applies: Callable[[Any], str] = lambda family: ""
+    applies: Callable[[Family], str] = lambda family: ""
     tolerance: float = EXACT
 
 
@@ -51,12 +52,7 @@ def scenario(name: str, kinds: frozenset[str], **options: Any) -> Callable[[Any]
     return add
 
 
-def has(feature: str) -> Callable[[Any], str]:
-    """Applies to families with a feature only."""
-    return lambda family: "" if feature in family.features else f"has no {feature}"
-
-
-# ---- one document a row -------------------------------------------------------------------------------------------
+# ---- one document a row --------------------------------------------------------------------------------------------
 
 
 def _documents(case: Case, batch: Batch, **inputs: Any) -> tuple[Result, Callable[[], Result]]:
@@ -108,7 +104,7 @@ def hole(case: Case) -> Any:
     return run(case.reference()), lambda: run(case.candidate())
 
 
-# ---- packed rows ----------------------------------------------------------------------------------------------------
+# ---- packed rows ---------------------------------------------------------------------------------------------------
 
 
 @scenario("packed, cache on by default", SELF)
@@ -158,7 +154,7 @@ def packed_shifted(case: Case) -> Any:
     return _documents(case, batch, position_ids=case.positions(batch.positions))
 
 
-# ---- gradients --------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------------------------
 
 
 def _gradients(case: Case, checkpointing: bool | None) -> tuple[Result, Callable[[], Result]]:
@@ -246,7 +242,7 @@ def leak(case: Case) -> Any:
     return expected, found
 
 
-# ---- decoding ---------------------------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------------------------
 
 
 def _generated(case: Case, **options: Any) -> tuple[Result, Callable[[], Result]]:
@@ -293,10 +289,12 @@ def chunks_over_a_cache(case: Case) -> Any:
     return expected, found
 
 
-# ---- options of the call ------------------------------------------------------------------------------------------------
+# ---- options of the call -------------------------------------------------------------------------------------------
 
 
-@scenario("dropout", SELF, applies=lambda f: "" if f.dropout and f.kind != "vision" else "no attention dropout of its own")
+@scenario(
+    "dropout", SELF, applies=lambda f: "" if f.dropout and f.kind != "vision" else "no attention dropout of its own"
+)
 def dropout(case: Case) -> Any:
     """Two seeds differ from each other and from no dropout; the same seed repeats."""
     ids = tokens(1, 12)
@@ -387,7 +385,7 @@ def image(case: Case) -> Any:
     return run(case.reference()), lambda: run(case.candidate())
 
 
-# ---- encoder-decoders -----------------------------------------------------------------------------------------------------
+# ---- encoder-decoders ----------------------------------------------------------------------------------------------
 
 SEQ2SEQ = frozenset({"encoder-decoder"})
 
@@ -445,7 +443,7 @@ def seq2seq_generate(case: Case) -> Any:
     return {"tokens": torch.stack(rows).float()}, found
 
 
-# ---- torch.compile ----------------------------------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------------------------
 
 
 @scenario("compiled, fullgraph", DECODERS)

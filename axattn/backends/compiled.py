@@ -1,0 +1,224 @@
+"""`varlen` inside a compiled graph: one opaque operator that finds the documents when it runs, with its gradient.
+
+A graph can't depend on document lengths, so the operator takes their tensor and builds the `Layout` itself, once for
+all layers that are given the same tensor. Its backward runs the attention of its inputs again under autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from axattn.backends import dense
+from axattn.backends.spans import over_layout
+from axattn.call import AttentionCall
+from axattn.layouts import Layout
+from axattn.masks import LazyMask
+from axattn.patterns import Pattern
+from axattn.segments import from_positions
+
+
+def varlen(call: AttentionCall, mask: LazyMask) -> torch.Tensor:
+    """`AttentionCall` → `varlen_op`, for a mask over whole rows; returns ``[B, S, H, Dv]``."""
+    pattern, segments = mask.pattern, mask.segments
+    assert pattern is not None
+    out: torch.Tensor = varlen_op(
+        call.query,
+        call.key,
+        call.value,
+        None if segments is None else segments.document_ids,
+        mask.padding,
+        pattern.causal,
+        pattern.window,
+        pattern.chunk,
+        call.scale,
+    )
+    return out
+
+
+_layouts: Any = WeakTensorKeyDictionary()
+
+
+def _layout(
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    shape: tuple[int, int],
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    device: torch.device,
+) -> Layout | None:
+    """The layout of a square mask; one transfer to the host for all layers that share the tensors."""
+    anchor = documents if documents is not None else padding
+    if anchor is None:
+        return _fixed_layout(shape, causal, window, chunk, device)
+    key = (anchor._version, id(padding), None if padding is None else padding._version, shape, causal, window, chunk)
+    known: dict[Any, Layout | None] = _layouts.setdefault(anchor, {})
+    if key not in known:
+        known[key] = _build(documents, padding, shape, Pattern(causal=causal, window=window, chunk=chunk), device)
+    return known[key]
+
+
+@functools.lru_cache(maxsize=32)
+def _fixed_layout(
+    shape: tuple[int, int], causal: bool, window: int | None, chunk: int | None, device: torch.device
+) -> Layout | None:
+    """The layout of rows without padding and documents."""
+    return _build(None, None, shape, Pattern(causal=causal, window=window, chunk=chunk), device)
+
+
+def _build(
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    shape: tuple[int, int],
+    pattern: Pattern,
+    device: torch.device,
+) -> Layout | None:
+    rows, length = shape
+    segments = None
+    if documents is not None:
+        jumps = torch.arange(length, device=documents.device) + 2 * documents  # a jump at every document
+        segments = from_positions(jumps, None, rows, length)
+    return LazyMask(
+        shape=(rows, 1, length, length),
+        pattern=pattern,
+        segments=segments,
+        padding=padding,
+        materialise=_never,
+        device=device,
+    ).layout()
+
+
+def _never() -> torch.Tensor:
+    raise AssertionError("a layout needs no dense mask")
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    scale: float,
+) -> torch.Tensor:
+    B, _, S, _ = query.shape
+    layout = _layout(documents, padding, (B, S), causal, window, chunk, query.device)
+    mask: torch.Tensor | None = None
+    if layout is None:  # padding with holes: no spans
+        mask = _rule(documents, padding, S, causal, window, chunk, query.device)
+    call = AttentionCall(torch.nn.Identity(), query, key, value, mask, causal, None, scale, 0.0, None, None, None, {})
+    return over_layout(call, layout) if layout is not None else dense.sdpa(call)
+
+
+def _rule(
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    length: int,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """bool ``[B, 1, S, S]`` of the same rule."""
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index
+    seen = (distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool))[None]
+    if window is not None:
+        seen = seen & (distance.abs() < window)
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
+    if chunk is not None:  # chunks count from the start of a document, or from a row's first real token
+        starts = torch.zeros(1, length, dtype=torch.long, device=device)
+        if padding is not None:
+            starts = starts + padding.long().argmax(-1)[:, None]
+        if documents is not None:
+            new = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+            starts = torch.maximum(starts, torch.where(new, index, 0).cummax(-1).values)
+        position = index - starts
+        seen = seen & (position[:, :, None] // chunk == position[:, None, :] // chunk)
+    if padding is not None:
+        seen = seen & padding[:, None, :]
+    return seen[:, None]
+
+
+@torch.library.custom_op("axattn::varlen", mutates_args=())
+def varlen_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of whole rows (S == T) over documents.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key: ``[B, Hkv, S, D]``.
+        value: ``[B, Hkv, S, Dv]``.
+        documents: int64 ``[B, S]``, or None when every row is one document.
+        padding: bool ``[B, S]`` (True: real key), or None.
+        causal: a query sees no later key.
+        window: keys seen to the left, the query included.
+        chunk: chunk size of chunked attention.
+        scale: factor on the logits.
+
+    Returns:
+        ``[B, S, H, Dv]``.
+    """
+    return _attend(query, key, value, documents, padding, causal, window, chunk, scale).contiguous()
+
+
+@varlen_op.register_fake
+def _(query: Any, key: Any, value: Any, *_: Any) -> torch.Tensor:
+    B, H, S, _D = query.shape
+    out: torch.Tensor = query.new_empty(B, S, H, value.shape[-1])
+    return out
+
+
+@torch.library.custom_op("axattn::varlen_backward", mutates_args=())
+def varlen_backward_op(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `varlen_op` to query, key and value."""
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+        out = _attend(q, k, v, documents, padding, causal, window, chunk, scale)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@varlen_backward_op.register_fake
+def _(grad: Any, query: Any, key: Any, value: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))  # type: ignore[return-value]  # a tuple of three
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    query, key, value, documents, padding, *ctx.rule = inputs
+    ctx.save_for_backward(query, key, value, documents, padding)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    dq, dk, dv = varlen_backward_op(grad, *ctx.saved_tensors, *ctx.rule)
+    return dq, dk, dv, None, None, None, None, None, None
+
+
+varlen_op.register_autograd(_backward, setup_context=_setup)

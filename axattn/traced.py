@@ -1,0 +1,85 @@
+"""Documents while ``torch.compile`` traces: tensors only, because no value can be read before the graph runs.
+
+`TracedSegments` stands where `axattn.segments.Segments` stands otherwise. Whether a batch is packed at all is not known
+while tracing, so everything here is right for packed and for plain batches alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from axattn.errors import InvalidInputError
+from axattn.segments import document_changes
+
+
+@dataclass(frozen=True)
+class TracedSegments:
+    """The documents of a batch as a tensor.
+
+    Attributes:
+        document_ids: int64 ``[B, S]``: the number of each token's document within its row.
+        rows: B.
+        length: S.
+    """
+
+    document_ids: torch.Tensor
+    rows: int
+    length: int
+
+    documents: None = None
+    """How many documents: not known while tracing."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 ``[B, S]``: the position of each token within its document, from 0."""
+        ids = self.document_ids
+        index = torch.arange(self.length, device=ids.device).expand(self.rows, self.length)
+        starts = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+        return index - torch.where(starts, index, 0).cummax(-1).values
+
+    def to(self, device: torch.device) -> TracedSegments:
+        """The same documents on `device`."""
+        return TracedSegments(self.document_ids.to(device), self.rows, self.length)
+
+
+def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str) -> TracedSegments:
+    """As `axattn.segments.from_cu_seqlens`; what only values can tell is asserted when the graph runs.
+
+    Raises:
+        InvalidInputError: wrong dtype or shape.
+    """
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise InvalidInputError(f"{name} must be an int32 tensor [documents + 1]")
+    total = rows * length
+    whole = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    torch._assert_async(whole, f"axattn: {name} must start at 0, never decrease and end at the token count")
+    flat = torch.searchsorted(cu_seqlens, torch.arange(total, device=cu_seqlens.device, dtype=torch.int32), right=True)
+    ids = flat.view(rows, length)
+    edges = torch.arange(1, rows, device=ids.device)
+    torch._assert_async((ids[edges, 0] != ids[edges - 1, -1]).all(), f"axattn: a document of {name} spans two rows")
+    return TracedSegments(ids - ids[:, :1], rows, length)
+
+
+def from_positions(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int, length: int
+) -> TracedSegments | None:
+    """As `axattn.segments.from_positions`; None only when there is nothing to read documents from."""
+    if length < 2 or (position_ids is None and attention_mask is None):
+        return None
+    starts = None
+    if position_ids is not None:
+        positions = position_ids.reshape(-1, length)
+        starts = positions[:, 1:] != positions[:, :-1] + 1
+    if attention_mask is not None:
+        if attention_mask.dtype not in (torch.bool, torch.float32):
+            changed = document_changes(attention_mask)  # none in a mask of 0 and 1
+            starts = changed if starts is None else starts | changed.to(starts.device)
+        if starts is not None:
+            real = (attention_mask != 0).to(starts.device)
+            starts = starts & real[:, 1:] & (real.cumsum(-1)[:, :-1] > 0)
+    if starts is None:
+        return None
+    ids = torch.nn.functional.pad(starts.cumsum(-1), (1, 0))
+    return TracedSegments(ids.expand(rows, length), rows, length)
