@@ -66,6 +66,7 @@ class Door:
         encoder_decoder: the model is an encoder-decoder, whose rows can't be packed.
         position_planes: how many leading planes ``position_ids`` may have (Qwen-VL: 3 or 4), () for none.
         shares_keys: some layers read the keys and values of another one.
+        standing: on this native name no packed call is right (`axattn.guard.standing_reasons`).
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class Door:
         encoder_decoder: bool = False,
         position_planes: tuple[int, ...] = (),
         shares_keys: bool = False,
+        standing: bool = False,
     ) -> None:
         self.parameters = parameters
         self.native = native
         self.encoder_decoder = encoder_decoder
         self.position_planes = position_planes
         self.shares_keys = shares_keys
+        self.standing = standing
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (``with_kwargs=True``)."""
@@ -201,8 +204,8 @@ class Door:
         cache = inputs.get("past_key_values")
         length_so_far = 0 if cache is None else cache.get_seq_length()
         filled = isinstance(length_so_far, torch.Tensor) or length_so_far > 0
-        reasons = guard.mask_reasons(module, inputs, mask) if self.native is not None else []
-        if self.encoder_decoder or filled or reasons:
+        leaks = self.native is not None and guard.may_leak(self.native, module, inputs, self.standing)
+        if self.encoder_decoder or filled or leaks:
             single = (segments.document_ids == 0).all()
             torch._assert_async(single, "axattn: packed rows would leak here; run without torch.compile to see why")
         return segments

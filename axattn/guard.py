@@ -29,7 +29,7 @@ def require_no_leak(
     Raises:
         UnsupportedAttentionError: with every reason, and the names that are right.
     """
-    reasons = _flash_reasons(inputs, segments) if names.is_flash(native) else mask_reasons(module, inputs, mask)
+    reasons = _flash_reasons(inputs, segments) if names.is_flash(native) else _mask_reasons(module, inputs, mask)
     if reasons:
         raise UnsupportedAttentionError(
             f"packed rows ({segments.documents} documents in {segments.rows} rows) would leak on {native}",
@@ -82,7 +82,7 @@ def require_gradients_of_shared_keys(module: torch.nn.Module) -> None:
         )
 
 
-def mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor | None) -> list[Reason]:
+def _mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor | None) -> list[Reason]:
     """eager, sdpa, flex_attention: right only when Transformers itself finds the documents in position_ids."""
     reasons = []
     if mask is not None:
@@ -97,6 +97,12 @@ def mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Te
         starts = (positions[:, 1:] != positions[:, :-1] + 1).sum() + positions.shape[0]
         if int(starts) != segments_in(inputs):
             reasons.append(Reason("segments", "position_ids and cu_seq_lens_q describe different documents"))
+    return [*reasons, *standing_reasons(module)]
+
+
+def standing_reasons(module: torch.nn.Module) -> list[Reason]:
+    """Why no packed call of this model is right on a name whose masks Transformers builds, whatever the inputs."""
+    reasons = []
     if _has_chunks(module) and not _chunks_restart():
         reasons.append(Reason("chunk", "this version of Transformers counts chunks from the row's start"))
     if not hands_positions_to_masks(module):
@@ -104,6 +110,22 @@ def mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Te
             Reason("segments", f"{type(module).__name__} does not hand position_ids to Transformers' mask builder")
         )
     return reasons
+
+
+def may_leak(native: str, module: torch.nn.Module, inputs: dict[str, Any], standing: bool) -> bool:
+    """`require_no_leak` while ``torch.compile`` traces: whether a packed call would leak; in doubt, yes.
+
+    Args:
+        native: the native name.
+        module: the model.
+        inputs: of its forward.
+        standing: whether there are `standing_reasons`.
+    """
+    if names.is_flash(native) or inputs.get("cu_seq_lens_q") is not None or inputs.get("cu_seq_lens_k") is not None:
+        return True
+    positions = inputs.get("position_ids")
+    plain = isinstance(positions, torch.Tensor) and positions.ndim == 2 and inputs.get("attention_mask") is None
+    return standing or not plain or _caches(module, inputs)
 
 
 def segments_in(inputs: dict[str, Any]) -> int:

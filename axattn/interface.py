@@ -87,7 +87,7 @@ def attend(
     if type(attention_mask) is LazyMask and kwargs.keys() <= PLAIN and not kwargs.get("dropout"):
         # the common call: nothing that F.scaled_dot_product_attention would not do by itself, as an earlier layer found
         hit = attention_mask.hit
-        if hit is None:
+        if hit is None and not torch.compiler.is_compiling():
             plain_key = _plain_key(attention_mask, query, key, value)
             served = route.plain.get(plain_key)
             if served is not None:
@@ -148,7 +148,7 @@ def attend(
         call.extras = {k: v for k, v in kwargs.items() if k not in ("dropout", "scaling", "output_attentions")}
     assert backend.forward is not None
     out = backend.forward(call)
-    route.served[backend.name] = route.served.get(backend.name, 0) + 1
+    route.count(backend.name)
     if plain_key is not None and backend.plain:
         route.plain[plain_key] = backend.name
     return out, call.weights
@@ -191,6 +191,8 @@ def _decide(route: Route, call: AttentionCall, sparse: bool) -> Any:
                 [Reason("causal", f"causal attention of {query.shape[2]} queries over {key.shape[2]} keys, no mask")],
                 "Transformers' own kernels disagree on what that means; pass an attention mask.",
             )
+    if torch.compiler.is_compiling():  # a memo read while tracing would be a guard, and each call a new graph
+        return route.choose(need_of(call, sparse))
     fingerprint = (
         kind,
         query.shape[1],

@@ -14,12 +14,21 @@ from axattn.state import state_of
 
 @dataclass(frozen=True, slots=True)
 class LayerStatus:
-    """One attention module: what was asked for, what the plan chose, calls served by kernel."""
+    """One attention module.
+
+    Attributes:
+        layer: its name in the model.
+        asked: what was asked for.
+        planned: what the plan chose.
+        served: calls served, by kernel.
+        compiled: the kernel in its compiled graph (those calls are not counted), None without ``torch.compile``.
+    """
 
     layer: str
     asked: str
     planned: str
     served: Mapping[str, int]
+    compiled: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +54,9 @@ class Status:
             shown = f"{asked} → {running}" if asked not in (None, running) else str(running)
             lines.append(f"{path or 'model'}: {shown}")
         for layer in self.layers:
-            served = ", ".join(f"{name} {count}" for name, count in layer.served.items()) or "no calls yet"
+            counts = [f"{name} {count}" for name, count in layer.served.items()]
+            counts += [f"{layer.compiled} in a compiled graph"] if layer.compiled else []
+            served = ", ".join(counts) or "no calls yet"
             lines.append(f"  {layer.layer}: planned {layer.planned}; served {served}")
         lines.append(f"{self.patches} patches active")
         return "\n".join(lines)
@@ -56,6 +67,6 @@ def read_status(model: torch.nn.Module) -> Status:
     state = state_of(model)
     running = {path: config._attn_implementation for path, config in sub_configs(model.config)}
     routes: list[Route] = [vars(module)[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in vars(module)]
-    layers = tuple(LayerStatus(r.layer, r.asked, r.planned, dict(r.served)) for r in routes)
+    layers = tuple(LayerStatus(r.layer, r.asked, r.planned, dict(r.served), r.compiled) for r in routes)
     asked = dict(state.plan.asked) if state is not None and state.plan is not None else {}
     return Status(asked, running, layers, 0 if state is None else len(state.patches))

@@ -31,6 +31,7 @@ class Route:
         candidates: backends in the order they are tried.
         planned: the backend that the plan chose at load.
         served: calls served, by backend.
+        compiled: the backend inside a compiled graph, whose calls are not counted.
         decisions: backend by kind of call, so that a call like an earlier one costs one dict lookup.
         kernels: the backends of `candidates`; torch.compile can't trace their lookup.
         plain: the same for plain calls (see `axattn.interface`): the name of the backend, by a smaller key.
@@ -41,6 +42,7 @@ class Route:
     candidates: tuple[str, ...]
     planned: str
     served: dict[str, int] = field(default_factory=dict)
+    compiled: str | None = None
     decisions: dict[Any, Backend] = field(default_factory=dict)
     plain: dict[Any, str] = field(default_factory=dict)
     kernels: tuple[Backend, ...] = field(
@@ -58,6 +60,13 @@ class Route:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()
+
+    def count(self, name: str) -> None:
+        """Note that a backend has served a call."""
+        if torch.compiler.is_compiling():
+            self.compiled = name
+        else:
+            self.served[name] = self.served.get(name, 0) + 1
 
     def choose(self, need: Need) -> Backend:
         """The first candidate that serves `need`.

@@ -185,6 +185,14 @@ def _(query: Any, key: Any, value: Any, *_: Any) -> torch.Tensor:
     return out
 
 
+def _autograd() -> Any:
+    """Autograd inside an operator, where torch has switched its dispatch keys off."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutogradOther"):
+        exclude = exclude.remove(torch._C._dispatch_key_parse(key))
+    return torch._C._ForceDispatchKeyGuard(include, exclude)
+
+
 @torch.library.custom_op("axattn::varlen_backward", mutates_args=())
 def varlen_backward_op(
     grad: torch.Tensor,
@@ -199,7 +207,7 @@ def varlen_backward_op(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `varlen_op` to query, key and value."""
-    with torch.enable_grad():
+    with _autograd(), torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         out = _attend(q, k, v, documents, padding, causal, window, chunk, scale)
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)

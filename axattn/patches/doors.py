@@ -13,6 +13,7 @@ import torch
 
 from axattn import names
 from axattn.door import Door
+from axattn.guard import standing_reasons
 from axattn.patches.patchset import PatchSet
 
 
@@ -36,9 +37,11 @@ def add_doors(
         inside = [name for name, child in module.named_children() if isinstance(child, PreTrainedModel)]
         if len(inside) == 1 and hands_on(type(module).forward, inside[0]):
             continue
+        name = native.get(id(module.config), native.get(id(model.config)))
         door = Door(
             _positional(type(module).forward),
-            native=native.get(id(module.config), native.get(id(model.config))),
+            native=name,
+            standing=name is not None and bool(standing_reasons(module)),
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
             position_planes=_planes(module.config),
             shares_keys=bool(getattr(module.config, "num_kv_shared_layers", 0)),

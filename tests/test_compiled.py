@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import axattn
+from axattn import segments, traced
+from axattn.backends.compiled import varlen_op
+from tests.models import alone, build, positions, tokens
+
+RULES = [
+    (True, None, None),
+    (False, None, None),
+    (True, 4, None),
+    (False, 4, None),
+    (True, None, 3),
+]
+
+
+def inputs(rows: int = 2, length: int = 12) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(rows, heads, length, 8, requires_grad=True) for heads in (4, 2, 2)]
+
+
+def documents() -> torch.Tensor:
+    return torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1] * 2 + [2]])
+
+
+def padding(holes: bool) -> torch.Tensor:
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, 10:] = False
+    mask[1, 3 if holes else 0] = False
+    return mask
+
+
+def rule(ids: Any, real: Any, causal: bool, window: int | None, chunk: int | None) -> torch.Tensor:
+    """The same mask, token by token."""
+    seen = torch.zeros(2, 12, 12, dtype=torch.bool)
+    for row in range(2):
+        for q in range(12):
+            for k in range(12):
+                same = ids is None or bool(ids[row, q] == ids[row, k])
+                first = 0 if real is None else int(real[row].long().argmax())
+                start = first if ids is None else max(first, int((ids[row] == ids[row, q]).long().argmax()))
+                here = (not causal or k <= q) and (window is None or abs(q - k) < window)
+                here = here and (chunk is None or (q - start) // chunk == (k - start) // chunk)
+                seen[row, q, k] = same and here and (real is None or bool(real[row, k]))
+    return seen[:, None]
+
+
+@pytest.mark.parametrize(("causal", "window", "chunk"), RULES)
+@pytest.mark.parametrize("described", ["documents", "padding", "both", "holes", "documents and holes", "nothing"])
+def test_the_operator_and_its_gradient_equal_dense_attention(
+    causal: bool, window: int | None, chunk: int | None, described: str
+) -> None:
+    ids = documents() if "documents" in described or described == "both" else None
+    real = padding("holes" in described) if described not in ("documents", "nothing") else None
+    q, k, v = inputs()
+    out = varlen_op(q, k, v, ids, real, causal, window, chunk, 0.3)
+    mask = rule(ids, real, causal, window, chunk)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
+    seen = torch.ones(2, 12, dtype=torch.bool) if real is None else real
+    assert torch.allclose(out[seen], expected.transpose(1, 2)[seen], atol=1e-5)
+    target = torch.randn(out.shape) * seen[..., None, None]
+    ours = torch.autograd.grad(out, (q, k, v), target)
+    theirs = torch.autograd.grad(expected, (q, k, v), target.transpose(1, 2))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_operator_is_a_well_behaved_one() -> None:
+    torch.library.opcheck(varlen_op, (*inputs(), documents(), padding(False), True, 4, None, 0.3))
+    torch.library.opcheck(varlen_op, (*inputs(), None, None, True, None, None, 0.3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_traced_documents_are_those_read_on_the_host(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 3))
+    length = data.draw(st.integers(2, 12))
+    where = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(0, 3), min_size=length, max_size=length), min_size=rows, max_size=rows))
+    )
+    real = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(0, 2), min_size=length, max_size=length), min_size=rows, max_size=rows))
+    )
+    given_mask = data.draw(st.sampled_from([None, real, (real > 0).long(), real > 0]))
+    given_where = data.draw(st.sampled_from([None, where, where[:1]]))
+    wanted = segments.from_positions(given_where, given_mask, rows, length)
+    found = traced.from_positions(given_where, given_mask, rows, length)
+    if wanted is None:
+        assert found is None or not found.document_ids.any()
+    else:
+        assert found is not None
+        assert torch.equal(found.document_ids, wanted.document_ids)
+        assert torch.equal(found.positions, wanted.positions)
+
+
+def test_traced_lengths_are_those_read_on_the_host_and_checked_when_the_graph_runs() -> None:
+    edges = torch.tensor([0, 3, 6, 10, 12], dtype=torch.int32)
+    wanted, found = segments.from_cu_seqlens(edges, 2, 6), traced.from_cu_seqlens(edges, 2, 6, "cu_seq_lens_q")
+    assert torch.equal(found.document_ids, wanted.document_ids)
+    for bad in ([0, 3, 11], [1, 3, 12], [0, 6, 3, 12], [0, 4, 8, 12]):
+        with pytest.raises(RuntimeError, match="axattn"):
+            traced.from_cu_seqlens(torch.tensor(bad, dtype=torch.int32), 2, 6, "cu_seq_lens_q")
+
+
+def test_a_compiled_training_step_has_the_gradients_of_the_documents_alone() -> None:
+    ids, lengths = tokens(1, 21), (7, 11, 3)
+    reference = build("gemma3").train()
+    alone(reference, ids, lengths).square().sum().backward()
+    model = build("gemma3").train()
+    axattn.apply(model, "auto")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(ids, position_ids=positions(lengths)).logits.square().sum().backward()
+    for (name, wanted), (_, got) in zip(reference.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.allclose(got.grad, wanted.grad, atol=1e-4 * wanted.grad.abs().max().item()), name
+
+
+@torch.no_grad()
+def test_other_documents_in_the_same_graph() -> None:
+    model = axattn.apply(build("llama"), "varlen")
+    graphs = 0
+
+    def counted(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=counted)
+    for lengths in ((7, 11, 3), (21,), (1, 19, 1), (4, 4, 4, 4, 5)):
+        found = compiled(tokens(1, 21), position_ids=positions(lengths), use_cache=False).logits
+        assert torch.allclose(found, alone(build("llama"), tokens(1, 21), lengths), atol=1e-4)
+    assert graphs == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("native", ["sdpa", "eager"])
+def test_packed_rows_that_transformers_would_leak_stop_a_compiled_graph_too(native: str) -> None:
+    model = axattn.apply(build("llama"), native)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    one = compiled(tokens(1, 21), position_ids=positions((21,)))
+    assert torch.allclose(one.logits, model(tokens(1, 21)).logits, atol=1e-5)
+    with pytest.raises(RuntimeError, match="packed rows would leak"):
+        compiled(tokens(1, 21), position_ids=positions((7, 14)))
+
+
+@torch.no_grad()
+def test_a_cache_that_a_compiled_packed_row_filled_is_refused() -> None:
+    model = axattn.apply(build("llama"), "varlen")
+    compiled = torch.compile(model, backend="eager")
+    out = compiled(tokens(1, 21), position_ids=positions((7, 14)), use_cache=True)
+    with pytest.raises(axattn.InvalidInputError, match="filled by a row of several"):
+        model(tokens(1, 1), past_key_values=out.past_key_values)
+    out = compiled(tokens(1, 21), position_ids=positions((21,)), use_cache=True)
+    assert torch.isfinite(model(tokens(1, 1), past_key_values=out.past_key_values).logits).all()
