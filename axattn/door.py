@@ -148,6 +148,8 @@ class Door:
         shape = _token_shape(inputs)
         if shape is None:
             return None, None
+        if self.native == "flex_attention":
+            guard.require_flex_on_cpu(module, inputs, _length(cache))
         rows, length = shape
         if rows == 0 or length == 0:
             raise InvalidInputError(

@@ -62,6 +62,28 @@ def require_mask_is_read(native: str, module: torch.nn.Module, mask: torch.Tenso
         )
 
 
+def require_flex_on_cpu(module: torch.nn.Module, inputs: dict[str, Any], cached: int) -> None:
+    """Raise for what torch's CPU kernel of flex_attention lacks (see `axattn.backends.flex.ON_CPU`).
+
+    Raises:
+        UnsupportedAttentionError: a gradient, or decoding from a cache.
+    """
+    given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if not isinstance(given, torch.Tensor) or given.device.type != "cpu":
+        return
+    reasons = []
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
+        reasons.append(Reason("gradient", "torch's CPU kernel has no backward", "torch.no_grad()"))
+    if cached > 0:
+        reasons.append(Reason("cross_lengths", "torch's CPU kernel does not compile for fewer queries than keys"))
+    if reasons:
+        raise UnsupportedAttentionError(
+            f"flex_attention can't serve {type(module).__name__} on a CPU",
+            reasons,
+            'Use attn_implementation="auto" or "varlen".',
+        )
+
+
 def require_gradients_of_shared_keys(module: torch.nn.Module) -> None:
     """Raise where reentrant checkpointing would drop gradients: layers that share keys hand them on by the side.
 

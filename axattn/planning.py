@@ -289,8 +289,8 @@ def _plan_layer(layer: LayerNeed, asked: str, order: tuple[str, ...], environmen
     need: Need = replaced(layer.need, device=environment.torch_device)
     for name in order:
         backend = backend_of(name)
-        reasons = [*backend.probe(environment), *missing(need, backend.capability, name)] if len(order) > 1 else []
-        reasons = reasons or missing(need, backend.capability, name)
+        lacking = missing(need, backend.capability_on(environment), name)
+        reasons = [*backend.probe(environment), *lacking] if len(order) > 1 else lacking
         if not reasons:
             return LayerPlan(layer, asked, name, tuple(rejected))
         rejected.append(Rejected(name, tuple(reasons)))

@@ -46,6 +46,7 @@ class Backend:
         probe: every reason why a machine can't run it; empty when it can.
         forward: `AttentionCall` → output ``[B, S, H, Dv]``; None when Transformers runs the name itself.
         install: the command that installs it, or ``""``.
+        on: what it serves on a given machine, where that differs from `capability`.
         plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
     """
 
@@ -56,6 +57,11 @@ class Backend:
     forward: Callable[[AttentionCall], torch.Tensor] | None = None
     install: str = ""
     plain: bool = False
+    on: Callable[[Environment], Capability] | None = None
+
+    def capability_on(self, environment: Environment) -> Capability:
+        """What it serves on a machine."""
+        return self.capability if self.on is None else self.on(environment)
 
 
 def always_usable(environment: Environment) -> list[Reason]:

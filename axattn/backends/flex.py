@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 
 from axattn.backends.base import TORCH_KERNEL, Backend, check_library
+from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import Reason
 
@@ -14,8 +15,11 @@ CAPABILITY = dataclasses.replace(
     softcap=True,
     sinks=True,
     weights=True,
-    notes={"gradient": "on a GPU; torch's CPU kernel is forward only"},
+    notes={"": "on a CPU forward only: no gradient, no attention sinks, no decoding from a cache"},
 )
+ON_CPU = dataclasses.replace(CAPABILITY, sinks=False, gradient=False, cross_lengths=False)
+"""Torch 2.13's CPU kernel: backward raises NotImplementedError, fewer queries than keys do not compile (C++ error);
+Transformers 5.23 raises for attention sinks."""
 
 
 def _probe(environment: Environment) -> list[Reason]:
@@ -26,4 +30,8 @@ def _probe(environment: Environment) -> list[Reason]:
     return reasons
 
 
-BACKENDS = (Backend("flex_attention", "torch flex_attention, run by Transformers", CAPABILITY, _probe),)
+def _capability(environment: Environment) -> Capability:
+    return ON_CPU if environment.torch_device == "cpu" else CAPABILITY
+
+
+BACKENDS = (Backend("flex_attention", "torch flex_attention, run by Transformers", CAPABILITY, _probe, on=_capability),)

@@ -157,9 +157,8 @@ def packed_shifted(case: Case) -> Any:
 # ---- gradients -----------------------------------------------------------------------------------------------------
 
 
-def _gradients(case: Case, checkpointing: bool | None) -> tuple[Result, Callable[[], Result]]:
+def _gradients(case: Case, batch: Batch, checkpointing: bool | None = None) -> tuple[Result, Callable[[], Result]]:
     """Gradients of the inputs and of the projections, and the logits, against the sum over the documents alone."""
-    batch = packed(LENGTHS, (5, 9), pad=2)
     width: dict[str, torch.Tensor] = {}
 
     def weight(out: torch.Tensor) -> torch.Tensor:
@@ -191,19 +190,24 @@ def _gradients(case: Case, checkpointing: bool | None) -> tuple[Result, Callable
     return taken(reference, logits), found
 
 
+@scenario("gradients, right padding", SELF, tolerance=2e-5)
+def padded_gradients(case: Case) -> Any:
+    return _gradients(case, padded(12, 7, side="right"))
+
+
 @scenario("packed gradients", SELF, tolerance=2e-5)
 def gradients(case: Case) -> Any:
-    return _gradients(case, None)
+    return _gradients(case, packed(LENGTHS, (5, 9), pad=2))
 
 
 @scenario("packed gradients, reentrant checkpointing", SELF, tolerance=2e-5)
 def reentrant(case: Case) -> Any:
-    return _gradients(case, True)
+    return _gradients(case, packed(LENGTHS, (5, 9), pad=2), True)
 
 
 @scenario("packed gradients, checkpointing", SELF, tolerance=2e-5)
 def not_reentrant(case: Case) -> Any:
-    return _gradients(case, False)
+    return _gradients(case, packed(LENGTHS, (5, 9), pad=2), False)
 
 
 @scenario("no leak between documents", SELF)
