@@ -1,44 +1,93 @@
-"""``python -m tests.conformance``: run the matrix (or a part), print the summary, write JSON and the document."""
+"""``python -m tests.conformance``: run the matrix (or a part) and print the summary; --write makes the document."""
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
+from collections.abc import Iterator
 
-import torch
-import transformers
+import rich.console
+import rich.table
 from tqdm import tqdm
 
-from tests.conformance import cells
+from tests.conformance import cells, report
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", action="append", help="only these")
-    parser.add_argument("--family", action="append")
-    parser.add_argument("--scenario", action="append")
-    parser.add_argument("--skip", action="append")
-    arguments = parser.parse_args()
+def _prepare() -> None:
+    import logging
+    import os
+    import warnings
+
+    import torch
+    import transformers
+
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    asked = [(arguments.backend, 0), (arguments.family, 1), (arguments.scenario, 2)]
-    skip = arguments.skip or ()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+def _run(keys: list[tuple[str, str, str]]) -> list[cells.Cell]:
+    return [cells.run(*key) for key in keys]
+
+
+def _groups(keys: list[tuple[str, str, str]]) -> Iterator[list[tuple[str, str, str]]]:
+    """Cells of one backend and family together: they share the model's folder."""
+    together: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    for key in keys:
+        together.setdefault(key[:2], []).append(key)
+    yield from together.values()
+
+
+def main() -> int:
+    """Run; 1 if any cell is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("backend", "family", "scenario"):
+        parser.add_argument(f"--{name}", action="append", help="only this one (may be repeated)")
+    parser.add_argument("--sampled", action="store_true", help="only the cells that `make test` runs")
+    parser.add_argument("--write", action="store_true", help="write docs/conformance.json and docs/conformance.md")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    asked = (arguments.backend, arguments.family, arguments.scenario)
     keys = [
         key
         for key in cells.every_key()
-        if all(not only or key[at] in only for only, at in asked) and key[2] not in skip
+        if all(not only or part in only for only, part in zip(asked, key, strict=True))
+        and (not arguments.sampled or cells.sampled(key))
     ]
-    found = []
-    for key in tqdm(keys, disable=not sys.stderr.isatty()):
-        cell = cells.run(*key)
-        found.append(cell)
-        if cell.status == "wrong":
-            print(cell, flush=True)
-    import collections
+    if arguments.write and len(keys) != len(list(cells.every_key())):
+        parser.error("--write needs the whole matrix")
+    found: dict[tuple[str, str, str], cells.Cell] = {}
+    console = rich.console.Console()
+    context = multiprocessing.get_context("fork")
+    with context.Pool(arguments.processes, _prepare, maxtasksperchild=8) as pool, tqdm(total=len(keys)) as bar:
+        for done in pool.imap_unordered(_run, _groups(keys)):
+            bar.update(len(done))
+            for cell in done:
+                found[cell.backend, cell.family, cell.scenario] = cell
+                if cell.status == "wrong":
+                    console.print(f"[red]wrong[/] {cell.backend} / {cell.family} / {cell.scenario}: {cell.detail}")
+    ordered = [found[key] for key in keys]
+    recorded = report.record(ordered, _versions())
+    table = rich.table.Table("name", "ok", "refused", "wrong")
+    for backend, count in report.totals(recorded).items():
+        table.add_row(backend, *(str(count[status]) for status in ("ok", "refused", "wrong")))
+    console.print(table)
+    if arguments.write:
+        report.DOCS.mkdir(exist_ok=True)
+        report.RECORD.write_text(report.dump(recorded))
+        report.DOCUMENT.write_text(report.render(recorded))
+    return int(any(cell.status == "wrong" for cell in ordered))
 
-    print(collections.Counter((c.backend, c.status) for c in found))
-    return int(any(cell.status == "wrong" for cell in found))
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
 
 
 if __name__ == "__main__":

@@ -107,8 +107,12 @@ def run(backend: str, family: str, scenario: str) -> Cell:
     try:
         found = candidate()
     except AxattnError as refusal:
-        return Cell(*key, "refused", detail=str(refusal))
+        return Cell(*key, "refused", detail=_why(refusal))
+    except torch._dynamo.exc.Unsupported as failure:  # under fullgraph dynamo hides the error that it met
+        return _uncompiled(key, candidate, failure)
     except Exception as failure:
+        if str(failure).startswith("axattn: "):  # asserted when the compiled graph runs
+            return Cell(*key, "refused", detail=str(failure).removeprefix("axattn: "))
         if UPSTREAM.get((backend, scenario)) == str(failure):
             return Cell(*key, "refused", detail=f"Transformers raises: {failure}")
         return Cell(*key, "wrong", detail=f"{type(failure).__name__}: {failure}"[:500])
@@ -118,13 +122,29 @@ def run(backend: str, family: str, scenario: str) -> Cell:
     return Cell(*key, "wrong", value, f"{where}: relative error {value:.2g}")
 
 
+def _uncompiled(key: tuple[str, str, str], candidate: Any, failure: Exception) -> Cell:
+    """A refusal inside a traced graph, seen by running the same without the graph."""
+    torch._dynamo.reset()
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            candidate()
+        except AxattnError as refusal:
+            return Cell(*key, "refused", detail=_why(refusal))
+    return Cell(*key, "wrong", detail=f"{type(failure).__name__}: {failure}"[:500])
+
+
+def _why(refusal: AxattnError) -> str:
+    """The distinct reasons of a refusal."""
+    return "; ".join(dict.fromkeys(reason.text for reason in refusal.reasons)) or str(refusal)
+
+
 def _refused(case: Case, key: tuple[str, str, str]) -> Cell:
     """Families with attention code of their own: served by Transformers alone, refused for every other name."""
     ids = torch.arange(3, 15)[None]
     try:
         model = case.candidate()
     except AxattnError as refusal:
-        return Cell(*key, "refused", detail=str(refusal))
+        return Cell(*key, "refused", detail=_why(refusal))
     with torch.no_grad():
         value, where = error({"logits": model(ids)[0][0]}, {"logits": case.family.make()(ids)[0][0]})
     return Cell(*key, "ok" if value <= 1e-5 else "wrong", value, where)

@@ -1,0 +1,53 @@
+"""The sampled part of the matrix; ``make conformance`` runs all of it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import transformers
+
+from tests.conformance import report
+from tests.conformance.cells import every_key, run, sampled
+
+EVERYTHING = os.environ.get("AXATTN_CONFORMANCE") == "all"
+KEYS = [key for key in every_key() if EVERYTHING or sampled(key)]
+RECORDED = report.load()
+
+
+@pytest.mark.parametrize("key", KEYS, ids="/".join)
+def test_a_cell_is_right_or_refused_with_a_reason(key: tuple[str, str, str]) -> None:
+    cell = run(*key)
+    assert cell.status != "wrong", cell.detail
+    if cell.status == "refused":
+        assert cell.detail
+    if RECORDED["versions"]["transformers"] == transformers.__version__:
+        backend, family, scenario = key
+        recorded = report.status(RECORDED["cells"][backend][scenario][family])
+        assert cell.status == recorded, f"docs/conformance.json says {recorded}; run `make conformance`"
+
+
+def test_auto_is_right_wherever_eager_serves_the_documents_alone() -> None:
+    """Refused are only the families with attention code of their own, and what eager itself gets wrong."""
+    refused = {
+        (family, scenario)
+        for scenario, row in RECORDED["cells"]["auto"].items()
+        for family, value in row.items()
+        if report.status(value) == "refused"
+    }
+    own_code = {(name, "dense") for name in ("bloom", "falcon", "gpt_neo")}
+    # eager drops the gradients of shared keys as well: see `axattn.guard.require_gradients_of_shared_keys`
+    assert refused == own_code | {("gemma4", "packed gradients, reentrant checkpointing")}
+
+
+def test_nothing_in_the_record_is_wrong() -> None:
+    assert all(count["wrong"] == 0 for count in report.totals(RECORDED).values())
+
+
+def test_what_transformers_serves_right_on_eager_or_sdpa_auto_does_not_refuse() -> None:
+    cells = RECORDED["cells"]
+    for native in ("eager", "sdpa"):
+        for scenario, row in cells[native].items():
+            for family, value in row.items():
+                if report.status(value) == "ok" and family not in ("bloom", "falcon", "gpt_neo"):
+                    assert report.status(cells["auto"][scenario][family]) == "ok", (native, scenario, family)

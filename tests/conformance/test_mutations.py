@@ -1,0 +1,241 @@
+"""Faults put in on purpose: each must turn a cell of the matrix wrong, or the matrix could not have found it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionMaskInterface
+
+from axattn import door, guard, interface, layouts, masking, masks, traced
+from axattn.backends import eager, spans
+from axattn.call import AttentionCall
+from axattn.segments import Segments
+from tests.conformance.cases import Case
+from tests.conformance.cells import run
+
+Patch = pytest.MonkeyPatch
+Key = tuple[str, str, str]
+FAULTS: dict[str, tuple[Callable[[Patch], None], Key]] = {}
+
+
+def fault(backend: str, family: str, scenario: str) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+    """Register a fault and the cell that must turn wrong."""
+
+    def add(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
+        FAULTS[function.__name__.replace("_", " ")] = function, (backend, family, scenario)
+        return function
+
+    return add
+
+
+def _pattern(patch: Patch, **changes: Any) -> None:
+    real = masking.recognise
+
+    def changed(function: Any) -> Any:
+        found = real(function)
+        return None if found is None else dataclasses.replace(found, **changes)
+
+    patch.setattr(masking, "recognise", changed)
+
+
+def _call(patch: Patch, **changes: Any) -> None:
+    patch.setattr(interface, "AttentionCall", lambda **given: AttentionCall(**{**given, **changes}))
+
+
+@fault("auto", "mistral", "longer than window and chunk")
+def the_window_is_dropped(patch: Patch) -> None:
+    _pattern(patch, window=None)
+
+
+@fault("auto", "llama4", "longer than window and chunk")
+def the_chunks_are_dropped(patch: Patch) -> None:
+    _pattern(patch, chunk=None)
+
+
+@fault("auto", "llama4", "packed, cache on by default")
+def chunks_do_not_restart_with_a_document(patch: Patch) -> None:
+    def from_the_row(segments: Any, chunk: int, kv_length: int) -> torch.Tensor:
+        index = torch.arange(kv_length)
+        return ((index <= index[:, None]) & (index // chunk == index[:, None] // chunk))[None, None]
+
+    patch.setattr(masking, "_chunks_in_documents", from_the_row)
+    patch.setattr(masks, "build_layout", lambda mask: None)
+
+
+@fault("auto", "bert", "dense")
+def an_encoder_runs_causal(patch: Patch) -> None:
+    _pattern(patch, causal=True)
+
+
+@fault("auto", "gpt_oss", "dense")
+def sinks_are_ignored(patch: Patch) -> None:
+    _call(patch, sinks=None)
+
+
+@fault("auto", "gemma2", "dense")
+def softcap_is_ignored(patch: Patch) -> None:
+    _call(patch, softcap=None)
+
+
+@fault("auto", "granite", "dense")
+def scale_is_ignored(patch: Patch) -> None:
+    _call(patch, scale=8**-0.5)
+
+
+@fault("auto", "t5", "cross-attention over a padded encoder")
+def position_bias_is_ignored(patch: Patch) -> None:
+    _call(patch, bias=None)
+
+
+@fault("auto", "deepseek_v32", "longer than window and chunk")
+def sparse_indices_are_ignored(patch: Patch) -> None:
+    patch.setattr(eager, "_only_selected", lambda mask, indices, keys: mask)
+
+
+@fault("auto", "llama", "dropout")
+def dropout_is_ignored(patch: Patch) -> None:
+    _call(patch, dropout=0.0)
+
+
+@fault("auto", "llama", "output_attentions")
+def attention_weights_are_forgotten(patch: Patch) -> None:
+    _call(patch, want_weights=False)
+
+
+@fault("auto", "llama", "left padding")
+def padding_is_ignored(patch: Patch) -> None:
+    patch.setattr(masking, "_padding", lambda *given: None)
+
+
+@fault("auto", "llama", "own 4-D float mask")
+def a_users_mask_is_ignored(patch: Patch) -> None:
+    patch.setattr(interface, "read_mask", lambda *given: None)
+
+
+@fault("auto", "gemma3_vl", "an image in the text")
+def image_blocks_are_taken_for_causal(patch: Patch) -> None:
+    patch.setattr(masking, "recognise", lambda function: masks.Pattern(causal=True))
+
+
+@fault("auto", "llama", "packed, many rows")
+def only_the_first_row_has_documents(patch: Patch) -> None:
+    real = door.from_positions
+
+    def first(*given: Any) -> Segments | None:
+        found = real(*given)
+        if found is None:
+            return None
+        whole = (0, found.length)
+        return Segments((found.boundaries[0], *[whole] * (found.rows - 1)), found.device)
+
+    patch.setattr(door, "from_positions", first)
+
+
+@fault("auto", "llama", "no leak between documents")
+def a_boundary_is_off_by_one(patch: Patch) -> None:
+    real = door.from_positions
+
+    def late(*given: Any) -> Segments | None:
+        found = real(*given)
+        if found is None:
+            return None
+        rows = [(0, *(edge + 1 for edge in row[1:-1]), row[-1]) for row in found.boundaries]
+        return Segments(tuple(rows), found.device)
+
+    patch.setattr(door, "from_positions", late)
+
+
+@fault("auto", "llama", "packed, cu_seq_lens")
+def cumulative_lengths_are_ignored(patch: Patch) -> None:
+    def one(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segments:
+        return Segments(((0, length),) * rows, torch.device("cpu"))
+
+    patch.setattr(door.Door, "_from_lengths", staticmethod(one))
+
+
+@fault("auto", "llama4", "packed, cache on by default")
+def the_door_is_open(patch: Patch) -> None:
+    patch.setattr(door.Door, "enter", lambda self, module, args, kwargs: None)
+
+
+@fault("auto", "llama", "left padding")
+def no_mask_function_is_registered(patch: Patch) -> None:
+    real = Case.candidate
+
+    def loaded(self: Case, **options: Any) -> Any:
+        model = real(self, **options)
+        patch.delitem(AttentionMaskInterface._global_mapping, "auto")
+        return model
+
+    patch.setattr(Case, "candidate", loaded)
+
+
+@fault("auto", "llama", "prefill, then two chunks over the cache")
+def queries_over_a_cache_are_aligned_top_left(patch: Patch) -> None:
+    real = masking.LazyMask
+    patch.setattr(masking, "LazyMask", lambda **given: real(**{**given, "q_offset": 0}))
+
+
+@fault("auto", "llama", "generate, static cache")
+def an_empty_static_cache_is_taken_for_bottom_right(patch: Patch) -> None:
+    real = layouts.Span
+
+    def moved(row0: int, row1: int, q0: int, q1: int, k0: int, k1: int) -> Any:
+        return real(row0, row1, q0, q1, k0, k1)
+
+    patch.setattr(layouts, "Span", moved)
+    real_mask = masking.LazyMask
+
+    def last(**given: Any) -> Any:
+        _, _, q_length, kv_length = given["shape"]
+        offset = kv_length - q_length if given["q_offset"] == 0 else given["q_offset"]
+        return real_mask(**{**given, "q_offset": offset})
+
+    patch.setattr(masking, "LazyMask", last)
+
+
+@fault("auto", "llama", "packed gradients")
+def the_gradient_is_dropped(patch: Patch) -> None:
+    real = spans.attention_over_tiles
+    patch.setattr(spans, "attention_over_tiles", lambda *given: real(*given).detach())
+
+
+@fault("auto", "llama", "compiled, fullgraph")
+def documents_are_forgotten_in_compiled_graphs(patch: Patch) -> None:
+    patch.setattr(traced, "from_positions", lambda *given: None)
+
+
+@fault("sdpa", "llama", "packed, cache on by default")
+def the_guard_of_native_names_is_off(patch: Patch) -> None:
+    patch.setattr(guard, "require_no_leak", lambda *given: None)
+
+
+@fault("eager", "llama", "own 4-D bool mask")
+def bool_masks_pass_to_eager(patch: Patch) -> None:
+    patch.setattr(guard, "require_mask_is_read", lambda *given: None)
+
+
+@fault("auto", "gemma4", "packed gradients, reentrant checkpointing")
+def lost_gradients_of_shared_keys_pass(patch: Patch) -> None:
+    patch.setattr(guard, "require_gradients_of_shared_keys", lambda module: None)
+
+
+@pytest.fixture(autouse=True)
+def no_masks_of_earlier_forwards() -> Any:
+    masking._plain.clear()
+    yield
+    masking._plain.clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_turns_its_cell_wrong(name: str, monkeypatch: Patch) -> None:
+    inject, key = FAULTS[name]
+    inject(monkeypatch)
+    cell = run(*key)
+    assert cell.status == "wrong", cell
+    assert not cell.detail.startswith("EAGER"), cell.detail  # the reference itself must stand
