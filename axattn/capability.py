@@ -32,10 +32,12 @@ class Need:
         dropout: probability of attention dropout in training.
         dense_mask: an arbitrary 4-D mask that has no compact description.
         padding: rows padded to one length (a 2-D mask with zeros).
+        holes: a known rule that has no spans: padding between real tokens, chunks over a cache.
         segments: several documents in one row.
         cross_lengths: q_len differs from kv_len (decoding, cross attention).
         gradient: gradients of q, k and v are asked for.
         weights: the attention probabilities are asked for (``output_attentions``).
+        traced: the call is inside a graph that ``torch.compile`` traces, with a mask that only a tensor describes.
         dtype: ``"float32"``, ``"bfloat16"``, ...; None when not known.
         device: ``"cpu"``, ``"cuda"``, ...; None when not known.
     """
@@ -54,10 +56,12 @@ class Need:
     dropout: float = 0.0
     dense_mask: bool = False
     padding: bool = False
+    holes: bool = False
     segments: bool = False
     cross_lengths: bool = False
     gradient: bool = False
     weights: bool = False
+    traced: bool = False
     dtype: str | None = None
     device: str | None = None
 
@@ -76,6 +80,8 @@ class Capability:
         head_dims: the only head dims served, or None for any up to `max_head_dim`.
         max_head_dim: largest head dim, None for no limit.
         head_dim_multiple: head dims must be a multiple of this.
+        value_dim_differs: value heads may have another size than query heads.
+        value_dim_padded: smaller value heads are widened to the query heads' size, so only that is checked.
         (others): True when the kernel honours the field of `Need` of that name.
     """
 
@@ -86,6 +92,7 @@ class Capability:
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
     value_dim_differs: bool = False
+    value_dim_padded: bool = False
     grouped_heads: bool = False
     causal: bool = False
     bidirectional: bool = False
@@ -98,10 +105,12 @@ class Capability:
     dropout: bool = False
     dense_mask: bool = False
     padding: bool = False
+    holes: bool = False
     segments: bool = False
     cross_lengths: bool = False
     gradient: bool = False
     weights: bool = False
+    traced: bool = False
     notes: dict[str, str] = field(default_factory=dict, hash=False)
 
     def features(self) -> dict[str, bool]:
@@ -119,10 +128,12 @@ _FLAGS: dict[str, str] = {
     "window": "no sliding window",
     "dense_mask": "no arbitrary 4-D mask",
     "padding": "no padding mask",
+    "holes": "no padding between real tokens",
     "segments": "no packed documents",
     "cross_lengths": "no q_len different from kv_len",
     "gradient": "no gradient",
     "weights": "no attention weights to return",
+    "traced": "no form for compiled graphs",
 }
 
 
@@ -156,6 +167,8 @@ def _missing_head_dims(need: Need, capability: Capability, name: str) -> list[Re
     value_dim = need.head_dim if need.value_dim is None else need.value_dim
     for label, dim in (("head_dim", need.head_dim), ("value_dim", need.value_dim)):
         if dim is None or (label == "value_dim" and dim == need.head_dim):
+            continue
+        if label == "value_dim" and capability.value_dim_padded and need.head_dim and dim < need.head_dim:
             continue
         if capability.head_dims is not None and dim not in capability.head_dims:
             served = ", ".join(str(d) for d in sorted(capability.head_dims))

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from axattn import guard, traced
+from axattn import flash_guard, guard, traced
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.flash_guard import FlashRules
 from axattn.segments import Segments, from_cu_seqlens, from_positions
 from axattn.traced import TracedSegments
 
@@ -66,6 +67,7 @@ class Door:
         encoder_decoder: the model is an encoder-decoder, whose rows can't be packed.
         position_planes: how many leading planes ``position_ids`` may have (Qwen-VL: 3 or 4), () for none.
         shares_keys: some layers read the keys and values of another one.
+        flash: what to look for on a flash name, None on others.
         standing: on this native name no packed call is right (`axattn.guard.standing_reasons`).
     """
 
@@ -78,6 +80,7 @@ class Door:
         position_planes: tuple[int, ...] = (),
         shares_keys: bool = False,
         standing: bool = False,
+        flash: FlashRules | None = None,
     ) -> None:
         self.parameters = parameters
         self.native = native
@@ -85,6 +88,7 @@ class Door:
         self.position_planes = position_planes
         self.shares_keys = shares_keys
         self.standing = standing
+        self.flash = flash
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (``with_kwargs=True``)."""
@@ -118,6 +122,12 @@ class Door:
             segments, shape = self._read(module, inputs, seen, outer)
         _slot.context = Context(segments, shape, bool(weights), seen, self, outer)
 
+    def reached(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of an attention module on a flash name: have the documents come this far?"""
+        context = _slot.context
+        if context is not None and context.segments is not None and self.native is not None:
+            flash_guard.require_reached(self.native, module, kwargs)
+
     def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Forward hook (``always_call=True``): also runs when the forward raised."""
         context = _slot.context
@@ -148,6 +158,8 @@ class Door:
         shape = _token_shape(inputs)
         if shape is None:
             return None, None
+        if self.flash is not None and self.native is not None:
+            flash_guard.require_served(self.native, module, inputs, self.flash)
         if self.native == "flex_attention":
             guard.require_flex_on_cpu(module, inputs, _length(cache))
         rows, length = shape

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from axattn import names
+from axattn import flash_guard, names
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.segments import Segments
 
@@ -29,7 +29,11 @@ def require_no_leak(
     Raises:
         UnsupportedAttentionError: with every reason, and the names that are right.
     """
-    reasons = _flash_reasons(inputs, segments) if names.is_flash(native) else _mask_reasons(module, inputs, mask)
+    reasons = (
+        flash_guard.packed_reasons(native, inputs, segments)
+        if names.is_flash(native)
+        else _mask_reasons(module, inputs, mask)
+    )
     if reasons:
         raise UnsupportedAttentionError(
             f"packed rows ({segments.documents} documents in {segments.rows} rows) would leak on {native}",
@@ -153,29 +157,6 @@ def may_leak(native: str, module: torch.nn.Module, inputs: dict[str, Any], stand
 def segments_in(inputs: dict[str, Any]) -> int:
     """How many documents ``cu_seq_lens_q`` describes."""
     return int(inputs["cu_seq_lens_q"].numel()) - 1
-
-
-def _flash_reasons(inputs: dict[str, Any], segments: Segments) -> list[Reason]:
-    """Flash names: right with all four lengths, or with one row whose documents all start at its lowest position."""
-    lengths = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    given = [name for name in lengths if inputs.get(name) is not None]
-    if len(given) == len(lengths):
-        return []
-    reasons = []
-    if given:
-        absent = ", ".join(name for name in lengths if name not in given)
-        reasons.append(Reason("segments", f"Transformers reads the lengths only when all are given; missing: {absent}"))
-    if segments.rows > 1:
-        reasons.append(Reason("segments", "Transformers' flash path separates documents only when there is one row"))
-    positions = inputs.get("position_ids")
-    if not isinstance(positions, torch.Tensor):
-        reasons.append(Reason("segments", "neither cu_seq_lens nor position_ids reach the kernel"))
-    elif segments.rows == 1:
-        flat = positions.reshape(-1)
-        starts = [int(flat[at]) for at in segments.boundaries[0][:-1]]
-        if len(set(starts)) > 1:
-            reasons.append(Reason("segments", "documents start at different positions, which the flash path merges"))
-    return reasons
 
 
 def _caches(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:

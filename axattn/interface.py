@@ -223,12 +223,11 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
     """What a call asks of a kernel."""
     query, key, value, mask = call.query, call.key, call.value, call.mask
     causal, window, chunk, dense = call.causal and query.shape[2] > 1, call.window, None, False
-    padding = segments = False
+    padding = holes = segments = False
     if isinstance(mask, LazyMask):
         causal, window, chunk, dense, padding, segments = mask.signature()
         if dense and mask.pattern is not None:
-            dense = False  # a known rule without spans: padding with holes, or chunks over a cache
-            padding = True
+            dense, holes = False, True
     elif mask is not None:
         window, dense = None, True
     if window is not None and window >= key.shape[2]:
@@ -249,7 +248,9 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
         dense_mask=dense,
         weights=call.want_weights,
         padding=padding,
+        holes=holes,
         segments=segments,
+        traced=isinstance(mask, LazyMask) and torch.compiler.is_compiling() and mask.plain is None,
         cross_lengths=query.shape[2] != key.shape[2],
         gradient=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         dtype=str(query.dtype).removeprefix("torch."),

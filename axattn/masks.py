@@ -203,8 +203,38 @@ class LazyMask:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index: Any) -> torch.Tensor | LazyMask:
+        """Itself for slices that take everything, a `LazyMask` for the last queries, else the dense part.
+
+        Models slice masks without need (``mask[:, :, :, :kv_length]``); Gemma 4's layers with shared keys take the
+        queries whose logits are kept.
+        """
+        if isinstance(index, tuple) and len(index) == 4 and all(isinstance(part, slice) for part in index):
+            ranges = [part.indices(size) for part, size in zip(index, self.shape, strict=True)]
+            whole = [found == (0, size, 1) for found, size in zip(ranges, self.shape, strict=True)]
+            if all(whole):
+                return self
+            start, stop, step = ranges[2]
+            if whole[0] and whole[1] and whole[3] and 0 < start < stop == self.shape[2] and step == 1:
+                return self._last_queries(start)
         return self.dense()[index]
+
+    def _last_queries(self, start: int) -> torch.Tensor | LazyMask:
+        if self.segments is not None:
+            return self.dense()[:, :, start:]
+        rows, _, q_length, kv_length = self.shape
+        return LazyMask(
+            shape=(rows, 1, q_length - start, kv_length),
+            pattern=self.pattern,
+            segments=None,
+            padding=self._padding,
+            materialise=lambda: self.dense()[:, :, start:],
+            q_offset=self.q_offset + start,
+            kv_offset=self.kv_offset,
+            device=self.device,
+            guarded=self.guarded,
+            weights=self.weights,
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

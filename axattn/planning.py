@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from typing import Any
 
@@ -52,6 +52,7 @@ class Plan:
         asked: name by config path; None leaves Transformers' default there.
         running: the name Transformers is given, by config path.
         layers: a `LayerPlan` per attention layer.
+        orders: the backends that the layers of a config path may use, in order; empty where Transformers runs a name.
         on_unsupported: the policy.
         unknown: config paths that are checked call by call only.
         notes: sentences for people.
@@ -63,6 +64,7 @@ class Plan:
     running: Mapping[str, str | None]
     layers: tuple[LayerPlan, ...]
     on_unsupported: OnUnsupported
+    orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -173,16 +175,19 @@ def plan(
     notes: list[str] = []
     running: dict[str, str | None] = {}
     layers: list[LayerPlan] = []
+    orders: dict[str, tuple[str, ...]] = {}
     for path, name in asked.items():
         mine = [layer for layer in needs.layers if layer.path == path]
         if name is None:
             running[path] = None
             continue
-        running[path], planned = _plan_path(
+        running[path], planned, orders[path] = _plan_path(
             needs.model, path, name, mine, environment, on_unsupported, allow_all_kernels, notes
         )
         layers += planned
-    return Plan(needs.model, environment, asked, running, tuple(layers), on_unsupported, needs.unknown, tuple(notes))
+    return Plan(
+        needs.model, environment, asked, running, tuple(layers), on_unsupported, orders, needs.unknown, tuple(notes)
+    )
 
 
 def backend_of(name: str) -> Backend:
@@ -244,7 +249,8 @@ def _plan_path(
     on_unsupported: OnUnsupported,
     allow_all_kernels: bool,
     notes: list[str],
-) -> tuple[str, list[LayerPlan]]:
+) -> tuple[str, list[LayerPlan], tuple[str, ...]]:
+    """The name that Transformers is given, a plan per layer, and the backends that the layers may use."""
     route = name == "auto" or on_unsupported == "route"
     try:
         require_available(name, environment, allow_all_kernels=allow_all_kernels)
@@ -257,12 +263,13 @@ def _plan_path(
         planned = _plan_layers(layers, name, (name,), environment)
         failed = [entry for entry in planned if not entry.chosen]
         if not failed:
-            return name, planned
+            return name, planned, ()
         if not route:
             raise _unsupported(model, name, failed)
         notes.append(f"{name} → auto for {path or 'the model'}: it can't serve every layer")
-        routed = _plan_layers(layers, "auto", backends.AUTO_ORDER, environment)
-        return "auto", [replaced(entry, asked=name) for entry in routed]
+        direct = backend_of(name).forward is not None
+        order = (*((name,) if direct else ()), *(other for other in backends.ROUTE_ORDER if other != name))
+        return "auto", _plan_layers(layers, name, order, environment), order
     if name == "s2":
         _require_llama(model, path, layers)
     order = candidates(name, on_unsupported)
@@ -270,7 +277,7 @@ def _plan_path(
     failed = [entry for entry in planned if not entry.chosen]
     if failed:
         raise _unsupported(model, name, failed)
-    return name, planned
+    return name, planned, order
 
 
 def _plan_layers(

@@ -21,6 +21,8 @@ ASKED = {
     "dropout": 0.1,
     "dense_mask": True,
     "padding": True,
+    "holes": True,
+    "traced": True,
     "segments": True,
     "cross_lengths": True,
     "gradient": True,

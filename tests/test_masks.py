@@ -236,3 +236,29 @@ def test_few_plain_masks_are_kept() -> None:
     for length in range(2, 60):
         lazy_mask(1, length, length, 0, 0, mu.causal_mask_function, None, device="cpu")
     assert len(masking._plain) <= masking._PLAIN_KEPT
+
+
+def test_slices_that_take_everything_leave_the_mask_lazy() -> None:
+    mask = lazy_mask(2, 6, 6, 0, 0, mu.sliding_window_causal_mask_function(3), None, device="cpu")
+    assert mask[:, :, :, :] is mask
+    assert mask[:, :, slice(0, None), :6] is mask
+    assert not mask.materialised
+    for index in ((0,), (slice(None),) * 3, (slice(None), slice(None), slice(None), slice(0, 5))):
+        assert torch.equal(mask[index], mask.dense()[index])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["causal", "full", "window", "prefix"]), st.integers(1, 5), st.integers(0, 4), st.booleans())
+def test_the_last_queries_of_a_mask_are_a_mask(kind: str, start: int, cached: int, padded: bool) -> None:
+    rule = functions(3, 4, 2)[kind]
+    padding = torch.ones(2, 6 + cached, dtype=torch.bool)
+    padding[1, :2] = not padded
+    mask = lazy_mask(2, 6, 6 + cached, cached, 0, rule, padding, device="cpu")
+    found = mask[:, :, -start:, :]
+    assert isinstance(found, LazyMask)
+    assert torch.equal(found.dense(), mask.dense()[:, :, -start:])
+    layout = found.layout()
+    if layout is not None:
+        seen = dense_of_layout(layout)
+        real = padding[:, None, cached + 6 - start :, None]
+        assert torch.equal(seen & real, found.dense() & real)

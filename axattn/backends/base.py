@@ -28,9 +28,11 @@ TORCH_KERNEL = Capability(
     window=True,
     chunk=True,
     padding=True,
+    holes=True,
     segments=True,
     cross_lengths=True,
     gradient=True,
+    traced=True,
 )
 """What all of torch's own kernels serve, called by axattn; each adds what it has beyond."""
 
@@ -44,7 +46,7 @@ class Backend:
         summary: one line for tables.
         capability: what it serves.
         probe: every reason why a machine can't run it; empty when it can.
-        forward: `AttentionCall` → output ``[B, S, H, Dv]``; None when Transformers runs the name itself.
+        forward: `AttentionCall` → output ``[B, S, H, Dv]``; None when only Transformers runs the name.
         install: the command that installs it, or ``""``.
         on: what it serves on a given machine, where that differs from `capability`.
         plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.

@@ -1,10 +1,14 @@
-"""``flash_attention_2/3/4``: what they serve and need. Transformers runs them; axattn checks first."""
+"""``flash_attention_2/3/4``: what they serve and need.
+
+Transformers runs them where they serve a whole model, after axattn has checked; else `axattn.backends.flash_calls`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
+from axattn.backends.flash_calls import flash_2, flash_3, flash_4
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import Reason
@@ -17,6 +21,8 @@ _COMMON = Capability(
     grouped_heads=True,
     causal=True,
     bidirectional=True,
+    value_dim_differs=True,
+    value_dim_padded=True,
     window=True,
     softcap=True,
     padding=True,
@@ -58,14 +64,18 @@ BACKENDS = (
         "FlashAttention 2, run by Transformers",
         dataclasses.replace(_COMMON, dropout=True),
         _probe_2,
+        flash_2,
         install=_INSTALL[2],
     ),
-    Backend("flash_attention_3", "FlashAttention 3, run by Transformers", _COMMON, _probe_3, install=_INSTALL[3]),
+    Backend(
+        "flash_attention_3", "FlashAttention 3, run by Transformers", _COMMON, _probe_3, flash_3, install=_INSTALL[3]
+    ),
     Backend(
         "flash_attention_4",
         "FlashAttention 4, run by Transformers",
         dataclasses.replace(_COMMON, sinks=True),
         _probe_4,
+        flash_4,
         install=_INSTALL[4],
     ),
 )

@@ -20,9 +20,7 @@ def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
     """Attention over the spans of a layout, with no mask and no dropout; returns ``[B, S, H, Dv]``."""
     query, key, value = call.query, call.key, call.value
     value_dim = value.shape[-1]
-    if query.shape[-1] != value_dim:  # one head dim for the flash kernels: zeros add nothing to q.k or to the output
-        size = max(query.shape[-1], value_dim)
-        query, key, value = (F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
+    query, key, value = one_head_dim(query, key, value)
     if query.device.type == "cpu":
         out = attention_over_tiles(query, key, value, layout, call.scale)
     elif query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
@@ -32,26 +30,69 @@ def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
     return out if out.shape[-1] == value_dim else out[..., :value_dim]
 
 
+def one_head_dim(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three with one head dim, which flash kernels want: zeros add nothing to q.k, nor to the output's first Dv."""
+    size = max(query.shape[-1], value.shape[-1])
+    if query.shape[-1] == value.shape[-1]:
+        return query, key, value
+    return F.pad(query, (0, size - query.shape[-1])), F.pad(key, (0, size - key.shape[-1])), _widen(value, size)
+
+
+def _widen(value: torch.Tensor, size: int) -> torch.Tensor:
+    return F.pad(value, (0, size - value.shape[-1]))
+
+
 def _flash_varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
 ) -> torch.Tensor:
     """CUDA: the spans as one packed call of torch's flash kernel (16 bit, D <= 256, D % 8 == 0)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    run: Callable[..., torch.Tensor] = varlen_attn  # type: ignore[assignment]  # a tuple only if return_aux is given
+    grouped: dict[str, Any] = {}
+    if _takes_enable_gqa() and key.shape[1] != query.shape[1]:
+        grouped["enable_gqa"] = True
+    left = -1 if layout.window is None else layout.window - 1
+    window = (left, 0 if layout.causal else left)
+
+    def kernel(*packed: Any) -> torch.Tensor:
+        return run(*packed, scale=scale, window_size=window, **grouped)
+
+    return packed_call(query, key, value, layout, kernel)
+
+
+def packed_call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    kernel: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """The spans of a layout as one call of a variable-length kernel.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key: ``[B, Hkv, T, D]``.
+        value: ``[B, Hkv, T, D]``.
+        layout: the spans.
+        kernel: ``(q [tokens, H, D], k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)`` → ``[tokens, H, D]``; the
+            lengths are int32 tensors, the maxima ints; causal masks are aligned bottom-right.
+
+    Returns:
+        ``[B, S, H, D]``; zero at queries that no span covers.
+    """
     B, H, S, D = query.shape
-    if "cuda" not in layout.memo:
-        layout.memo["cuda"] = _packed_index(layout, query.device)
-    cu_q, cu_k, max_q, max_k, index_q, index_k = layout.memo["cuda"]
+    if "packed" not in layout.memo:
+        layout.memo["packed"] = _packed_index(layout, query.device)
+    cu_q, cu_k, max_q, max_k, index_q, index_k = layout.memo["packed"]
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], D) for x in (query, key, value))
     if index_q is not None:
         q = q.index_select(0, index_q)
     if index_k is not None:
         k, v = k.index_select(0, index_k), v.index_select(0, index_k)
-    left = -1 if layout.window is None else layout.window - 1
-    window = (left, 0 if layout.causal else left)
-    grouped: dict[str, Any] = {"enable_gqa": True} if _takes_enable_gqa() and key.shape[1] != H else {}
-    run: Callable[..., torch.Tensor] = varlen_attn  # type: ignore[assignment]  # a tuple only if return_aux is given
-    out = run(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, **grouped)
+    out = kernel(q, k, v, cu_q, cu_k, max_q, max_k)
     if index_q is None:
         return out.view(B, S, H, D)
     return out.new_zeros(B * S, H, D).index_copy(0, index_q, out).view(B, S, H, D)

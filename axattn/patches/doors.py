@@ -13,8 +13,10 @@ import torch
 
 from axattn import names
 from axattn.door import Door
+from axattn.flash_guard import rules_of
 from axattn.guard import standing_reasons
 from axattn.patches.patchset import PatchSet
+from axattn.patches.routes import calls_interface
 
 
 def add_doors(
@@ -38,16 +40,26 @@ def add_doors(
         if len(inside) == 1 and hands_on(type(module).forward, inside[0]):
             continue
         name = native.get(id(module.config), native.get(id(model.config)))
+        flash = name is not None and names.is_flash(name)
         door = Door(
             _positional(type(module).forward),
             native=name,
             standing=name is not None and bool(standing_reasons(module)),
+            flash=rules_of(module) if flash else None,
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
             position_planes=_planes(module.config),
             shares_keys=bool(getattr(module.config, "num_kv_shared_layers", 0)),
         )
         patches.add_handle(module.register_forward_pre_hook(door.enter, with_kwargs=True, prepend=True))
         patches.add_handle(module.register_forward_hook(door.leave, always_call=True))
+        first = next((inner for inner in module.modules() if _is_attention(inner)), None)
+        if flash and first is not None:
+            patches.add_handle(first.register_forward_pre_hook(door.reached, with_kwargs=True))
+
+
+def _is_attention(module: torch.nn.Module) -> bool:
+    cls: Any = type(module)
+    return calls_interface(cls)
 
 
 def native_name(name: str | None, default: str | None) -> str | None:
@@ -66,8 +78,8 @@ def _positional(forward: Any) -> tuple[str, ...]:
 
 READ = frozenset(
     {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
-    | {"output_attentions"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    | {"output_attentions", "token_type_ids", "mm_token_type_ids"}
 )
 """The inputs that a door reads."""
 

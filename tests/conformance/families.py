@@ -72,7 +72,13 @@ def _t5(**given: Any) -> Any:
 
 
 def _gemma4(**given: Any) -> Any:
-    own = {"head_dim": 8, "global_head_dim": 16, "sliding_window": 5, "layer_types": LAYERS * 2, "num_hidden_layers": 4}
+    own = {
+        "head_dim": 8,
+        "global_head_dim": 512,
+        "sliding_window": 5,
+        "layer_types": LAYERS * 2,
+        "num_hidden_layers": 4,
+    }
     own |= {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8}
     return _of(tf.AutoModelForCausalLM, tf.Gemma4TextConfig(**{**SMALL, **own, **given}))
 

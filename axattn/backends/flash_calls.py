@@ -1,0 +1,93 @@
+"""Direct calls of FlashAttention 2, 3 and 4, for plans in which only some layers run on one of them.
+
+Where a whole model runs on a flash name Transformers calls the kernel itself; its one process-wide slot for flash
+functions would be re-imported at every switch between layers, so mixed plans come here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from axattn.backends.spans import one_head_dim, packed_call
+from axattn.call import AttentionCall
+from axattn.layouts import Layout, Span
+from axattn.masks import LazyMask
+
+_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
+
+
+@functools.cache
+def varlen_function(version: int) -> Callable[..., Any]:
+    """``flash_attn_varlen_func`` of one FlashAttention generation.
+
+    Raises:
+        ImportError: the package is absent or broken (the planner has checked that it is there).
+    """
+    function: Callable[..., Any] = importlib.import_module(_MODULES[version]).flash_attn_varlen_func
+    return function
+
+
+def flash_2(call: AttentionCall) -> torch.Tensor:
+    """FlashAttention 2; returns ``[B, S, H, Dv]``."""
+    return _call(call, 2, {"dropout_p": call.dropout, **_softcap(call)}, unlimited=-1)
+
+
+def flash_3(call: AttentionCall) -> torch.Tensor:
+    """FlashAttention 3; returns ``[B, S, H, Dv]``."""
+    return _call(call, 3, _softcap(call), unlimited=-1)
+
+
+def flash_4(call: AttentionCall) -> torch.Tensor:
+    """FlashAttention 4 (``flash_attn.cute``); returns ``[B, S, H, Dv]``."""
+    options = _softcap(call)
+    if call.sinks is not None:
+        options["learnable_sink"] = call.sinks.to(call.query.dtype)
+    return _call(call, 4, options, unlimited=None)
+
+
+def _softcap(call: AttentionCall) -> dict[str, Any]:
+    return {} if call.softcap is None else {"softcap": call.softcap}
+
+
+def _call(call: AttentionCall, version: int, options: dict[str, Any], unlimited: int | None) -> torch.Tensor:
+    layout = layout_of(call)
+    function = varlen_function(version)
+    left = unlimited if layout.window is None else layout.window - 1
+    window = (left, (unlimited if layout.window is None else 0) if layout.causal else left)
+
+    def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
+        out = function(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=max_q,
+            max_seqlen_k=max_k,
+            softmax_scale=call.scale,
+            causal=layout.causal,
+            window_size=window,
+            **options,
+        )
+        first: torch.Tensor = out[0] if isinstance(out, tuple) else out  # FlashAttention 4 returns (out, logsumexp)
+        return first
+
+    query, key, value = one_head_dim(call.query, call.key, call.value)
+    return packed_call(query, key, value, layout, kernel)[..., : call.value.shape[-1]]
+
+
+def layout_of(call: AttentionCall) -> Layout:
+    """The spans of a call: its mask's, or whole rows where there is no mask."""
+    if isinstance(call.mask, LazyMask):
+        layout = call.mask.layout()
+        assert layout is not None  # `Need.dense_mask` has sent every other mask elsewhere
+        return layout
+    assert call.mask is None
+    B, _, S, _ = call.query.shape
+    T = call.key.shape[2]
+    return Layout((Span(0, B, 0, S, 0, T),), call.causal and S > 1, call.window, B, S, T)

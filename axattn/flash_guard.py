@@ -1,0 +1,137 @@
+"""What Transformers' flash path drops in silence, and the refusal of it. Pure checks over a call's inputs.
+
+That path never sees the mask function: documents, image blocks and positions reach the kernel by other ways, or not at
+all. Measured on transformers 5.17 and 5.23, over strict fakes of the kernels.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.segments import Segments
+
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_KINDS = ("token_type_ids", "mm_token_type_ids")
+_ADVICE = 'Use attn_implementation="varlen" or "auto".'
+
+
+@dataclass(frozen=True)
+class FlashRules:
+    """What of a model its flash path can't be given.
+
+    Attributes:
+        windowed: some layers have a sliding window.
+        overlays: its mask is more than causal and windowed where ``token_type_ids`` say so (image blocks).
+    """
+
+    windowed: bool
+    overlays: bool
+
+
+def rules_of(module: torch.nn.Module) -> FlashRules:
+    """Read them from a model's config and source."""
+    config: Any = module.config
+    text = config.get_text_config()
+    windows = [getattr(c, name, None) for c in (config, text) for name in ("sliding_window", "local_attention")]
+    source = sys.modules.get(type(module).__module__)
+    mentions = source is not None and "block_sequence_ids" in _source(source.__name__)
+    takes = set(inspect.signature(type(module).forward).parameters) & set(_KINDS)
+    return FlashRules(any(isinstance(window, int) and window > 0 for window in windows), bool(mentions and takes))
+
+
+@functools.cache
+def _source(module: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):
+        return ""
+
+
+def require_served(native: str, module: torch.nn.Module, inputs: dict[str, Any], rules: FlashRules) -> None:
+    """Raise for inputs whose meaning the flash path would drop.
+
+    Raises:
+        UnsupportedAttentionError: image blocks, or padding with holes in front of a sliding window.
+    """
+    reasons = []
+    if rules.overlays:
+        kinds = [inputs[name] for name in _KINDS if isinstance(inputs.get(name), torch.Tensor)]
+        if any(bool(given.any()) for given in kinds):
+            text = "tokens of an image attend to each other both ways, and the flash path is causal throughout"
+            reasons.append(Reason("dense_mask", text))
+    mask = inputs.get("attention_mask")
+    if rules.windowed and isinstance(mask, torch.Tensor) and mask.ndim == 2 and _has_holes(mask):
+        text = "padding between real tokens: the flash path takes it out, and the window then reaches too far"
+        reasons.append(Reason("padding", text))
+    if reasons:
+        raise UnsupportedAttentionError(f"{native} can't serve this batch", reasons, _ADVICE)
+
+
+def _has_holes(mask: torch.Tensor) -> bool:
+    real = (mask != 0).to(torch.int32)
+    span = real.shape[-1] - real.argmax(-1) - real.flip(-1).argmax(-1)
+    return bool(((real.sum(-1) > 0) & (real.sum(-1) != span)).any())
+
+
+@functools.cache
+def passes_keywords(cls: Any) -> bool:
+    """Whether an attention class hands its ``**kwargs`` on to the attention function (read in its source)."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "attention_interface"]
+    return bool(found) and all(any(kw.arg is None for kw in call.keywords) for call in found)
+
+
+def require_reached(native: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise unless the description of the documents has reached this attention module of a packed forward.
+
+    Raises:
+        UnsupportedAttentionError: it has not, so they would leak (ModernBERT, Llama 4; transformers 5.23).
+    """
+    lengths = all(kwargs.get(name) is not None for name in _LENGTHS)
+    given = lengths or isinstance(kwargs.get("position_ids"), torch.Tensor)
+    cls: Any = type(module)
+    if not (given and passes_keywords(cls)):
+        raise UnsupportedAttentionError(
+            f"packed rows would leak on {native}",
+            [Reason("segments", f"neither position_ids nor cu_seq_lens reach {cls.__name__}")],
+            _ADVICE,
+        )
+
+
+def packed_reasons(native: str, inputs: dict[str, Any], segments: Segments) -> list[Reason]:
+    """Why packed rows would leak: right with all four lengths, or with one row whose documents start alike."""
+    lengths = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    given = [name for name in lengths if inputs.get(name) is not None]
+    if len(given) == len(lengths):
+        return []
+    reasons = []
+    if given:
+        absent = ", ".join(name for name in lengths if name not in given)
+        reasons.append(Reason("segments", f"Transformers reads the lengths only when all are given; missing: {absent}"))
+    if segments.rows > 1:
+        reasons.append(Reason("segments", "Transformers' flash path separates documents only when there is one row"))
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, torch.Tensor):
+        reasons.append(Reason("segments", "neither cu_seq_lens nor position_ids reach the kernel"))
+    elif segments.rows == 1:
+        flat = positions.reshape(-1)
+        starts = [int(flat[at]) for at in segments.boundaries[0][:-1]]
+        if len(set(starts)) > 1:
+            reasons.append(Reason("segments", "documents start at different positions, which the flash path merges"))
+    if not reasons and native == "flash_attention_4":
+        text = "it wants its longest document as an int, and gets a tensor unless max_length_q and _k are given"
+        reasons.append(Reason("segments", text))
+    return reasons

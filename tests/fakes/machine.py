@@ -1,0 +1,74 @@
+"""Pretends that this machine has a Hopper GPU with flash kernels: strict fakes stand in, tensors stay on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import transformers.modeling_flash_attention_utils as fa
+from transformers import PreTrainedModel
+
+from axattn import backends
+from axattn.backends import flash_calls
+from axattn.environment import Environment
+from tests.environments import machine
+from tests.fakes import flash
+
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+@contextlib.contextmanager
+def hopper(*installed: str) -> Iterator[Environment]:
+    """A Hopper machine with these flash kernels, as fakes that also serve float32 (see `tests.fakes.flash`)."""
+    keys = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3", "flash_attention_4": "flash_attn_4"}
+    absent: dict[str, Any] = {key: None for name, key in keys.items() if name not in installed}
+    environment = machine("cuda", 90, **absent)
+    with pytest.MonkeyPatch.context() as patch, flash.sharp():
+        _modules(patch, installed)
+        for number in (2, 3, 4):
+            there = f"flash_attention_{number}" in installed
+            patch.setattr(fa, f"is_flash_attn_{number}_available", lambda *_, there=there, **__: there)
+        patch.setattr(fa, "_loaded_implementation", None)
+        patch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
+        patch.setattr(Environment, "current", classmethod(lambda cls: environment))
+        real = backends.get
+
+        def widened(name: str) -> Any:
+            found = real(name)
+            if name not in FLASH:
+                return found
+            served = found.capability
+            here = {"devices": served.devices | {"cpu"}, "dtypes": served.dtypes | {"float32"}}
+            return dataclasses.replace(found, capability=dataclasses.replace(served, **here))
+
+        patch.setattr(backends, "get", widened)
+        flash_calls.varlen_function.cache_clear()
+        flash.calls.clear()
+        try:
+            yield environment
+        finally:
+            flash_calls.varlen_function.cache_clear()
+
+
+def _modules(patch: pytest.MonkeyPatch, installed: tuple[str, ...]) -> None:
+    def module(name: str, source: Any) -> None:
+        made = types.ModuleType(name)
+        for key in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "__version__"):
+            if hasattr(source, key):
+                setattr(made, key, getattr(source, key))
+        patch.setitem(sys.modules, name, made)
+
+    if "flash_attention_2" in installed or "flash_attention_4" in installed:
+        module("flash_attn", flash.FlashAttention2 if "flash_attention_2" in installed else object)
+        padding = types.ModuleType("flash_attn.bert_padding")
+        padding.pad_input, padding.unpad_input = fa._pad_input, fa._unpad_input  # type: ignore[attr-defined]
+        patch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    if "flash_attention_3" in installed:
+        module("flash_attn_interface", flash.FlashAttention3)
+    if "flash_attention_4" in installed:
+        module("flash_attn.cute", flash.FlashAttention4)

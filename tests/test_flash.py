@@ -1,0 +1,198 @@
+"""Flash kernels over strict fakes: the fakes' limits, the direct adapters, plans in which only some layers use them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import axattn
+from axattn import flash_guard
+from axattn.backends import flash_calls
+from axattn.call import AttentionCall
+from axattn.errors import UnsupportedAttentionError
+from axattn.masking import lazy_mask
+from tests.conformance.families import FAMILIES
+from tests.fakes import flash
+from tests.fakes.machine import FLASH, hopper
+from tests.models import alone, build, positions, tokens
+
+FAKES = {2: flash.FlashAttention2, 3: flash.FlashAttention3, 4: flash.FlashAttention4}
+
+
+def inputs(dtype: torch.dtype = torch.bfloat16, dim: int = 16) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(10, heads, dim, dtype=dtype) for heads in (4, 2, 2)]
+
+
+def lengths(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def run(version: int, q: Any, k: Any, v: Any, cu: Any = None, longest: Any = 6, **options: Any) -> Any:
+    cu = lengths(0, 4, 10) if cu is None else cu
+    return FAKES[version].flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, **options
+    )
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_the_fakes_refuse_what_the_kernels_refuse(version: int) -> None:
+    run(version, *inputs())
+    with pytest.raises(RuntimeError, match="fp16 and bf16"):
+        run(version, *inputs(torch.float32))
+    with pytest.raises(RuntimeError, match="head dimension"):
+        run(version, *inputs(dim=264))
+    with pytest.raises(RuntimeError, match="head dimension"):
+        run(version, *inputs(dim=12))
+    q, k, v = inputs()
+    with pytest.raises(RuntimeError, match="same head dimension"):
+        run(version, q, k, v[..., :8])
+    with pytest.raises(RuntimeError, match="int32"):
+        run(version, *inputs(), cu=torch.tensor([0, 4, 10]))
+    with pytest.raises(RuntimeError, match="longer than max_seqlen"):
+        run(version, *inputs(), longest=5)
+    with pytest.raises(RuntimeError, match="out-of-bounds"):
+        run(version, *inputs(), cu=lengths(0, 4, 11), longest=7)
+
+
+@pytest.mark.parametrize(
+    ("version", "keyword"), [(2, "learnable_sink"), (3, "dropout_p"), (3, "s_aux"), (4, "dropout_p")]
+)
+def test_the_fakes_take_no_keyword_that_the_kernels_lack(version: int, keyword: str) -> None:
+    with pytest.raises(TypeError, match=keyword):
+        run(version, *inputs(), **{keyword: 0.1})
+
+
+def test_the_fake_of_flash_attention_4_returns_a_pair_and_wants_ints() -> None:
+    out, lse = run(4, *inputs())
+    assert out.shape == (10, 4, 16)
+    assert lse is None
+    with pytest.raises(TypeError, match="int"):
+        run(4, *inputs(), longest=torch.tensor(6))
+    with pytest.raises(TypeError, match="bfloat16"):
+        run(4, *inputs(), learnable_sink=torch.zeros(4))
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("case", ["plain", "padded", "decode", "no mask", "value dim"])
+def test_the_direct_adapters_compute_the_mask_they_are_given(
+    version: int, window: int | None, causal: bool, case: str
+) -> None:
+    if case == "decode" and not causal:
+        pytest.skip("only causal models decode")
+    torch.manual_seed(0)
+    S, T = (2, 6) if case == "decode" else (6, 6)
+    dim = 8 if case == "value dim" else 16
+    q, k, v = torch.randn(2, 4, S, 16), torch.randn(2, 2, T, 16), torch.randn(2, 2, T, dim)
+    rule = flash_mask(causal, window)
+    padding = torch.ones(2, T, dtype=torch.bool)
+    padding[1, :2] = case != "padded"
+    mask = None if case == "no mask" else lazy_mask(2, S, T, T - S, 0, rule, padding, device="cpu")
+    call = AttentionCall(torch.nn.Identity(), q, k, v, mask, causal, window, 0.3, 0.0, 2.0, None, None, {})
+    distance = torch.arange(T - S, T)[:, None] - torch.arange(T)
+    seen = (distance >= 0) if causal else torch.ones_like(distance, dtype=torch.bool)
+    seen = seen if window is None else seen & (distance.abs() < window)
+    logits = torch.einsum("bhsd,bhtd->bhst", q, k.repeat_interleave(2, 1)) * 0.3
+    logits = (2.0 * torch.tanh(logits / 2.0)).masked_fill(~(seen & padding[:, None, None]), -1e9)
+    expected = torch.einsum("bhst,bhtd->bshd", logits.softmax(-1), v.repeat_interleave(2, 1))
+    with hopper(f"flash_attention_{version}"):
+        found = getattr(flash_calls, f"flash_{version}")(call)
+        assert flash.calls == [f"flash_attention_{version}"]
+    real = padding[:, T - S :]
+    assert torch.allclose(found[real], expected[real], atol=1e-5)
+
+
+def flash_mask(causal: bool, window: int | None) -> Any:
+    from transformers import masking_utils as mu
+
+    if causal:
+        return mu.causal_mask_function if window is None else mu.sliding_window_causal_mask_function(window)
+    return (
+        mu.bidirectional_mask_function if window is None else mu.sliding_window_bidirectional_mask_function(window - 1)
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FLASH)
+def test_gemma_4_runs_its_sliding_layers_on_flash_and_its_global_ones_on_the_next_exact_kernel(name: str) -> None:
+    with hopper(name):
+        with pytest.raises(UnsupportedAttentionError, match="head_dim=512"):
+            axattn.apply(FAMILIES["gemma4"].make(), name)
+        model = axattn.apply(FAMILIES["gemma4"].make(), name, on_unsupported="route")
+        found = model(tokens(1, 18), position_ids=positions((7, 11)), use_cache=False).logits
+        kinds = [model.config.layer_types[i] for i in range(4)]
+        wanted = {"sliding_attention": name, "full_attention": "varlen"}
+        layers = axattn.status(model).layers
+        assert [layer.planned for layer in layers] == [wanted[kind] for kind in kinds]
+        assert [set(layer.served) for layer in layers] == [{wanted[kind]} for kind in kinds]
+        assert set(flash.calls) == {name}
+    expected = alone(FAMILIES["gemma4"].make(), tokens(1, 18), (7, 11))
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@torch.no_grad()
+def test_a_mixed_plan_says_so_once_and_is_data(caplog: pytest.LogCaptureFixture) -> None:
+    with hopper("flash_attention_2") as environment:
+        config = FAMILIES["gemma4"].make().config
+        found = axattn.plan(config, "flash_attention_2", on_unsupported="route", environment=environment)
+    assert found.running == {"": "auto"}
+    assert found.asked == {"": "flash_attention_2"}
+    assert found.orders[""] == ("flash_attention_2", "varlen", "sdpa", "eager")
+    assert [entry.chosen for entry in found.layers] == ["flash_attention_2", "varlen"] * 2
+    assert "can't serve every layer" in str(found)
+    assert "head_dim=512 (flash_attention_2 serves up to 256)" in str(found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FLASH)
+def test_a_call_that_flash_can_not_serve_is_routed_in_a_mixed_plan(name: str) -> None:
+    """float64 reaches no flash kernel, fake or not; the order of the plan says what comes next."""
+    with hopper(name):
+        model = axattn.apply(FAMILIES["gemma4"].make().double(), name, on_unsupported="route")
+        model(tokens(1, 8))
+        assert {kernel for layer in axattn.status(model).layers for kernel in layer.served} == {"varlen"}
+
+
+def test_latent_attention_is_planned_on_flash_with_its_wider_head_dim() -> None:
+    with hopper("flash_attention_2") as environment:
+        config = build("deepseek_v3").config
+        plan = axattn.plan(config, "flash_attention_2", environment=environment)
+        assert plan.running == {"": "flash_attention_2"}
+
+
+@pytest.mark.parametrize(
+    ("mask", "holes"),
+    [
+        ([[1, 1, 1, 1]], False),
+        ([[0, 0, 1, 1]], False),
+        ([[1, 1, 0, 0]], False),
+        ([[0, 1, 1, 0]], False),
+        ([[0, 0, 0, 0]], False),
+        ([[1, 0, 1, 1]], True),
+        ([[1, 1, 1, 1], [0, 1, 0, 1]], True),
+    ],
+)
+def test_padding_between_real_tokens_is_seen(mask: list[list[int]], holes: bool) -> None:
+    assert flash_guard._has_holes(torch.tensor(mask)) is holes
+
+
+def test_which_attention_classes_pass_their_keywords_on() -> None:
+    model = build("llama")
+    assert flash_guard.passes_keywords(type(model.model.layers[0].self_attn))
+    assert not flash_guard.passes_keywords(torch.nn.Linear)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "part"), [("modernbert", "reach ModernBertAttention"), ("llama", "there is one row")]
+)
+def test_packed_rows_that_the_flash_path_would_leak_are_refused(family: str, part: str) -> None:
+    with hopper("flash_attention_2"):
+        model = axattn.apply(FAMILIES[family].make(), "flash_attention_2")
+        rows = 2 if family == "llama" else 1
+        with pytest.raises(UnsupportedAttentionError, match=part):
+            model(tokens(rows, 10), position_ids=positions(*[(4, 6)] * rows))
