@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from axattn import door
+from axattn.backends.base import keep_nan
 from axattn.call import AttentionCall
 from axattn.capability import Need
 from axattn.errors import Reason, UnsupportedAttentionError
@@ -107,7 +108,7 @@ def attend(
                     out = _sdpa(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=True)
                 else:
                     out = _sdpa(query, key, value, None, 0.0, causal, scale=scale)
-                return out.transpose(1, 2), None
+                return (keep_nan(out.transpose(1, 2), query) if torch.is_grad_enabled() else out.transpose(1, 2)), None
     sparse = False
     for keyword, given in kwargs.items():
         if given is None or keyword in SERVED or keyword in HARMLESS:

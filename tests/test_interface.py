@@ -15,6 +15,7 @@ from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
 from axattn.patterns import known
 from axattn.routes import ATTRIBUTE, Route
+from axattn.segments import Segments
 from tests.models import build, tokens
 
 
@@ -367,3 +368,52 @@ def test_attention_weights_asked_for_in_the_config_are_not_forgotten() -> None:
         model(tokens(1, 8))
     axattn.apply(model, "auto")
     assert [a.shape for a in model(tokens(1, 8)).attentions] == [(1, 4, 8, 8)] * 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "shortcut", "padded", "packed", "window"])
+@pytest.mark.parametrize("tensor", ["query", "key", "value"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_wherever_it_is_seen(kind: str, tensor: str, value: float) -> None:
+    """Within a document a kernel may carry a NaN further, as eager does (0 x NaN); other documents never see it."""
+    module, at = Attention(), 3
+
+    def mask() -> LazyMask:
+        rule = mu.sliding_window_causal_mask_function(2) if kind == "window" else None
+        padding = torch.tensor([[0, 1, 1, 1, 1, 1]] * 2, dtype=torch.bool) if kind == "padded" else None
+        made = lazy_mask(2, 6, 6, 0, 0, rule or known().causal, padding, device="cpu")
+        if kind == "packed":
+            made = made.with_segments(Segments(((0, 2, 5, 6),) * 2, torch.device("cpu")))
+        made.guarded = True
+        return made
+
+    tensors = dict(zip(("query", "key", "value"), qkv(), strict=True))
+    if kind == "shortcut":
+        attend("varlen", module, *tensors.values(), mask())
+    clean = attend("varlen", module, *tensors.values(), mask())[0]
+    tensors[tensor][:, :, at] = value
+    found = attend("varlen", module, *tensors.values(), mask())[0].flatten(2)
+    seen = mask().dense()[0, 0]
+    hit = torch.arange(6) == at if tensor == "query" else seen[:, at]
+    assert not torch.isfinite(found[:, hit]).all(-1).any()
+    other = torch.tensor([0, 1, 5]) if kind == "packed" else torch.where(~hit)[0]
+    if kind == "packed" or tensor == "query":
+        assert torch.equal(found[:, other], clean.flatten(2)[:, other])
+
+
+def test_queries_that_see_nothing_harm_no_gradient() -> None:
+    seen = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    seen[1, :, 2] = False
+    padding = torch.ones(2, 6, dtype=torch.bool)
+    padding[1] = False
+    for mask in (
+        seen,
+        torch.zeros(2, 1, 6, 6).masked_fill(~seen, float("-inf")),
+        lazy_mask(2, 6, 6, 0, 0, None, padding),
+    ):
+        q, k, v = (x.requires_grad_() for x in qkv())
+        out = run(mask, inputs=[q, k, v])
+        assert torch.allclose(out[0], reference(q, k, v, is_causal=True)[0], atol=1e-5)
+        out[0].sum().backward()
+        for x in (q, k, v):
+            assert torch.isfinite(x.grad).all()
+            assert (x.grad[1] == 0).all()

@@ -66,6 +66,26 @@ class Backend:
         return self.capability if self.on is None else self.on(environment)
 
 
+def keep_nan(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """In training on a CPU: NaN where a query is not finite, as eager gives.
+
+    Torch's CPU flash kernel (2.13) gives 0 there: a ``q_proj`` that has diverged to NaN would train on in silence.
+    Without gradients this is not looked for; the result is then that of Transformers' own ``sdpa``.
+
+    Args:
+        out: ``[B, S, H, Dv]``.
+        query: ``[B, H, S, D]``.
+    """
+    import torch
+
+    if query.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return out
+    if torch.isfinite(query.detach().sum()):
+        return out
+    bad = ~torch.isfinite(query.detach()).all(-1).transpose(1, 2)[..., None]
+    return out + torch.zeros_like(bad, dtype=out.dtype).masked_fill(bad, float("nan"))
+
+
 def always_usable(environment: Environment) -> list[Reason]:
     """A probe with nothing to check beyond torch itself."""
     return [] if environment.has("torch") else [need_library("torch", "torch", environment, "pip install torch")]

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
+from axattn.backends.base import TORCH_KERNEL, Backend, always_usable, keep_nan
 from axattn.call import AttentionCall
 from axattn.masks import LazyMask
 
@@ -41,7 +41,7 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
         scale=call.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out.transpose(1, 2)
+    return keep_nan(out.transpose(1, 2), query)
 
 
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

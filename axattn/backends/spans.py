@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from axattn.backends import dense
+from axattn.backends.base import keep_nan
 from axattn.backends.tiles import attention_over_tiles
 from axattn.call import AttentionCall
 from axattn.layouts import Layout
@@ -22,7 +23,7 @@ def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
     value_dim = value.shape[-1]
     query, key, value = one_head_dim(query, key, value)
     if query.device.type == "cpu":
-        out = attention_over_tiles(query, key, value, layout, call.scale)
+        out = keep_nan(attention_over_tiles(query, key, value, layout, call.scale), query)
     elif query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
         out = _flash_varlen(query, key, value, layout, call.scale)
     else:
