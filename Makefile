@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 OLDEST_READY := $(OLDEST)/.ready
 OLDEST_TRANSFORMERS := 5.17.0
 
-.PHONY: demo test lint types unit oldest bench clean setup
+.PHONY: demo test lint types unit oldest conformance bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -29,7 +29,11 @@ unit: $(READY)
 # The oldest supported Transformers, laid over the same environment: every test that touches Transformers again.
 oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,registration.py segments.py masks.py interface.py door.py \
-	    loading.py needs.py planning.py training.py s2.py packing_models.py other_families.py) tests/e2e
+	    loading.py needs.py planning.py training.py s2.py flash.py compiled.py) tests/conformance tests/e2e
+
+# The whole matrix (`make test` runs a sample of it); writes docs/conformance.json and docs/conformance.md.
+conformance: $(READY)
+	$(BIN)/python -m tests.conformance --write
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run

@@ -14,7 +14,7 @@ from axattn import door, guard
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from axattn.patches.doors import hands_on
 from axattn.segments import Segments
-from tests.models import build, positions, tokens
+from tests.models import alone, build, positions, tokens
 
 PACKED = {"position_ids": positions((4, 6))}
 
@@ -283,3 +283,23 @@ def test_two_threads_do_not_see_each_others_documents(model: Any) -> None:
             door._slot.context = None
     assert found[0] is None
     assert torch.equal(found[1], expected)
+
+
+@torch.no_grad()
+def test_a_mask_of_document_numbers_keeps_documents_apart() -> None:
+    model = build("llama")
+    ids = tokens(1, 12)
+    expected = alone(model, ids[:, :10], (4, 6))
+    axattn.apply(model, "varlen")
+    numbers = torch.tensor([[1] * 4 + [2] * 6 + [0] * 2])
+    found = model(ids, attention_mask=numbers, position_ids=positions((4, 6, 2))).logits
+    assert torch.allclose(found[:, :10], expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_decoding_from_a_cache_that_a_packed_row_filled_is_refused() -> None:
+    model = build("llama")
+    axattn.apply(model, "varlen")
+    out = model(tokens(1, 21), position_ids=positions((7, 11, 3)), use_cache=True)
+    with pytest.raises(InvalidInputError, match="filled by a row of several documents"):
+        model(tokens(1, 1), past_key_values=out.past_key_values)

@@ -14,6 +14,7 @@ import transformers as tf
 import axattn
 from axattn.errors import AxattnError, BackendUnavailableError, UnknownAttentionError, UnsupportedAttentionError
 from axattn.registration import _tables
+from tests.conformance.families import FAMILIES
 from tests.models import CONFIGS, REFUSED, build, positions, tokens
 from tests.test_door import qwen_vl
 
@@ -293,3 +294,24 @@ def test_a_name_set_by_transformers_alone_still_keeps_documents_apart() -> None:
         found = model(tokens(1, 9), position_ids=positions((4, 5)), use_cache=True).logits
         alone = torch.cat([model(tokens(1, 9)[:, :4]).logits, model(tokens(1, 9)[:, 4:]).logits], 1)
     assert torch.allclose(found, alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_t5_whose_stacks_have_configs_of_their_own_really_runs_through_axattn() -> None:
+    model = FAMILIES["t5"].make()
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": tokens(2, 6, 3)}
+    before = {id(m.config): m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    with axattn.using(model, "eager"):
+        expected = model(**inputs).logits
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    axattn.apply(model, "auto")
+    assert torch.allclose(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    layers = axattn.status(model).layers
+    assert len(layers) == 6
+    assert all(layer.served for layer in layers)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False), written)
+    axattn.restore(model)
+    after = {id(m.config): m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    assert after == before
