@@ -24,7 +24,8 @@ from pydantic.json_schema import JsonSchemaValue
 from axattn import backends, names
 from axattn.environment import Environment
 from axattn.errors import AxattnError, InvalidConfigError, Reason
-from axattn.planning import Plan, require_available
+from axattn.planning import require_available
+from axattn.plans import Plan
 
 COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
 

@@ -12,13 +12,11 @@ import torch
 from axattn import door
 from axattn.backends.base import keep_nan
 from axattn.call import AttentionCall
+from axattn.call_masks import read_mask, with_keyword_segments
 from axattn.capability import Need
 from axattn.errors import Reason, UnsupportedAttentionError
-from axattn.masking import read_mask
 from axattn.masks import LazyMask
-from axattn.patterns import Pattern
 from axattn.routes import ATTRIBUTE, Route, route_of
-from axattn.segments import Segments, from_cu_seqlens, from_positions
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -125,7 +123,7 @@ def attend(
     if mask is not None and not isinstance(mask, LazyMask):
         mask = read_mask(mask, query, key, causal, kwargs.get("sliding_window"))
     if mask is None or (isinstance(mask, LazyMask) and not mask.guarded):
-        mask = _segments_from_keywords(mask, causal, query, key, kwargs)
+        mask = with_keyword_segments(mask, causal, query, key, kwargs)
     sinks = kwargs.get("s_aux")
     scaling = kwargs.get("scaling")
     call = AttentionCall(
@@ -271,45 +269,6 @@ def _one_dtype(
     else:
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def _segments_from_keywords(
-    mask: LazyMask | None, causal: bool, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
-) -> LazyMask | None:
-    """For models without a door, and for vision towers: documents from the call's own keywords."""
-    rows, length = query.shape[0], query.shape[2]
-    lengths, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if length != key.shape[2] or (mask is not None and mask.segments is not None):
-        return mask
-    segments: Segments | None = None
-    if lengths is not None:
-        segments = from_cu_seqlens(lengths, rows, length)
-    elif mask is not None and isinstance(positions, torch.Tensor) and positions.shape[-1] == length:
-        text = positions[0] if positions.ndim == 3 and positions.shape[0] == 4 else positions
-        if text.ndim == 2 and text.shape[0] in (1, rows):
-            padding = mask.padding
-            segments = from_positions(text, None if padding is None else padding[:, :length], rows, length)
-    if segments is None or not segments.packed:
-        return mask
-    if mask is not None:
-        return mask.with_segments(segments)
-    window = kwargs.get("sliding_window")
-    plain = LazyMask(
-        shape=(rows, 1, length, length),
-        pattern=Pattern(causal=causal, window=window),
-        segments=None,
-        padding=None,
-        materialise=lambda: _plain_rule(length, causal, window, query.device).expand(rows, 1, length, length),
-        device=query.device,
-    )
-    return plain.with_segments(segments)
-
-
-def _plain_rule(length: int, causal: bool, window: int | None, device: torch.device) -> torch.Tensor:
-    index = torch.arange(length, device=device)
-    distance = index[:, None] - index[None, :]
-    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return seen if window is None else seen & (distance.abs() < window)
 
 
 def _refuse_keyword(route: Route, keyword: str, given: Any) -> None:

@@ -23,7 +23,7 @@ from axattn.needs import (
 from axattn.patches.doors import add_doors, native_name
 from axattn.patches.patchset import PatchSet
 from axattn.patches.routes import add_routes, nested, set_names
-from axattn.planning import Plan
+from axattn.plans import Plan
 from axattn.registration import register
 from axattn.reporting import Status, read_status
 from axattn.routes import OnUnsupported

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from axattn import door
-from axattn.errors import InvalidInputError, Reason
 from axattn.masks import LazyMask
 from axattn.patterns import Pattern, known, recognise, recognise_traced
 from axattn.segments import Segments, from_positions
@@ -154,64 +153,6 @@ def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -
             _plain.clear()
         _plain[key] = mask
     return mask
-
-
-def read_mask(
-    mask: Any, query: torch.Tensor, key: torch.Tensor, causal: bool, window: int | None
-) -> LazyMask | torch.Tensor:
-    """A mask as it reached an attention function without having passed `lazy_mask`.
-
-    Args:
-        mask: 4-D ``[B|1, H|1, S|1, T]`` (bool: True attends; float: additive), 2-D ``[B, T]`` (nonzero: a real key;
-            the queries are the last keys), or a ``BlockMask`` of flex attention.
-        query: ``[B, H, S, D]``.
-        key: ``[B, Hkv, T, D]``.
-        causal: the rule that a 2-D mask is combined with.
-        window: likewise.
-
-    Returns:
-        The 4-D tensor, or a `LazyMask` for a 2-D mask.
-
-    Raises:
-        InvalidInputError: any other shape, dtype or type.
-    """
-    B, H, S, T = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
-    if not isinstance(mask, torch.Tensor):
-        if type(mask).__name__ == "BlockMask":
-            from torch.nn.attention.flex_attention import create_mask
-
-            if tuple(mask.seq_lengths) != (S, T):
-                reason = Reason("attention_mask", f"it is made for {mask.seq_lengths}, the call has ({S}, {T})")
-                raise InvalidInputError("this BlockMask can't be used", [reason], "Build it for these lengths.")
-            return create_mask(mask.mask_mod, B, H, S, T, device=query.device)
-        raise InvalidInputError(
-            f"attention_mask is a {type(mask).__name__}", advice="Give a 2-D mask, or a 4-D bool or float tensor."
-        )
-    reasons = []
-    legal: tuple[tuple[int, ...], ...] = ((1, B), (1, H), (1, S), (T,))
-    shown = f"[{B}|1, {H}|1, {S}|1, {T}]"
-    if mask.ndim == 2:
-        legal, shown = ((B,), (T,)), f"[{B}, {T}]"
-    if mask.ndim not in (2, 4) or any(size not in sizes for size, sizes in zip(mask.shape, legal, strict=True)):
-        reasons.append(Reason("attention_mask", f"shape {list(mask.shape)} is not {shown}"))
-    if mask.ndim != 2 and mask.dtype != torch.bool and not mask.is_floating_point():
-        reasons.append(Reason("attention_mask", f"dtype {str(mask.dtype).removeprefix('torch.')} is not bool or float"))
-    if reasons:
-        raise InvalidInputError("attention_mask can't be used", reasons, "A 2-D [B, T] mask of 0 and 1 is simplest.")
-    if mask.ndim == 4:
-        return mask
-    return lazy_mask(B, S, T, T - S, 0, _rule(causal, window), mask.to(torch.bool), device=query.device)
-
-
-def _rule(causal: bool, window: int | None) -> Callable[..., Any]:
-    from transformers import masking_utils as mu
-
-    rule: Callable[..., Any] = mu.causal_mask_function if causal else mu.bidirectional_mask_function
-    if window is not None and causal:
-        rule = mu.sliding_window_causal_mask_function(window)
-    elif window is not None:
-        rule = mu.sliding_window_bidirectional_mask_function(window - 1)
-    return rule
 
 
 def _segments(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from typing import Any
 
@@ -14,106 +13,8 @@ from axattn.capability import Need, missing
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError, UnsupportedAttentionError
 from axattn.needs import LayerNeed, ModelNeeds
+from axattn.plans import LayerPlan, Plan, Rejected
 from axattn.routes import OnUnsupported, candidates
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A kernel that a layer does not get, and every reason."""
-
-    backend: str
-    reasons: tuple[Reason, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
-    """What one layer gets.
-
-    Attributes:
-        layer: what it needs.
-        asked: the name asked for.
-        chosen: the backend it gets.
-        rejected: the faster or asked-for kernels it does not get.
-    """
-
-    layer: LayerNeed
-    asked: str
-    chosen: str
-    rejected: tuple[Rejected, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The plan of a model.
-
-    Attributes:
-        model: name of the model, for people.
-        environment: the machine it was made for.
-        asked: name by config path; None leaves Transformers' default there.
-        running: the name Transformers is given, by config path.
-        layers: a `LayerPlan` per attention layer.
-        orders: the backends that the layers of a config path may use, in order; empty where Transformers runs a name.
-        on_unsupported: the policy.
-        unknown: config paths that are checked call by call only.
-        notes: sentences for people.
-    """
-
-    model: str
-    environment: Environment
-    asked: Mapping[str, str | None]
-    running: Mapping[str, str | None]
-    layers: tuple[LayerPlan, ...]
-    on_unsupported: OnUnsupported
-    orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    unknown: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def groups(self) -> list[tuple[list[LayerPlan], LayerPlan]]:
-        """Layers that are alike but for their number, in order: (members, the first of them)."""
-        found: dict[Any, list[LayerPlan]] = {}
-        for entry in self.layers:
-            key = (entry.layer.path, entry.layer.kind, entry.layer.need, entry.asked, entry.chosen)
-            found.setdefault(key, []).append(entry)
-        return [(members, members[0]) for members in found.values()]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description."""
-        return {
-            "model": self.model,
-            "environment": self.environment.to_dict(),
-            "asked": dict(self.asked),
-            "running": dict(self.running),
-            "on_unsupported": self.on_unsupported,
-            "layers": [
-                {
-                    "layer": entry.layer.name,
-                    "kind": entry.layer.kind,
-                    "asked": entry.asked,
-                    "chosen": entry.chosen,
-                    "rejected": {r.backend: [reason.text for reason in r.reasons] for r in entry.rejected},
-                }
-                for entry in self.layers
-            ],
-            "unknown": list(self.unknown),
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        lines = [f"{self.model} on {self.environment.describe()}"]
-        for members, first in self.groups():
-            lines.append(f"  {_range(members)} {first.layer.kind}: {first.asked} → {first.chosen}")
-            for rejected in first.rejected:
-                lines.append(f"      not {rejected.backend}: {'; '.join(r.text for r in rejected.reasons)}")
-        lines += [f"  {path or 'model'}: checked call by call" for path in self.unknown]
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
-
-
-def _range(members: list[LayerPlan]) -> str:
-    numbers = [entry.layer.index for entry in members]
-    path = f"{members[0].layer.path} " if members[0].layer.path else ""
-    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{path}layers {numbers[0]}-{numbers[-1]}"
-    return f"{path}layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def resolve_names(value: names.AttentionNames, paths: tuple[str, ...]) -> dict[str, str | None]:

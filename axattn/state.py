@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from axattn.patches.patchset import PatchSet
-from axattn.planning import Plan
+from axattn.plans import Plan
 
 ATTRIBUTE = "_axattn_state"
 

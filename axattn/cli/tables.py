@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from axattn.planning import Plan
+from axattn.plans import Plan
 
 
 def plan_table(plan: Plan) -> Table:

@@ -12,7 +12,7 @@ import torch
 from axattn import names
 from axattn.needs import sub_configs
 from axattn.patches.patchset import PatchSet
-from axattn.planning import Plan
+from axattn.plans import Plan
 from axattn.routes import ATTRIBUTE, Route, candidates
 
 _INTERNAL = "_attn_implementation_internal"
