@@ -15,10 +15,10 @@ CAPABILITY = dataclasses.replace(
     softcap=True,
     sinks=True,
     weights=True,
-    notes={"": "on a CPU forward only: no gradient, no attention sinks, no decoding from a cache"},
+    notes={"": "on a CPU forward only: no gradient, no attention sinks, no chunks, no decoding from a cache"},
 )
-ON_CPU = dataclasses.replace(CAPABILITY, sinks=False, gradient=False, cross_lengths=False)
-"""Torch 2.13's CPU kernel: backward raises NotImplementedError, fewer queries than keys do not compile (C++ error);
+ON_CPU = dataclasses.replace(CAPABILITY, sinks=False, chunk=False, gradient=False, cross_lengths=False)
+"""Torch 2.13's CPU kernel: backward raises NotImplementedError; fewer queries than keys, and chunks, are C++ errors.
 Transformers 5.23 raises for attention sinks."""
 
 

@@ -48,7 +48,7 @@ def main() -> int:
     for name in ("backend", "family", "scenario"):
         parser.add_argument(f"--{name}", action="append", help="only this one (may be repeated)")
     parser.add_argument("--sampled", action="store_true", help="only the cells that `make test` runs")
-    parser.add_argument("--write", action="store_true", help="write docs/conformance.json and docs/conformance.md")
+    parser.add_argument("--write", action="store_true", help="write docs/conformance.{json,md}; a part goes in")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     asked = (arguments.backend, arguments.family, arguments.scenario)
@@ -58,9 +58,12 @@ def main() -> int:
         if all(not only or part in only for only, part in zip(asked, key, strict=True))
         and (not arguments.sampled or cells.sampled(key))
     ]
-    if arguments.write and len(keys) != len(list(cells.every_key())):
-        parser.error("--write needs the whole matrix")
     found: dict[tuple[str, str, str], cells.Cell] = {}
+    if arguments.write and report.RECORD.exists():
+        found = {(cell.backend, cell.family, cell.scenario): cell for cell in report.cells_of(report.load())}
+    absent = [key for key in cells.every_key() if key not in found and key not in keys]
+    if arguments.write and absent:
+        parser.error(f"the record lacks {len(absent)} cells that this run would not make: run the whole matrix")
     console = rich.console.Console()
     context = multiprocessing.get_context("fork")
     with context.Pool(arguments.processes, _prepare, maxtasksperchild=8) as pool, tqdm(total=len(keys)) as bar:
@@ -70,7 +73,7 @@ def main() -> int:
                 found[cell.backend, cell.family, cell.scenario] = cell
                 if cell.status == "wrong":
                     console.print(f"[red]wrong[/] {cell.backend} / {cell.family} / {cell.scenario}: {cell.detail}")
-    ordered = [found[key] for key in keys]
+    ordered = [found[key] for key in (cells.every_key() if arguments.write else keys)]
     recorded = report.record(ordered, _versions())
     table = rich.table.Table("name", "ok", "refused", "wrong")
     for backend, count in report.totals(recorded).items():

@@ -6,7 +6,7 @@ import collections
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.conformance.cells import BACKENDS, Cell
 from tests.conformance.families import FAMILIES
@@ -32,6 +32,18 @@ def record(cells: Iterable[Cell], versions: dict[str, str]) -> dict[str, Any]:
     return {"versions": versions, "refusals": reasons, "cells": found}
 
 
+def cells_of(recorded: dict[str, Any]) -> list[Cell]:
+    """The cells of a record (without their errors)."""
+    found = []
+    for backend, rows in recorded["cells"].items():
+        for scenario, row in rows.items():
+            for family, value in row.items():
+                kind = status(value)
+                detail = recorded["refusals"][value] if kind == "refused" else str(value).removeprefix("wrong: ")
+                found.append(Cell(backend, family, scenario, kind, detail="" if kind == "ok" else detail))
+    return found
+
+
 def load() -> dict[str, Any]:
     """The committed record."""
     read: dict[str, Any] = json.loads(RECORD.read_text())
@@ -52,7 +64,7 @@ def dump(recorded: dict[str, Any]) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def status(value: Any) -> str:
+def status(value: Any) -> Literal["ok", "refused", "wrong"]:
     """``ok``, ``refused`` or ``wrong`` of a recorded value."""
     if isinstance(value, int):
         return "refused"

@@ -30,6 +30,11 @@ def test_a_record_is_written_and_read_back() -> None:
     ]
     made = report.record(cells, {"torch": "2"})
     assert json.loads(report.dump(made)) == made
+    assert [(c.backend, c.family, c.status, c.detail) for c in report.cells_of(made)] == [
+        ("auto", "llama", "ok", ""),
+        ("sdpa", "llama", "refused", "because"),
+        ("sdpa", "gemma2", "wrong", "logits: 0.5"),
+    ]
     assert report.totals(made)["sdpa"] == {"refused": 1, "wrong": 1}
     assert "1: because" in report.render(made)
     assert "**1 wrong**" in report.render(made)
