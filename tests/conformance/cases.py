@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 import axattn
 from tests.conformance.families import FAMILIES, IMAGE, Family
@@ -81,6 +82,9 @@ class Case:
         """A fresh copy of the family's model on eager."""
         model = copy.deepcopy(_made(self.family.name, tuple(sorted(options.items()))))
         model.set_attn_implementation("eager")
+        for inner in model.modules():
+            if isinstance(inner, PreTrainedModel):  # T5's stacks have configs of their own
+                inner.config._attn_implementation = "eager"
         return model
 
     def candidate(self, **options: Any) -> Any:
