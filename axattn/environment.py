@@ -28,6 +28,7 @@ _DISTRIBUTIONS: dict[str, str] = {
     "triton": "triton",
     "nvidia_cutlass_dsl": "nvidia-cutlass-dsl",
     "quack_kernels": "quack-kernels",
+    "cuda_runtime_12": "nvidia-cuda-runtime-cu12",
 }
 _EXTRA_MODULES: dict[str, str] = {"flash_attn_3": "flash_attn_interface"}
 """Libraries that some builds ship as a bare module, with no distribution under the usual name."""

@@ -11,6 +11,7 @@ LIBRARIES = {
     "flash_attn_3": "3.0.0",
     "flash_attn_4": "4.0.0b36",
     "xformers": "0.0.35",
+    "cuda_runtime_12": "12.8.90",
     "sageattention": "1.0.6",
     "torchao": "0.18.0",
     "kernels": "0.18.3",

@@ -81,7 +81,7 @@ def test_a_machine_that_meets_all_requirements_is_accepted(name: str, environmen
     assert reasons_of(name, environment) == []
 
 
-@pytest.mark.parametrize("name", ["xformers", "sage", "fp8"])
+@pytest.mark.parametrize("name", ["sage", "fp8"])
 def test_a_kernel_without_an_adapter_is_refused_even_where_its_library_runs(name: str) -> None:
     (reason,) = reasons_of(name, HOPPER)
     assert "no adapter" in reason

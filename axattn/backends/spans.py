@@ -107,13 +107,22 @@ def _takes_enable_gqa() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
+def _in_order(layout: Layout) -> list[tuple[int, int, int, int, int]]:
+    """``(row, q0, q1, k0, k1)`` of each span and row, in the order of the flattened tokens."""
+    return sorted((row, s.q0, s.q1, s.k0, s.k1) for s in layout.spans for row in range(s.row0, s.row1))
+
+
+def span_lengths(layout: Layout) -> tuple[list[int], list[int]]:
+    """Queries and keys of each sequence, in the order in which `packed_call` lays them out."""
+    spans = _in_order(layout)
+    return [q1 - q0 for _, q0, q1, _, _ in spans], [k1 - k0 for *_, k0, k1 in spans]
+
+
 def _packed_index(
     layout: Layout, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None, torch.Tensor | None]:
     """cu_seqlens, max lengths and, where spans leave gaps, the flat indices of real queries and keys."""
-    spans = sorted(
-        (row, s.q0, s.q1, s.k0, s.k1) for s in layout.spans for row in range(s.row0, s.row1)
-    )  # in the order of the flattened tokens
+    spans = _in_order(layout)
     q_lengths = [q1 - q0 for _, q0, q1, _, _ in spans]
     k_lengths = [k1 - k0 for *_, k0, k1 in spans]
 

@@ -1,12 +1,28 @@
-"""``xformers``: what memory-efficient attention serves and needs."""
+"""``xformers``: memory-efficient attention, every call as one packed row with a block-diagonal bias.
+
+Nothing is left to the library's defaults: scale, dropout, causality (bottom-right, so that decoding is right), window
+and documents are all given; rows and padding become blocks, because the library's block-diagonal biases need batch 1.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
-from axattn.backends.pending import no_adapter
+from axattn.backends.flash_calls import layout_of
+from axattn.backends.spans import one_head_dim, packed_call, span_lengths
+from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.layouts import Layout
 
 _INSTALL = "pip install xformers"
 CAPABILITY = Capability(
@@ -15,23 +31,115 @@ CAPABILITY = Capability(
     max_head_dim=256,
     head_dim_multiple=8,
     value_dim_differs=True,
+    value_dim_padded=True,
     grouped_heads=True,
     causal=True,
     bidirectional=True,
     window=True,
+    chunk=True,
     dropout=True,
     padding=True,
     segments=True,
     cross_lengths=True,
     gradient=True,
+    notes={"window": "on encoders (both ways) one call a document"},
 )
 
 
+def xformers(call: AttentionCall) -> torch.Tensor:
+    """Memory-efficient attention; returns ``[B, S, H, Dv]``."""
+    memory_efficient_attention = _library().memory_efficient_attention
+    layout = layout_of(call)
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any) -> torch.Tensor:
+        q, k, v = grouped(q, k, v, gradient)
+        out: torch.Tensor = memory_efficient_attention(q, k, v, attn_bias=bias, p=call.dropout, scale=call.scale)
+        return out.flatten(2, -2)[0]
+
+    def kernel(q: Any, k: Any, v: Any, *_: Any) -> torch.Tensor:
+        q, k, v = q[None], k[None], v[None]
+        if layout.causal or layout.window is None:
+            if "xformers" not in layout.memo:
+                layout.memo["xformers"] = block_diagonal(layout, call.query.device)
+            return run(q, k, v, layout.memo["xformers"])
+        blocks = _blocks(layout, q, k, v)
+        return torch.cat([run(q1, k1, v1, both_ways(layout)) for q1, k1, v1 in blocks])
+
+    query, key, value = one_head_dim(call.query, call.key, call.value)
+    return packed_call(query, key, value, layout, kernel)[..., : call.value.shape[-1]]
+
+
+def _library() -> Any:
+    """``xformers.ops``, with CUDA 12's runtime loaded before it where that is installed beside a torch for CUDA 13."""
+    if (torch.version.cuda or "").startswith("13") and "xformers.ops" not in sys.modules:
+        spec = importlib.util.find_spec("nvidia.cuda_runtime") if importlib.util.find_spec("nvidia") else None
+        for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+            library = Path(folder) / "lib" / "libcudart.so.12"
+            if library.exists():
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return importlib.import_module("xformers.ops")
+
+
+def grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``[1, tokens, H, D]`` with fewer KV heads, as the library takes them.
+
+    Its grouped form ``[1, tokens, Hkv, H / Hkv, D]`` has no backward, so keys and values are repeated in training.
+    """
+    heads, kv_heads = query.shape[2], key.shape[2]
+    if heads == kv_heads:
+        return query, key, value
+    group = heads // kv_heads
+    if gradient:
+        return query, key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
+    wide = [x[:, :, :, None].expand(*x.shape[:3], group, x.shape[3]) for x in (key, value)]
+    return query.reshape(1, -1, kv_heads, group, query.shape[3]), wide[0], wide[1]
+
+
+def block_diagonal(layout: Layout, device: torch.device) -> Any:
+    """The library's bias for the spans of a layout: causal ones are aligned bottom-right."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    q_lengths, k_lengths = span_lengths(layout)
+    bias = BlockDiagonalMask.from_seqlens(q_lengths, k_lengths, device=device)
+    if not layout.causal:
+        return bias
+    if layout.window is None:
+        return bias.make_causal_from_bottomright()
+    return bias.make_local_attention_from_bottomright(layout.window)
+
+
+def both_ways(layout: Layout) -> Any:
+    """The library's bias for one span of a bidirectional window; it has no block-diagonal form of it."""
+    from xformers.ops.fmha.attn_bias import LocalAttentionFromBottomRightMask
+
+    assert layout.window is not None
+    return LocalAttentionFromBottomRightMask(window_left=layout.window - 1, window_right=layout.window - 1)
+
+
+def _blocks(
+    layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The sequences, one by one."""
+    q_lengths, k_lengths = span_lengths(layout)
+    keys = zip(torch.split(k, k_lengths, 1), torch.split(v, k_lengths, 1), strict=True)
+    return [(query, *pair) for query, pair in zip(torch.split(q, q_lengths, 1), keys, strict=True)]
+
+
 def _probe(environment: Environment) -> list[Reason]:
-    reasons = [no_adapter("xformers")]
+    reasons: list[Reason] = []
     check_gpu(reasons, "xformers", environment, minimum_sm=70)
     check_library(reasons, "xformers", "xformers", environment, _INSTALL, "0.0.35")
+    if environment.has("xformers"):
+        if environment.has("flash_attn_4") and not environment.has("flash_attn"):
+            text = "with FlashAttention 4 but not 2 installed, xformers 0.0.35 raises when it is imported"
+            reasons.append(Reason("library", text, "pip uninstall flash-attn-4, or install flash-attn as well"))
+        if (environment.cuda or "").startswith("13") and not environment.has("cuda_runtime_12"):
+            text = "xformers is built for CUDA 12 and torch for 13: without CUDA 12's runtime it has no kernels"
+            reasons.append(Reason("library", text, "pip install nvidia-cuda-runtime-cu12"))
     return reasons
 
 
-BACKENDS = (Backend("xformers", "xformers memory-efficient attention", CAPABILITY, _probe, install=_INSTALL),)
+BACKENDS = (Backend("xformers", "xformers memory-efficient attention", CAPABILITY, _probe, xformers, install=_INSTALL),)

@@ -89,7 +89,7 @@ def render(recorded: dict[str, Any]) -> str:
         "Made by `make conformance` from `docs/conformance.json`; do not edit.",
         "",
         f"{len(FAMILIES)} tiny models, {len(SCENARIOS)} scenarios, {len(backends)} names and policies, on a CPU (where "
-        "flash kernels are strict fakes), with "
+        "kernels that need a GPU are strict fakes), with "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ". A cell is **ok** when outputs (and gradients, and generated tokens) equal Transformers' eager attention",
         "on each document alone, to 1e-5 relative (2e-5 for gradients, 6e-2 under bf16 autocast); **refused** when",

@@ -20,11 +20,12 @@ from tests.environments import machine
 from tests.fakes import flash
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+FAKED = (*FLASH, "xformers")
 
 
 @contextlib.contextmanager
 def hopper(*installed: str) -> Iterator[Environment]:
-    """A Hopper machine with these flash kernels, as fakes that also serve float32 (see `tests.fakes.flash`)."""
+    """A Hopper machine with these kernels, as fakes; those of flash also serve float32 (see `tests.fakes.flash`)."""
     keys = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3", "flash_attention_4": "flash_attn_4"}
     absent: dict[str, Any] = {key: None for name, key in keys.items() if name not in installed}
     environment = machine("cuda", 90, **absent)
@@ -40,7 +41,7 @@ def hopper(*installed: str) -> Iterator[Environment]:
 
         def widened(name: str) -> Any:
             found = real(name)
-            if name not in FLASH:
+            if name not in FAKED:
                 return found
             served = found.capability
             here = {"devices": served.devices | {"cpu"}, "dtypes": served.dtypes | {"float32"}}
@@ -49,6 +50,13 @@ def hopper(*installed: str) -> Iterator[Environment]:
         patch.setattr(backends, "get", widened)
         flash_calls.varlen_function.cache_clear()
         flash.calls.clear()
+        if "xformers" in installed:
+            import xformers.ops
+
+            from tests.fakes import xformers as fake
+
+            patch.setattr(xformers.ops, "memory_efficient_attention", fake.memory_efficient_attention)
+            fake.calls.clear()
         try:
             yield environment
         finally:
