@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 OLDEST_READY := $(OLDEST)/.ready
 OLDEST_TRANSFORMERS := 5.17.0
 
-.PHONY: demo test lint types unit oldest conformance bench clean setup
+.PHONY: demo test lint types unit oldest conformance docs bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -34,6 +34,10 @@ oldest: $(OLDEST_READY)
 # The whole matrix (`make test` runs a sample of it); writes docs/conformance.json and docs/conformance.md.
 conformance: $(READY)
 	$(BIN)/python -m tests.conformance --write
+
+# The pages that are made, not written.
+docs: $(READY)
+	$(BIN)/python -m axattn.features > docs/backends.md
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run

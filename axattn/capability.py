@@ -80,6 +80,7 @@ class Capability:
         head_dims: the only head dims served, or None for any up to `max_head_dim`.
         max_head_dim: largest head dim, None for no limit.
         head_dim_multiple: head dims must be a multiple of this.
+        head_dim_pairs: (query, value) head dims served although they are above `max_head_dim`.
         value_dim_differs: value heads may have another size than query heads.
         value_dim_padded: smaller value heads are widened to the query heads' size, so only that is checked.
         (others): True when the kernel honours the field of `Need` of that name.
@@ -91,6 +92,7 @@ class Capability:
     head_dims: frozenset[int] | None = None
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
+    head_dim_pairs: frozenset[tuple[int, int]] = frozenset()
     value_dim_differs: bool = False
     value_dim_padded: bool = False
     grouped_heads: bool = False
@@ -165,6 +167,7 @@ def missing(need: Need, capability: Capability, name: str = "this kernel") -> li
 def _missing_head_dims(need: Need, capability: Capability, name: str) -> list[Reason]:
     reasons: list[Reason] = []
     value_dim = need.head_dim if need.value_dim is None else need.value_dim
+    paired = (need.head_dim, value_dim) in capability.head_dim_pairs
     for label, dim in (("head_dim", need.head_dim), ("value_dim", need.value_dim)):
         if dim is None or (label == "value_dim" and dim == need.head_dim):
             continue
@@ -173,7 +176,7 @@ def _missing_head_dims(need: Need, capability: Capability, name: str) -> list[Re
         if capability.head_dims is not None and dim not in capability.head_dims:
             served = ", ".join(str(d) for d in sorted(capability.head_dims))
             reasons.append(Reason(label, f"{label}={dim} ({name} serves {served})"))
-        elif capability.max_head_dim is not None and dim > capability.max_head_dim:
+        elif capability.max_head_dim is not None and dim > capability.max_head_dim and not paired:
             reasons.append(Reason(label, f"{label}={dim} ({name} serves up to {capability.max_head_dim})"))
         elif dim % capability.head_dim_multiple:
             reasons.append(Reason(label, f"{label}={dim} ({name} serves multiples of {capability.head_dim_multiple})"))

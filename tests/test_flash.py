@@ -9,11 +9,13 @@ import torch
 
 import axattn
 from axattn import flash_guard
-from axattn.backends import flash_calls
+from axattn.backends import flash_calls, get
 from axattn.call import AttentionCall
+from axattn.capability import Need, missing
 from axattn.errors import UnsupportedAttentionError
 from axattn.masking import lazy_mask
 from tests.conformance.families import FAMILIES
+from tests.environments import AMPERE, BLACKWELL, HOPPER
 from tests.fakes import flash
 from tests.fakes.machine import FLASH, hopper
 from tests.models import alone, build, positions, tokens
@@ -196,3 +198,30 @@ def test_packed_rows_that_the_flash_path_would_leak_are_refused(family: str, par
         rows = 2 if family == "llama" else 1
         with pytest.raises(UnsupportedAttentionError, match=part):
             model(tokens(rows, 10), position_ids=positions(*[(4, 6)] * rows))
+
+
+@pytest.mark.parametrize(
+    ("environment", "head_dim", "value_dim", "served"),
+    [
+        (HOPPER, 256, 256, True),
+        (HOPPER, 192, 128, True),
+        (HOPPER, 264, 264, False),
+        (BLACKWELL, 128, 128, True),
+        (BLACKWELL, 256, 256, True),
+        (BLACKWELL, 192, 192, False),
+        (BLACKWELL, 192, 128, False),
+        (BLACKWELL, 136, 136, False),
+    ],
+)
+def test_head_dims_of_flash_attention_4_by_architecture(
+    environment: Any, head_dim: int, value_dim: int, served: bool
+) -> None:
+    need = Need(head_dim=head_dim, value_dim=value_dim, heads=8, kv_heads=8)
+    assert (missing(need, get("flash_attention_4").capability_on(environment)) == []) is served
+
+
+def test_flash_attention_3_is_for_hopper_alone() -> None:
+    probe = get("flash_attention_3").probe
+    assert probe(HOPPER) == []
+    assert "built for Hopper" in probe(BLACKWELL)[0].text
+    assert "needs sm90" in probe(AMPERE)[0].text

@@ -47,6 +47,9 @@ def _probe_2(environment: Environment) -> list[Reason]:
 def _probe_3(environment: Environment) -> list[Reason]:
     reasons: list[Reason] = []
     check_gpu(reasons, "flash_attention_3", environment, minimum_sm=90)
+    if environment.sm is not None and environment.sm >= 100:
+        text = f"{environment.gpu or 'the GPU'} is sm{environment.sm}, and flash_attention_3 is built for Hopper (sm90)"
+        reasons.append(Reason("gpu", text, "flash_attention_4"))
     check_library(reasons, "flash_attn_3", "flash-attn-3", environment, _INSTALL[3])
     return reasons
 
@@ -56,6 +59,16 @@ def _probe_4(environment: Environment) -> list[Reason]:
     check_gpu(reasons, "flash_attention_4", environment, minimum_sm=90)
     check_library(reasons, "flash_attn_4", "flash-attn-4", environment, _INSTALL[4])
     return reasons
+
+
+FOUR = dataclasses.replace(_COMMON, sinks=True)
+FOUR_ON_BLACKWELL = dataclasses.replace(FOUR, max_head_dim=128, head_dim_pairs=frozenset({(256, 256)}))
+"""flash-attn-4 4.0.0b36 on sm100 and sm110: up to 128, and 256 for both. (192, 128) too, but Transformers widens values
+to the query heads' size, and (192, 192) is not among them."""
+
+
+def _capability_4(environment: Environment) -> Capability:
+    return FOUR_ON_BLACKWELL if environment.sm in (100, 103, 110) else FOUR
 
 
 BACKENDS = (
@@ -73,9 +86,10 @@ BACKENDS = (
     Backend(
         "flash_attention_4",
         "FlashAttention 4, run by Transformers",
-        dataclasses.replace(_COMMON, sinks=True),
+        FOUR,
         _probe_4,
         flash_4,
         install=_INSTALL[4],
+        on=_capability_4,
     ),
 )

@@ -14,7 +14,6 @@ CAPABILITY = dataclasses.replace(
     TORCH_KERNEL,
     softcap=True,
     sinks=True,
-    weights=True,
     notes={"": "on a CPU forward only: no gradient, no attention sinks, no chunks, no decoding from a cache"},
 )
 ON_CPU = dataclasses.replace(CAPABILITY, sinks=False, chunk=False, gradient=False, cross_lengths=False)

@@ -1,0 +1,117 @@
+"""What every kernel serves and needs, as a Markdown page made of the records that the planner reads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from axattn import backends
+from axattn.backends.base import Backend
+from axattn.capability import Capability
+from axattn.environment import Environment
+
+_MACHINES: tuple[tuple[str, Environment], ...] = (
+    ("CPU", Environment("cpu")),
+    ("Turing (sm75)", Environment("cuda", (7, 5), cuda="12.8")),
+    ("Ampere (sm80)", Environment("cuda", (8, 0), cuda="12.8")),
+    ("Ada (sm89)", Environment("cuda", (8, 9), cuda="12.8")),
+    ("Hopper (sm90)", Environment("cuda", (9, 0), cuda="12.8")),
+    ("Blackwell (sm100)", Environment("cuda", (10, 0), cuda="12.8")),
+    ("ROCm 6", Environment("rocm", rocm="6.2")),
+)
+_LABELS = {
+    "value_dim_differs": "value heads of another size",
+    "value_dim_padded": "(widened to the query heads')",
+    "grouped_heads": "grouped heads (GQA, MQA)",
+    "causal": "causal",
+    "bidirectional": "bidirectional",
+    "window": "sliding window",
+    "chunk": "chunked attention (Llama 4)",
+    "softcap": "softcap (Gemma 2)",
+    "sinks": "attention sinks (gpt-oss)",
+    "bias": "position bias (T5)",
+    "sparse": "sparse indices (DeepSeek-V3.2)",
+    "dropout": "attention dropout",
+    "dense_mask": "any 4-D mask",
+    "padding": "padding",
+    "holes": "padding between real tokens",
+    "segments": "packed documents",
+    "cross_lengths": "decoding, cross-attention",
+    "gradient": "gradient",
+    "weights": "attention weights",
+    "traced": "inside `torch.compile`, packed",
+}
+
+
+def page() -> str:
+    """The page, ``docs/backends.md``."""
+    found = [backends.get(name) for name in backends.builtin_names()]
+    lines = ["# Kernels", "", "Made by `make docs` from the capability records in `axattn/backends/`; do not edit.", ""]
+    lines += ["## What each serves", "", *_table("feature", found, _features(found)), ""]
+    lines += ["## Where each runs, with its library installed", "", *_table("machine", found, _machines(found)), ""]
+    lines += ["## Install, and what to know", ""]
+    for backend in found:
+        notes = [f"{key}: {text}" if key else text for key, text in backend.capability.notes.items()]
+        install = f" Install: `{backend.install}`." if backend.install else ""
+        shown = f" Notes: {'; '.join(notes)}." if notes else ""
+        lines.append(f"- **`{backend.name}`**: {backend.summary}.{install}{shown}")
+    return "\n".join(lines) + "\n"
+
+
+def _table(first: str, found: list[Backend], rows: list[tuple[str, list[str]]]) -> list[str]:
+    head = [f"| {first} | " + " | ".join(f"`{backend.name}`" for backend in found) + " |"]
+    return [*head, "|---|" + "---|" * len(found), *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows)]
+
+
+def _features(found: list[Backend]) -> list[tuple[str, list[str]]]:
+    records = [backend.capability for backend in found]
+    rows = [("exact", [_mark(record.exactness == "exact") for record in records])]
+    rows.append(("dtypes", [", ".join(sorted(_short(name) for name in record.dtypes)) for record in records]))
+    rows.append(("head dims", [_head_dims(record) for record in records]))
+    for name in records[0].features():
+        rows.append((_LABELS[name], [_mark(record.features()[name]) for record in records]))
+    return rows
+
+
+def _machines(found: list[Backend]) -> list[tuple[str, list[str]]]:
+    rows = []
+    for label, machine in _MACHINES:
+        cells = []
+        for backend in found:
+            here = dataclasses.replace(machine, libraries=_EVERYTHING)
+            fits = machine.torch_device in backend.capability.devices
+            ruled_out = [reason for reason in backend.probe(here) if reason.feature in ("gpu", "version")]
+            cells.append(_mark(fits and not ruled_out))
+        rows.append((label, cells))
+    return rows
+
+
+_EVERYTHING = {
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "flash_attn": "2.8.3",
+    "flash_attn_3": "3.0.0",
+    "fa3_fwd": "0.0.3",
+    "flash_attn_4": "4.0.0",
+    "xformers": "0.0.35",
+    "sageattention": "1.0.6",
+    "torchao": "0.18.0",
+}
+
+
+def _mark(served: bool) -> str:
+    return "yes" if served else "-"
+
+
+def _short(dtype: str) -> str:
+    return dtype.replace("bfloat", "bf").replace("float", "fp")
+
+
+def _head_dims(record: Capability) -> str:
+    if record.head_dims is not None:
+        return ", ".join(str(size) for size in sorted(record.head_dims))
+    limit = "any" if record.max_head_dim is None else f"up to {record.max_head_dim}"
+    return limit if record.head_dim_multiple == 1 else f"{limit}, multiples of {record.head_dim_multiple}"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

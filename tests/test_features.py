@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from axattn import backends, features
+from axattn.capability import Capability
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends.md"
+
+
+def test_the_page_of_kernels_is_made_of_their_records() -> None:
+    assert PAGE.read_text() == features.page(), "stale: run `make docs`"
+
+
+def test_every_feature_has_a_row_and_every_kernel_a_column() -> None:
+    assert set(features._LABELS) == set(Capability().features())
+    page = features.page()
+    assert all(f"**`{name}`**" in page for name in backends.builtin_names())
+
+
+def test_what_the_page_says_of_some_kernels() -> None:
+    rows = {line.split(" | ")[0].strip("| "): line for line in features.page().splitlines() if line.startswith("| ")}
+    columns = rows["feature"].split(" | ")
+    at = {name.strip("` |"): i for i, name in enumerate(columns)}
+    assert rows["attention sinks (gpt-oss)"].split(" | ")[at["flash_attention_4"]].strip(" |") == "yes"
+    assert rows["attention sinks (gpt-oss)"].split(" | ")[at["flash_attention_2"]] == "-"
+    assert rows["Turing (sm75)"].split(" | ")[at["flash_attention_2"]] == "-"
+    assert rows["Hopper (sm90)"].split(" | ")[at["flash_attention_4"]].strip(" |") == "yes"
+    assert rows["exact"].split(" | ")[at["sage"]] == "-"
