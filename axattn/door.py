@@ -90,8 +90,11 @@ class Door:
         self.standing = standing
         self.flash = flash
 
-    def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook (``with_kwargs=True``)."""
+    def enter(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook (``with_kwargs=True``). Changes the inputs in one case: packed rows on a flash name get the
+        lengths of their documents, which Transformers' flash path reads at any batch size."""
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
         if self.shares_keys:
             guard.require_gradients_of_shared_keys(module)
@@ -115,18 +118,21 @@ class Door:
             and not _is_packed(get("past_key_values"))
             and (seen[0] is seen[1] is seen[2] is seen[3] is None)
         ):
-            return  # an inner model with nothing to read: the outer door has looked, and its context holds
+            return None  # an inner model with nothing to read: the outer door has looked, and its context holds
         if outer is not None and _same(seen, outer.seen):
             segments, shape = outer.segments, outer.shape
         else:
             segments, shape = self._read(module, inputs, seen, outer)
         _slot.context = Context(segments, shape, bool(weights), seen, self, outer)
+        if self.flash is not None and self.flash.takes_lengths and isinstance(segments, Segments):
+            return args, {**kwargs, **flash_guard.lengths_of(segments)}
+        return None
 
     def reached(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of an attention module on a flash name: have the documents come this far?"""
         context = _slot.context
-        if context is not None and context.segments is not None and self.native is not None:
-            flash_guard.require_reached(self.native, module, kwargs)
+        if context is not None and isinstance(context.segments, Segments) and self.native is not None:
+            flash_guard.require_reached(self.native, module, kwargs, context.segments)
 
     def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Forward hook (``always_call=True``): also runs when the forward raised."""
@@ -276,7 +282,8 @@ class Door:
                 "Pass past_key_values=None, or one document a row.",
             )
         if self.native is not None:
-            guard.require_no_leak(self.native, module, inputs, segments, mask)
+            follow = self.flash is not None and self.flash.takes_lengths
+            guard.require_no_leak(self.native, module, inputs, segments, mask, lengths_follow=follow)
 
 
 def _is_packed(cache: Any) -> bool:

@@ -12,6 +12,7 @@ import inspect
 import sys
 import textwrap
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ class FlashRules:
     Attributes:
         windowed: some layers have a sliding window.
         overlays: its mask is more than causal and windowed where ``token_type_ids`` say so (image blocks).
+        takes_lengths: its forward takes ``cu_seq_lens_*`` and ``max_length_*``, so the door can add them.
     """
 
     windowed: bool
     overlays: bool
+    takes_lengths: bool
 
 
 def rules_of(module: torch.nn.Module) -> FlashRules:
@@ -44,8 +47,13 @@ def rules_of(module: torch.nn.Module) -> FlashRules:
     windows = [getattr(c, name, None) for c in (config, text) for name in ("sliding_window", "local_attention")]
     source = sys.modules.get(type(module).__module__)
     mentions = source is not None and "block_sequence_ids" in _source(source.__name__)
-    takes = set(inspect.signature(type(module).forward).parameters) & set(_KINDS)
-    return FlashRules(any(isinstance(window, int) and window > 0 for window in windows), bool(mentions and takes))
+    parameters = inspect.signature(type(module).forward).parameters
+    takes = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return FlashRules(
+        windowed=any(isinstance(window, int) and window > 0 for window in windows),
+        overlays=mentions and bool(set(parameters) & set(_KINDS)),
+        takes_lengths=takes or set(_LENGTHS) <= set(parameters),
+    )
 
 
 @functools.cache
@@ -94,32 +102,51 @@ def passes_keywords(cls: Any) -> bool:
     return bool(found) and all(any(kw.arg is None for kw in call.keywords) for call in found)
 
 
-def require_reached(native: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+def require_reached(native: str, module: torch.nn.Module, kwargs: dict[str, Any], segments: Segments) -> None:
     """Raise unless the description of the documents has reached this attention module of a packed forward.
 
     Raises:
         UnsupportedAttentionError: it has not, so they would leak (ModernBERT, Llama 4; transformers 5.23).
     """
-    lengths = all(kwargs.get(name) is not None for name in _LENGTHS)
-    given = lengths or isinstance(kwargs.get("position_ids"), torch.Tensor)
     cls: Any = type(module)
-    if not (given and passes_keywords(cls)):
+    lengths = all(kwargs.get(name) is not None for name in _LENGTHS)
+    if not passes_keywords(cls) or not (lengths or not packed_reasons(native, kwargs, segments)):
         raise UnsupportedAttentionError(
             f"packed rows would leak on {native}",
-            [Reason("segments", f"neither position_ids nor cu_seq_lens reach {cls.__name__}")],
+            [Reason("segments", f"the lengths of the documents do not reach {cls.__name__}")],
             _ADVICE,
         )
 
 
-def packed_reasons(native: str, inputs: dict[str, Any], segments: Segments) -> list[Reason]:
-    """Why packed rows would leak: right with all four lengths, or with one row whose documents start alike."""
-    lengths = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    given = [name for name in lengths if inputs.get(name) is not None]
-    if len(given) == len(lengths):
+def lengths_of(segments: Segments) -> dict[str, Any]:
+    """The four keywords that describe documents to Transformers' flash path; int maxima, as FlashAttention 4 wants."""
+    longest = max(b - a for row in segments.boundaries for a, b in pairwise(row))
+    edges = segments.cu_seqlens
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+
+
+def packed_reasons(
+    native: str, inputs: dict[str, Any], segments: Segments, *, lengths_follow: bool = False
+) -> list[Reason]:
+    """Why packed rows would leak: right with all four lengths, or with one row whose documents start alike.
+
+    Args:
+        native: the flash name.
+        inputs: of the forward.
+        segments: the documents.
+        lengths_follow: the door adds the lengths to the inputs.
+    """
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool((mask != 0).all()):
+        return [
+            Reason("padding", "with padding the flash path reads the mask, and the lengths of the documents no more")
+        ]
+    given = [name for name in _LENGTHS if inputs.get(name) is not None]
+    if lengths_follow or len(given) == len(_LENGTHS):
         return []
     reasons = []
     if given:
-        absent = ", ".join(name for name in lengths if name not in given)
+        absent = ", ".join(name for name in _LENGTHS if name not in given)
         reasons.append(Reason("segments", f"Transformers reads the lengths only when all are given; missing: {absent}"))
     if segments.rows > 1:
         reasons.append(Reason("segments", "Transformers' flash path separates documents only when there is one row"))

@@ -22,15 +22,29 @@ _MASK_BUILDERS = ("create_causal_mask", "create_sliding_window_causal_mask", "cr
 
 
 def require_no_leak(
-    native: str, module: torch.nn.Module, inputs: dict[str, Any], segments: Segments, mask: torch.Tensor | None
+    native: str,
+    module: torch.nn.Module,
+    inputs: dict[str, Any],
+    segments: Segments,
+    mask: torch.Tensor | None,
+    *,
+    lengths_follow: bool = False,
 ) -> None:
     """Raise unless Transformers keeps the documents of this call apart on `native`.
+
+    Args:
+        native: the native name.
+        module: the model.
+        inputs: of its forward.
+        segments: the documents.
+        mask: the 2-D mask, or None.
+        lengths_follow: on a flash name: the door adds the lengths of the documents to the inputs.
 
     Raises:
         UnsupportedAttentionError: with every reason, and the names that are right.
     """
     reasons = (
-        flash_guard.packed_reasons(native, inputs, segments)
+        flash_guard.packed_reasons(native, inputs, segments, lengths_follow=lengths_follow)
         if names.is_flash(native)
         else _mask_reasons(module, inputs, mask)
     )

@@ -14,6 +14,7 @@ from axattn.call import AttentionCall
 from axattn.capability import Need, missing
 from axattn.errors import UnsupportedAttentionError
 from axattn.masking import lazy_mask
+from axattn.segments import Segments
 from tests.conformance.families import FAMILIES
 from tests.environments import AMPERE, BLACKWELL, HOPPER
 from tests.fakes import flash
@@ -188,16 +189,40 @@ def test_which_attention_classes_pass_their_keywords_on() -> None:
     assert not flash_guard.passes_keywords(torch.nn.Linear)
 
 
+def test_documents_that_do_not_reach_the_attention_module_are_refused() -> None:
+    segments = Segments(((0, 4, 10),), torch.device("cpu"))
+    attention = build("llama").model.layers[0].self_attn
+    where = {"position_ids": positions((4, 6))}
+    flash_guard.require_reached("flash_attention_2", attention, where, segments)
+    flash_guard.require_reached("flash_attention_4", attention, flash_guard.lengths_of(segments), segments)
+    for name, module, kwargs in (
+        ("flash_attention_2", attention, {}),
+        ("flash_attention_4", attention, where),  # a tensor for an int
+        ("flash_attention_2", torch.nn.Linear(2, 2), where),  # does not hand them on
+    ):
+        with pytest.raises(UnsupportedAttentionError, match="do not reach"):
+            flash_guard.require_reached(name, module, kwargs, segments)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("family", "part"), [("modernbert", "reach ModernBertAttention"), ("llama", "there is one row")]
-)
-def test_packed_rows_that_the_flash_path_would_leak_are_refused(family: str, part: str) -> None:
-    with hopper("flash_attention_2"):
-        model = axattn.apply(FAMILIES[family].make(), "flash_attention_2")
-        rows = 2 if family == "llama" else 1
-        with pytest.raises(UnsupportedAttentionError, match=part):
-            model(tokens(rows, 10), position_ids=positions(*[(4, 6)] * rows))
+@pytest.mark.parametrize("name", FLASH)
+def test_the_door_gives_the_flash_path_the_lengths_of_the_documents(name: str) -> None:
+    """Transformers reads positions only when there is one row, and hands FlashAttention 4 a tensor for an int."""
+    ids, rows = tokens(2, 21), ((7, 11, 3), (5, 16))
+    expected = torch.cat([alone(build("mistral"), ids[i : i + 1], rows[i]) for i in range(2)])
+    with hopper(name):
+        model = axattn.apply(build("mistral"), name)
+        found = model(ids, position_ids=positions(*rows), use_cache=False).logits
+        assert torch.allclose(found, expected, atol=1e-4)
+        partly = {"cu_seq_lens_q": lengths(0, 7, 18, 21, 26, 42)}
+        assert torch.allclose(model(ids, position_ids=positions(*rows), **partly).logits, expected, atol=1e-4)
+        mask = torch.ones_like(ids)
+        assert torch.allclose(
+            model(ids, attention_mask=mask, position_ids=positions(*rows)).logits, expected, atol=1e-4
+        )
+        mask[0, -1] = 0
+        with pytest.raises(UnsupportedAttentionError, match="with padding the flash path reads the mask"):
+            model(ids, attention_mask=mask, position_ids=positions(*rows))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AttentionMaskInterface
 
-from axattn import door, guard, interface, layouts, masking, masks, traced
+from axattn import door, flash_guard, guard, interface, layouts, masking, masks, traced
 from axattn.backends import eager, spans
 from axattn.call import AttentionCall
 from axattn.segments import Segments
@@ -212,6 +212,12 @@ def documents_are_forgotten_in_compiled_graphs(patch: Patch) -> None:
 @fault("sdpa", "llama", "packed, cache on by default")
 def the_guard_of_native_names_is_off(patch: Patch) -> None:
     patch.setattr(guard, "require_no_leak", lambda *given: None)
+
+
+@fault("flash_attention_2", "llama", "packed, many rows")
+def the_flash_path_gets_no_lengths(patch: Patch) -> None:
+    patch.setattr(flash_guard, "lengths_of", lambda segments: {})
+    patch.setattr(flash_guard, "require_reached", lambda *given: None)
 
 
 @fault("eager", "llama", "own 4-D bool mask")
