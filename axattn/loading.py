@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,11 +25,14 @@ from axattn.needs import (
 from axattn.patches.doors import add_doors, native_name
 from axattn.patches.patchset import PatchSet
 from axattn.patches.routes import add_routes, nested, set_names
-from axattn.plans import Plan
+from axattn.plans import Plan, Policy
 from axattn.registration import register
 from axattn.reporting import Status, read_status
 from axattn.routes import OnUnsupported
 from axattn.state import ATTRIBUTE, State, state_of, transformers_model
+
+logger = logging.getLogger("axattn")
+_said: set[str] = set()
 
 _HUB_KEYWORDS = (
     "cache_dir",
@@ -48,6 +53,7 @@ def from_pretrained(
     attn_implementation: names.AttentionNames | None = "auto",
     model_class: Any = None,
     on_unsupported: OnUnsupported = "raise",
+    upgrade_flash: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Load a Transformers model whose attention runs on the kernel named, or refuse before the weights load.
@@ -60,6 +66,9 @@ def from_pretrained(
         model_class: any Auto class or model class; None takes the class that the checkpoint names in
             ``architectures``, else ``AutoModelForCausalLM``.
         on_unsupported: ``"raise"``, or ``"route"``: layers that the kernel can't serve run on the next exact one.
+        upgrade_flash: ``flash_attention_2`` runs as ``flash_attention_4`` on Hopper and Blackwell where that is
+            installed and serves every layer; it is said, and `status` keeps both names. ``AXATTN_NO_FA4=1`` turns it
+            off.
         **kwargs: everything that ``from_pretrained`` of the model class takes.
 
     Returns:
@@ -71,12 +80,11 @@ def from_pretrained(
         UnsupportedAttentionError: the model or one of its layers needs what the kernel lacks.
     """
     value = names.canonicalise_all("auto" if attn_implementation is None else attn_implementation)
-    _check_policy(on_unsupported)
     register()
     config, kwargs = _load_config(pretrained_model_name_or_path, kwargs)
     cls = _resolve_class(model_class, config)
     allow = bool(kwargs.get("allow_all_kernels", False))
-    decided = _decide(config, _concrete_class(cls, config), value, on_unsupported, allow)
+    decided = _decide(config, _concrete_class(cls, config), value, _policy(on_unsupported, allow, upgrade_flash))
     config._attn_implementation = None  # a name inside config.json would beat the argument (Transformers 5.23)
     native = {path: name for path, name in decided.running.items() if name is not None and names.is_native(name)}
     if native:
@@ -93,6 +101,7 @@ def apply(
     *,
     on_unsupported: OnUnsupported = "raise",
     allow_all_kernels: bool = False,
+    upgrade_flash: bool = True,
 ) -> torch.nn.Module:
     """Put a loaded model on the kernel named. What an earlier `apply` did is undone first.
 
@@ -101,6 +110,7 @@ def apply(
         attn_implementation: as for `from_pretrained`.
         on_unsupported: as for `from_pretrained`.
         allow_all_kernels: as for Transformers: hub kernels from any publisher, at any revision.
+        upgrade_flash: as for `from_pretrained`.
 
     Returns:
         `model`.
@@ -109,10 +119,10 @@ def apply(
         AxattnError: as for `from_pretrained`; the model is then as it was.
     """
     value = names.canonicalise_all(attn_implementation)
-    _check_policy(on_unsupported)
     register()
     base = transformers_model(model)
-    decided = _decide(base.config, type(base), value, on_unsupported, allow_all_kernels)
+    policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash)
+    decided = _decide(base.config, type(base), value, policy)
     before = state_of(base)
     restore(base)
     try:
@@ -142,10 +152,17 @@ def using(
     *,
     on_unsupported: OnUnsupported = "raise",
     allow_all_kernels: bool = False,
+    upgrade_flash: bool = True,
 ) -> Iterator[torch.nn.Module]:
     """`apply` for the length of a ``with`` block; the model then runs on what it ran on before."""
     before = state_of(model)
-    apply(model, attn_implementation, on_unsupported=on_unsupported, allow_all_kernels=allow_all_kernels)
+    apply(
+        model,
+        attn_implementation,
+        on_unsupported=on_unsupported,
+        allow_all_kernels=allow_all_kernels,
+        upgrade_flash=upgrade_flash,
+    )
     try:
         yield model
     finally:
@@ -161,6 +178,7 @@ def plan(
     environment: Environment | None = None,
     on_unsupported: OnUnsupported = "raise",
     allow_all_kernels: bool = False,
+    upgrade_flash: bool = True,
     **kwargs: Any,
 ) -> Plan:
     """What `from_pretrained` or `apply` would do: which kernel each layer gets, and why not the others.
@@ -171,13 +189,14 @@ def plan(
         environment: the machine; this one when None.
         on_unsupported: as for `from_pretrained`.
         allow_all_kernels: as for `from_pretrained`.
+        upgrade_flash: as for `from_pretrained`.
         **kwargs: for ``AutoConfig.from_pretrained``.
 
     Raises:
         AxattnError: as for `from_pretrained`.
     """
     value = names.canonicalise_all(attn_implementation)
-    _check_policy(on_unsupported)
+    policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash)
     if isinstance(model, torch.nn.Module):
         base = transformers_model(model)
         config: Any = base.config
@@ -188,7 +207,7 @@ def plan(
     else:
         config, _ = _load_config(model, kwargs)
         cls = _concrete_class(_resolve_class(None, config), config)
-    return _decide(config, cls, value, on_unsupported, allow_all_kernels, environment)
+    return _decide(config, cls, value, policy, environment)
 
 
 def status(model: torch.nn.Module) -> Status:
@@ -196,9 +215,11 @@ def status(model: torch.nn.Module) -> Status:
     return read_status(transformers_model(model))
 
 
-def _check_policy(on_unsupported: str) -> None:
+def _policy(on_unsupported: OnUnsupported, allow_all_kernels: bool, upgrade_flash: bool) -> Policy:
     if on_unsupported not in ("raise", "route"):
         raise ValueError(f'on_unsupported={on_unsupported!r} is neither "raise" nor "route"')
+    kept = os.environ.get("AXATTN_NO_FA4", "").lower() in ("1", "true", "yes")
+    return Policy(on_unsupported, allow_all_kernels, upgrade_flash and not kept)
 
 
 def _load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -243,8 +264,7 @@ def _decide(
     config: Any,
     cls: type | None,
     value: names.AttentionNames,
-    on_unsupported: OnUnsupported,
-    allow_all_kernels: bool,
+    policy: Policy,
     environment: Environment | None = None,
 ) -> Plan:
     """The plan, after the model's classes are known to run through Transformers' attention interface."""
@@ -258,9 +278,7 @@ def _decide(
         if reasons:
             advice = 'Use attn_implementation="auto", or "eager".'
             raise UnsupportedAttentionError(f"{name} can't serve {needs.model}", reasons, advice)
-    return planning.plan(
-        needs, value, environment or Environment.current(), on_unsupported, allow_all_kernels=allow_all_kernels
-    )
+    return planning.plan(needs, value, environment or Environment.current(), policy)
 
 
 def _require_interface(model: str, classes: list[type | None]) -> None:
@@ -287,6 +305,10 @@ def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, 
         if isinstance(m, PreTrainedModel) and path_of.get(id(m.config), "") not in native_paths
     ]
     _require_interface(decided.model, [type(module) for module in inner])
+    for note in decided.notes:
+        if note not in _said:
+            _said.add(note)
+            logger.warning("axattn: %s", note)
     with PatchSet() as patches:
         state = State(decided, patches, value, allow_all_kernels)
         patches.set_attribute(model, ATTRIBUTE, state)

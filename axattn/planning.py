@@ -13,8 +13,8 @@ from axattn.capability import Need, missing
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError, UnsupportedAttentionError
 from axattn.needs import LayerNeed, ModelNeeds
-from axattn.plans import LayerPlan, Plan, Rejected
-from axattn.routes import OnUnsupported, candidates
+from axattn.plans import LayerPlan, Plan, Policy, Rejected
+from axattn.routes import candidates
 
 
 def resolve_names(value: names.AttentionNames, paths: tuple[str, ...]) -> dict[str, str | None]:
@@ -54,9 +54,7 @@ def plan(
     needs: ModelNeeds,
     value: names.AttentionNames,
     environment: Environment,
-    on_unsupported: OnUnsupported = "raise",
-    *,
-    allow_all_kernels: bool = False,
+    policy: Policy,
 ) -> Plan:
     """Decide for every layer which kernel it gets.
 
@@ -64,8 +62,7 @@ def plan(
         needs: what the model asks for.
         value: canonical name, or dict of names by sub-config.
         environment: the machine.
-        on_unsupported: ``"raise"``, or ``"route"`` to the next exact kernel; ``auto`` always routes.
-        allow_all_kernels: hub kernels outside ``kernels-community`` may run.
+        policy: what the user allows.
 
     Raises:
         UnknownAttentionError: a key of the dict is no sub-config.
@@ -82,12 +79,18 @@ def plan(
         if name is None:
             running[path] = None
             continue
-        running[path], planned, orders[path] = _plan_path(
-            needs.model, path, name, mine, environment, on_unsupported, allow_all_kernels, notes
-        )
+        running[path], planned, orders[path] = _plan_path(needs.model, path, name, mine, environment, policy, notes)
         layers += planned
     return Plan(
-        needs.model, environment, asked, running, tuple(layers), on_unsupported, orders, needs.unknown, tuple(notes)
+        needs.model,
+        environment,
+        asked,
+        running,
+        tuple(layers),
+        policy.on_unsupported,
+        orders,
+        needs.unknown,
+        tuple(notes),
     )
 
 
@@ -147,19 +150,26 @@ def _plan_path(
     name: str,
     layers: list[LayerNeed],
     environment: Environment,
-    on_unsupported: OnUnsupported,
-    allow_all_kernels: bool,
+    policy: Policy,
     notes: list[str],
 ) -> tuple[str, list[LayerPlan], tuple[str, ...]]:
     """The name that Transformers is given, a plan per layer, and the backends that the layers may use."""
-    route = name == "auto" or on_unsupported == "route"
+    route = name == "auto" or policy.on_unsupported == "route"
+    upgraded = _upgraded(name, layers, environment) if policy.upgrade_flash else None
+    if upgraded is not None:
+        where = path or "the model"
+        notes.append(
+            f"flash_attention_2 → flash_attention_4 for {where}: {environment.describe()} runs it and it serves every "
+            "layer (AXATTN_NO_FA4=1 or upgrade_flash=False keeps flash_attention_2)"
+        )
+        return "flash_attention_4", upgraded, ()
     try:
-        require_available(name, environment, allow_all_kernels=allow_all_kernels)
+        require_available(name, environment, allow_all_kernels=policy.allow_all_kernels)
     except BackendUnavailableError as error:
         if not route or name in ("s2",):
             raise
         notes.append(f"{name} → auto for {path or 'the model'}: {error}")
-        return _plan_path(model, path, "auto", layers, environment, "route", allow_all_kernels, notes)
+        return _plan_path(model, path, "auto", layers, environment, policy, notes)
     if names.is_native(name):
         planned = _plan_layers(layers, name, (name,), environment)
         failed = [entry for entry in planned if not entry.chosen]
@@ -173,12 +183,22 @@ def _plan_path(
         return "auto", _plan_layers(layers, name, order, environment), order
     if name == "s2":
         _require_llama(model, path, layers)
-    order = candidates(name, on_unsupported)
+    order = candidates(name, policy.on_unsupported)
     planned = _plan_layers(layers, name, order, environment)
     failed = [entry for entry in planned if not entry.chosen]
     if failed:
         raise _unsupported(model, name, failed)
     return name, planned, order
+
+
+def _upgraded(name: str, layers: list[LayerNeed], environment: Environment) -> list[LayerPlan] | None:
+    """The plan of ``flash_attention_2`` on FlashAttention 4; None unless the machine and every known layer allow it."""
+    if name != "flash_attention_2" or not layers or (environment.sm or 0) < 90:
+        return None
+    if backend_of("flash_attention_4").probe(environment):
+        return None
+    planned = _plan_layers(layers, name, ("flash_attention_4",), environment)
+    return planned if all(entry.chosen for entry in planned) else None
 
 
 def _plan_layers(

@@ -13,6 +13,21 @@ from axattn.routes import OnUnsupported
 
 
 @dataclass(frozen=True, slots=True)
+class Policy:
+    """What a user allows.
+
+    Attributes:
+        on_unsupported: ``"raise"``, or ``"route"`` to the next exact kernel; ``auto`` always routes.
+        allow_all_kernels: hub kernels outside ``kernels-community``, and unpinned ones, may run.
+        upgrade_flash: ``flash_attention_2`` becomes ``flash_attention_4`` where the machine and every layer allow it.
+    """
+
+    on_unsupported: OnUnsupported = "raise"
+    allow_all_kernels: bool = False
+    upgrade_flash: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """A kernel that a layer does not get, and every reason."""
 

@@ -16,7 +16,7 @@ from axattn.errors import UnsupportedAttentionError
 from axattn.masking import lazy_mask
 from axattn.segments import Segments
 from tests.conformance.families import FAMILIES
-from tests.environments import AMPERE, BLACKWELL, HOPPER
+from tests.environments import AMPERE, BLACKWELL, HOPPER, machine
 from tests.fakes import flash
 from tests.fakes.machine import FLASH, hopper
 from tests.models import alone, build, positions, tokens
@@ -250,3 +250,45 @@ def test_flash_attention_3_is_for_hopper_alone() -> None:
     assert probe(HOPPER) == []
     assert "built for Hopper" in probe(BLACKWELL)[0].text
     assert "needs sm90" in probe(AMPERE)[0].text
+
+
+def test_flash_attention_2_becomes_4_on_hopper_where_every_layer_allows_it(caplog: pytest.LogCaptureFixture) -> None:
+    with hopper("flash_attention_2", "flash_attention_4"):
+        model = build("mistral")
+        for _ in range(2):
+            axattn.apply(model, "flash_attention_2")
+        with torch.no_grad():
+            model(tokens(1, 8))
+        status = axattn.status(model)
+        assert (status.asked, status.running) == ({"": "flash_attention_2"}, {"": "flash_attention_4"})
+        assert set(flash.calls) == {"flash_attention_4"}
+        assert sum("flash_attention_2 → flash_attention_4" in line for line in caplog.messages) == 1
+        axattn.restore(model)
+        assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("how", ["argument", "variable", "Ampere", "no FA4", "a layer can't", "dropout"])
+def test_and_stays_where_anything_speaks_against_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment, config, options = HOPPER, build("mistral").config, {}
+    if how == "argument":
+        options["upgrade_flash"] = False
+    elif how == "variable":
+        monkeypatch.setenv("AXATTN_NO_FA4", "1")
+    elif how == "Ampere":
+        environment = AMPERE
+    elif how == "no FA4":
+        environment = machine("cuda", 90, flash_attn_4=None)
+    elif how == "a layer can't":
+        environment, config = BLACKWELL, build("mistral", head_dim=192).config
+    else:
+        config = build("mistral", attention_dropout=0.1).config
+    plan = axattn.plan(config, "flash_attention_2", environment=environment, **options)
+    assert plan.running == {"": "flash_attention_2"}
+
+
+def test_the_upgrade_needs_no_flash_attention_2() -> None:
+    environment = machine("cuda", 90, flash_attn=None)
+    plan = axattn.plan(build("llama").config, "flash_attention_2", environment=environment)
+    assert plan.running == {"": "flash_attention_4"}
+    assert plan.layers[0].asked == "flash_attention_2"
+    assert plan.layers[0].chosen == "flash_attention_4"
