@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from axattn import door
-from axattn.backends.base import keep_nan
+from axattn.backends.base import Backend, keep_nan
 from axattn.call import AttentionCall
 from axattn.call_masks import read_mask, with_keyword_segments
 from axattn.capability import Need
-from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route, route_of
 
@@ -145,12 +145,37 @@ def attend(
     backend = _decide(route, call, sparse)
     if backend.name == "eager":
         call.extras = {k: v for k, v in kwargs.items() if k not in ("dropout", "scaling", "output_attentions")}
-    assert backend.forward is not None
-    out = backend.forward(call)
+    out = run_library(backend, call, route) if backend.install else run(backend, call)
     route.count(backend.name)
     if plain_key is not None and backend.plain:
         route.plain[plain_key] = backend.name
     return out, call.weights
+
+
+def run(backend: Backend, call: AttentionCall) -> torch.Tensor:
+    """The kernel itself; returns ``[B, S, H, Dv]``."""
+    assert backend.forward is not None
+    return backend.forward(call)
+
+
+def run_library(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
+    """A kernel of another library. If its first call on a layer fails, the error names the kernel and a way out.
+
+    Raises:
+        BackendUnavailableError: with the library's own error as its cause.
+    """
+    if backend.name in route.served or torch.compiler.is_compiling():
+        return run(backend, call)
+    try:
+        return run(backend, call)
+    except (AxattnError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BackendUnavailableError(
+            f"{backend.name} failed in its first call on {route.layer}",
+            [Reason("library", f"{type(error).__name__}: {error}")],
+            'Try axattn.apply(model, "auto"), which needs no other library.',
+        ) from error
 
 
 def _door_wants_weights(mask: LazyMask | torch.Tensor | None) -> bool:
@@ -178,7 +203,7 @@ def _hit(
     return shapes, query.dtype, route.candidates, served, mask.plain == "causal", query.shape[1] != key.shape[1]
 
 
-def _decide(route: Route, call: AttentionCall, sparse: bool) -> Any:
+def _decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
     query, key, value, mask = call.query, call.key, call.value, call.mask
     if isinstance(mask, LazyMask):
         kind: Any = mask.signature()

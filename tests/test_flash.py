@@ -12,7 +12,7 @@ from axattn import flash_guard
 from axattn.backends import flash_calls, get
 from axattn.call import AttentionCall
 from axattn.capability import Need, missing
-from axattn.errors import UnsupportedAttentionError
+from axattn.errors import BackendUnavailableError, UnsupportedAttentionError
 from axattn.masking import lazy_mask
 from axattn.segments import Segments
 from tests.conformance.families import FAMILIES
@@ -292,3 +292,35 @@ def test_the_upgrade_needs_no_flash_attention_2() -> None:
     assert plan.running == {"": "flash_attention_4"}
     assert plan.layers[0].asked == "flash_attention_2"
     assert plan.layers[0].chosen == "flash_attention_4"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [RuntimeError("no kernel image is available"), ImportError("undefined symbol")])
+def test_a_kernel_that_fails_in_its_first_call_is_named_and_the_model_stays_usable(
+    error: Exception,
+) -> None:
+    with hopper("flash_attention_2"), pytest.MonkeyPatch.context() as patch:
+        model = axattn.apply(FAMILIES["gemma4"].make(), "flash_attention_2", on_unsupported="route")
+
+        def broken(version: int) -> Any:
+            raise error
+
+        patch.setattr(flash_calls, "varlen_function", broken)
+        with pytest.raises(BackendUnavailableError, match=f"failed in its first call on .*{error}") as caught:
+            model(tokens(1, 8))
+        assert caught.value.__cause__ is error
+        axattn.apply(model, "auto")
+        assert torch.isfinite(model(tokens(1, 8)).logits).all()
+
+
+@torch.no_grad()
+def test_running_out_of_memory_stays_what_it_is() -> None:
+    with hopper("flash_attention_2"), pytest.MonkeyPatch.context() as patch:
+        model = axattn.apply(FAMILIES["gemma4"].make(), "flash_attention_2", on_unsupported="route")
+
+        def full(version: int) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(flash_calls, "varlen_function", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(tokens(1, 8))
