@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -272,13 +273,20 @@ def _decide(
     if any(name not in ("eager", "sdpa") for name in names.names_in(value)):
         classes = [cls, *(inner_model_classes(config) if isinstance(value, str) else ())]
         _require_interface(needs.model, classes)
-    for name in names.names_in(value):
-        classes = [cls, *inner_model_classes(config)] if isinstance(value, str) else []
-        reasons = list(dict.fromkeys(reason for c in classes for reason in native_support_reasons(c, name)))
+    machine = environment or Environment.current()
+    decided = planning.plan(needs, value, machine, policy)
+    classes = [cls, *inner_model_classes(config)] if isinstance(value, str) else []
+    for path, name in decided.running.items():
+        reasons = [reason for c in classes for reason in native_support_reasons(c, name)] if name else []
+        if reasons and name != decided.asked[path]:  # an upgrade that the model does not take
+            return planning.plan(needs, value, machine, dataclasses.replace(policy, upgrade_flash=False))
         if reasons:
-            advice = 'Use attn_implementation="auto", or "eager".'
-            raise UnsupportedAttentionError(f"{name} can't serve {needs.model}", reasons, advice)
-    return planning.plan(needs, value, environment or Environment.current(), policy)
+            raise UnsupportedAttentionError(
+                f"{name} can't serve {needs.model}",
+                list(dict.fromkeys(reasons)),
+                'Use attn_implementation="auto", or "eager".',
+            )
+    return decided
 
 
 def _require_interface(model: str, classes: list[type | None]) -> None:

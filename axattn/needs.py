@@ -97,11 +97,17 @@ _SUPPORT = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
 
 
 def native_support_reasons(cls: type | None, name: str) -> list[Reason]:
-    """Why Transformers itself will not run a model class on a native name; it would raise while the model is built."""
+    """Why Transformers itself will not run a model class on a native name: it would raise, or take another kernel."""
     flag = "_supports_flash_attn" if names.is_flash(name) else _SUPPORT.get(name.removeprefix("paged|"))
-    if cls is None or flag is None or getattr(cls, flag, True):
+    if cls is None or flag is None:
         return []
-    return [Reason("model", f"{cls.__name__} says that it does not support {name} ({flag} is False)")]
+    if not getattr(cls, flag, True):
+        return [Reason("model", f"{cls.__name__} says that it does not support {name} ({flag} is False)")]
+    listed = getattr(cls, "_compatible_flash_implementations", None)
+    if names.is_flash(name) and listed and name not in listed:
+        text = f"Transformers would run {cls.__name__} on {listed[0]} in its place: it lists {', '.join(listed)}"
+        return [Reason("model", text)]
+    return []
 
 
 def inner_model_classes(config: Any) -> list[type]:

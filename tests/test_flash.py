@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 
 import axattn
 from axattn import flash_guard
@@ -324,3 +325,21 @@ def test_running_out_of_memory_stays_what_it_is() -> None:
         patch.setattr(flash_calls, "varlen_function", full)
         with pytest.raises(torch.OutOfMemoryError):
             model(tokens(1, 8))
+
+
+def test_a_kernel_that_transformers_would_swap_for_another_is_refused() -> None:
+    """gpt-oss lists the flash kernels it takes; Transformers replaces any other with a warning."""
+    with hopper(*FLASH), pytest.MonkeyPatch.context() as patch:
+        with pytest.raises(UnsupportedAttentionError, match="sinks"):
+            axattn.apply(build("gpt_oss"), "flash_attention_3")
+        patch.setattr(tf.MistralForCausalLM, "_compatible_flash_implementations", ["flash_attention_4"])
+        with pytest.raises(UnsupportedAttentionError, match="would run MistralForCausalLM on flash_attention_4"):
+            axattn.apply(build("mistral"), "flash_attention_3")
+
+
+def test_no_upgrade_to_a_kernel_that_the_model_does_not_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build("mistral").config
+    config.architectures = ["MistralForCausalLM"]
+    assert axattn.plan(config, "flash_attention_2", environment=HOPPER).running == {"": "flash_attention_4"}
+    monkeypatch.setattr(tf.MistralForCausalLM, "_compatible_flash_implementations", ["flash_attention_2"])
+    assert axattn.plan(config, "flash_attention_2", environment=HOPPER).running == {"": "flash_attention_2"}
