@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -48,6 +51,7 @@ class Environment:
         python: Python version.
         libraries: version by key (``"torch"``, ``"transformers"``, ``"flash_attn"``, ...); absent when not installed.
         triton_interpret: ``TRITON_INTERPRET=1`` is set.
+        flash_attn_4_shadowed: another package's files lie over ``flash_attn/cute`` of flash-attn-4.
     """
 
     device: str = "cpu"
@@ -59,6 +63,7 @@ class Environment:
     python: str = field(default_factory=platform.python_version)
     libraries: Mapping[str, str] = field(default_factory=dict)
     triton_interpret: bool = False
+    flash_attn_4_shadowed: bool = False
 
     def has(self, library: str, minimum: str | None = None) -> bool:
         """Whether `library` (a key of `libraries`) is installed, at `minimum` or newer. Local suffixes are ignored."""
@@ -107,6 +112,7 @@ class Environment:
             "python": self.python,
             "libraries": dict(self.libraries),
             "triton_interpret": self.triton_interpret,
+            "flash_attn_4_shadowed": self.flash_attn_4_shadowed,
         }
 
     @classmethod
@@ -138,7 +144,21 @@ def _probe() -> Environment:
         rocm=rocm,
         libraries=libraries,
         triton_interpret=os.environ.get("TRITON_INTERPRET") == "1",
+        flash_attn_4_shadowed="flash_attn_4" in libraries
+        and files_differ("flash-attn-4", "flash_attn/cute/__init__.py"),
     )
+
+
+_CUTE = "flash_attn/cute/__init__.py"  # flash-attn (FlashAttention 2) brings a file of that name too
+
+
+def files_differ(distribution: str, name: str) -> bool:
+    """Whether a file of an installed distribution is not the one that it brought (its RECORD has the hash)."""
+    for file in importlib.metadata.files(distribution) or ():
+        if str(file) == name and file.hash is not None and (path := Path(str(file.locate()))).exists():
+            digest = hashlib.new(file.hash.mode, path.read_bytes()).digest()
+            return base64.urlsafe_b64encode(digest).decode().rstrip("=") != file.hash.value
+    return False
 
 
 def _installed_version(key: str) -> str | None:

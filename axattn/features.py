@@ -92,6 +92,8 @@ _EVERYTHING = {
     "flash_attn_3": "3.0.0",
     "fa3_fwd": "0.0.3",
     "flash_attn_4": "4.0.0",
+    "nvidia_cutlass_dsl": "4.7.1",
+    "quack_kernels": "0.6.5",
     "xformers": "0.0.35",
     "sageattention": "1.0.6",
     "torchao": "0.18.0",

@@ -10,6 +10,8 @@ LIBRARIES = {
     "flash_attn": "2.8.3",
     "flash_attn_3": "3.0.0",
     "flash_attn_4": "4.0.0b36",
+    "nvidia_cutlass_dsl": "4.7.1",
+    "quack_kernels": "0.6.5",
     "xformers": "0.0.35",
     "cuda_runtime_12": "12.8.90",
     "sageattention": "1.0.6",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from axattn import flash_guard
 from axattn.backends import flash_calls, get
 from axattn.call import AttentionCall
 from axattn.capability import Need, missing
+from axattn.environment import files_differ
 from axattn.errors import BackendUnavailableError, UnsupportedAttentionError
 from axattn.masking import lazy_mask
 from axattn.segments import Segments
@@ -343,3 +348,36 @@ def test_no_upgrade_to_a_kernel_that_the_model_does_not_list(monkeypatch: pytest
     assert axattn.plan(config, "flash_attention_2", environment=HOPPER).running == {"": "flash_attention_4"}
     monkeypatch.setattr(tf.MistralForCausalLM, "_compatible_flash_implementations", ["flash_attention_2"])
     assert axattn.plan(config, "flash_attention_2", environment=HOPPER).running == {"": "flash_attention_2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "part", "fix"),
+    [
+        (machine("cuda", 90, flash_attn_4=None), "flash-attn-4 is not installed", "pip install --pre flash-attn-4"),
+        (machine("cuda", 90, nvidia_cutlass_dsl="4.5"), "nvidia-cutlass-dsl 4.5 is older than 4.6.2", ">=4.6.2"),
+        (machine("cuda", 90, quack_kernels=None), "quack-kernels is not installed", ">=0.5.3"),
+        (dataclasses.replace(HOPPER, flash_attn_4_shadowed=True), "lies over that of flash-attn-4", "force-reinstall"),
+    ],
+)
+def test_what_flash_attention_4_needs_is_said_with_the_mending_command(environment: Any, part: str, fix: str) -> None:
+    (reason,) = get("flash_attention_4").probe(environment)
+    assert part in reason.text
+    assert fix in reason.fix
+
+
+def test_a_package_whose_files_another_has_overwritten_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "brought" / "module.py"
+    own.parent.mkdir()
+    own.write_text("own = True\n")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(own.read_bytes()).digest()).decode().rstrip("=")
+    info = tmp_path / "brought-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brought\nVersion: 1.0\n")
+    (info / "RECORD").write_text(f"brought/module.py,sha256={digest},11\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not files_differ("brought", "brought/module.py")
+    own.write_text("own = False\n")
+    assert files_differ("brought", "brought/module.py")
+    assert not files_differ("brought", "brought/absent.py")

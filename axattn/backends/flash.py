@@ -30,6 +30,8 @@ _COMMON = Capability(
     cross_lengths=True,
     gradient=True,
 )
+_FLOORS_4 = (("nvidia_cutlass_dsl", "nvidia-cutlass-dsl", "4.6.2"), ("quack_kernels", "quack-kernels", "0.5.3"))
+"""From the metadata of flash-attn-4 4.0.0b36."""
 _INSTALL = {
     2: "pip install flash-attn --no-build-isolation",
     3: "build hopper/ of the flash-attention repository (no package on the registry)",
@@ -58,6 +60,12 @@ def _probe_4(environment: Environment) -> list[Reason]:
     reasons: list[Reason] = []
     check_gpu(reasons, "flash_attention_4", environment, minimum_sm=90)
     check_library(reasons, "flash_attn_4", "flash-attn-4", environment, _INSTALL[4])
+    if environment.has("flash_attn_4"):
+        for key, shown, floor in _FLOORS_4:
+            check_library(reasons, key, shown, environment, f'pip install -U "{shown}>={floor}"', floor)
+        if environment.flash_attn_4_shadowed:
+            text = "the flash_attn/cute of the flash-attn package (FlashAttention 2) lies over that of flash-attn-4"
+            reasons.append(Reason("library", text, "pip install --pre --force-reinstall --no-deps flash-attn-4"))
     return reasons
 
 
