@@ -1,0 +1,55 @@
+"""Generation, and several tokens at once over a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.conformance.cases import Case, Result, packed, padded
+from tests.conformance.scenarios.base import DECODERS, scenario
+
+
+def _generated(case: Case, **options: Any) -> tuple[Result, Callable[[], Result]]:
+    """Greedy tokens of a left-padded batch, against each row alone, unpadded, on eager with a dynamic cache."""
+    batch = padded(9, 5, side="left")
+    greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    model = case.reference()
+    rows = [model.generate(batch.ids[r : r + 1, a:b], **greedy)[0, b - a :] for r, a, b in batch.documents]
+
+    def found() -> Result:
+        ours = case.candidate().generate(batch.ids, attention_mask=batch.mask, **greedy, **options)
+        return {"tokens": ours[:, batch.ids.shape[1] :].float()}
+
+    return {"tokens": torch.stack(rows).float()}, found
+
+
+@scenario("generate, left padding", DECODERS)
+def generate(case: Case) -> Any:
+    return _generated(case)
+
+
+@scenario("generate, static cache", DECODERS)
+def generate_static(case: Case) -> Any:
+    return _generated(case, cache_implementation="static", disable_compile=True)
+
+
+@scenario("prefill, then two chunks over the cache", DECODERS)
+def chunks_over_a_cache(case: Case) -> Any:
+    """Several tokens at once over a filled cache (speculative decoding): bottom-right alignment."""
+    batch = packed((15,))
+    with torch.no_grad():
+        expected = {"logits": case.alone(batch)}
+
+    def found() -> Result:
+        model, cache, parts = case.candidate(), None, []
+        with torch.no_grad():
+            for a, b in ((0, 8), (8, 12), (12, 15)):
+                where = case.positions(batch.positions[:, a:b])
+                out = model(batch.ids[:, a:b], position_ids=where, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                parts.append(out[0][0])
+        return {"logits": torch.cat(parts)}
+
+    return expected, found
