@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ class AttentionCall:
         sinks: ``[H]`` learned sinks, or None.
         bias: additive position bias ``[1 or B, H, S, T]``, or None.
         extras: further keywords for the model's own eager function.
+        options: the user's ``kernel_options``.
         want_weights: the attention weights are asked for (`Need.weights`).
         weights: where a kernel that gives them puts them, ``[B, H, S, T]``.
     """
@@ -44,6 +47,7 @@ class AttentionCall:
     sinks: torch.Tensor | None
     bias: torch.Tensor | None
     extras: dict[str, object]
+    options: Mapping[str, Any] = field(default_factory=dict)
     want_weights: bool = False
     weights: torch.Tensor | None = None
 

@@ -140,6 +140,7 @@ def attend(
         sinks=kwargs.get("sinks") if sinks is None else sinks,
         bias=kwargs.get("position_bias"),
         extras=kwargs,
+        options=route.options,
         want_weights=bool(kwargs.get("output_attentions")) or _door_wants_weights(mask),
     )
     backend = _decide(route, call, sparse)

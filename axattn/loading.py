@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ def from_pretrained(
     model_class: Any = None,
     on_unsupported: OnUnsupported = "raise",
     upgrade_flash: bool = True,
+    kernel_options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a Transformers model whose attention runs on the kernel named, or refuse before the weights load.
@@ -70,6 +71,7 @@ def from_pretrained(
         upgrade_flash: ``flash_attention_2`` runs as ``flash_attention_4`` on Hopper and Blackwell where that is
             installed and serves every layer; it is said, and `status` keeps both names. ``AXATTN_NO_FA4=1`` turns it
             off.
+        kernel_options: choices that the kernels named offer, such as ``{"group_size": 512}`` for ``s2``.
         **kwargs: everything that ``from_pretrained`` of the model class takes.
 
     Returns:
@@ -79,13 +81,16 @@ def from_pretrained(
         UnknownAttentionError: the name is not known.
         BackendUnavailableError: this machine can't run it.
         UnsupportedAttentionError: the model or one of its layers needs what the kernel lacks.
+        InvalidConfigError: an option that no kernel named offers, or a value that it can't use.
     """
     value = names.canonicalise_all("auto" if attn_implementation is None else attn_implementation)
     register()
     config, kwargs = _load_config(pretrained_model_name_or_path, kwargs)
     cls = _resolve_class(model_class, config)
     allow = bool(kwargs.get("allow_all_kernels", False))
-    decided = _decide(config, _concrete_class(cls, config), value, _policy(on_unsupported, allow, upgrade_flash))
+    decided = _decide(
+        config, _concrete_class(cls, config), value, _policy(on_unsupported, allow, upgrade_flash, kernel_options)
+    )
     config._attn_implementation = None  # a name inside config.json would beat the argument (Transformers 5.23)
     native = {path: name for path, name in decided.running.items() if name is not None and names.is_native(name)}
     if native:
@@ -103,6 +108,7 @@ def apply(
     on_unsupported: OnUnsupported = "raise",
     allow_all_kernels: bool = False,
     upgrade_flash: bool = True,
+    kernel_options: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
     """Put a loaded model on the kernel named. What an earlier `apply` did is undone first.
 
@@ -112,6 +118,7 @@ def apply(
         on_unsupported: as for `from_pretrained`.
         allow_all_kernels: as for Transformers: hub kernels from any publisher, at any revision.
         upgrade_flash: as for `from_pretrained`.
+        kernel_options: as for `from_pretrained`.
 
     Returns:
         `model`.
@@ -122,7 +129,7 @@ def apply(
     value = names.canonicalise_all(attn_implementation)
     register()
     base = transformers_model(model)
-    policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash)
+    policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     decided = _decide(base.config, type(base), value, policy)
     before = state_of(base)
     restore(base)
@@ -154,6 +161,7 @@ def using(
     on_unsupported: OnUnsupported = "raise",
     allow_all_kernels: bool = False,
     upgrade_flash: bool = True,
+    kernel_options: Mapping[str, Any] | None = None,
 ) -> Iterator[torch.nn.Module]:
     """`apply` for the length of a ``with`` block; the model then runs on what it ran on before."""
     before = state_of(model)
@@ -163,6 +171,7 @@ def using(
         on_unsupported=on_unsupported,
         allow_all_kernels=allow_all_kernels,
         upgrade_flash=upgrade_flash,
+        kernel_options=kernel_options,
     )
     try:
         yield model
@@ -180,6 +189,7 @@ def plan(
     on_unsupported: OnUnsupported = "raise",
     allow_all_kernels: bool = False,
     upgrade_flash: bool = True,
+    kernel_options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Plan:
     """What `from_pretrained` or `apply` would do: which kernel each layer gets, and why not the others.
@@ -191,13 +201,14 @@ def plan(
         on_unsupported: as for `from_pretrained`.
         allow_all_kernels: as for `from_pretrained`.
         upgrade_flash: as for `from_pretrained`.
+        kernel_options: as for `from_pretrained`.
         **kwargs: for ``AutoConfig.from_pretrained``.
 
     Raises:
         AxattnError: as for `from_pretrained`.
     """
     value = names.canonicalise_all(attn_implementation)
-    policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash)
+    policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     if isinstance(model, torch.nn.Module):
         base = transformers_model(model)
         config: Any = base.config
@@ -216,11 +227,13 @@ def status(model: torch.nn.Module) -> Status:
     return read_status(transformers_model(model))
 
 
-def _policy(on_unsupported: OnUnsupported, allow_all_kernels: bool, upgrade_flash: bool) -> Policy:
+def _policy(
+    on_unsupported: OnUnsupported, allow_all_kernels: bool, upgrade_flash: bool, options: Mapping[str, Any] | None
+) -> Policy:
     if on_unsupported not in ("raise", "route"):
         raise ValueError(f'on_unsupported={on_unsupported!r} is neither "raise" nor "route"')
     kept = os.environ.get("AXATTN_NO_FA4", "").lower() in ("1", "true", "yes")
-    return Policy(on_unsupported, allow_all_kernels, upgrade_flash and not kept)
+    return Policy(on_unsupported, allow_all_kernels, upgrade_flash and not kept, {} if options is None else options)
 
 
 def _load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

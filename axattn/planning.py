@@ -13,6 +13,7 @@ from axattn.capability import Need, missing
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError, UnsupportedAttentionError
 from axattn.needs import LayerNeed, ModelNeeds
+from axattn.options import require_options
 from axattn.plans import LayerPlan, Plan, Policy, Rejected
 from axattn.routes import candidates
 
@@ -68,8 +69,12 @@ def plan(
         UnknownAttentionError: a key of the dict is no sub-config.
         BackendUnavailableError: this machine can't run the name.
         UnsupportedAttentionError: a layer needs what the kernel lacks, and the policy is ``"raise"``.
+        InvalidConfigError: an option that no kernel named offers, or a value that it can't use.
     """
     asked = resolve_names(value, needs.paths)
+    require_options(
+        policy.options, {name: backend_of(name).options for name in names.names_in(value) if name != "auto"}
+    )
     notes: list[str] = []
     running: dict[str, str | None] = {}
     layers: list[LayerPlan] = []
@@ -91,6 +96,7 @@ def plan(
         orders,
         needs.unknown,
         tuple(notes),
+        dict(policy.options),
     )
 
 

@@ -20,11 +20,13 @@ class Policy:
         on_unsupported: ``"raise"``, or ``"route"`` to the next exact kernel; ``auto`` always routes.
         allow_all_kernels: hub kernels outside ``kernels-community``, and unpinned ones, may run.
         upgrade_flash: ``flash_attention_2`` becomes ``flash_attention_4`` where the machine and every layer allow it.
+        options: ``kernel_options`` as given.
     """
 
     on_unsupported: OnUnsupported = "raise"
     allow_all_kernels: bool = False
     upgrade_flash: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Plan:
         on_unsupported: the policy.
         unknown: config paths that are checked call by call only.
         notes: sentences for people.
+        options: ``kernel_options`` as given.
     """
 
     model: str
@@ -77,6 +80,7 @@ class Plan:
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def groups(self) -> list[tuple[list[LayerPlan], LayerPlan]]:
         """Layers that are alike but for their number, in order: (members, the first of them)."""
@@ -106,6 +110,7 @@ class Plan:
             ],
             "unknown": list(self.unknown),
             "notes": list(self.notes),
+            "options": dict(self.options),
         }
 
     def __str__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ import torch
 
 from axattn import backends
 from axattn.backends.base import Backend
-from axattn.capability import Need, missing
+from axattn.capability import Capability, Need, missing
+from axattn.environment import Environment
 from axattn.errors import Reason, UnsupportedAttentionError
 
 logger = logging.getLogger("axattn")
@@ -33,8 +35,9 @@ class Route:
         served: calls served, by backend.
         compiled: the backend inside a compiled graph, whose calls are not counted.
         decisions: backend by kind of call, so that a call like an earlier one costs one dict lookup.
-        kernels: the backends of `candidates`; torch.compile can't trace their lookup.
+        kernels: the backends of `candidates` and what they serve here; torch.compile can't trace their lookup.
         plain: the same for plain calls (see `axattn.interface`): the name of the backend, by a smaller key.
+        options: the user's ``kernel_options``.
     """
 
     asked: str
@@ -45,12 +48,12 @@ class Route:
     compiled: str | None = None
     decisions: dict[Any, Backend] = field(default_factory=dict)
     plain: dict[Any, str] = field(default_factory=dict)
-    kernels: tuple[Backend, ...] = field(
-        init=False, repr=False
-    )  # of `candidates`: torch.compile can't trace the lookup
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kernels: tuple[tuple[Backend, Capability], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.kernels = tuple(backends.get(name) for name in self.candidates)
+        machine, found = Environment.current(), [backends.get(name) for name in self.candidates]
+        self.kernels = tuple((backend, backend.capability_on(machine)) for backend in found)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "decisions": {}, "plain": {}}
@@ -75,9 +78,9 @@ class Route:
             UnsupportedAttentionError: none does; with every candidate's reasons.
         """
         reasons: list[Reason] = []
-        for backend in self.kernels:
+        for backend, capability in self.kernels:
             name = backend.name
-            lacking = missing(need, backend.capability, name)
+            lacking = missing(need, capability, name)
             if not lacking:
                 if name != self.planned:
                     self._say_routed(name, reasons)

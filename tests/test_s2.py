@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import axattn
 from axattn.backends.s2 import grouped
-from axattn.errors import UnsupportedAttentionError
+from axattn.errors import InvalidConfigError, UnsupportedAttentionError
 from axattn.interface import attend
 from axattn.layouts import Layout, Span
 from axattn.masking import lazy_mask
@@ -22,9 +22,10 @@ def qkv(length: int, heads: int = 4, kv_heads: int = 2) -> list[torch.Tensor]:
     return [torch.randn(2, h, length, 8, requires_grad=True) for h in (heads, kv_heads, kv_heads)]
 
 
-def from_the_paper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Each half of the heads within groups of ceil(S / 4), the second half's groups shifted by half a group; causal."""
-    S, group = q.shape[2], -(-q.shape[2] // 4)
+def from_the_paper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int | None = None) -> torch.Tensor:
+    """Each half of the heads within groups (S / 4, rounded up), the second half's shifted by half a group; causal."""
+    S = q.shape[2]
+    group = -(-S // 4) if group is None else group
     index = torch.arange(S)
     outs = []
     for half, number in ((0, index // group), (1, (index + group - group // 2) // group)):
@@ -44,6 +45,25 @@ def test_training_equals_the_papers_definition_forward_and_backward(length: int)
     found = torch.autograd.grad((out * weight).sum(), inputs)
     wanted = torch.autograd.grad((expected * weight).sum(), inputs)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "group"), [(2, 2), (3, 3), (7, 7), (30, 30), (100, 100), (0.5, 15), (0.3, 9), (1.0, 30)]
+)
+def test_the_group_size_is_the_users_choice(given: float, group: int) -> None:
+    model = axattn.apply(build("llama", num_hidden_layers=1), "s2", kernel_options={"group_size": given}).train()
+    module, inputs = model.model.layers[0].self_attn, qkv(30)
+    out, _ = attend("s2", module, *inputs, lazy_mask(2, 30, 30))
+    assert torch.allclose(out, from_the_paper(*inputs, group), atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [0, 1, -4, 0.0, 1.5, "512", None, True])
+def test_a_group_size_that_means_nothing_is_refused(given: object) -> None:
+    model = build("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(InvalidConfigError, match=r"group_size=.*share of the row"):
+        axattn.apply(model, "s2", kernel_options={"group_size": given})
+    assert model.config._attn_implementation == before
 
 
 def test_nothing_wraps_around_from_the_end_of_a_row_to_its_start() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.options import Option
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,7 @@ class Backend:
         forward: `AttentionCall` → output ``[B, S, H, Dv]``; None when only Transformers runs the name.
         install: the command that installs it, or ``""``.
         on: what it serves on a given machine, where that differs from `capability`.
+        options: what its user can choose (``kernel_options``).
         plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
     """
 
@@ -60,10 +62,15 @@ class Backend:
     install: str = ""
     plain: bool = False
     on: Callable[[Environment], Capability] | None = None
+    options: tuple[Option, ...] = ()
 
     def capability_on(self, environment: Environment) -> Capability:
         """What it serves on a machine."""
         return self.capability if self.on is None else self.on(environment)
+
+    def option(self, call: AttentionCall, name: str) -> Any:
+        """What the user chose for `name`, its default if nothing."""
+        return call.options.get(name, next(option.default for option in self.options if option.name == name))
 
 
 def keep_nan(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

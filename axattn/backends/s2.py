@@ -8,7 +8,9 @@ a row to its start (the paper's roll leaks there). In evaluation it is full atte
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -20,8 +22,16 @@ from axattn.capability import Capability
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.layouts import Layout, Span
 from axattn.masks import LazyMask
+from axattn.options import Option
 
-GROUP_RATIO = 4  # a group is a quarter of the row by default, as in the paper
+GROUP_SIZE = 0.25  # the paper's: a group is a quarter of the row
+
+
+def _wrong_group_size(given: Any) -> str:
+    tokens = isinstance(given, int) and not isinstance(given, bool) and given >= 2
+    share = isinstance(given, float) and 0 < given <= 1
+    return "" if tokens or share else "is neither a number of tokens (2 or more) nor a share of the row (0 < x <= 1)"
+
 
 CAPABILITY = Capability(
     exactness="lossy",
@@ -57,7 +67,7 @@ def s2(call: AttentionCall) -> torch.Tensor:
     if reasons:
         raise UnsupportedAttentionError("s2 can't serve this call", reasons, 'Use attn_implementation="varlen".')
     assert layout is not None
-    group = -(-call.query.shape[2] // GROUP_RATIO)
+    group = group_tokens(BACKENDS[0].option(call, "group_size"), call.query.shape[2])
     halves = []
     for half, shift in ((0, 0), (1, group // 2)):
         q = slice(half * heads // 2, (half + 1) * heads // 2)
@@ -65,6 +75,11 @@ def s2(call: AttentionCall) -> torch.Tensor:
         part = dataclasses.replace(call, query=call.query[:, q], key=call.key[:, kv], value=call.value[:, kv])
         halves.append(over_layout(part, grouped(layout, group, shift)))
     return torch.cat(halves, dim=2)
+
+
+def group_tokens(group_size: float, length: int) -> int:
+    """Tokens in a group: `group_size` itself, or that share of the row if it is a float (rounded up)."""
+    return math.ceil(group_size * length) if isinstance(group_size, float) else group_size
 
 
 def grouped(layout: Layout, group: int, shift: int) -> Layout:
@@ -87,4 +102,14 @@ def grouped(layout: Layout, group: int, shift: int) -> Layout:
     return result
 
 
-BACKENDS = (Backend("s2", "shifted sparse attention (LongLoRA), deprecated", CAPABILITY, always_usable, s2),)
+_GROUP_SIZE = Option("group_size", GROUP_SIZE, "tokens in a group, or its share of the row", _wrong_group_size)
+BACKENDS = (
+    Backend(
+        "s2",
+        "shifted sparse attention (LongLoRA), deprecated",
+        CAPABILITY,
+        always_usable,
+        s2,
+        options=(_GROUP_SIZE,),
+    ),
+)

@@ -92,7 +92,7 @@ def add_routes(patches: PatchSet, model: torch.nn.Module, modules: dict[str, tor
             continue
         order = plan.orders.get(path) or candidates(running, plan.on_unsupported)
         planned = chosen.get((path, getattr(module, "layer_idx", None) or 0), order[0])
-        patches.set_attribute(module, ATTRIBUTE, Route(running, name, order, planned))
+        patches.set_attribute(module, ATTRIBUTE, Route(running, name, order, planned, options=plan.options))
 
 
 @functools.cache

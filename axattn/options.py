@@ -1,0 +1,56 @@
+"""`Option`: what a kernel lets its user choose (``kernel_options={"group_size": 512}``), and the check of it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from axattn.errors import InvalidConfigError, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One choice that a kernel offers.
+
+    Attributes:
+        name: key in ``kernel_options``.
+        default: value when it is not given.
+        meaning: one line for the docs, without a full stop.
+        wrong: why a value can't be used, ``""`` when it can.
+    """
+
+    name: str
+    default: Any
+    meaning: str
+    wrong: Callable[[Any], str]
+
+
+def one_of(*values: Any) -> Callable[[Any], str]:
+    """A check for `Option.wrong`: one of a few values."""
+    shown = ", ".join(repr(value) for value in values)
+    return lambda given: "" if any(given is v or given == v for v in values) else f"is none of {shown}"
+
+
+def require_options(given: Mapping[str, Any], offered: Mapping[str, Sequence[Option]]) -> None:
+    """Raise unless some kernel offers each option and each value can be used.
+
+    Args:
+        given: ``kernel_options`` as the user wrote it.
+        offered: the options of each kernel named.
+
+    Raises:
+        InvalidConfigError: with every reason and what the kernels do offer.
+    """
+    reasons: list[Reason] = []
+    if not isinstance(given, Mapping):
+        raise InvalidConfigError(f"kernel_options must be a dict, not {type(given).__name__}")
+    for name, value in given.items():
+        found = [option for options in offered.values() for option in options if option.name == name]
+        if not found:
+            reasons.append(Reason("options", f"{', '.join(offered)} has no option {name!r}"))
+        reasons += [Reason("options", f"{name}={value!r} {why}") for option in found if (why := option.wrong(value))]
+    if reasons:
+        lines = [f"{kernel}: {option.name} ({option.meaning})" for kernel, o in offered.items() for option in o]
+        advice = f"Options: {'; '.join(lines)}." if lines else "These kernels have no options."
+        raise InvalidConfigError("kernel_options can't be used", reasons, advice)
