@@ -83,6 +83,7 @@ class Capability:
         head_dim_pairs: (query, value) head dims served although they are above `max_head_dim`.
         value_dim_differs: value heads may have another size than query heads.
         value_dim_padded: smaller value heads are widened to the query heads' size, so only that is checked.
+        inference_only: fields of `Need` that are honoured, but not together with ``gradient``.
         (others): True when the kernel honours the field of `Need` of that name.
     """
 
@@ -113,6 +114,7 @@ class Capability:
     gradient: bool = False
     weights: bool = False
     traced: bool = False
+    inference_only: frozenset[str] = frozenset()
     notes: dict[str, str] = field(default_factory=dict, hash=False)
 
     def features(self) -> dict[str, bool]:
@@ -151,6 +153,8 @@ def missing(need: Need, capability: Capability, name: str = "this kernel") -> li
         if asked is not None and asked is not False and asked != 0.0 and not getattr(capability, flag):
             shown = flag if asked is True else f"{flag}={asked}"
             say(flag, f"{shown} ({name} has {clause})")
+        elif asked and need.gradient and flag in capability.inference_only:
+            say(flag, f"{flag} in training ({name} serves it in inference only)")
     if need.causal and not capability.causal:
         say("causal", f"causal attention ({name} is bidirectional only)")
     if not need.causal and not capability.bidirectional:

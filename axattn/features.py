@@ -53,6 +53,8 @@ def page() -> str:
         notes = [f"{key}: {text}" if key else text for key, text in backend.capability.notes.items()]
         install = f" Install: `{backend.install}`." if backend.install else ""
         shown = f" Notes: {'; '.join(notes)}." if notes else ""
+        choices = [f"`{option.name}`, {option.meaning} (default `{option.default!r}`)" for option in backend.options]
+        shown += f" Options: {'; '.join(choices)}." if choices else ""
         lines.append(f"- **`{backend.name}`**: {backend.summary}.{install}{shown}")
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from axattn import names, planning
+from axattn import backends, names, planning
 from axattn.environment import Environment
 from axattn.errors import UnsupportedAttentionError
 from axattn.needs import (
@@ -23,6 +23,7 @@ from axattn.needs import (
     native_support_reasons,
     sub_configs,
 )
+from axattn.patches.cache import disable_cache
 from axattn.patches.doors import add_doors, native_name
 from axattn.patches.patchset import PatchSet
 from axattn.patches.routes import add_routes, nested, set_names
@@ -340,3 +341,6 @@ def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, 
         }
         add_doors(patches, model, modules.values(), native)
         add_routes(patches, model, modules, decided)
+        ours = [name for name in decided.running.values() if name in names.OURS and name != "auto"]
+        if not all(backends.get(name).caches for name in ours):
+            disable_cache(patches, model)

@@ -51,6 +51,7 @@ class Backend:
         install: the command that installs it, or ``""``.
         on: what it serves on a given machine, where that differs from `capability`.
         options: what its user can choose (``kernel_options``).
+        caches: False when its models are better off with ``use_cache=False`` in their configs.
         plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
     """
 
@@ -63,6 +64,7 @@ class Backend:
     plain: bool = False
     on: Callable[[Environment], Capability] | None = None
     options: tuple[Option, ...] = ()
+    caches: bool = True
 
     def capability_on(self, environment: Environment) -> Capability:
         """What it serves on a machine."""

@@ -7,6 +7,7 @@ S x S. Bitwise equal to ``F.scaled_dot_product_attention`` on each document alon
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,48 +84,85 @@ class _Segmented(torch.autograd.Function):
         layout: Layout,
         scale: float,
     ) -> torch.Tensor:
-        B, H, S, _ = query.shape
-        disjoint = _disjoint(layout, plan)
-        out = (query.new_empty if disjoint else query.new_zeros)(B, S, H, value.shape[-1])
-        saved = []
-        for tile in plan:
-            q, k, v = _slices(tile, query, key, value)
-            part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, tile.causal, attn_mask=_mask_of(tile, layout, q.dtype), scale=scale
-            )
-            out[tile.row0 : tile.row1, tile.q0 : tile.q1] = part.transpose(1, 2)
-            saved.append(lse)
+        out, saved = forward_over_tiles(query, key, value, plan, layout, scale)
         ctx.save_for_backward(query, key, value, out, *saved)
-        ctx.plan, ctx.layout, ctx.scale, ctx.disjoint = plan, layout, scale, disjoint
+        ctx.plan, ctx.layout, ctx.scale = plan, layout, scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, *saved = ctx.saved_tensors
-        like = torch.empty_like if ctx.disjoint else torch.zeros_like
-        dq, dk, dv = like(query), like(key), like(value)
-        for tile, lse in zip(ctx.plan, saved, strict=True):
-            q, k, v = _slices(tile, query, key, value)
-            part = (slice(tile.row0, tile.row1), slice(tile.q0, tile.q1))
-            gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad[part].transpose(1, 2),
-                q,
-                k,
-                v,
-                out[part].transpose(1, 2),
-                lse,
-                0.0,
-                tile.causal,
-                attn_mask=_mask_of(tile, ctx.layout, q.dtype),
-                scale=ctx.scale,
-            )
-            for target, part_grad in zip(_slices(tile, dq, dk, dv), (gq, gk, gv), strict=True):
-                if ctx.disjoint:
-                    target.copy_(part_grad)
-                else:
-                    target.add_(part_grad)
+        dq, dk, dv = backward_over_tiles(grad, query, key, value, out, saved, ctx.plan, ctx.layout, ctx.scale)
         return dq, dk, dv, None, None, None
+
+
+def forward_over_tiles(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[Tile], layout: Layout, scale: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`attention_over_tiles` without autograd: ``[B, S, H, D]``, and each tile's logsumexp ``[rows, H, queries]``."""
+    B, H, S, _ = query.shape
+    disjoint = _disjoint(layout, plan)
+    out = (query.new_empty if disjoint else query.new_zeros)(B, S, H, value.shape[-1])
+    saved = []
+    for tile in plan:
+        q, k, v = _slices(tile, query, key, value)
+        part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, tile.causal, attn_mask=_mask_of(tile, layout, q.dtype), scale=scale
+        )
+        out[tile.row0 : tile.row1, tile.q0 : tile.q1] = part.transpose(1, 2)
+        saved.append(lse)
+    return out, saved
+
+
+def backward_over_tiles(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    logsumexps: Sequence[torch.Tensor],
+    plan: list[Tile],
+    layout: Layout,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attention_over_tiles`.
+
+    Args:
+        grad: of the output, ``[B, S, H, D]``.
+        query: ``[B, H, S, D]``.
+        key: ``[B, Hkv, T, D]``.
+        value: ``[B, Hkv, T, D]``.
+        out: the output, ``[B, S, H, D]``.
+        logsumexps: float32 ``[rows, H, queries]`` of each tile.
+        plan: the tiles.
+        layout: that they were cut from.
+        scale: factor on the logits.
+    """
+    disjoint = _disjoint(layout, plan)
+    like = torch.empty_like if disjoint else torch.zeros_like
+    dq, dk, dv = like(query), like(key), like(value)
+    for tile, lse in zip(plan, logsumexps, strict=True):
+        q, k, v = _slices(tile, query, key, value)
+        part = (slice(tile.row0, tile.row1), slice(tile.q0, tile.q1))
+        gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad[part].transpose(1, 2),
+            q,
+            k,
+            v,
+            out[part].transpose(1, 2),
+            lse,
+            0.0,
+            tile.causal,
+            attn_mask=_mask_of(tile, layout, q.dtype),
+            scale=scale,
+        )
+        for target, part_grad in zip(_slices(tile, dq, dk, dv), (gq, gk, gv), strict=True):
+            if disjoint:
+                target.copy_(part_grad)
+            else:
+                target.add_(part_grad)
+    return dq, dk, dv
 
 
 def _slices(

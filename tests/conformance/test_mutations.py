@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionMaskInterface
 
 from axattn import door, flash_guard, guard, interface, layouts, masking, masks, traced
-from axattn.backends import eager, spans
+from axattn.backends import eager, fp8, spans
 from axattn.call import AttentionCall
 from axattn.segments import Segments
 from tests.conformance.cases import Case
@@ -236,6 +236,23 @@ def no_masks_of_earlier_forwards() -> Any:
     yield
     masking._plain.clear()
     torch._dynamo.reset()
+
+
+@fault("fp8", "llama", "packed gradients")
+def the_gradient_of_keys_is_dropped(patch: Patch) -> None:
+    real = fp8.flash_backward
+
+    def dropped(*inputs: Any) -> Any:
+        dq, dk, dv = real(*inputs)
+        return dq, torch.zeros_like(dk), dv
+
+    patch.setattr(fp8, "flash_backward", dropped)
+
+
+@fault("fp8", "llama", "packed, cache on by default")
+def scales_are_those_of_another_document(patch: Patch) -> None:
+    real = fp8.quantised
+    patch.setattr(fp8, "quantised", lambda *parts: (*real(*parts)[:5], real(*parts)[5].roll(1, 0)))
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -15,27 +15,34 @@ import torch
 
 import axattn
 from axattn import backends
+from axattn.backends import fp8
 from axattn.environment import Environment
 from tests.models import build, positions, tokens
 
 pytestmark = pytest.mark.gpu
 Run = Callable[[Any], torch.Tensor]
 DEVICE = os.environ.get("AXATTN_GPU_TESTS_ON", "cuda")
-ROWS = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers", "flex_attention", "sdpa")
+EXACT = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers", "flex_attention", "sdpa")
+LOSSY = ("fp8",)
+ROWS = (*EXACT, *LOSSY)
+FAKED = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers", *LOSSY)
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "max_position_embeddings": 1024}
 LENGTHS = ((70, 130, 33, 23), (200, 56))
 SLACK, FLOOR = 1.5, 2e-3
 """A kernel in bf16 may be this much further from fp32 than Transformers' eager in bf16 is (relative error of norms)."""
+BUDGET = 0.15
+"""A lossy kernel in a model of two layers, whose errors the layers around it add to."""
 
 
 @pytest.fixture(params=ROWS)
-def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     name = request.param
     with contextlib.ExitStack() as stack:
-        if DEVICE == "cpu" and name in ("flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers"):
+        if DEVICE == "cpu" and name in FAKED:
             from tests.fakes.machine import hopper
 
             stack.enter_context(hopper(name))
+            monkeypatch.setattr(fp8, "STORAGE", torch.float8_e4m3fn)
         reasons = backends.get(name).probe(Environment.current())
         if reasons:
             pytest.skip(f"{name}: {'; '.join(reason.text for reason in reasons)}")
@@ -44,15 +51,35 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+def require_window(name: str) -> None:
+    """Skip where the kernel as installed here has no sliding window."""
+    if not backends.get(name).capability_on(Environment.current()).window:
+        pytest.skip(f"{name} has no sliding window with the libraries of this machine")
+
+
+def allowed(name: str, half: float) -> float:
+    """The error that a kernel may have where eager in bf16 has `half`."""
+    return BUDGET if name in LOSSY else SLACK * half + FLOOR
+
+
+def made(family: str, **options: Any) -> Any:
+    """The family's model with logits of a few units: at this width those of `build` are so sharp that rounding decides."""
+    model = build(family, **SIZES, **options)
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name:
+            parameter.data.div_(16)
+    return model
+
+
 def model_of(family: str, name: str, **options: Any) -> Any:
     """The family's model in bf16 on a kernel."""
-    model = build(family, **SIZES, **options).to(DEVICE).to(torch.bfloat16)
+    model = made(family, **options).to(DEVICE).to(torch.bfloat16)
     return axattn.apply(model, name, upgrade_flash=False)
 
 
 def eager_of(family: str, dtype: torch.dtype, **options: Any) -> Any:
     """The same weights, rounded to bf16 alike, on eager."""
-    model = build(family, **SIZES, **options).to(torch.bfloat16).to(dtype).to(DEVICE)
+    model = made(family, **options).to(torch.bfloat16).to(dtype).to(DEVICE)
     model.set_attn_implementation("eager")
     return model
 
@@ -63,6 +90,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def compare(family: str, kernel: str, found: Run, expected: Run, **options: Any) -> None:
     """Outputs and the gradients of every projection: no further from fp32 eager than eager in bf16, but for `SLACK`."""
+    if options.get("sliding_window"):
+        require_window(kernel)
     results = []
     for model, run in (
         (eager_of(family, torch.float32, **options), expected),
@@ -78,7 +107,7 @@ def compare(family: str, kernel: str, found: Run, expected: Run, **options: Any)
     for name, wanted in exact.items():
         assert ours[name] is not None, name
         assert torch.isfinite(ours[name]).all(), name
-        assert relative(ours[name], wanted) < SLACK * relative(half[name], wanted) + FLOOR, name
+        assert relative(ours[name], wanted) < allowed(kernel, relative(half[name], wanted)), name
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -128,14 +157,17 @@ def test_a_changed_document_leaves_the_others_as_they_were(kernel: str) -> None:
 
 
 @torch.no_grad()
-def test_generation_of_a_left_padded_batch_stays_close_to_eager(kernel: str) -> None:
-    window = {"sliding_window": 20}
-    exact, half = (eager_of("mistral", dtype, **window) for dtype in (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_generation_of_a_left_padded_batch_stays_close_to_eager(kernel: str, family: str) -> None:
+    window = {"sliding_window": 20} if family == "mistral" else {}
+    if window:
+        require_window(kernel)
+    exact, half = (eager_of(family, dtype, **window) for dtype in (torch.float32, torch.bfloat16))
     ids, mask = tokens(2, 40).to(DEVICE), torch.ones(2, 40, dtype=torch.long, device=DEVICE)
     mask[1, :15] = 0
     forced = tokens(2, 12, seed=9).to(DEVICE)
     logits = []
-    for each in (exact, half, model_of("mistral", kernel, **window)):
+    for each in (exact, half, model_of(family, kernel, **window)):
         out = each(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
         cache, seen, steps = out.past_key_values, mask, [out.logits[:, -1]]
         for step in range(forced.shape[1]):  # the same tokens for both: a sampled one could part their ways
@@ -149,7 +181,7 @@ def test_generation_of_a_left_padded_batch_stays_close_to_eager(kernel: str) -> 
             )
             steps.append(out.logits[:, -1])
         logits.append(torch.stack(steps))
-    assert relative(logits[2], logits[0]) < SLACK * relative(logits[1], logits[0]) + FLOOR
+    assert relative(logits[2], logits[0]) < allowed(kernel, relative(logits[1], logits[0]))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -160,7 +192,7 @@ def test_twenty_steps_of_training_follow_the_exact_run(kernel: str, lora: bool, 
     corpus = [{"input_ids": torch.randint(3, 97, (int(n),), generator=generator).tolist()} for n in range(5, 165)]
     losses = {}
     for name in ("varlen", kernel):
-        model: Any = axattn.apply(build("llama", **SIZES).to(DEVICE), name, upgrade_flash=False)
+        model: Any = axattn.apply(made("llama").to(DEVICE), name, upgrade_flash=False)
         if lora:
             from peft import LoraConfig, get_peft_model
 
@@ -184,7 +216,7 @@ def test_twenty_steps_of_training_follow_the_exact_run(kernel: str, lora: bool, 
         trainer = Trainer(model, arguments, train_dataset=corpus, data_collator=axattn.PackingCollator(256))
         trainer.train()
         losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[kernel] == pytest.approx(losses["varlen"], rel=2e-2)
+    assert losses[kernel] == pytest.approx(losses["varlen"], rel=5e-2 if kernel in LOSSY else 2e-2)
 
 
 @torch.no_grad()

@@ -55,6 +55,24 @@ def _one(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One sequence: ``q [S, H, D]``, ``k [T, Hkv, D]`` → ``[S, H, Dv]``; masks aligned bottom-right, fp32 inside."""
+    return _with_logsumexp(q, k, v, scale, causal, window, softcap, dropout, sinks)[0].to(q.dtype)
+
+
+@torch.autocast("cpu", enabled=False)  # it does not reach into a kernel
+def _with_logsumexp(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    causal: bool,
+    window: tuple[int, int],
+    softcap: float,
+    dropout: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    *,
+    fp8: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_one` in fp32, and the logsumexp ``[H, S]``; `fp8`: the weights are rounded too, as the kernel does."""
     S, H, D = q.shape
     T = k.shape[0]
     k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
@@ -74,14 +92,19 @@ def _one(
     logits = logits.masked_fill(~seen, float("-inf"))
     if sinks is not None:
         logits = torch.cat([logits, sinks.float()[:, None, None].expand(H, S, 1)], -1)
-    weights = logits.softmax(-1)
+    if fp8:  # unnormalised weights in e4m3, scaled by 2^8 to use its range
+        peak = logits.amax(-1, keepdim=True).clamp(min=-1e30)
+        weights = ((logits - peak).exp() * 256).to(torch.float8_e4m3fn).float() / 256
+        weights = weights / (logits - peak).exp().sum(-1, keepdim=True)
+    else:
+        weights = logits.softmax(-1)
     weights = (weights[..., :T] if sinks is not None else weights).masked_fill(~seen.any(-1)[:, None], 0.0)
     if dropout:
         weights = torch.nn.functional.dropout(weights, dropout)
-    return torch.einsum("hst,thd->shd", weights, v.float()).to(q.dtype)
+    return torch.einsum("hst,thd->shd", weights, v.float()), logits.logsumexp(-1)
 
 
-def _varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, **options: Any) -> torch.Tensor:
+def _lengths(cu_q: Any, cu_k: Any, q: Any, k: Any, max_q: Any, max_k: Any) -> None:
     for cu, x in ((cu_q, q), (cu_k, k)):
         if cu.dtype != torch.int32 or cu.ndim != 1:
             raise RuntimeError("cu_seqlens must have dtype int32")
@@ -89,6 +112,10 @@ def _varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any
             raise RuntimeError("cu_seqlens reach past the tokens: out-of-bounds memory access")
     if int((cu_q[1:] - cu_q[:-1]).max()) > int(max_q) or int((cu_k[1:] - cu_k[:-1]).max()) > int(max_k):
         raise RuntimeError("a sequence is longer than max_seqlen: its end would not be computed")
+
+
+def _varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, **options: Any) -> torch.Tensor:
+    _lengths(cu_q, cu_k, q, k, max_q, max_k)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     edges_q, edges_k = cu_q.tolist(), cu_k.tolist()
     parts = [
@@ -210,17 +237,84 @@ class FlashAttention3:
         deterministic: bool = False,
         sm_margin: int = 0,
         return_attn_probs: bool = False,
-    ) -> torch.Tensor:
+    ) -> Any:
         """``[tokens, H, D]`` → ``[tokens, H, D]``."""
+        options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+        if q_descale is not None:
+            lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            out, lse = _fp8(q, k, v, (q_descale, k_descale, v_descale), lengths, **options)
+            return (out, lse) if return_attn_probs else out
         calls.append("flash_attention_3")
         _check(q, k, v)
-        options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
         return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
 
     @staticmethod
     def flash_attn_with_kvcache(*_: Any, **__: Any) -> Any:
         """Paged inference: not used by any test."""
         raise NotImplementedError
+
+
+class FlashAttention3Forward:
+    """``fa3_fwd_interface`` (fa3-fwd 0.0.3): bf16 and fp8, forward only, built without windows and fp16."""
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: Any,
+        max_seqlen_k: Any,
+        seqused_q: Any = None,
+        seqused_k: Any = None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        qv: Any = None,
+        q_descale: Any = None,
+        k_descale: Any = None,
+        v_descale: Any = None,
+        window_size: tuple[int, int] = (-1, -1),
+        attention_chunk: int = 0,
+        softcap: float = 0.0,
+        num_splits: int = 1,
+        pack_gqa: bool | None = None,
+        deterministic: bool = False,
+        sm_margin: int = 0,
+        return_attn_probs: bool = False,
+    ) -> Any:
+        """``[tokens, H, D]`` → ``[tokens, H, D]``, or with the logsumexp ``[H, tokens]``."""
+        if tuple(window_size) != (-1, -1):
+            raise RuntimeError("This flash attention build does not support local attention.")
+        scales, lengths = (q_descale, k_descale, v_descale), (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        options = {"scale": softmax_scale, "causal": causal, "window": (-1, -1), "softcap": softcap}
+        out, lse = _fp8(q, k, v, scales, lengths, **options)
+        return (out, lse) if return_attn_probs else out
+
+
+def _fp8(q: Any, k: Any, v: Any, scales: Any, lengths: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention 3 on e4m3: bf16 ``[tokens, H, D]`` and the logsumexp ``[H, tokens]``."""
+    calls.append("fp8")
+    if q.dtype != torch.float8_e4m3fn and not (_sharp and q.dtype == torch.float32):
+        raise RuntimeError("descale is for fp8")
+    if not q.dtype == k.dtype == v.dtype:
+        raise RuntimeError("query, key and value must have the same dtype")
+    if q.shape[-1] % (8 if _sharp else 16) or q.shape[-1] > 256 or v.shape[-1] != q.shape[-1]:
+        raise RuntimeError("head dims in fp8 are multiples of 16, at most 256")
+    cu_q, cu_k, max_q, max_k = lengths
+    _lengths(cu_q, cu_k, q, k, max_q, max_k)
+    shape = (len(cu_k) - 1, k.shape[1])
+    if any(scale is None or scale.shape != shape or scale.dtype != torch.float32 for scale in scales):
+        raise RuntimeError(f"descale must be float32 of shape {shape}")
+    rounds, group = q.dtype == torch.float8_e4m3fn, q.shape[1] // k.shape[1]
+    parts = []
+    for number in range(shape[0]):
+        queries, keys = (slice(int(cu[number]), int(cu[number + 1])) for cu in (cu_q, cu_k))
+        undo = [scale[number][:, None] for scale in scales]
+        one = (q[queries].float() * undo[0].repeat_interleave(group, 0), k[keys].float() * undo[1])
+        parts.append(_with_logsumexp(*one, v[keys].float() * undo[2], fp8=rounds, **options))
+    out = torch.cat([part[0] for part in parts]).to(torch.bfloat16 if rounds else q.dtype)
+    return out, torch.cat([part[1] for part in parts], 1)
 
 
 class FlashAttention4:

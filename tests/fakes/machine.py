@@ -10,17 +10,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 import transformers.modeling_flash_attention_utils as fa
 from transformers import PreTrainedModel
 
 from axattn import backends
-from axattn.backends import flash_calls
+from axattn.backends import flash_calls, fp8
+from axattn.capability import Capability
 from axattn.environment import Environment
 from tests.environments import machine
-from tests.fakes import flash
+from tests.fakes import flash, torchao
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-FAKED = (*FLASH, "xformers")
+FAKED = (*FLASH, "xformers", "fp8")
 
 
 @contextlib.contextmanager
@@ -28,6 +30,8 @@ def hopper(*installed: str) -> Iterator[Environment]:
     """A Hopper machine with these kernels, as fakes; those of flash also serve float32 (see `tests.fakes.flash`)."""
     keys = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3", "flash_attention_4": "flash_attn_4"}
     absent: dict[str, Any] = {key: None for name, key in keys.items() if name not in installed}
+    if "fp8" in installed:
+        absent["fa3_fwd"] = "0.0.3"
     environment = machine("cuda", 90, **absent)
     with pytest.MonkeyPatch.context() as patch, flash.sharp():
         _modules(patch, installed)
@@ -44,8 +48,14 @@ def hopper(*installed: str) -> Iterator[Environment]:
             if name not in FAKED:
                 return found
             served = found.capability
-            here = {"devices": served.devices | {"cpu"}, "dtypes": served.dtypes | {"float32"}}
-            return dataclasses.replace(found, capability=dataclasses.replace(served, **here))
+
+            def wider(capability: Capability) -> Capability:
+                here = {"devices": capability.devices | {"cpu"}, "dtypes": capability.dtypes | {"float32"}}
+                multiple = min(8, capability.head_dim_multiple)  # the matrix's heads are small
+                return dataclasses.replace(capability, head_dim_multiple=multiple, **here)
+
+            on = None if found.on is None else (lambda machine: wider(found.on(machine)))
+            return dataclasses.replace(found, capability=wider(served), on=on)
 
         patch.setattr(backends, "get", widened)
         flash_calls.varlen_function.cache_clear()
@@ -57,10 +67,17 @@ def hopper(*installed: str) -> Iterator[Environment]:
 
             patch.setattr(xformers.ops, "memory_efficient_attention", fake.memory_efficient_attention)
             fake.calls.clear()
+        if "fp8" in installed:
+            patch.setattr(fp8, "STORAGE", torch.float32)  # unrounded: what is left is the adapter's own
+            quantisers = types.ModuleType("torchao.prototype.attention.quantization")
+            quantisers._fp8_sdpa_quantize = torchao.fp8_sdpa_quantize  # type: ignore[attr-defined]
+            patch.setitem(sys.modules, quantisers.__name__, quantisers)
+        fp8.varlen_function.cache_clear()
         try:
             yield environment
         finally:
             flash_calls.varlen_function.cache_clear()
+            fp8.varlen_function.cache_clear()
 
 
 def _modules(patch: pytest.MonkeyPatch, installed: tuple[str, ...]) -> None:
@@ -80,3 +97,5 @@ def _modules(patch: pytest.MonkeyPatch, installed: tuple[str, ...]) -> None:
         module("flash_attn_interface", flash.FlashAttention3)
     if "flash_attention_4" in installed:
         module("flash_attn.cute", flash.FlashAttention4)
+    if "fp8" in installed:
+        module("fa3_fwd_interface", flash.FlashAttention3Forward)

@@ -1,0 +1,51 @@
+"""`Documents`: statistics of each packed document, which quantised kernels need so that no document sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+_BLOCK = 256  # tokens reduced by one thread at a time: a long document is many blocks, reduced again
+
+
+class Documents:
+    """Packed documents of some lengths, none of them empty.
+
+    Attributes:
+        lengths: tokens of each document.
+        device: where the statistics are made.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = tuple(lengths)
+        self.device = device
+
+    @cached_property
+    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of each block, and blocks of each document."""
+        counts = [-(-length // _BLOCK) for length in self.lengths]
+        sizes = [min(_BLOCK, length - start) for length in self.lengths for start in range(0, length, _BLOCK)]
+        return torch.tensor(sizes, device=self.device), torch.tensor(counts, device=self.device)
+
+    @cached_property
+    def _tokens(self) -> torch.Tensor:
+        return torch.tensor(self.lengths, device=self.device)
+
+    def _reduce(self, x: torch.Tensor, how: str) -> torch.Tensor:
+        sizes, counts = self._blocks
+        partial = torch.segment_reduce(x, how, lengths=sizes, axis=0, unsafe=True)
+        return torch.segment_reduce(partial, how, lengths=counts, axis=0, unsafe=True)
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[documents, H, D]``: the mean over each document's tokens of `x` ``[tokens, H, D]``."""
+        return self._reduce(x.float(), "sum") / self._tokens[:, None, None]
+
+    def absmax(self, x: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[documents, H]``: the largest absolute value per document and head of `x` ``[tokens, H, D]``."""
+        return self._reduce(torch.linalg.vector_norm(x, float("inf"), dim=-1, dtype=torch.float32), "max")
+
+    def spread(self, statistic: torch.Tensor) -> torch.Tensor:
+        """``[tokens, ...]``: each document's value of ``[documents, ...]`` for each of its tokens."""
+        return torch.repeat_interleave(statistic, self._tokens, dim=0, output_size=sum(self.lengths))
