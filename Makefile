@@ -6,6 +6,8 @@ OLDEST := .venv-oldest
 READY := $(VENV)/.ready
 OLDEST_READY := $(OLDEST)/.ready
 OLDEST_TRANSFORMERS := 5.17.0
+# the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
+OLDEST_KERNELS := 0.16.2
 
 .PHONY: demo test lint types unit oldest conformance docs bench clean setup
 
@@ -29,7 +31,7 @@ unit: $(READY)
 # The oldest supported Transformers, laid over the same environment: every test that touches Transformers again.
 oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,registration.py segments.py masks.py interface.py door.py \
-	    loading.py needs.py planning.py training.py s2.py flash.py compiled.py) tests/conformance tests/e2e
+	    loading.py needs.py planning.py training.py s2.py flash.py fp8.py ranking.py compiled.py) tests/conformance tests/e2e
 
 # The whole matrix (`make test` runs a sample of it); writes docs/conformance.json and docs/conformance.md.
 conformance: $(READY)
@@ -52,7 +54,8 @@ $(OLDEST_READY): $(READY)
 	$(BIN)/python -m venv --without-pip $(OLDEST)
 	$(BIN)/python -c "import pathlib, sysconfig; old = next(pathlib.Path('$(OLDEST)').glob('lib/python*/site-packages')); \
 	(old / 'newest.pth').write_text('import site; site.addsitedir(%r)\n' % sysconfig.get_path('purelib'))"
-	$(BIN)/python -m pip --python $(OLDEST)/bin/python install -q --ignore-installed "transformers==$(OLDEST_TRANSFORMERS)"
+	$(BIN)/python -m pip --python $(OLDEST)/bin/python install -q --ignore-installed "transformers==$(OLDEST_TRANSFORMERS)" \
+	    "kernels==$(OLDEST_KERNELS)"
 	touch $@
 
 clean:

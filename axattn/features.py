@@ -6,6 +6,7 @@ import dataclasses
 
 from axattn import backends
 from axattn.backends.base import Backend
+from axattn.backends.ranking import PREFERENCES, ranking
 from axattn.capability import Capability
 from axattn.environment import Environment
 
@@ -48,7 +49,13 @@ def page() -> str:
     lines = ["# Kernels", "", "Made by `make docs` from the capability records in `axattn/backends/`; do not edit.", ""]
     lines += ["## What each serves", "", *_table("feature", found, _features(found)), ""]
     lines += ["## Where each runs, with its library installed", "", *_table("machine", found, _machines(found)), ""]
-    lines += ["## Install, and what to know", ""]
+    lines += ["## What `auto` tries, in this order", "", "The first that is installed and serves the layer.", ""]
+    for label, machine in _MACHINES:
+        ranks = "; ".join(f"`{rank.name}` ({rank.source})" for rank in ranking(machine))
+        lines.append(f"- **{label}**: {ranks}.")
+    for rule in PREFERENCES:
+        lines.append(f"- `{rule.name}` goes before `{rule.before}` where it is cheaper: {rule.source}.")
+    lines += ["", "## Install, and what to know", ""]
     for backend in found:
         notes = [f"{key}: {text}" if key else text for key, text in backend.capability.notes.items()]
         install = f" Install: `{backend.install}`." if backend.install else ""

@@ -25,6 +25,7 @@ from axattn.needs import (
 )
 from axattn.patches.cache import disable_cache
 from axattn.patches.doors import add_doors, native_name
+from axattn.patches.flash_slot import preload
 from axattn.patches.patchset import PatchSet
 from axattn.patches.routes import add_routes, nested, set_names
 from axattn.plans import Plan, Policy
@@ -92,6 +93,7 @@ def from_pretrained(
     decided = _decide(
         config, _concrete_class(cls, config), value, _policy(on_unsupported, allow, upgrade_flash, kernel_options)
     )
+    preload(decided.running.values(), allow_all_kernels=allow)
     config._attn_implementation = None  # a name inside config.json would beat the argument (Transformers 5.23)
     native = {path: name for path, name in decided.running.items() if name is not None and names.is_native(name)}
     if native:
@@ -132,6 +134,7 @@ def apply(
     base = transformers_model(model)
     policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     decided = _decide(base.config, type(base), value, policy)
+    preload(decided.running.values(), allow_all_kernels=allow_all_kernels)
     before = state_of(base)
     restore(base)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from axattn import backends, names
 from axattn.backends.base import Backend
 from axattn.backends.hub import hub_backend
+from axattn.backends.ranking import by_need, interned, ranking, usable
 from axattn.capability import Need, missing
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError, UnsupportedAttentionError
@@ -110,7 +111,7 @@ def backend_of(name: str) -> Backend:
 def usable_exact(environment: Environment) -> list[str]:
     """Exact kernels that this machine can run, fastest first."""
     found = []
-    for name in (*backends.AUTO_ORDER, *backends.builtin_names()):
+    for name in (*usable(environment), *backends.builtin_names()):
         backend = backends.get(name)
         served = environment.torch_device in backend.capability.devices and not backend.probe(environment)
         if name not in found and served and backend.capability.exactness == "exact":
@@ -185,12 +186,14 @@ def _plan_path(
             raise _unsupported(model, name, failed)
         notes.append(f"{name} → auto for {path or 'the model'}: it can't serve every layer")
         direct = backend_of(name).forward is not None
-        order = (*((name,) if direct else ()), *(other for other in backends.ROUTE_ORDER if other != name))
+        order = candidates(name, "route", environment)
+        order = order if direct else interned(order[1:])
         return "auto", _plan_layers(layers, name, order, environment), order
     if name == "s2":
         _require_llama(model, path, layers)
-    order = candidates(name, policy.on_unsupported)
-    planned = _plan_layers(layers, name, order, environment)
+    order = candidates(name, policy.on_unsupported, environment)
+    tried = tuple(rank.name for rank in ranking(environment)) if name == "auto" else order
+    planned = _plan_layers(layers, name, tried, environment)
     failed = [entry for entry in planned if not entry.chosen]
     if failed:
         raise _unsupported(model, name, failed)
@@ -221,7 +224,7 @@ def _plan_layers(
 def _plan_layer(layer: LayerNeed, asked: str, order: tuple[str, ...], environment: Environment) -> LayerPlan:
     rejected: list[Rejected] = []
     need: Need = replaced(layer.need, device=environment.torch_device)
-    for name in order:
+    for name in by_need(order, need) if asked == "auto" else order:
         backend = backend_of(name)
         lacking = missing(need, backend.capability_on(environment), name)
         reasons = [*backend.probe(environment), *lacking] if len(order) > 1 else lacking

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from axattn import backends
 from axattn.backends.base import Backend
+from axattn.backends.ranking import by_need, interned, usable
 from axattn.capability import Capability, Need, missing
 from axattn.environment import Environment
 from axattn.errors import Reason, UnsupportedAttentionError
@@ -49,11 +49,11 @@ class Route:
     decisions: dict[Any, Backend] = field(default_factory=dict)
     plain: dict[Any, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    kernels: tuple[tuple[Backend, Capability], ...] = field(init=False, repr=False)
+    kernels: dict[str, tuple[Backend, Capability]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         machine, found = Environment.current(), [backends.get(name) for name in self.candidates]
-        self.kernels = tuple((backend, backend.capability_on(machine)) for backend in found)
+        self.kernels = {backend.name: (backend, backend.capability_on(machine)) for backend in found}
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "decisions": {}, "plain": {}}
@@ -78,11 +78,13 @@ class Route:
             UnsupportedAttentionError: none does; with every candidate's reasons.
         """
         reasons: list[Reason] = []
-        for backend, capability in self.kernels:
-            name = backend.name
+        if torch.compiler.is_compiling() and len(self.kernels) > 1:
+            need = replace(need, traced=True)  # there is a choice: one that is known to trace
+        for name in by_need(self.candidates, need) if self.asked == "auto" else self.candidates:
+            backend, capability = self.kernels[name]
             lacking = missing(need, capability, name)
             if not lacking:
-                if name != self.planned:
+                if name != self.planned and reasons:
                     self._say_routed(name, reasons)
                 return backend
             reasons += lacking
@@ -106,14 +108,13 @@ _said: set[tuple[str, str, str]] = set()
 _unplanned: weakref.WeakKeyDictionary[torch.nn.Module, Route] = weakref.WeakKeyDictionary()
 
 
-@functools.cache
-def candidates(name: str, on_unsupported: OnUnsupported) -> tuple[str, ...]:
-    """Backends to try for a name of ours, in order. The same object for the same answer."""
+def candidates(name: str, on_unsupported: OnUnsupported, environment: Environment) -> tuple[str, ...]:
+    """Backends to try for a name of ours on a machine, in order. The same object for the same answer."""
     if name == "auto":
-        return backends.AUTO_ORDER
+        return usable(environment)
     if on_unsupported == "raise":
-        return (name,)
-    return (name, *(other for other in backends.ROUTE_ORDER if other != name))
+        return interned((name,))
+    return interned((name, *(other for other in usable(environment) if other != name)))
 
 
 def route_of(module: torch.nn.Module, name: str) -> Route:
@@ -123,7 +124,7 @@ def route_of(module: torch.nn.Module, name: str) -> Route:
         return route
     route = _unplanned.get(module)
     if route is None or route.asked != name:
-        order = candidates(name, "route" if name == "auto" else "raise")
+        order = candidates(name, "raise", Environment.current())
         route = Route(name, type(module).__name__, order, order[0])
         _unplanned[module] = route
     return route

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+import transformers.modeling_flash_attention_utils as fa
 
 import axattn
 from axattn import flash_guard
@@ -381,3 +382,29 @@ def test_a_package_whose_files_another_has_overwritten_is_noticed(
     own.write_text("own = False\n")
     assert files_differ("brought", "brought/module.py")
     assert not files_differ("brought", "brought/absent.py")
+
+
+@pytest.mark.parametrize("broken", [ImportError("undefined symbol: _ZN2at"), OSError("libcudart.so.12: cannot open")])
+def test_a_flash_library_that_fails_to_import_leaves_no_trace(
+    broken: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers would run FlashAttention 2 under 3's name at the next attempt: its slot already says 3."""
+    with hopper("flash_attention_2", "flash_attention_3"):
+        model = axattn.apply(build("llama"), "flash_attention_2", upgrade_flash=False)
+        real = fa._lazy_imports
+
+        def fails(name: Any, *args: Any, **kwargs: Any) -> Any:
+            if name == "flash_attention_3":
+                raise broken
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(fa, "_lazy_imports", fails)
+        for _ in range(2):
+            with pytest.raises(BackendUnavailableError, match="flash_attention_3 fails to load") as caught:
+                axattn.apply(model, "flash_attention_3")
+            assert caught.value.__cause__ is broken
+            assert fa._loaded_implementation == "flash_attention_2"
+        assert model.config._attn_implementation == "flash_attention_2"
+        flash.calls.clear()
+        model(tokens(1, 8))
+        assert set(flash.calls) == {"flash_attention_2"}

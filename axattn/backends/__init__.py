@@ -28,12 +28,6 @@ _MODULES: dict[str, str] = {
 
 ENTRY_POINT_GROUP = "axattn.backends"
 
-AUTO_ORDER: tuple[str, ...] = ("varlen", "sdpa", "eager")
-"""What ``auto`` tries, the fastest exact kernel first (ranks on a GPU: see docs; measured in benchmarks)."""
-
-ROUTE_ORDER = AUTO_ORDER
-"""Where ``on_unsupported="route"`` sends what the named kernel can't serve."""
-
 
 def builtin_names() -> tuple[str, ...]:
     """Names of the backends that ship with axattn."""

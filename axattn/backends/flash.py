@@ -69,10 +69,15 @@ def _probe_4(environment: Environment) -> list[Reason]:
     return reasons
 
 
+TWO = dataclasses.replace(_COMMON, dropout=True, notes={"softcap": "from flash-attn 2.6 on"})
 FOUR = dataclasses.replace(_COMMON, sinks=True)
 FOUR_ON_BLACKWELL = dataclasses.replace(FOUR, max_head_dim=128, head_dim_pairs=frozenset({(256, 256)}))
 """flash-attn-4 4.0.0b36 on sm100 and sm110: up to 128, and 256 for both. (192, 128) too, but Transformers widens values
 to the query heads' size, and (192, 192) is not among them."""
+
+
+def _capability_2(environment: Environment) -> Capability:
+    return TWO if environment.has("flash_attn", "2.6") else dataclasses.replace(TWO, softcap=False)
 
 
 def _capability_4(environment: Environment) -> Capability:
@@ -83,10 +88,11 @@ BACKENDS = (
     Backend(
         "flash_attention_2",
         "FlashAttention 2, run by Transformers",
-        dataclasses.replace(_COMMON, dropout=True),
+        TWO,
         _probe_2,
         flash_2,
         install=_INSTALL[2],
+        on=_capability_2,
     ),
     Backend(
         "flash_attention_3", "FlashAttention 3, run by Transformers", _COMMON, _probe_3, flash_3, install=_INSTALL[3]

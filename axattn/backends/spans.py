@@ -24,11 +24,22 @@ def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
     query, key, value = one_head_dim(query, key, value)
     if query.device.type == "cpu":
         out = keep_nan(attention_over_tiles(query, key, value, layout, call.scale), query)
-    elif query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
+    elif (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and _has_flash(query.device)
+    ):
         out = _flash_varlen(query, key, value, layout, call.scale)
     else:
         return dense.sdpa(call)
     return out if out.shape[-1] == value_dim else out[..., :value_dim]
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether torch's flash kernels run on a GPU: Ampere or newer; on ROCm torch sorts that out by itself."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def one_head_dim(

@@ -90,7 +90,7 @@ def add_routes(patches: PatchSet, model: torch.nn.Module, modules: dict[str, tor
             getattr(config, "_attn_implementation", running) != running
         ):  # a tower that hard-codes its own: not ours, so not in status
             continue
-        order = plan.orders.get(path) or candidates(running, plan.on_unsupported)
+        order = plan.orders.get(path) or candidates(running, plan.on_unsupported, plan.environment)
         planned = chosen.get((path, getattr(module, "layer_idx", None) or 0), order[0])
         patches.set_attribute(module, ATTRIBUTE, Route(running, name, order, planned, options=plan.options))
 

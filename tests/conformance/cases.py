@@ -92,7 +92,7 @@ class Case:
         folder = _saved(self.family.name, tuple(sorted(options.items())))
         model = axattn.from_pretrained(
             folder,
-            attn_implementation=self.backend.removesuffix(", route"),
+            attn_implementation=self.backend.split(", ")[0],
             on_unsupported="route" if self.backend.endswith(", route") else "raise",
             model_class=type(_made(self.family.name, tuple(sorted(options.items())))),
             local_files_only=True,

@@ -63,7 +63,7 @@ def allowed(name: str, half: float) -> float:
 
 
 def made(family: str, **options: Any) -> Any:
-    """The family's model with logits of a few units: at this width those of `build` are so sharp that rounding decides."""
+    """The family's model with logits of a few units; `build` makes them so sharp here that rounding rules."""
     model = build(family, **SIZES, **options)
     for name, parameter in model.named_parameters():
         if "q_proj" in name:

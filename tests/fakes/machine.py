@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as fa
+import transformers.modeling_utils
 from transformers import PreTrainedModel
 
 from axattn import backends
@@ -30,15 +31,20 @@ def hopper(*installed: str) -> Iterator[Environment]:
     """A Hopper machine with these kernels, as fakes; those of flash also serve float32 (see `tests.fakes.flash`)."""
     keys = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3", "flash_attention_4": "flash_attn_4"}
     absent: dict[str, Any] = {key: None for name, key in keys.items() if name not in installed}
+    if "xformers" not in installed:
+        absent["xformers"] = None
     if "fp8" in installed:
         absent["fa3_fwd"] = "0.0.3"
     environment = machine("cuda", 90, **absent)
     with pytest.MonkeyPatch.context() as patch, flash.sharp():
+        if "xformers" in installed:
+            import xformers.ops  # before the fakes of flash: it would look into them
         _modules(patch, installed)
         for number in (2, 3, 4):
             there = f"flash_attention_{number}" in installed
             patch.setattr(fa, f"is_flash_attn_{number}_available", lambda *_, there=there, **__: there)
         patch.setattr(fa, "_loaded_implementation", None)
+        patch.setattr(transformers.modeling_utils, "is_kernels_available", lambda *_, **__: False)
         patch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
         patch.setattr(Environment, "current", classmethod(lambda cls: environment))
         real = backends.get
@@ -61,8 +67,6 @@ def hopper(*installed: str) -> Iterator[Environment]:
         flash_calls.varlen_function.cache_clear()
         flash.calls.clear()
         if "xformers" in installed:
-            import xformers.ops
-
             from tests.fakes import xformers as fake
 
             patch.setattr(xformers.ops, "memory_efficient_attention", fake.memory_efficient_attention)

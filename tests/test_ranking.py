@@ -1,0 +1,133 @@
+"""The order of ``auto``: exact kernels, each with its source, what is installed, and what a call needs."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import axattn
+from axattn import backends, planning
+from axattn.backends.ranking import PREFERENCES, by_need, ranking, usable
+from axattn.capability import Need
+from axattn.environment import Environment
+from axattn.needs import model_needs
+from axattn.plans import Policy
+from axattn.routes import Route
+from tests.conformance.families import FAMILIES
+from tests.environments import ADA, AMPERE, BLACKWELL, CPU, HOPPER, NPU, ROCM6, TURING, machine
+from tests.fakes.machine import hopper
+from tests.models import build, tokens
+
+MACHINES = {
+    "cpu": CPU,
+    "turing": TURING,
+    "ampere": AMPERE,
+    "ada": ADA,
+    "hopper": HOPPER,
+    "blackwell": BLACKWELL,
+    "rocm": ROCM6,
+    "npu": NPU,
+}
+
+
+@pytest.mark.parametrize("environment", MACHINES.values(), ids=MACHINES)
+def test_every_order_holds_exact_kernels_that_axattn_can_call_and_ends_with_those_that_serve_all(
+    environment: Environment,
+) -> None:
+    names = [rank.name for rank in ranking(environment)]
+    assert all(backends.get(name).capability.exactness == "exact" for name in names)
+    assert all(backends.get(name).forward is not None for name in names)
+    assert names[-2:] == ["sdpa", "eager"]
+    assert len(set(names)) == len(names)
+    assert all(rank.source for rank in ranking(environment))
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        (CPU, "varlen"),
+        (TURING, "varlen"),
+        (AMPERE, "varlen"),
+        (ADA, "varlen"),
+        (HOPPER, "flash_attention_3"),
+        (machine("cuda", 90, flash_attn_3=None), "flash_attention_4"),
+        (machine("cuda", 90, flash_attn_3=None, flash_attn_4=None), "varlen"),
+        (BLACKWELL, "flash_attention_4"),
+        (machine("cuda", 100, flash_attn_4=None), "varlen"),
+        (ROCM6, "varlen"),
+    ],
+)
+def test_the_first_is_the_fastest_that_is_installed(environment: Environment, first: str) -> None:
+    assert usable(environment)[0] == first
+    assert usable(environment) is usable(environment)
+
+
+def test_kernels_that_only_other_machines_run_are_not_tried() -> None:
+    assert not {"flash_attention_3", "flash_attention_4"} & set(usable(AMPERE))
+    assert "flash_attention_3" not in usable(BLACKWELL)
+    assert usable(machine("cuda", 80, flash_attn=None, xformers=None)) == ("varlen", "sdpa", "eager")
+
+
+@pytest.mark.parametrize(
+    ("need", "first"),
+    [
+        (Need(head_dim=64, device="cuda"), "varlen"),
+        (Need(head_dim=64, device="cuda", dropout=0.1), "flash_attention_2"),
+        (Need(head_dim=64, device="cuda", dtype="float32"), "xformers"),
+        (Need(head_dim=64, device="cpu", dropout=0.1), "varlen"),
+    ],
+)
+def test_some_calls_have_an_order_of_their_own(need: Need, first: str) -> None:
+    order = by_need(usable(AMPERE), need)
+    assert order[0] == first
+    assert sorted(order) == sorted(usable(AMPERE))
+    assert by_need(("varlen", "eager"), need) == ("varlen", "eager")
+
+
+def test_preferences_name_kernels_of_the_orders() -> None:
+    names = {rank.name for rank in ranking(AMPERE)}
+    assert {rule.name for rule in PREFERENCES} | {rule.before for rule in PREFERENCES} <= names
+
+
+def test_the_plan_says_why_not_the_faster_kernels() -> None:
+    plan = planning.plan(
+        model_needs(build("llama").config), "auto", machine("cuda", 90, flash_attn_3=None, flash_attn_4=None), Policy()
+    )
+    first = plan.layers[0]
+    assert first.chosen == "varlen"
+    assert [r.backend for r in first.rejected] == ["flash_attention_3", "flash_attention_4"]
+    assert all("is not installed" in r.reasons[0].text for r in first.rejected)
+
+
+def test_layers_get_what_serves_them(caplog: pytest.LogCaptureFixture) -> None:
+    """Gemma 2's softcap and gpt-oss's sinks leave eager where a flash kernel has them."""
+    for family, installed, wanted in (
+        ("gemma2", "flash_attention_2", "flash_attention_2"),
+        ("gemma2", "flash_attention_3", "flash_attention_3"),
+        ("gpt_oss", "flash_attention_4", "flash_attention_4"),
+        ("gpt_oss", "flash_attention_3", "eager"),
+        ("mistral", "flash_attention_3", "flash_attention_3"),
+        ("mistral", "xformers", "varlen"),
+    ):
+        with hopper(installed), caplog.at_level(logging.WARNING, "axattn"):
+            model = axattn.apply(FAMILIES[family].make(), "auto")
+            with torch.no_grad():
+                found = model(tokens(1, 12)).logits
+            layers = axattn.status(model).layers
+            assert {layer.planned for layer in layers} == {wanted}
+            assert all(set(layer.served) == {wanted} for layer in layers), (family, installed, layers[0])
+        reference = FAMILIES[family].make()
+        reference.set_attn_implementation("eager")
+        assert torch.allclose(found, reference(tokens(1, 12)).logits, atol=1e-4)
+    assert not [record for record in caplog.records if record.name == "axattn"]  # served as planned: nothing to say
+
+
+def test_inside_a_compiled_graph_a_kernel_that_traces_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with hopper("flash_attention_3"):
+        route = Route("auto", "layer", ("flash_attention_3", "varlen", "sdpa", "eager"), "flash_attention_3")
+        need = Need(head_dim=64, device="cpu", dtype="float32")
+        assert route.choose(need).name == "flash_attention_3"
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert route.choose(need).name == "varlen"
