@@ -26,6 +26,7 @@ from axattn.needs import (
 from axattn.patches.cache import disable_cache
 from axattn.patches.doors import add_doors, native_name
 from axattn.patches.flash_slot import preload
+from axattn.patches.flex import add_compile_room
 from axattn.patches.patchset import PatchSet
 from axattn.patches.routes import add_routes, nested, set_names
 from axattn.plans import Plan, Policy
@@ -344,6 +345,8 @@ def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, 
         }
         add_doors(patches, model, modules.values(), native)
         add_routes(patches, model, modules, decided)
+        if "flex_attention" in decided.running.values():
+            add_compile_room(patches, model)
         ours = [name for name in decided.running.values() if name in names.OURS and name != "auto"]
         if not all(backends.get(name).caches for name in ours):
             disable_cache(patches, model)

@@ -212,7 +212,12 @@ def test_whether_a_model_hands_positions_on_is_read_from_its_source(family: str,
 @torch.no_grad()
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copied_model_keeps_its_documents_apart_and_is_restored_by_itself(clone: Any) -> None:
-    model = axattn.apply(build("llama"), "varlen")
+    model = build("llama")
+    try:
+        clone(model)
+    except AttributeError as error:  # Transformers 5.17 puts local classes into models when kernels is installed
+        pytest.skip(f"Transformers' own model can't be cloned so: {error}")
+    axattn.apply(model, "varlen")
     expected = model(tokens(1, 10), **PACKED).logits
     other = clone(model)
     assert torch.equal(other(tokens(1, 10), **PACKED).logits, expected)
