@@ -58,7 +58,8 @@ def page() -> str:
     lines += ["", "## Install, and what to know", ""]
     for backend in found:
         notes = [f"{key}: {text}" if key else text for key, text in backend.capability.notes.items()]
-        install = f" Install: `{backend.install}`." if backend.install else ""
+        install = f" Needs {needs}." if (needs := _needs(backend)) else ""
+        install += f" Install: `{backend.install}`." if backend.install else ""
         shown = f" Notes: {'; '.join(notes)}." if notes else ""
         choices = [f"`{option.name}`, {option.meaning} (default `{option.default!r}`)" for option in backend.options]
         shown += f" Options: {'; '.join(choices)}." if choices else ""
@@ -107,6 +108,19 @@ _EVERYTHING = {
     "sageattention": "1.0.6",
     "torchao": "0.18.0",
 }
+
+
+def _needs(backend: Backend) -> str:
+    """Libraries and their floors, as the probe names them on a machine where everything is too old or absent."""
+    machine = Environment("cuda", (9, 0), cuda="13.0")
+    found: list[str] = []
+    for libraries in (dict.fromkeys(_EVERYTHING, "0"), {}):
+        for reason in backend.probe(dataclasses.replace(machine, libraries=libraries)):
+            floor, absent = " 0 is older than ", " is not installed"
+            text = reason.text.replace(floor, " ≥ ").removesuffix(absent)
+            if text != reason.text and not any(text in other for other in found):
+                found.append(text)
+    return ", ".join(found)
 
 
 def _mark(served: bool) -> str:

@@ -109,7 +109,11 @@ UNMET: dict[str, list[tuple[Environment, str, str]]] = {
         (machine("cuda", 90, torch="2.10"), "torch 2.10 is older than 2.11", "pip install -U torch"),
         (machine("cuda", 90, torchao="0.16.0"), "torchao 0.16.0 is older than 0.17", "pip install -U torchao"),
         (machine("cuda", 90, torchao=None), "torchao is not installed", "pip install -U torchao"),
-        (machine("cuda", 90, flash_attn_3=None), "no FlashAttention 3 package", "pip install fa3-fwd"),
+        (
+            machine("cuda", 90, flash_attn_3=None),
+            "FlashAttention 3 (flash-attn-3 or fa3-fwd) is not",
+            "pip install fa3-fwd",
+        ),
     ],
     "sdpa": [(NPU, "sdpa runs on cpu, cuda, mps, xpu, this machine has npu", "")],
     "s2": [(NPU, "s2 runs on cpu, cuda, this machine has npu", "")],

@@ -231,7 +231,7 @@ def probe(environment: Environment) -> list[Reason]:
     check_library(reasons, "torch", "torch", environment, "pip install -U torch", "2.11")
     check_library(reasons, "torchao", "torchao", environment, "pip install -U torchao", "0.17")
     if not environment.has("flash_attn_3") and not environment.has("fa3_fwd"):
-        text = "no FlashAttention 3 package (flash-attn-3 or fa3-fwd) is installed"
+        text = "FlashAttention 3 (flash-attn-3 or fa3-fwd) is not installed"
         reasons.append(Reason("library", text, "pip install fa3-fwd"))
     return reasons
 
