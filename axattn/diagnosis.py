@@ -66,7 +66,7 @@ def diagnose(environment: Environment | None = None) -> Diagnosis:
         backend = backends.get(name)
         reasons = list(backend.probe(machine))
         device = machine.torch_device
-        if not reasons and device not in backend.capability.devices:
+        if not reasons and device not in backend.capability_on(machine).devices:
             reasons.append(Reason("gpu", f"{name} does not run on {device}"))
         exact = backend.capability.exactness == "exact"
         found.append(KernelDiagnosis(name, backend.summary, exact, backend.capability.segments, tuple(reasons)))

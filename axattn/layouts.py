@@ -47,6 +47,11 @@ class Layout:
     kv_length: int
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether each row is one document from end to end."""
+        return self.spans == ((0, self.rows, 0, self.q_length, 0, self.kv_length),)
+
 
 def build_layout(mask: LazyMask) -> Layout | None:
     """The spans of a mask; None when the pattern is unknown, padding has holes, or chunks meet a cache.

@@ -166,8 +166,14 @@ def is_known_hub_repository(name: str) -> bool:
 
 
 def is_native(name: str) -> bool:
-    """Whether Transformers serves `name` itself (hub paths and ``paged|`` names included)."""
-    return name in NATIVE or "/" in name or name.startswith("paged|")
+    """Whether Transformers serves `name` itself (``paged|`` names and hub paths included, but for sage kernels)."""
+    return name in NATIVE or name.startswith("paged|") or ("/" in name and not is_hub_sage(name))
+
+
+def is_hub_sage(name: str) -> bool:
+    """Whether `name` is the hub path of a sage kernel, which axattn calls itself."""
+    path = parse_hub_path(name)
+    return path is not None and path.repository in HUB_SAGE_REPOSITORIES
 
 
 def is_flash(name: str) -> bool:

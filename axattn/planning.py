@@ -8,7 +8,6 @@ from typing import Any
 
 from axattn import backends, names
 from axattn.backends.base import Backend
-from axattn.backends.hub import hub_backend
 from axattn.backends.ranking import by_need, interned, ranking, usable
 from axattn.capability import Need, missing
 from axattn.environment import Environment
@@ -16,7 +15,7 @@ from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError
 from axattn.needs import LayerNeed, ModelNeeds
 from axattn.options import require_options
 from axattn.plans import LayerPlan, Plan, Policy, Rejected
-from axattn.routes import candidates
+from axattn.routes import candidates, providers
 
 
 def resolve_names(value: names.AttentionNames, paths: tuple[str, ...]) -> dict[str, str | None]:
@@ -103,9 +102,7 @@ def plan(
 
 def backend_of(name: str) -> Backend:
     """The backend record of a canonical name or hub path."""
-    bare = name.removeprefix("paged|")
-    path = names.parse_hub_path(bare)
-    return backends.get(bare) if path is None else hub_backend(path)
+    return backends.get(name.removeprefix("paged|"))
 
 
 def usable_exact(environment: Environment) -> list[str]:
@@ -113,21 +110,29 @@ def usable_exact(environment: Environment) -> list[str]:
     found = []
     for name in (*usable(environment), *backends.builtin_names()):
         backend = backends.get(name)
-        served = environment.torch_device in backend.capability.devices and not backend.probe(environment)
+        served = environment.torch_device in backend.capability_on(environment).devices
+        served = served and not backend.probe(environment)
         if name not in found and served and backend.capability.exactness == "exact":
             found.append(name)
     return found
 
 
-def require_available(name: str, environment: Environment, *, allow_all_kernels: bool = False) -> None:
-    """Raise unless this machine can run the name.
+def require_available(
+    name: str,
+    environment: Environment,
+    *,
+    allow_all_kernels: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise unless this machine can run the name (with these ``kernel_options``).
 
     Raises:
         BackendUnavailableError: with every reason, the command that mends each, and the exact kernels that do run here.
     """
     if name == "auto":
         return
-    reasons = backend_of(name).probe(environment)
+    probed = [backend_of(served).probe(environment) for served in providers(backend_of(name), options or {})]
+    reasons = [] if [] in probed else list(dict.fromkeys(reason for found in probed for reason in found))
     path = names.parse_hub_path(name.removeprefix("paged|"))
     if path is not None and not allow_all_kernels:
         if not path.repository.startswith("kernels-community/"):
@@ -140,7 +145,7 @@ def require_available(name: str, environment: Environment, *, allow_all_kernels:
         text = f"transformers {environment.libraries['transformers']} no longer takes {name!r}"
         reasons.append(Reason("paged", text, name.removeprefix("paged|")))
     device = environment.torch_device
-    served = backend_of(name).capability.devices
+    served = backend_of(name).capability_on(environment).devices
     if device not in served and not any(reason.feature == "gpu" for reason in reasons):
         reasons.append(Reason("gpu", f"{name} runs on {', '.join(sorted(served))}, this machine has {device}"))
     if reasons:
@@ -171,7 +176,7 @@ def _plan_path(
         )
         return "flash_attention_4", upgraded, ()
     try:
-        require_available(name, environment, allow_all_kernels=policy.allow_all_kernels)
+        require_available(name, environment, allow_all_kernels=policy.allow_all_kernels, options=policy.options)
     except BackendUnavailableError as error:
         if not route or name in ("s2",):
             raise
@@ -191,13 +196,17 @@ def _plan_path(
         return "auto", _plan_layers(layers, name, order, environment), order
     if name == "s2":
         _require_llama(model, path, layers)
-    order = candidates(name, policy.on_unsupported, environment)
+    order = candidates(name, policy.on_unsupported, environment, policy.options)
     tried = tuple(rank.name for rank in ranking(environment)) if name == "auto" else order
     planned = _plan_layers(layers, name, tried, environment)
     failed = [entry for entry in planned if not entry.chosen]
     if failed:
         raise _unsupported(model, name, failed)
-    return name, planned, order
+    for served in dict.fromkeys(entry.chosen for entry in planned):
+        notice = backend_of(served).notice
+        if notice is not None and (text := notice(environment)):
+            notes.append(text)
+    return ("sage" if names.is_hub_sage(name) else name), planned, order
 
 
 def _upgraded(name: str, layers: list[LayerNeed], environment: Environment) -> list[LayerPlan] | None:

@@ -108,13 +108,25 @@ _said: set[tuple[str, str, str]] = set()
 _unplanned: weakref.WeakKeyDictionary[torch.nn.Module, Route] = weakref.WeakKeyDictionary()
 
 
-def candidates(name: str, on_unsupported: OnUnsupported, environment: Environment) -> tuple[str, ...]:
+def candidates(
+    name: str, on_unsupported: OnUnsupported, environment: Environment, options: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
     """Backends to try for a name of ours on a machine, in order. The same object for the same answer."""
     if name == "auto":
         return usable(environment)
+    serving = providers(backends.get(name), options or {})
+    first = tuple(one for one in serving if not backends.get(one).probe(environment)) or (name,)
     if on_unsupported == "raise":
-        return interned((name,))
-    return interned((name, *(other for other in usable(environment) if other != name)))
+        return interned(first)
+    return interned((*first, *(other for other in usable(environment) if other not in first)))
+
+
+def providers(backend: Backend, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The backends that may serve a backend's name: itself, or what its option ``provider`` says."""
+    chosen = options.get("provider", "auto")
+    if not backend.providers:
+        return (backend.name,)
+    return tuple(backend.providers.values()) if chosen == "auto" else (backend.providers[chosen],)
 
 
 def route_of(module: torch.nn.Module, name: str) -> Route:

@@ -15,6 +15,7 @@ LIBRARIES = {
     "xformers": "0.0.35",
     "cuda_runtime_12": "12.8.90",
     "sageattention": "1.0.6",
+    "triton": "3.7.1",
     "torchao": "0.18.0",
     "kernels": "0.18.3",
 }

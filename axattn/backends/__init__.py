@@ -11,6 +11,7 @@ import importlib.metadata
 
 from axattn.backends.base import Backend
 from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError
+from axattn.names import parse_hub_path
 
 _MODULES: dict[str, str] = {
     "varlen": "axattn.backends.varlen",
@@ -23,6 +24,7 @@ _MODULES: dict[str, str] = {
     "flex_attention": "axattn.backends.flex",
     "xformers": "axattn.backends.xformers",
     "sage": "axattn.backends.sage",
+    "sage:library": "axattn.backends.sage",
     "fp8": "axattn.backends.fp8",
 }
 
@@ -36,7 +38,7 @@ def builtin_names() -> tuple[str, ...]:
 
 @functools.cache
 def get(name: str) -> Backend:
-    """The backend of that name.
+    """The backend of that name or hub path.
 
     Raises:
         UnknownAttentionError: no backend of that name, built in or installed.
@@ -46,6 +48,11 @@ def get(name: str) -> Backend:
         module = importlib.import_module(_MODULES[name])
         found: Backend = next(backend for backend in module.BACKENDS if backend.name == name)
         return found
+    path = parse_hub_path(name)
+    if path is not None:
+        from axattn.backends.hub import hub_backend
+
+        return hub_backend(path)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
         try:
             loaded = entry.load()

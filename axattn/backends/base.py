@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from axattn.capability import Capability
@@ -51,6 +51,8 @@ class Backend:
         install: the command that installs it, or ``""``.
         on: what it serves on a given machine, where that differs from `capability`.
         options: what its user can choose (``kernel_options``).
+        providers: the backends that may serve the name, by the value of its option ``provider``, in order.
+        notice: what to tell the user once where it runs on a given machine, ``""`` for nothing.
         caches: False when its models are better off with ``use_cache=False`` in their configs.
         plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
     """
@@ -65,6 +67,8 @@ class Backend:
     on: Callable[[Environment], Capability] | None = None
     options: tuple[Option, ...] = ()
     caches: bool = True
+    providers: Mapping[str, str] = field(default_factory=dict, hash=False)
+    notice: Callable[[Environment], str] | None = None
 
     def capability_on(self, environment: Environment) -> Capability:
         """What it serves on a machine."""

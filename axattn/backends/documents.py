@@ -7,6 +7,9 @@ from functools import cached_property
 
 import torch
 
+from axattn.backends.spans import span_lengths
+from axattn.layouts import Layout
+
 _BLOCK = 256  # tokens reduced by one thread at a time: a long document is many blocks, reduced again
 
 
@@ -33,6 +36,11 @@ class Documents:
     def _tokens(self) -> torch.Tensor:
         return torch.tensor(self.lengths, device=self.device)
 
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """int32 ``[tokens]``: the number of each token's document."""
+        return self.spread(torch.arange(len(self.lengths), dtype=torch.int32, device=self.device))
+
     def _reduce(self, x: torch.Tensor, how: str) -> torch.Tensor:
         sizes, counts = self._blocks
         partial = torch.segment_reduce(x, how, lengths=sizes, axis=0, unsafe=True)
@@ -49,3 +57,17 @@ class Documents:
     def spread(self, statistic: torch.Tensor) -> torch.Tensor:
         """``[tokens, ...]``: each document's value of ``[documents, ...]`` for each of its tokens."""
         return torch.repeat_interleave(statistic, self._tokens, dim=0, output_size=sum(self.lengths))
+
+
+def documents_of(layout: Layout, device: torch.device) -> tuple[Documents, Documents]:
+    """The sequences of queries and of keys in a layout, made once for all layers that share it."""
+    if "documents" not in layout.memo:
+        q_lengths, k_lengths = span_lengths(layout)
+        layout.memo["documents"] = Documents(q_lengths, device), Documents(k_lengths, device)
+    found: tuple[Documents, Documents] = layout.memo["documents"]
+    return found
+
+
+def smoothed(key: torch.Tensor, keys: Documents) -> torch.Tensor:
+    """``[tokens, Hkv, D]`` less its mean over each document: softmax is the same, and what is left needs fewer bits."""
+    return (key.float() - keys.spread(keys.mean(key))).to(key.dtype)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
-from axattn.backends.documents import Documents
+from axattn.backends.documents import Documents, documents_of, smoothed
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
-from axattn.backends.spans import one_head_dim, packed_call, span_lengths
+from axattn.backends.spans import one_head_dim, packed_call
 from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.environment import Environment
@@ -102,7 +102,7 @@ class _Fp8(torch.autograd.Function):
         inner = (rotated(q), rotated(k), rotated(v)) if rotation == "qkv" else (q, k, v)
         if rotation == "v":
             inner = (q, k, rotated(v))
-        parts = quantised_rows(*inner, layout) if _whole_rows(layout) else quantised(*inner, queries, keys)
+        parts = quantised_rows(*inner, layout) if layout.whole_rows else quantised(*inner, queries, keys)
         out, lse = _attention(parts, packed, softcap)
         out = out.to(q.dtype)
         out = out if rotation == "none" else rotated(out)
@@ -125,20 +125,6 @@ Quantised = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.
 """q, k and v in fp8, ``[tokens, H, D]``, and what to multiply them with, float32 ``[documents, Hkv]``."""
 
 
-def documents_of(layout: Layout, device: torch.device) -> tuple[Documents, Documents]:
-    """The sequences of queries and of keys in a layout, made once for all layers that share it."""
-    if "documents" not in layout.memo:
-        q_lengths, k_lengths = span_lengths(layout)
-        layout.memo["documents"] = Documents(q_lengths, device), Documents(k_lengths, device)
-    found: tuple[Documents, Documents] = layout.memo["documents"]
-    return found
-
-
-def smoothed(key: torch.Tensor, keys: Documents) -> torch.Tensor:
-    """``[tokens, Hkv, D]`` less its mean over each document: softmax is the same, and what is left needs fewer bits."""
-    return (key.float() - keys.spread(keys.mean(key))).to(key.dtype)
-
-
 def quantised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Documents, keys: Documents) -> Quantised:
     """Per document and KV head: the largest absolute value becomes fp8's largest."""
     group = q.shape[1] // k.shape[1]
@@ -150,12 +136,6 @@ def quantised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Docume
         stored.append((x.float() * per_token[..., None]).to(STORAGE))
         undo.append(1 / scale)
     return stored[0], stored[1], stored[2], undo[0], undo[1], undo[2]
-
-
-def _whole_rows(layout: Layout) -> bool:
-    """Whether each row is one document from end to end."""
-    whole = (0, layout.rows, 0, layout.q_length, 0, layout.kv_length)
-    return layout.spans == (whole,)
 
 
 def quantised_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> Quantised:

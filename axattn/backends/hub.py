@@ -1,10 +1,11 @@
-"""Hub kernels ``org/name[@rev][:fn]``: classified by repository, run by Transformers through ``kernels``."""
+"""Hub kernels ``org/name[@rev][:fn]``, classified by repository: Transformers runs flash kernels, axattn sage ones."""
 
 from __future__ import annotations
 
 from packaging.specifiers import SpecifierSet
 
 from axattn.backends.base import HALVES, Backend, check_library
+from axattn.backends.sage import hub_sage
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import Reason
@@ -35,14 +36,14 @@ KERNELS_WINDOW: tuple[tuple[str, str], ...] = (
 def hub_backend(path: HubPath) -> Backend:
     """A backend record for one hub path."""
 
+    if path.repository in HUB_SAGE_REPOSITORIES:
+        return hub_sage(path)
+
     def probe(environment: Environment) -> list[Reason]:
         reasons: list[Reason] = []
         check_library(reasons, "kernels", "kernels", environment, "pip install kernels", "0.16")
         if not reasons:
             reasons += _version_window(environment)
-        if path.repository in HUB_SAGE_REPOSITORIES:
-            text = f"Transformers can't run {path.repository}: it exports no flash_attn_varlen_func"
-            reasons.append(Reason("library", text))
         if path.function is not None:
             text = f"Transformers refuses a function name ({path.function!r}) on attention kernels"
             reasons.append(Reason("name", text, str(HubPath(path.repository, path.revision))))

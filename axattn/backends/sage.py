@@ -1,31 +1,257 @@
-"""``sage``: what INT8 SageAttention serves and needs."""
+"""``sage``: SageAttention's INT8 attention, by our own Triton kernel or the ``sageattention`` library, with a gradient.
+
+Ours (`axattn.kernels.int8_attention`) serves packed documents, windows and head dims up to 256, and gives the logsumexp
+that a true gradient needs. The library serves causal self-attention of head dims 64 and 128; it gives no gradient and
+no logsumexp, so its backward makes the exact output again. A single query (decoding) runs on `varlen`: there is nothing
+to win by rounding the cache at every token.
+
+Error with keys far from zero (tests/test_sage.py, measured in Triton's interpreter): output 0.6-0.8 %, gradients 1 %.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+from axattn.backends import varlen
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
-from axattn.backends.pending import no_adapter
+from axattn.backends.documents import Documents, documents_of, smoothed
+from axattn.backends.flash_calls import layout_of
+from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
+from axattn.backends.spans import one_head_dim, packed_call
+from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.layouts import Layout
+from axattn.names import HubPath
+from axattn.options import Option, one_of
 
-_INSTALL = "pip install sageattention"
 CAPABILITY = Capability(
     exactness="lossy",
     devices=frozenset({"cuda"}),
     dtypes=HALVES,
-    head_dims=frozenset({64, 96, 128}),
+    max_head_dim=256,
+    head_dim_multiple=8,
+    value_dim_differs=True,
+    value_dim_padded=True,
     grouped_heads=True,
     causal=True,
     bidirectional=True,
+    window=True,
+    chunk=True,
+    softcap=True,
+    padding=True,
     segments=True,
+    cross_lengths=True,
+    gradient=True,
+    inference_only=frozenset({"softcap"}),
+    notes={"": "a single query (decoding) runs on varlen, exactly", "softcap": "in inference"},
+)
+LIBRARY = Capability(
+    exactness="lossy",
+    devices=frozenset({"cuda"}),
+    dtypes=HALVES,
+    head_dims=frozenset({64, 128}),
+    grouped_heads=True,
+    causal=True,
+    chunk=True,
+    padding=True,
+    segments=True,
+    cross_lengths=True,  # decoding, which runs on varlen; more queries than one are refused in `_library_call`
+    gradient=True,
+    notes={"": "causal self-attention; backward makes the exact output again; decoding runs on varlen, exactly"},
+)
+"""sageattention 1.0.6: it leaves padded keys unmasked when not causal, and aligns fewer queries than keys top-left."""
+
+PROVIDER = Option(
+    "provider",
+    "auto",
+    'who runs it: "triton" (ours), "library" (sageattention), or "auto", the first that can',
+    one_of("auto", "triton", "library"),
 )
 
 
-def _probe(environment: Environment) -> list[Reason]:
-    reasons = [no_adapter("sage")]
-    check_gpu(reasons, "sage", environment, minimum_sm=80)
-    check_library(reasons, "sageattention", "sageattention", environment, _INSTALL, "1.0.6")
+# ---- our kernel ------------------------------------------------------------------------------------------------------
+
+
+def sage(call: AttentionCall) -> torch.Tensor:
+    """INT8 attention by our Triton kernel; returns ``[B, S, H, Dv]``."""
+    if call.query.shape[2] == 1:
+        return varlen.varlen(call)
+    from axattn.kernels import int8_operator
+
+    layout = layout_of(call)
+    exact_backward = BACKEND.option(call, "backward") == "exact"
+    softcap = call.softcap or 0.0
+
+    def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
+        packed = Packed(cu_q, cu_k, max_q, max_k, layout.causal, layout.window, call.scale)
+        queries, keys = documents_of(layout, q.device)
+        blocks = _blocks(layout, queries, int8_operator.block_of(q))
+        return int8_operator.attention(q, k, v, packed, blocks, None if softcap else keys, softcap, exact_backward)
+
+    query, key, value = one_head_dim(call.query, call.key, call.value)
+    return packed_call(query, key, value, layout, kernel)[..., : call.value.shape[-1]]
+
+
+def _blocks(layout: Layout, queries: Documents, block: int) -> torch.Tensor:
+    """The blocks of queries of a layout, made once for all layers that share it."""
+    from axattn.kernels.int8_attention import query_blocks
+
+    name = f"blocks-{block}"
+    if name not in layout.memo:
+        layout.memo[name] = query_blocks(queries.lengths, block, queries.device)
+    found: torch.Tensor = layout.memo[name]
+    return found
+
+
+def probe(environment: Environment) -> list[Reason]:
+    """Every reason why a machine can't run our kernel."""
+    reasons: list[Reason] = []
+    if not environment.triton_interpret:
+        check_gpu(reasons, "sage", environment, minimum_sm=80)
+    check_library(reasons, "triton", "triton", environment, "pip install triton", "3.3")
     return reasons
 
 
-BACKENDS = (Backend("sage", "SageAttention, INT8", CAPABILITY, _probe, install=_INSTALL),)
+def _capability(environment: Environment) -> Capability:
+    if not environment.triton_interpret:
+        return CAPABILITY
+    return dataclasses.replace(CAPABILITY, devices=frozenset({"cpu", "cuda"}), dtypes=HALVES | {"float32"})
+
+
+def _notice(environment: Environment) -> str:
+    if not environment.triton_interpret:
+        return ""
+    return "sage runs in Triton's interpreter (TRITON_INTERPRET=1): for tests, not for speed"
+
+
+# ---- the library and the hub kernel ----------------------------------------------------------------------------------
+
+
+def library(call: AttentionCall) -> torch.Tensor:
+    """INT8 attention by the ``sageattention`` library; returns ``[B, S, H, Dv]``."""
+    return _library_call(call, "sageattention")
+
+
+def _library_call(call: AttentionCall, source: str) -> torch.Tensor:
+    if call.query.shape[2] == 1:
+        return varlen.varlen(call)
+    layout = layout_of(call)
+    if any(s.q1 - s.q0 != s.k1 - s.k0 for s in layout.spans):  # a chunk over a cache: the library aligns it top-left
+        return varlen.varlen(call)
+
+    def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
+        packed = Packed(cu_q, cu_k, max_q, max_k, layout.causal, layout.window, call.scale)
+        _, keys = documents_of(layout, q.device)
+        rows = layout.rows if layout.whole_rows else 0
+        out: torch.Tensor = _Library.apply(q, k, v, packed, keys, rows, source)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
+        return out
+
+    return packed_call(call.query, call.key, call.value, layout, kernel)
+
+
+class _Library(torch.autograd.Function):
+    """The library's forward over ``[tokens, H, D]`` and the exact kernel's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packed: Packed,
+        keys: Documents,
+        rows: int,
+        source: str,
+    ) -> torch.Tensor:
+        module = sage_module(source)
+        smooth = smoothed(k, keys)  # its own copy: the library writes into the keys it is given
+        ctx.save_for_backward(q, k, v)
+        ctx.packed = packed
+        out: torch.Tensor
+        if rows:
+            parts = [x.reshape(rows, -1, *x.shape[1:]) for x in (q, smooth, v)]
+            out = module.sageattn(*parts, tensor_layout="NHD", is_causal=True, sm_scale=packed.scale, smooth_k=False)
+            return out.reshape(q.shape)
+        lengths = (packed.cu_q, packed.cu_k, packed.max_q, packed.max_k)
+        out = module.sageattn_varlen(q, smooth, v, *lengths, is_causal=True, sm_scale=packed.scale, smooth_k=False)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        out, lse = exact_forward(q, k, v, ctx.packed)
+        return (*flash_backward(grad, q, k, v, out, lse, ctx.packed), None, None, None, None)
+
+
+@functools.cache
+def sage_module(source: str) -> Any:
+    """The module with ``sageattn`` and ``sageattn_varlen``: the library, or a hub kernel ``org/name@revision``."""
+    if "/" not in source:
+        return importlib.import_module(source)
+    from kernels import get_kernel
+
+    repository, _, revision = source.partition("@")
+    return get_kernel(repository, revision=revision or "main")
+
+
+def probe_library(environment: Environment) -> list[Reason]:
+    """Every reason why a machine can't run the library."""
+    reasons: list[Reason] = []
+    check_gpu(reasons, "sageattention", environment, minimum_sm=80)
+    check_library(reasons, "sageattention", "sageattention", environment, "pip install sageattention", "1.0.6")
+    return reasons
+
+
+def hub_sage(path: HubPath) -> Backend:
+    """A backend record for a sage kernel on the hub, run like the library."""
+
+    def probe_hub(environment: Environment) -> list[Reason]:
+        reasons: list[Reason] = []
+        check_gpu(reasons, str(path), environment, minimum_sm=80)
+        check_library(reasons, "kernels", "kernels", environment, "pip install kernels", "0.16")
+        if path.function not in (None, "sageattn"):
+            reasons.append(Reason("name", f"sage kernels are called by axattn, not as {path.function!r}"))
+        return reasons
+
+    source = str(HubPath(path.repository, path.revision))
+    return Backend(
+        str(path),
+        "sage kernel from the hub, run by axattn",
+        LIBRARY,
+        probe_hub,
+        functools.partial(_library_call, source=source),
+        install="pip install kernels",
+    )
+
+
+BACKEND = Backend(
+    "sage",
+    "SageAttention, INT8: our Triton kernel",
+    CAPABILITY,
+    probe,
+    sage,
+    install="pip install triton",
+    on=_capability,
+    options=(PROVIDER, BACKWARD),
+    providers={"triton": "sage", "library": "sage:library"},
+    notice=_notice,
+)
+BACKENDS = (
+    BACKEND,
+    Backend(
+        "sage:library",
+        "SageAttention, INT8: the sageattention library (kernel_options={'provider': 'library'})",
+        LIBRARY,
+        probe_library,
+        library,
+        install="pip install sageattention",
+    ),
+)

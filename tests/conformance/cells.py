@@ -18,7 +18,7 @@ from tests.fakes.machine import FLASH, hopper
 
 ON_THIS_MACHINE = ("auto", "varlen", "s2", "eager", "sdpa", "flex_attention")
 _FLASH = tuple(f"flash_attention_{n}{policy}" for n in (2, 3, 4) for policy in ("", ", route"))
-OVER_FAKES = (*_FLASH, "xformers", "xformers, route", "fp8", "fp8, route", "auto, Hopper")
+OVER_FAKES = (*_FLASH, "xformers", "xformers, route", "fp8", "fp8, route", "sage", "sage, route", "auto, Hopper")
 BACKENDS = (*ON_THIS_MACHINE, *OVER_FAKES)
 """Names under test; ``NAME, route`` is ``on_unsupported="route"``; kernels that need a GPU are strict fakes.
 

@@ -23,7 +23,7 @@ from tests.environments import machine
 from tests.fakes import flash, torchao
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-FAKED = (*FLASH, "xformers", "fp8")
+FAKED = (*FLASH, "xformers", "fp8", "sage")
 
 
 @contextlib.contextmanager
@@ -76,6 +76,13 @@ def hopper(*installed: str) -> Iterator[Environment]:
             quantisers = types.ModuleType("torchao.prototype.attention.quantization")
             quantisers._fp8_sdpa_quantize = torchao.fp8_sdpa_quantize  # type: ignore[attr-defined]
             patch.setitem(sys.modules, quantisers.__name__, quantisers)
+        if "sage" in installed:
+            from axattn.kernels import int8_attention
+            from tests.fakes import int8
+
+            for name in ("quantise", "forward"):
+                patch.setattr(int8_attention, name, getattr(int8, name))
+            int8.calls.clear()
         fp8.varlen_function.cache_clear()
         try:
             yield environment
