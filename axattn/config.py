@@ -247,9 +247,6 @@ def _settle(values: dict[str, Any], listed: list[str]) -> None:
     if "s2" in listed:
         text = "s2 (shifted sparse attention) is deprecated; write attn_implementation: varlen"
         warnings.warn(text, DeprecationWarning, stacklevel=4)
-    if "sage" in listed and not values.get("adapter") and not backends.get("sage").capability.gradient:
-        text = "sage has no true gradient in this version of axattn; write attn_implementation: varlen to train"
-        warnings.warn(text, UserWarning, stacklevel=4)
     if "fp8" in listed and values.get("use_cache") is not False:
         values["use_cache"] = False
         warnings.warn("fp8 sets use_cache: false", UserWarning, stacklevel=4)

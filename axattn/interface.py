@@ -11,6 +11,7 @@ import torch
 
 from axattn import door
 from axattn.backends.base import Backend, keep_nan
+from axattn.backends.compiled import over_documents
 from axattn.call import AttentionCall
 from axattn.call_masks import read_mask, with_keyword_segments
 from axattn.capability import Need
@@ -146,16 +147,18 @@ def attend(
     backend = _decide(route, call, sparse)
     if backend.name == "eager":
         call.extras = {k: v for k, v in kwargs.items() if k not in ("dropout", "scaling", "output_attentions")}
-    out = run_library(backend, call, route) if backend.install else run(backend, call)
+    out = run_library(backend, call, route) if backend.install else run(backend, call, route)
     route.count(backend.name)
     if plain_key is not None and backend.plain:
         route.plain[plain_key] = backend.name
     return out, call.weights
 
 
-def run(backend: Backend, call: AttentionCall) -> torch.Tensor:
+def run(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
     """The kernel itself; returns ``[B, S, H, Dv]``."""
     assert backend.forward is not None
+    if backend.spans and torch.compiler.is_compiling():
+        return over_documents(call, backend.name, route.options_json)
     return backend.forward(call)
 
 
@@ -166,9 +169,9 @@ def run_library(backend: Backend, call: AttentionCall, route: Route) -> torch.Te
         BackendUnavailableError: with the library's own error as its cause.
     """
     if backend.name in route.served or torch.compiler.is_compiling():
-        return run(backend, call)
+        return run(backend, call, route)
     try:
-        return run(backend, call)
+        return run(backend, call, route)
     except (AxattnError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import weakref
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ class Route:
         kernels: the backends of `candidates` and what they serve here; torch.compile can't trace their lookup.
         plain: the same for plain calls (see `axattn.interface`): the name of the backend, by a smaller key.
         options: the user's ``kernel_options``.
+        options_json: the same as text, for operators of compiled graphs.
     """
 
     asked: str
@@ -50,8 +52,10 @@ class Route:
     plain: dict[Any, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     kernels: dict[str, tuple[Backend, Capability]] = field(init=False, repr=False)
+    options_json: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.options_json = json.dumps(dict(self.options))  # torch.compile can't trace it
         machine, found = Environment.current(), [backends.get(name) for name in self.candidates]
         self.kernels = {backend.name: (backend, backend.capability_on(machine)) for backend in found}
 

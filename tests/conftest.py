@@ -7,7 +7,10 @@ import os
 import pytest
 import torch
 
+from tests import interpreter
+
 torch.set_num_threads(1)
+interpreter.choose()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

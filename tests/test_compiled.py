@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 import axattn
 from axattn import segments, traced
-from axattn.backends.compiled import varlen_op
+from axattn.backends import ranking
+from axattn.backends.compiled import attention_op
+from tests.fakes.machine import hopper
 from tests.models import alone, build, positions, tokens
 
 RULES = [
@@ -19,6 +21,11 @@ RULES = [
     (False, 4, None),
     (True, None, 3),
 ]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    torch._dynamo.reset()  # the graphs of other tests count towards torch's limit
 
 
 def inputs(rows: int = 2, length: int = 12) -> list[torch.Tensor]:
@@ -60,7 +67,7 @@ def test_the_operator_and_its_gradient_equal_dense_attention(
     ids = documents() if "documents" in described or described == "both" else None
     real = padding("holes" in described) if described not in ("documents", "nothing") else None
     q, k, v = inputs()
-    out = varlen_op(q, k, v, ids, real, causal, window, chunk, 0.3)
+    out = attention_op(q, k, v, ids, real, causal, window, chunk, 0.3, None, "varlen", "{}")
     mask = rule(ids, real, causal, window, chunk)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
     seen = torch.ones(2, 12, dtype=torch.bool) if real is None else real
@@ -73,8 +80,9 @@ def test_the_operator_and_its_gradient_equal_dense_attention(
 
 
 def test_the_operator_is_a_well_behaved_one() -> None:
-    torch.library.opcheck(varlen_op, (*inputs(), documents(), padding(False), True, 4, None, 0.3))
-    torch.library.opcheck(varlen_op, (*inputs(), None, None, True, None, None, 0.3))
+    rest = (None, 0.3, None, "varlen", "{}")
+    torch.library.opcheck(attention_op, (*inputs(), documents(), padding(False), True, 4, *rest))
+    torch.library.opcheck(attention_op, (*inputs(), None, None, True, None, *rest))
 
 
 @settings(max_examples=60, deadline=None)
@@ -119,6 +127,36 @@ def test_a_compiled_training_step_has_the_gradients_of_the_documents_alone() -> 
     compiled(ids, position_ids=positions(lengths)).logits.square().sum().backward()
     for (name, wanted), (_, got) in zip(reference.named_parameters(), model.named_parameters(), strict=True):
         assert torch.allclose(got.grad, wanted.grad, atol=1e-4 * wanted.grad.abs().max().item()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "options"),
+    [
+        ("sage", "sage", {}),
+        ("sage", "sage", {"backward": "exact"}),
+        ("fp8", "fp8", {}),
+        ("xformers", "xformers", {}),
+        ("auto", "flash_attention_2", {}),
+        ("auto", "flash_attention_3", {}),
+    ],
+)
+@pytest.mark.parametrize("described", ["positions", "nothing"])
+def test_kernels_of_libraries_in_one_graph_with_their_gradients(
+    name: str, kernel: str, options: dict[str, str], described: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, lengths = tokens(1, 21), (7, 11, 3) if described == "positions" else (21,)
+    reference = build("llama").train()
+    alone(reference, ids, lengths).square().sum().backward()
+    if kernel == "flash_attention_2":  # by itself auto takes varlen first on this machine
+        monkeypatch.setattr(ranking, "_HOPPER", tuple(r for r in ranking._HOPPER if r.name != "varlen"))
+    with hopper(kernel):
+        model = axattn.apply(build("llama").train(), name, kernel_options=options)
+        inputs = {"position_ids": positions(lengths)} if described == "positions" else {}
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled(ids, use_cache=False, **inputs).logits.square().sum().backward()
+        assert {layer.compiled for layer in axattn.status(model).layers} == {kernel}
+    for (path, wanted), (_, got) in zip(reference.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.allclose(got.grad, wanted.grad, atol=1e-4 * wanted.grad.abs().max().item()), path
 
 
 @torch.no_grad()

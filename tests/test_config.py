@@ -140,12 +140,11 @@ def test_s2_is_deprecated_and_for_llama_only() -> None:
     assert "LLaMA models only" in problems(attn_implementation="s2", model_type="llama4")
 
 
-def test_sage_without_an_adapter_warns_while_it_has_no_gradient() -> None:
-    with pytest.warns(UserWarning, match="no true gradient"):
-        AttentionConfig(attn_implementation="sage")
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_sage_trains_with_a_true_gradient_and_warns_of_nothing(adapter: str | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        AttentionConfig(attn_implementation="sage", adapter="lora")
+        AttentionConfig(attn_implementation="sage", adapter=adapter)
 
 
 def test_fp8_turns_the_cache_off_and_says_so() -> None:

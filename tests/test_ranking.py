@@ -125,9 +125,9 @@ def test_layers_get_what_serves_them(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_inside_a_compiled_graph_a_kernel_that_traces_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    with hopper("flash_attention_3"):
-        route = Route("auto", "layer", ("flash_attention_3", "varlen", "sdpa", "eager"), "flash_attention_3")
+    with hopper("flash_attention_4"):
+        route = Route("auto", "layer", ("flash_attention_4", "varlen", "sdpa", "eager"), "flash_attention_4")
         need = Need(head_dim=64, device="cpu", dtype="float32")
-        assert route.choose(need).name == "flash_attention_3"
+        assert route.choose(need).name == "flash_attention_4"
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert route.choose(need).name == "varlen"

@@ -51,6 +51,7 @@ class Backend:
         install: the command that installs it, or ``""``.
         on: what it serves on a given machine, where that differs from `capability`.
         options: what its user can choose (``kernel_options``).
+        spans: it reads a mask's `Layout` and no sinks: inside a compiled graph it runs as one operator.
         providers: the backends that may serve the name, by the value of its option ``provider``, in order.
         notice: what to tell the user once where it runs on a given machine, ``""`` for nothing.
         caches: False when its models are better off with ``use_cache=False`` in their configs.
@@ -67,6 +68,7 @@ class Backend:
     on: Callable[[Environment], Capability] | None = None
     options: tuple[Option, ...] = ()
     caches: bool = True
+    spans: bool = False
     providers: Mapping[str, str] = field(default_factory=dict, hash=False)
     notice: Callable[[Environment], str] | None = None
 

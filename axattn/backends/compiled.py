@@ -1,48 +1,67 @@
-"""`varlen` inside a compiled graph: one opaque operator that finds the documents when it runs, with its gradient.
+"""Kernels over spans inside a compiled graph: one opaque operator that finds the documents when it runs.
 
 A graph can't depend on document lengths, so the operator takes their tensor and builds the `Layout` itself, once for
-all layers that are given the same tensor. Its backward runs the attention of its inputs again under autograd.
+all layers that are given the same tensor. Its backward runs the kernel on its inputs again under autograd: whatever
+gradient the kernel has is the operator's.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from axattn.backends import dense
-from axattn.backends.spans import over_layout
 from axattn.call import AttentionCall
-from axattn.layouts import Layout
+from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
 from axattn.patterns import Pattern
 from axattn.segments import from_positions
 
 
-def varlen(call: AttentionCall, mask: LazyMask) -> torch.Tensor:
-    """`AttentionCall` → `varlen_op`, for a mask over whole rows; returns ``[B, S, H, Dv]``."""
-    pattern, segments = mask.pattern, mask.segments
-    assert pattern is not None
-    out: torch.Tensor = varlen_op(
+def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> torch.Tensor:
+    """A call as one operator of the graph where queries and keys are the same tokens, else exactly through ``sdpa``.
+
+    Args:
+        call: its mask is a `LazyMask`, or None for whole rows.
+        kernel: the backend that runs inside the operator.
+        options: the user's ``kernel_options`` as JSON.
+
+    Returns:
+        ``[B, S, H, Dv]``.
+    """
+    mask, S = call.mask, call.query.shape[2]
+    if isinstance(mask, LazyMask):
+        whole, pattern, padding, segments = mask.whole, mask.pattern, mask.padding, mask.segments
+    else:
+        whole, padding, segments = call.key.shape[2] == S, None, None
+        pattern = Pattern(causal=call.causal and S > 1, window=call.window)
+    if not whole or pattern is None or call.dropout:  # dropout: the operator's backward would draw another mask
+        return dense.sdpa(call)
+    out: torch.Tensor = attention_op(
         call.query,
         call.key,
         call.value,
         None if segments is None else segments.document_ids,
-        mask.padding,
+        padding,
         pattern.causal,
         pattern.window,
         pattern.chunk,
         call.scale,
+        call.softcap,
+        kernel,
+        options,
     )
     return out
 
 
-_layouts: Any = WeakTensorKeyDictionary()
+_masks: Any = WeakTensorKeyDictionary()
 
 
-def _layout(
+def _mask(
     documents: torch.Tensor | None,
     padding: torch.Tensor | None,
     shape: tuple[int, int],
@@ -50,23 +69,23 @@ def _layout(
     window: int | None,
     chunk: int | None,
     device: torch.device,
-) -> Layout | None:
-    """The layout of a square mask; one transfer to the host for all layers that share the tensors."""
+) -> LazyMask:
+    """The mask, which keeps its layout: one transfer to the host for all layers that share the tensors."""
     anchor = documents if documents is not None else padding
     if anchor is None:
-        return _fixed_layout(shape, causal, window, chunk, device)
+        return _fixed_mask(shape, causal, window, chunk, device)
     key = (anchor._version, id(padding), None if padding is None else padding._version, shape, causal, window, chunk)
-    known: dict[Any, Layout | None] = _layouts.setdefault(anchor, {})
+    known: dict[Any, LazyMask] = _masks.setdefault(anchor, {})
     if key not in known:
         known[key] = _build(documents, padding, shape, Pattern(causal=causal, window=window, chunk=chunk), device)
     return known[key]
 
 
 @functools.lru_cache(maxsize=32)
-def _fixed_layout(
+def _fixed_mask(
     shape: tuple[int, int], causal: bool, window: int | None, chunk: int | None, device: torch.device
-) -> Layout | None:
-    """The layout of rows without padding and documents."""
+) -> LazyMask:
+    """The mask of rows without padding and documents."""
     return _build(None, None, shape, Pattern(causal=causal, window=window, chunk=chunk), device)
 
 
@@ -76,7 +95,7 @@ def _build(
     shape: tuple[int, int],
     pattern: Pattern,
     device: torch.device,
-) -> Layout | None:
+) -> LazyMask:
     rows, length = shape
     segments = None
     if documents is not None:
@@ -89,7 +108,7 @@ def _build(
         padding=padding,
         materialise=_never,
         device=device,
-    ).layout()
+    )
 
 
 def _never() -> torch.Tensor:
@@ -106,14 +125,31 @@ def _attend(
     window: int | None,
     chunk: int | None,
     scale: float,
+    softcap: float | None,
+    kernel: str,
+    options: str,
 ) -> torch.Tensor:
+    from axattn import backends
+
     B, _, S, _ = query.shape
-    layout = _layout(documents, padding, (B, S), causal, window, chunk, query.device)
-    mask: torch.Tensor | None = None
-    if layout is None:  # padding with holes: no spans
-        mask = _rule(documents, padding, S, causal, window, chunk, query.device)
-    call = AttentionCall(torch.nn.Identity(), query, key, value, mask, causal, None, scale, 0.0, None, None, None, {})
-    return over_layout(call, layout) if layout is not None else dense.sdpa(call)
+    mask = _mask(documents, padding, (B, S), causal, window, chunk, query.device)
+    call = AttentionCall(_NONE, query, key, value, mask, causal, None, scale, 0.0, softcap, None, None, {})
+    call.options = json.loads(options)
+    if mask.layout() is None:  # padding with holes: no spans
+        if softcap is not None:
+            raise UnsupportedAttentionError(
+                f"{kernel} can't serve this call",
+                [Reason("holes", "holes (padding between real tokens, and a softcap)")],
+                "Run it without torch.compile.",
+            )
+        call.mask = _rule(documents, padding, S, causal, window, chunk, query.device)
+        return dense.sdpa(call)
+    forward = backends.get(kernel).forward
+    assert forward is not None
+    return forward(call)
+
+
+_NONE = torch.nn.Identity()  # in the place of the module: a kernel over spans does not look at it
 
 
 def _rule(
@@ -147,8 +183,8 @@ def _rule(
     return seen[:, None]
 
 
-@torch.library.custom_op("axattn::varlen", mutates_args=())
-def varlen_op(
+@torch.library.custom_op("axattn::attention", mutates_args=())
+def attention_op(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -158,6 +194,9 @@ def varlen_op(
     window: int | None,
     chunk: int | None,
     scale: float,
+    softcap: float | None,
+    kernel: str,
+    options: str,
 ) -> torch.Tensor:
     """Attention of whole rows (S == T) over documents.
 
@@ -171,14 +210,18 @@ def varlen_op(
         window: keys seen to the left, the query included.
         chunk: chunk size of chunked attention.
         scale: factor on the logits.
+        softcap: see `axattn.capability.Need`.
+        kernel: the backend that runs.
+        options: the user's ``kernel_options`` as JSON.
 
     Returns:
         ``[B, S, H, Dv]``.
     """
-    return _attend(query, key, value, documents, padding, causal, window, chunk, scale).contiguous()
+    out = _attend(query, key, value, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
+    return out.contiguous()
 
 
-@varlen_op.register_fake
+@attention_op.register_fake
 def _(query: Any, key: Any, value: Any, *_: Any) -> torch.Tensor:
     B, H, S, _D = query.shape
     out: torch.Tensor = query.new_empty(B, S, H, value.shape[-1])
@@ -193,8 +236,8 @@ def _autograd() -> Any:
     return torch._C._ForceDispatchKeyGuard(include, exclude)
 
 
-@torch.library.custom_op("axattn::varlen_backward", mutates_args=())
-def varlen_backward_op(
+@torch.library.custom_op("axattn::attention_backward", mutates_args=())
+def attention_backward_op(
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -205,16 +248,19 @@ def varlen_backward_op(
     window: int | None,
     chunk: int | None,
     scale: float,
+    softcap: float | None,
+    kernel: str,
+    options: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `varlen_op` to query, key and value."""
+    """Gradients of `attention_op` to query, key and value."""
     with _autograd(), torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-        out = _attend(q, k, v, documents, padding, causal, window, chunk, scale)
+        out = _attend(q, k, v, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@varlen_backward_op.register_fake
+@attention_backward_op.register_fake
 def _(grad: Any, query: Any, key: Any, value: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))  # type: ignore[return-value]  # a tuple of three
 
@@ -225,8 +271,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dq, dk, dv = varlen_backward_op(grad, *ctx.saved_tensors, *ctx.rule)
-    return dq, dk, dv, None, None, None, None, None, None
+    dq, dk, dv = attention_backward_op(grad, *ctx.saved_tensors, *ctx.rule)
+    return dq, dk, dv, *(None,) * 9
 
 
-varlen_op.register_autograd(_backward, setup_context=_setup)
+attention_op.register_autograd(_backward, setup_context=_setup)

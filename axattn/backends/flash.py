@@ -69,7 +69,7 @@ def _probe_4(environment: Environment) -> list[Reason]:
     return reasons
 
 
-TWO = dataclasses.replace(_COMMON, dropout=True, notes={"softcap": "from flash-attn 2.6 on"})
+TWO = dataclasses.replace(_COMMON, dropout=True, traced=True, notes={"softcap": "from flash-attn 2.6 on"})
 FOUR = dataclasses.replace(_COMMON, sinks=True)
 FOUR_ON_BLACKWELL = dataclasses.replace(FOUR, max_head_dim=128, head_dim_pairs=frozenset({(256, 256)}))
 """flash-attn-4 4.0.0b36 on sm100 and sm110: up to 128, and 256 for both. (192, 128) too, but Transformers widens values
@@ -92,10 +92,17 @@ BACKENDS = (
         _probe_2,
         flash_2,
         install=_INSTALL[2],
+        spans=True,
         on=_capability_2,
     ),
     Backend(
-        "flash_attention_3", "FlashAttention 3, run by Transformers", _COMMON, _probe_3, flash_3, install=_INSTALL[3]
+        "flash_attention_3",
+        "FlashAttention 3, run by Transformers",
+        dataclasses.replace(_COMMON, traced=True),
+        _probe_3,
+        flash_3,
+        install=_INSTALL[3],
+        spans=True,
     ),
     Backend(
         "flash_attention_4",

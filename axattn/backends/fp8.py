@@ -47,6 +47,7 @@ CAPABILITY = Capability(
     segments=True,
     cross_lengths=True,
     gradient=True,
+    traced=True,
     inference_only=frozenset({"softcap"}),
     notes={
         "": "models load with use_cache=False; generate still may keep a cache",
@@ -230,5 +231,6 @@ BACKEND = Backend(
     on=_capability,
     options=(HADAMARD, BACKWARD),
     caches=False,
+    spans=True,
 )
 BACKENDS = (BACKEND,)

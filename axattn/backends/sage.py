@@ -49,6 +49,7 @@ CAPABILITY = Capability(
     segments=True,
     cross_lengths=True,
     gradient=True,
+    traced=True,
     inference_only=frozenset({"softcap"}),
     notes={"": "a single query (decoding) runs on varlen, exactly", "softcap": "in inference"},
 )
@@ -64,6 +65,7 @@ LIBRARY = Capability(
     segments=True,
     cross_lengths=True,  # decoding, which runs on varlen; more queries than one are refused in `_library_call`
     gradient=True,
+    traced=True,
     notes={"": "causal self-attention; backward makes the exact output again; decoding runs on varlen, exactly"},
 )
 """sageattention 1.0.6: it leaves padded keys unmasked when not causal, and aligns fewer queries than keys top-left."""
@@ -229,6 +231,7 @@ def hub_sage(path: HubPath) -> Backend:
         probe_hub,
         functools.partial(_library_call, source=source),
         install="pip install kernels",
+        spans=True,
     )
 
 
@@ -243,6 +246,7 @@ BACKEND = Backend(
     options=(PROVIDER, BACKWARD),
     providers={"triton": "sage", "library": "sage:library"},
     notice=_notice,
+    spans=True,
 )
 BACKENDS = (
     BACKEND,
@@ -253,5 +257,6 @@ BACKENDS = (
         probe_library,
         library,
         install="pip install sageattention",
+        spans=True,
     ),
 )

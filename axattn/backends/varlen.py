@@ -33,7 +33,7 @@ def varlen(call: AttentionCall) -> torch.Tensor:
     if call.dropout or not isinstance(call.mask, LazyMask) or call.mask.plain is not None:
         return dense.sdpa(call)
     if torch.compiler.is_compiling():
-        return compiled.varlen(call, call.mask) if call.mask.whole else dense.sdpa(call)
+        return compiled.over_documents(call, "varlen")
     layout = call.mask.layout()
     return dense.sdpa(call) if layout is None else over_layout(call, layout)
 

@@ -42,6 +42,7 @@ CAPABILITY = Capability(
     segments=True,
     cross_lengths=True,
     gradient=True,
+    traced=True,
     notes={"window": "on encoders (both ways) one call a document"},
 )
 
@@ -142,4 +143,8 @@ def _probe(environment: Environment) -> list[Reason]:
     return reasons
 
 
-BACKENDS = (Backend("xformers", "xformers memory-efficient attention", CAPABILITY, _probe, xformers, install=_INSTALL),)
+BACKENDS = (
+    Backend(
+        "xformers", "xformers memory-efficient attention", CAPABILITY, _probe, xformers, install=_INSTALL, spans=True
+    ),
+)

@@ -1,0 +1,41 @@
+"""Triton's interpreter for the whole test process: the mode is chosen when triton and our kernels are first imported.
+
+The variable is taken away again, so that the planner does not offer the interpreter to tests that do not ask for it
+(see `interpreting`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from axattn.environment import Environment
+
+INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+"""Whether our kernels run in the interpreter here."""
+
+
+def choose() -> None:
+    """Import our kernels in the interpreter's mode; before anything else imports triton."""
+    if INTERPRETED:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(os.environ, "TRITON_INTERPRET", "1")
+            from axattn.kernels import int8_attention
+
+            int8_attention.quantise(torch.ones(1, 1, 16))  # a first call imports the rest of triton
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[Environment]:
+    """A machine without a GPU where the user has set ``TRITON_INTERPRET=1``."""
+    real = Environment.current()
+    machine = dataclasses.replace(real, device="cpu", architecture=None, triton_interpret=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "current", classmethod(lambda cls: machine))
+        yield machine
