@@ -13,6 +13,7 @@ from transformers import AttentionMaskInterface
 from axattn import door, flash_guard, guard, interface, layouts, masking, masks, traced
 from axattn.backends import eager, fp8, spans
 from axattn.call import AttentionCall
+from axattn.kernels import int8_operator
 from axattn.segments import Segments
 from tests.conformance.cases import Case
 from tests.conformance.cells import run
@@ -247,6 +248,17 @@ def the_gradient_of_keys_is_dropped(patch: Patch) -> None:
         return dq, torch.zeros_like(dk), dv
 
     patch.setattr(fp8, "flash_backward", dropped)
+
+
+@fault("sage", "llama", "packed gradients")
+def the_gradient_of_queries_is_dropped(patch: Patch) -> None:
+    real = int8_operator.flash_backward
+
+    def dropped(*inputs: Any) -> Any:
+        dq, dk, dv = real(*inputs)
+        return torch.zeros_like(dq), dk, dv
+
+    patch.setattr(int8_operator, "flash_backward", dropped)
 
 
 @fault("fp8", "llama", "packed, cache on by default")

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.gpu
 Run = Callable[[Any], torch.Tensor]
 DEVICE = os.environ.get("AXATTN_GPU_TESTS_ON", "cuda")
 EXACT = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers", "flex_attention", "sdpa")
-LOSSY = ("fp8",)
+LOSSY = ("sage", "sage:library", "fp8")
 ROWS = (*EXACT, *LOSSY)
-FAKED = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers", *LOSSY)
+FAKED = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers", "sage", "fp8")
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "max_position_embeddings": 1024}
 LENGTHS = ((70, 130, 33, 23), (200, 56))
 SLACK, FLOOR = 1.5, 2e-3
@@ -74,7 +74,14 @@ def made(family: str, **options: Any) -> Any:
 def model_of(family: str, name: str, **options: Any) -> Any:
     """The family's model in bf16 on a kernel."""
     model = made(family, **options).to(DEVICE).to(torch.bfloat16)
-    return axattn.apply(model, name, upgrade_flash=False)
+    return on(model, name)
+
+
+def on(model: Any, name: str) -> Any:
+    """A model on a row of the table: a name, or ``name:provider``."""
+    asked, _, provider = name.partition(":")
+    options = {"provider": provider} if provider else {"provider": "triton"} if name == "sage" else None
+    return axattn.apply(model, asked, upgrade_flash=False, kernel_options=options)
 
 
 def eager_of(family: str, dtype: torch.dtype, **options: Any) -> Any:
@@ -192,7 +199,7 @@ def test_twenty_steps_of_training_follow_the_exact_run(kernel: str, lora: bool, 
     corpus = [{"input_ids": torch.randint(3, 97, (int(n),), generator=generator).tolist()} for n in range(5, 165)]
     losses = {}
     for name in ("varlen", kernel):
-        model: Any = axattn.apply(made("llama").to(DEVICE), name, upgrade_flash=False)
+        model: Any = on(made("llama").to(DEVICE), name)
         if lora:
             from peft import LoraConfig, get_peft_model
 
@@ -200,7 +207,7 @@ def test_twenty_steps_of_training_follow_the_exact_run(kernel: str, lora: bool, 
             model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
         axattn.prepare_for_training(model)
         arguments = TrainingArguments(
-            output_dir=str(tmp_path / name),
+            output_dir=str(tmp_path / name.replace(":", "-")),
             max_steps=20,
             per_device_train_batch_size=8,
             learning_rate=1e-2,
