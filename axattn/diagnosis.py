@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,9 @@ class Diagnosis:
 def diagnose(environment: Environment | None = None) -> Diagnosis:
     """Probe every built-in kernel against a machine (this one when None)."""
     machine = environment or Environment.current()
+    if not importlib.util.find_spec("torch"):  # our kernels' own files can't be read without it
+        why = (Reason("library", "torch is not installed", "pip install torch"),)
+        return Diagnosis(machine, tuple(KernelDiagnosis(n, "", True, False, why) for n in backends.builtin_names()))
     found = []
     for name in backends.builtin_names():
         backend = backends.get(name)

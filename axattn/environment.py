@@ -116,6 +116,29 @@ class Environment:
         }
 
     @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Environment:
+        """The machine that `to_dict` described.
+
+        Raises:
+            KeyError: no ``device``.
+            ValueError: an ``architecture`` that is none.
+        """
+        text = value.get("architecture")
+        architecture = None if text is None else divmod(int(str(text).removeprefix("sm")), 10)
+        return cls(
+            device=str(value["device"]),
+            architecture=architecture,
+            gpu=value.get("gpu"),
+            gpus=int(value.get("gpus") or 0),
+            cuda=value.get("cuda"),
+            rocm=value.get("rocm"),
+            python=str(value.get("python") or platform.python_version()),
+            libraries=dict(value.get("libraries") or {}),
+            triton_interpret=bool(value.get("triton_interpret")),
+            flash_attn_4_shadowed=bool(value.get("flash_attn_4_shadowed")),
+        )
+
+    @classmethod
     def current(cls) -> Environment:
         """This machine, probed on the first call. Imports torch when it is installed, no other library."""
         return _probe()

@@ -9,6 +9,7 @@ from axattn.backends.base import Backend
 from axattn.backends.ranking import PREFERENCES, ranking
 from axattn.capability import Capability
 from axattn.environment import Environment
+from axattn.machines import EVERY_LIBRARY
 
 _MACHINES: tuple[tuple[str, Environment], ...] = (
     ("CPU", Environment("cpu")),
@@ -87,7 +88,7 @@ def _machines(found: list[Backend]) -> list[tuple[str, list[str]]]:
     for label, machine in _MACHINES:
         cells = []
         for backend in found:
-            here = dataclasses.replace(machine, libraries=_EVERYTHING)
+            here = dataclasses.replace(machine, libraries=EVERY_LIBRARY)
             fits = machine.torch_device in backend.capability.devices
             ruled_out = [reason for reason in backend.probe(here) if reason.feature in ("gpu", "version")]
             cells.append(_mark(fits and not ruled_out))
@@ -95,26 +96,11 @@ def _machines(found: list[Backend]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-_EVERYTHING = {
-    "torch": "2.13.0",
-    "transformers": "5.23.0",
-    "flash_attn": "2.8.3",
-    "flash_attn_3": "3.0.0",
-    "fa3_fwd": "0.0.3",
-    "flash_attn_4": "4.0.0",
-    "nvidia_cutlass_dsl": "4.7.1",
-    "quack_kernels": "0.6.5",
-    "xformers": "0.0.35",
-    "sageattention": "1.0.6",
-    "torchao": "0.18.0",
-}
-
-
 def _needs(backend: Backend) -> str:
     """Libraries and their floors, as the probe names them on a machine where everything is too old or absent."""
     machine = Environment("cuda", (9, 0), cuda="13.0")
     found: list[str] = []
-    for libraries in (dict.fromkeys(_EVERYTHING, "0"), {}):
+    for libraries in (dict.fromkeys(EVERY_LIBRARY, "0"), {}):
         for reason in backend.probe(dataclasses.replace(machine, libraries=libraries)):
             floor, absent = " 0 is older than ", " is not installed"
             text = reason.text.replace(floor, " ≥ ").removesuffix(absent)

@@ -79,6 +79,51 @@ def test_plan_prints_and_speaks_json(folder: Path) -> None:
     assert json.loads(routed.output)["on_unsupported"] == "route"
 
 
+def test_a_plan_for_another_machine_with_its_costs_and_flags(folder: Path, tmp_path: Path) -> None:
+    done = runner.invoke(app, ["plan", str(folder), "--environment", "sm90", "--seq-len", "4096"])
+    assert "flash_attention_3" in done.output
+    assert "TFLOP forward" in done.output
+    assert "attn_supports_packing: true" in done.output
+    assert "Assumed there: torch" in done.output
+    arguments = ["plan", str(folder), "--environment", "sm90", "--seq-len", "4096", "--json"]
+    found = json.loads(runner.invoke(app, arguments).output)
+    assert found["flags"]["attn_supports_packing"] is True
+    assert found["estimate"]["flops"] == sum(layer["estimate"]["flops"] for layer in found["layers"])
+    written = tmp_path / "doctor.json"
+    written.write_text(runner.invoke(app, ["doctor", "--json"]).output)
+    here = json.loads(runner.invoke(app, ["plan", str(folder), "--environment", str(written), "--json"]).output)
+    assert [layer["chosen"] for layer in here["layers"]] == ["eager", "eager"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"environment": {}}', '{"device": "cuda", "architecture": "smart"}'])
+def test_a_file_that_describes_no_machine_is_one_line_on_stderr(folder: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "machine.json").write_text(text)
+    done = runner.invoke(app, ["plan", str(folder), "--environment", str(tmp_path / "machine.json")])
+    assert done.exit_code == 1
+    assert "machine.json describes no machine" in done.stderr
+    assert runner.invoke(app, ["plan", str(folder), "--environment", "h100"]).exit_code == 1
+
+
+def test_doctor_works_without_torch() -> None:
+    """A finder that hides torch stands for an environment without it."""
+    code = (
+        "import sys, importlib.metadata as m, importlib.util as u\n"
+        "find, version = u.find_spec, m.version\n"
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+        "def hidden(name):\n"
+        "    if name == 'torch': raise m.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "m.version = hidden\n"
+        "sys.modules['torch'] = None\n"
+        "sys.argv = ['axattn', 'doctor', '--json']\n"
+        "from axattn.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)
+    assert "torch" not in found["environment"]["libraries"]
+    assert {kernel["reasons"][0]["fix"] for kernel in found["kernels"]} == {"pip install torch"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

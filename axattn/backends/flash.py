@@ -42,7 +42,8 @@ _INSTALL = {
 def _probe_2(environment: Environment) -> list[Reason]:
     reasons: list[Reason] = []
     check_gpu(reasons, "flash_attention_2", environment, minimum_sm=80, rocm="6.0")
-    check_library(reasons, "flash_attn", "flash-attn", environment, _INSTALL[2], "2.3.3")
+    fix = f"{_INSTALL[2]} (compiled from source, which can take an hour; MAX_JOBS=4 bounds its memory)"
+    check_library(reasons, "flash_attn", "flash-attn", environment, fix, "2.3.3")
     return reasons
 
 

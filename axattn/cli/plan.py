@@ -9,6 +9,10 @@ def plan(
     model: str = typer.Argument(..., metavar="MODEL", help="Local folder, config.json, or hub name."),
     attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to plan for."),
     route: bool = typer.Option(False, "--route", help="Send what NAME can't serve to the next exact kernel."),
+    environment: str = typer.Option(
+        "", "--environment", metavar="MACHINE", help="sm80, sm89, sm90, sm100, rocm6, cpu, or a doctor's JSON file."
+    ),
+    seq_len: int = typer.Option(0, "--seq-len", metavar="TOKENS", min=0, help="Estimate FLOPs and memory at a length."),
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
 ) -> None:
     """Show which kernel each layer of a model gets, and why not the others. No weights are loaded.
@@ -17,17 +21,32 @@ def plan(
         axattn plan ./my-model
 
         axattn plan ./my-model --attn varlen --route --json
+
+        axattn plan ./my-model --environment sm90 --seq-len 8192
     """
     from axattn.cli.output import print_json, quiet_transformers, user_errors
 
     with user_errors():
         quiet_transformers()
-        import axattn
+        from dataclasses import asdict
 
-        found = axattn.plan(model, attn, on_unsupported="route" if route else "raise")
+        import axattn
+        from axattn.config import COMPUTED, AttentionConfig
+        from axattn.estimates import estimate, total
+        from axattn.machines import machine
+
+        there = machine(environment) if environment else None
+        found = axattn.plan(model, attn, environment=there, on_unsupported="route" if route else "raise")
+        flags = AttentionConfig(attn_implementation=attn).resolve(found)
         if as_json:
-            print_json(found.to_dict())
+            value = found.to_dict()
+            value["flags"] = {name: getattr(flags, name) for name in COMPUTED}
+            if seq_len:
+                value["estimate"] = {"seq_len": seq_len, **asdict(total(found, seq_len))}
+                for shown, entry in zip(value["layers"], found.layers, strict=True):
+                    shown["estimate"] = asdict(estimate(entry, seq_len))
+            print_json(value)
         else:
             from axattn.cli.tables import print_plan
 
-            print_plan(found)
+            print_plan(found, seq_len=seq_len, flags=flags, assumed=bool(environment) and "." not in environment)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from axattn.config import COMPUTED, AttentionConfig
+from axattn.estimates import Estimate, estimate, total
 from axattn.plans import Plan
 
 
-def plan_table(plan: Plan) -> Table:
-    """Groups of equal layers → kernel, and for each kernel not taken, the reason."""
-    table = Table("layers", "kind", "needs", "asked", "kernel", "not taken, because", title=f"Plan for {plan.model}")
+def plan_table(plan: Plan, seq_len: int = 0) -> Table:
+    """Groups of equal layers → kernel, and for each kernel not taken, the reason; with a length, each layer's cost."""
+    cost = [f"a layer at {seq_len:,}"] if seq_len else []
+    columns = ["layers", "kind", "needs", "asked", "kernel", *cost, "not taken, because"]
+    table = Table(title=f"Plan for {plan.model} on {plan.environment.describe()}")
+    for column in columns:
+        table.add_column(column, no_wrap=column == "kernel")
     for members, first in plan.groups():
         need = first.layer.need
         shown = [f"{need.heads} heads" + (f" / {need.kv_heads} KV" if need.kv_heads != need.heads else "")]
@@ -21,14 +27,42 @@ def plan_table(plan: Plan) -> Table:
         label = f"{numbers[0]}-{numbers[-1]}" if _consecutive(numbers) else ", ".join(map(str, numbers))
         path = f"{first.layer.path} " if first.layer.path else ""
         why = "\n".join(f"{r.backend}: {'; '.join(reason.text for reason in r.reasons)}" for r in first.rejected)
-        table.add_row(path + label, first.layer.kind, ", ".join(shown), first.asked, first.chosen, why or "-")
+        cost = [_cost(estimate(first, seq_len))] if seq_len else []
+        table.add_row(path + label, first.layer.kind, ", ".join(shown), first.asked, first.chosen, *cost, why or "-")
     return table
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print a plan with its notes."""
+def _cost(value: Estimate) -> str:
+    text = f"{value.flops / 1e12:.3g} TFLOP forward, {_bytes(value.kv_bytes)} of keys and values"
+    return text + (f", {_bytes(value.extra_bytes)} of mask or weights" if value.extra_bytes else "")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def print_plan(
+    plan: Plan,
+    console: Console | None = None,
+    *,
+    seq_len: int = 0,
+    flags: AttentionConfig | None = None,
+    assumed: bool = False,
+) -> None:
+    """Print a plan with its notes, the cost at a length, the capability flags, and what was assumed."""
     console = console or Console()
-    console.print(plan_table(plan))
+    console.print(plan_table(plan, seq_len))
+    if seq_len:
+        console.print(f"All layers, one row of {seq_len:,} tokens in 16 bit: {_cost(total(plan, seq_len))}.")
+    if flags is not None:
+        console.print(", ".join(f"{name}: {str(getattr(flags, name)).lower()}" for name in COMPUTED))
+    if assumed:
+        libraries = ", ".join(f"{name} {version}" for name, version in plan.environment.libraries.items())
+        console.print(f"Assumed there: {libraries}.")
     for path in plan.unknown:
         console.print(f"{path or 'The model'}: its config tells nothing about attention; checked call by call.")
     for note in plan.notes:
