@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from axattn.loading import apply, from_pretrained, plan, restore, status, using
     from axattn.packing import PackingCollator
     from axattn.training import prepare_for_training
+    from axattn.verification.callback import VerifyCallback
+    from axattn.verification.whole import verify
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,8 @@ _LAZY = {
     "restore": "loading",
     "status": "loading",
     "using": "loading",
+    "verify": "verification.whole",
+    "VerifyCallback": "verification.callback",
 }
 
 __all__ = [
@@ -59,6 +63,7 @@ __all__ = [
     "RegistrationError",
     "UnknownAttentionError",
     "UnsupportedAttentionError",
+    "VerifyCallback",
     "apply",
     "from_pretrained",
     "plan",
@@ -69,6 +74,7 @@ __all__ = [
     "status",
     "unregister",
     "using",
+    "verify",
 ]
 
 

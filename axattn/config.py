@@ -26,6 +26,7 @@ from axattn.environment import Environment
 from axattn.errors import AxattnError, InvalidConfigError, Reason
 from axattn.planning import require_available
 from axattn.plans import Plan
+from axattn.routes import OnUnsupported  # pydantic reads it at run time
 
 COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
 
@@ -59,6 +60,7 @@ class AttentionConfig(BaseModel):
         activation_offloading: activations are offloaded to the CPU in training.
         scaling_softmax: Llama 4's scaled softmax, which only flex attention can express.
         gemma4_hybrid_attn_impl: FlashAttention 2 on Gemma 4's sliding layers, another kernel on its global ones.
+        on_unsupported: as for `axattn.from_pretrained`; ``route`` is the general form of the line above.
     """
 
     model_config = ConfigDict(extra="forbid", json_schema_extra=_legacy_schema, protected_namespaces=())
@@ -72,6 +74,7 @@ class AttentionConfig(BaseModel):
     activation_offloading: bool | str | None = None
     scaling_softmax: bool | None = None
     gemma4_hybrid_attn_impl: bool | None = None
+    on_unsupported: OnUnsupported = "raise"
 
     _resolved: tuple[str, ...] | None = PrivateAttr(default=None)
 

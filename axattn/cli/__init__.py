@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from axattn.cli import demo, doctor, plan
+from axattn.cli import demo, doctor, migrate, plan, verify
 
 app = typer.Typer(
     name="axattn",
@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("verify")(verify.verify)
+app.command("migrate")(migrate.migrate)
 app.command("demo")(demo.demo)
 
 

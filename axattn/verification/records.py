@@ -1,0 +1,62 @@
+"""`Check` and `Verification`: what was compared, and how far apart the two were. Value types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Outcome = Literal["ok", "refused", "wrong"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        scenario: what was run.
+        outcome: ``refused``: axattn said no, with its reason in `detail`.
+        error: relative error of norms against the exact result, the largest of what was compared; None if nothing was.
+        budget: the largest error that counts as right.
+        detail: where the error is, or the reason.
+    """
+
+    scenario: str
+    outcome: Outcome
+    error: float | None = None
+    budget: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """All comparisons of one model on one name.
+
+    Attributes:
+        model: class name.
+        asked: the name.
+        kernels: what ran, with the number of calls.
+        layers: how many layers were kept.
+        weights: ``"loaded"`` or ``"random"``.
+        dtype: of the model.
+        device: it ran on.
+        checks: in the order they were run.
+    """
+
+    model: str
+    asked: str
+    kernels: Mapping[str, int]
+    layers: int
+    weights: str
+    dtype: str
+    device: str
+    checks: tuple[Check, ...]
+
+    @property
+    def right(self) -> bool:
+        """Whether nothing is wrong."""
+        return all(check.outcome != "wrong" for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        return {**asdict(self), "kernels": dict(self.kernels), "right": self.right}

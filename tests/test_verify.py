@@ -1,0 +1,232 @@
+"""verify: right kernels pass, each fault put in on purpose is found, what can't be verified is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import axattn
+from axattn import door, masking, masks
+from axattn.backends import dense, spans, varlen
+from axattn.cli import app
+from axattn.errors import InvalidInputError, UnsupportedAttentionError
+from axattn.verification import modules
+from tests.conformance.families import FAMILIES
+from tests.interpreter import INTERPRETED, interpreting
+from tests.models import build
+
+runner = CliRunner()
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    def folder(family: str) -> Path:
+        path = tmp_path_factory.getbasetemp() / f"verify-{family}"
+        if not path.exists():
+            (build(family) if family != "bert" else FAMILIES["bert"].make()).save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt_oss", "mixtral", "bert"])
+def test_auto_is_right_on_a_model(folders: Any, family: str) -> None:
+    found = axattn.verify(folders(family), "auto")
+    assert found.right, found
+    assert found.weights == "loaded"
+    decoders = {"left padding", "decoding", "packed, all-ones mask"}
+    assert (decoders <= {c.scenario for c in found.checks}) is (family != "bert")
+    assert {c.outcome for c in found.checks} == {"ok"}
+
+
+def test_a_lossy_kernel_has_a_budget(folders: Any) -> None:
+    if not INTERPRETED:
+        pytest.skip("Triton's interpreter is off")
+    with interpreting():
+        found = axattn.verify(folders("mistral"), "sage", layers=1)
+    assert found.right, found
+    assert found.kernels.keys() >= {"sage"}
+    assert max(check.error or 0 for check in found.checks) > 1e-4
+
+
+def test_what_transformers_leaks_is_refused_not_wrong(folders: Any) -> None:
+    found = axattn.verify(folders("llama"), "sdpa")
+    outcomes = {check.scenario: check.outcome for check in found.checks}
+    assert outcomes["dense"] == "ok"
+    assert outcomes["packed, one row"] == "refused"
+    assert found.right
+
+
+def _no_documents(patch: Patch) -> None:
+    patch.setattr(door, "from_positions", lambda *_: None)
+
+
+def _no_padding(patch: Patch) -> None:
+    patch.setattr(masks.LazyMask, "padding", property(lambda self: None))
+
+
+def _no_window(patch: Patch) -> None:
+    real = masking.recognise
+
+    def changed(function: Any) -> Any:
+        found = real(function)
+        return None if found is None else type(found)(causal=found.causal, chunk=found.chunk)
+
+    patch.setattr(masking, "recognise", changed)
+
+
+def _no_key_gradient(patch: Patch) -> None:
+    real = spans.over_layout
+
+    def dropped(call: Any, layout: Any) -> torch.Tensor:
+        call.key = call.key.detach()
+        return real(call, layout)
+
+    patch.setattr(varlen, "over_layout", dropped)
+
+
+def _wrong_scale(patch: Patch) -> None:
+    real = dense.sdpa
+
+    def scaled(call: Any) -> torch.Tensor:
+        call.scale = 2 * call.scale
+        return real(call)
+
+    patch.setattr(dense, "sdpa", scaled)
+    patch.setattr(varlen, "over_layout", lambda call, layout: scaled(call))
+
+
+@pytest.mark.parametrize(
+    ("fault", "family", "scenario"),
+    [
+        (_no_documents, "llama", "packed, one row"),
+        (_no_documents, "llama", "no leak"),
+        (_no_documents, "llama", "gradients, packed"),
+        (_no_padding, "llama", "left padding"),
+        (_no_window, "mistral", "dense"),
+        (_no_key_gradient, "llama", "gradients, packed"),
+        (_wrong_scale, "llama", "packed, many rows"),
+    ],
+)
+def test_a_fault_is_found(
+    folders: Any, fault: Callable[[Patch], None], family: str, scenario: str, monkeypatch: Patch
+) -> None:
+    folder = folders(family)
+    fault(monkeypatch)
+    found = axattn.verify(folder, "varlen")
+    check = next(check for check in found.checks if check.scenario == scenario)
+    assert check.outcome == "wrong", check
+    assert not found.right
+    assert check.detail
+
+
+@pytest.mark.parametrize("fault", [_no_documents, _no_key_gradient, _wrong_scale])
+def test_a_fault_is_found_with_random_weights_too(folders: Any, fault: Any, tmp_path: Path, monkeypatch: Patch) -> None:
+    (tmp_path / "config.json").write_text((folders("llama") / "config.json").read_text())
+    fault(monkeypatch)
+    found = axattn.verify(tmp_path / "config.json", "varlen")
+    assert found.weights == "random"
+    assert not found.right
+
+
+def test_layers_data_and_dtype(folders: Any, tmp_path: Path) -> None:
+    text = tmp_path / "some.txt"
+    text.write_text("attention is what you verify " * 20)
+    found = axattn.verify(folders("llama"), "varlen", layers=1, data=text, dtype=torch.bfloat16)
+    assert (found.layers, found.dtype) == (1, "bfloat16")
+    assert found.right, found
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(InvalidInputError, match=r"empty\.txt holds no text"):
+        axattn.verify(folders("llama"), data=tmp_path / "empty.txt")
+    with pytest.raises(InvalidInputError, match="layers=-1"):
+        axattn.verify(folders("llama"), layers=-1)
+
+
+@pytest.mark.parametrize("family", ["t5", "gemma3_vl"])
+def test_models_with_other_inputs_are_refused(family: str, tmp_path: Path) -> None:
+    FAMILIES[family].make().save_pretrained(tmp_path)
+    with pytest.raises(InvalidInputError, match="VerifyCallback"):
+        axattn.verify(tmp_path)
+
+
+# ---- modules alone, and the Trainer ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt_oss", "mistral", "granite", "bert", "gemma3_vl"])
+def test_each_kind_of_module_is_right(family: str) -> None:
+    model = axattn.apply(FAMILIES[family].make(), "auto")
+    checks = modules.verify_modules(model)
+    assert checks
+    assert {check.outcome for check in checks} == {"ok"}, checks
+    assert all(not layer.served for layer in axattn.status(model).layers)
+
+
+@pytest.mark.parametrize("fault", [_no_key_gradient, _wrong_scale, _no_window])
+def test_a_fault_of_a_module_is_found(fault: Any, monkeypatch: Patch) -> None:
+    model = axattn.apply(build("mistral"), "varlen")
+    fault(monkeypatch)
+    assert {check.outcome for check in modules.verify_modules(model)} == {"wrong"}
+
+
+def trained(tmp_path: Path, model: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": list(range(3, 20)), "labels": list(range(3, 20))}] * 4
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[axattn.VerifyCallback()])
+    trainer.train()
+    return trainer
+
+
+def test_the_callback_lets_a_right_run_pass(tmp_path: Path) -> None:
+    assert trained(tmp_path, axattn.apply(build("llama"), "auto")).state.global_step == 2
+
+
+def test_the_callback_stops_a_run_whose_kernel_is_wrong(tmp_path: Path, monkeypatch: Patch) -> None:
+    model = axattn.apply(build("llama"), "varlen")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    _no_key_gradient(monkeypatch)
+    with pytest.raises(UnsupportedAttentionError, match=r"training was not started.*dk is missing"):
+        trained(tmp_path, model)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_model_that_axattn_does_not_route_is_said_to_be_unverified(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path, build("llama"))
+    assert "nothing was verified" in caplog.text
+
+
+# ---- the verb --------------------------------------------------------------------------------------------------------
+
+
+def test_the_verb(folders: Any, monkeypatch: Patch) -> None:
+    folder = str(folders("llama"))
+    done = runner.invoke(app, ["verify", folder])
+    assert done.exit_code == 0, done.output
+    assert "Nothing is wrong" in done.output
+    found = json.loads(runner.invoke(app, ["verify", folder, "--attn", "varlen", "--json"]).output)
+    assert found["right"]
+    assert len(found["checks"]) == 9
+    _no_documents(monkeypatch)
+    done = runner.invoke(app, ["verify", folder, "--attn", "varlen"])
+    assert done.exit_code == 1
+    assert "Something is wrong" in done.output
+    refused = runner.invoke(app, ["verify", folder, "--attn", "fa2"])
+    assert refused.exit_code == 1
+    assert "flash_attention_2" in refused.stderr
