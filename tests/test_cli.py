@@ -30,11 +30,11 @@ def test_help_imports_no_torch() -> None:
     code += "print('heavy:', [m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "heavy: []" in done.stdout, done.stderr
-    for verb in ("doctor", "plan", "verify", "migrate", "demo"):
+    for verb in ("doctor", "plan", "verify", "bench", "migrate", "demo"):
         assert verb in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["doctor", "plan", "verify", "migrate", "demo"])
+@pytest.mark.parametrize("verb", ["doctor", "plan", "verify", "bench", "migrate", "demo"])
 def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
     done = runner.invoke(app, [verb, "--help"])
     assert done.exit_code == 0

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from axattn.cli import demo, doctor, migrate, plan, verify
+from axattn.cli import bench, demo, doctor, migrate, plan, verify
 
 app = typer.Typer(
     name="axattn",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
 app.command("migrate")(migrate.migrate)
 app.command("demo")(demo.demo)
 

@@ -1,0 +1,149 @@
+"""``axattn bench MODEL | --shape B,H,Hkv,S,D``: every usable kernel side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def bench(
+    model: str = typer.Argument("", metavar="[MODEL]", help="Folder, config.json or hub name: its layers' shapes."),
+    shape: str = typer.Option("", "--shape", metavar="B,H,Hkv,S,D", help="One shape instead of a model's."),
+    seq_len: int = typer.Option(2048, "--seq-len", min=1, help="Tokens of a row, for a model's shapes and step."),
+    packed: int = typer.Option(0, "--packed", metavar="DOCS", min=0, help="Pack the tokens as so many documents."),
+    backward: bool = typer.Option(False, "--backward", help="Forward and backward."),
+    attn: list[str] = typer.Option([], "--attn", metavar="NAME", help="Only these (repeatable)."),
+    rounds: int = typer.Option(10, "--rounds", min=1, help="Timed calls of each kernel, in turn."),
+    model_step: bool = typer.Option(False, "--model-step", help="Time whole training steps of MODEL."),
+    output: Path | None = typer.Option(None, "--output", "-o", metavar="FOLDER", help="For bench.json and bench.png."),
+    compare: tuple[Path, Path] | None = typer.Option(None, "--compare", metavar="A B", help="Two bench.json files."),
+    as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
+) -> None:
+    """Time every kernel that this machine runs, side by side in one run, as ratios to sdpa.
+
+    Examples:
+        axattn bench --shape 1,32,8,4096,128 --packed 16 --backward
+
+        axattn bench ./my-model --seq-len 8192 --output results
+
+        axattn bench ./my-model --model-step --attn varlen --attn sage
+
+        axattn bench --compare before/bench.json after/bench.json
+    """
+    from axattn.cli.output import print_json, quiet_transformers, user_errors
+
+    with user_errors():
+        if compare is not None:
+            from axattn.benching.report import compare as compared
+            from axattn.benching.report import read
+
+            rows = compared(read(compare[0]), read(compare[1]))
+            print_json(rows) if as_json else _print_comparison(rows)
+            return
+        if bool(model) == bool(shape):
+            raise typer.BadParameter("give a MODEL or --shape, one of the two")
+        if model_step and not model:
+            raise typer.BadParameter("--model-step needs a MODEL")
+        quiet_transformers()
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        from axattn.benching.kernels import Shape, bench, shapes_of
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, transient=True, disable=as_json) as bar:
+            task = bar.add_task("starting")
+
+            def say(text: str) -> None:
+                bar.update(task, description=text)
+
+            found: dict[str, Any]
+            if model_step:
+                found = _steps(model, attn, seq_len, packed or 8, rounds, say)
+            else:
+                shapes = [Shape.parse(shape, packed)] if shape else shapes_of(model, seq_len, packed)
+                found = bench(shapes, kernels=attn, backward=backward, rounds=rounds, progress=say).to_dict()
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            if "shapes" in found:
+                from axattn.benching.report import plot
+
+                plot(found, output / "bench.png")
+        if as_json:
+            print_json(found)
+        else:
+            _print(found, output)
+
+
+def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int, say: Any) -> dict[str, Any]:
+    import torch
+
+    import axattn
+    from axattn.benching.kernels import usable_kernels
+    from axattn.benching.steps import bench_step
+
+    loaded = axattn.from_pretrained(model, attn_implementation="sdpa")
+    loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    names = attn or ["auto", *(name for name in usable_kernels() if ":" not in name)]
+    steps = bench_step(loaded, names, tokens=tokens, documents=documents, rounds=min(rounds, 5), progress=say)
+    machine = axattn.Environment.current().to_dict()
+    return {
+        "machine": machine,
+        "model": type(loaded).__name__,
+        "tokens": tokens,
+        "documents": documents,
+        "steps": steps,
+    }
+
+
+def _print(found: Mapping[str, Any], output: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if "steps" in found:
+        table = Table("name", "tokens/s", "time by sdpa's", "peak", title=f"{found['model']}, {found['tokens']} tokens")
+        for step in found["steps"]:
+            if "failed" in step:
+                table.add_row(step["name"], "-", "-", step["failed"])
+            else:
+                table.add_row(
+                    step["name"], f"{step['tokens_per_s']:,}", _number(step["ratio"]), _mib(step["peak_bytes"])
+                )
+        console.print(table)
+    for shape in found.get("shapes", ()):
+        title = f"{shape['label']}, {found['dtype']}, forward{' and backward' if found['backward'] else ''}"
+        table = Table("kernel", "ms", "spread", "time by sdpa's", "TFLOP/s", "of matmul", "peak", "error", title=title)
+        for k in shape["kernels"]:
+            if k["failed"]:
+                table.add_row(k["kernel"], "-", "", "", "", "", "", k["failed"])
+                continue
+            cells = [_number(k["ms"]), f"{k['spread']:.0%}", _number(k["ratio"]), _number(k["tflops"])]
+            table.add_row(
+                k["kernel"], *cells, f"{k['share']:.0%}", _mib(k["peak_bytes"]), _number(k["error"], "{:.1e}")
+            )
+        console.print(table)
+    if output is not None:
+        console.print(f"Written: {output / 'bench.json'}" + (f", {output / 'bench.png'}" if "shapes" in found else ""))
+
+
+def _print_comparison(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("shape", "kernel", "before", "after", "after / before")
+    for row in rows:
+        table.add_row(row["shape"], row["kernel"], *(_number(row[key]) for key in ("before", "after", "change")))
+    Console().print(table)
+
+
+def _number(value: float | None, form: str = "{:.3g}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _mib(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:,.0f} MiB"
