@@ -115,7 +115,7 @@ class AttentionConfig(BaseModel):
         """Whether every kernel named keeps packed documents apart."""
         if self._resolved is not None:
             return all(backends.get(name).capability.segments for name in self._resolved)
-        return all(names.flags(name).packing for name in self.names)
+        return all(_packs(name) for name in self.names)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -128,6 +128,12 @@ class AttentionConfig(BaseModel):
     def attn_needs_dtype_cast(self) -> bool:
         """Whether stray fp32 embeddings and norms must be brought to the dtype of the other weights."""
         return any(names.flags(name).dtype_cast for name in self._resolved or self.names)
+
+    @property
+    def sample_packing_drop_attention_mask(self) -> bool:
+        """Whether a packing loader leaves the attention mask out of its batches: documents are told by positions and
+        lengths where every kernel keeps them apart, and a mask would only hide them."""
+        return self.sample_packing and self.attn_supports_packing
 
     @property
     def names(self) -> list[str]:
@@ -169,6 +175,12 @@ class AttentionConfig(BaseModel):
             raise InvalidConfigError(f"{Path(path).name} can't be used", reasons) from error
 
 
+def _packs(name: str) -> bool:
+    if name in names.installed():
+        return backends.get(name).capability.segments
+    return names.flags(name).packing
+
+
 def _without_prefix(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     text = str(error["msg"]).removeprefix("Value error, ")
@@ -207,7 +219,7 @@ def _conflicts(values: Mapping[str, Any], listed: list[str]) -> list[str]:
     problems: list[str] = []
     packing = bool(values.get("sample_packing"))
     for name in listed:
-        if packing and not names.flags(name).packing:
+        if packing and not _packs(name):
             unknown = "/" in name
             why = "is a hub kernel that axattn does not know to separate documents" if unknown else "can't pack"
             problems.append(f"sample_packing with {name}: it {why}; write attn_implementation: varlen.")

@@ -16,4 +16,4 @@ mask_function = lazy_mask
 @functools.cache
 def attention_functions() -> dict[str, Callable[..., Any]]:
     """Name of ours → attention function. The same objects on every call."""
-    return {name: functools.partial(attend, name) for name in names.OURS}
+    return {name: functools.partial(attend, name) for name in names.ours()}

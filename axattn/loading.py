@@ -347,6 +347,6 @@ def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, 
         add_routes(patches, model, modules, decided)
         if "flex_attention" in decided.running.values():
             add_compile_room(patches, model)
-        ours = [name for name in decided.running.values() if name in names.OURS and name != "auto"]
+        ours = [name for name in decided.running.values() if name in names.ours() and name != "auto"]
         if not all(backends.get(name).caches for name in ours):
             disable_cache(patches, model)

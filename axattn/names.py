@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.metadata
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +26,22 @@ OURS: tuple[str, ...] = ("varlen", "xformers", "sage", "s2", "fp8", "auto")
 """Names that axattn registers with Transformers. ``auto`` is a policy over exact kernels."""
 
 CANONICAL: tuple[str, ...] = NATIVE + OURS
+
+ENTRY_POINT_GROUP = "axattn.backends"
+_FITTING = re.compile(r"^(?!.*(flash|sdpa|flex_attention))[a-z][a-z0-9_]*$")  # others mean something to Transformers
+
+
+@functools.cache
+def installed() -> tuple[str, ...]:
+    """Names of installed third-party backends, read from the metadata of packages; none is imported."""
+    entries = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    return tuple(sorted({entry.name for entry in entries if _FITTING.match(entry.name)} - set(CANONICAL)))
+
+
+def ours() -> tuple[str, ...]:
+    """Every name that axattn registers with Transformers: its own, and those of third-party backends."""
+    return (*OURS, *installed())
+
 
 FLASH: tuple[str, ...] = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -139,6 +157,7 @@ _FLAGS: dict[str, NameFlags] = {
 _HUB_FLASH_FLAGS = NameFlags(True, True, True)
 _HUB_SAGE_FLAGS = NameFlags(True, False, True)
 _HUB_UNKNOWN_FLAGS = NameFlags(False, False, True)
+_INSTALLED_FLAGS = NameFlags(False, False, True)  # whether it packs is in its record: see `AttentionConfig`
 
 
 def parse_hub_path(name: str) -> HubPath | None:
@@ -187,7 +206,7 @@ def flags(name: str) -> NameFlags:
     bare = name.removeprefix("paged|")
     path = parse_hub_path(bare)
     if path is None:
-        return _FLAGS[bare]
+        return _INSTALLED_FLAGS if bare in installed() else _FLAGS[bare]
     if path.repository in HUB_FLASH_REPOSITORIES:
         return _HUB_FLASH_FLAGS
     return _HUB_SAGE_FLAGS if path.repository in HUB_SAGE_REPOSITORIES else _HUB_UNKNOWN_FLAGS
@@ -206,11 +225,11 @@ def canonicalise(name: str) -> str:
             f"attn_implementation must be a name or a dict of names, not {type(name).__name__}",
             advice=f"Names: {', '.join(CANONICAL)}.",
         )
-    if name in CANONICAL:
+    if name in CANONICAL or name in installed():
         return name
     if name.startswith("paged|"):
         inner = canonicalise(name.removeprefix("paged|"))
-        if inner in OURS:
+        if inner in ours():
             raise UnknownAttentionError(
                 f"{name!r} can't be used", [Reason("paged", f"axattn's own {inner!r} has no paged cache")]
             )
@@ -224,7 +243,7 @@ def canonicalise(name: str) -> str:
             f"attn_implementation={name!r} is not accepted", advice=f'Write attn_implementation="{canonical}".'
         )
     close = difflib.get_close_matches(key, [*CANONICAL, *SHORT_FORMS], n=1, cutoff=0.6)
-    advice = f"Names: {', '.join(CANONICAL)}, or a hub kernel path org/name."
+    advice = f"Names: {', '.join((*CANONICAL, *installed()))}, or a hub kernel path org/name."
     if close:
         advice = f'Did you mean "{SHORT_FORMS.get(close[0], close[0])}"? ' + advice
     raise UnknownAttentionError(f"attn_implementation={name!r} is unknown", advice=advice)

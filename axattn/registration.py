@@ -33,7 +33,7 @@ def register() -> None:
         reasons = [
             Reason("name", f"{kind} {name!r} is held by {_describe(table[name])}")
             for kind, table, ours in tables
-            for name in names.OURS
+            for name in names.ours()
             if name in table and table[name] is not (functions[name] if ours else mask_function)
         ]
         if reasons:
@@ -43,7 +43,7 @@ def register() -> None:
                 "Remove the other registration, or import axattn first.",
             )
         for _, table, ours in tables:
-            for name in names.OURS:
+            for name in names.ours():
                 table[name] = functions[name] if ours else mask_function
         _active = True
 
@@ -58,7 +58,7 @@ def unregister() -> None:
 
             functions = attention_functions()
             for _, table, ours in _tables():
-                for name in names.OURS:
+                for name in names.ours():
                     if table.get(name) is (functions[name] if ours else mask_function):
                         del table[name]
         _active = False

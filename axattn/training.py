@@ -50,4 +50,4 @@ def needs_dtype_cast(model: torch.nn.Module) -> bool:
 
 
 def _known(name: str) -> bool:
-    return name in names.CANONICAL or "/" in name
+    return name in (*names.CANONICAL, *names.installed()) or "/" in name

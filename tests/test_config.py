@@ -262,3 +262,13 @@ def test_no_code_outside_config_and_names_reads_a_legacy_flag() -> None:
             continue
         read = {node.attr for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
         assert not read & (set(names.LEGACY_FLAGS) - {"flex_attention"}), path
+
+
+@pytest.mark.parametrize(
+    ("name", "packing", "drops"),
+    [("varlen", True, True), ("varlen", False, False), ("flash_attention_2", True, True), ("sdpa", False, False)],
+)
+def test_a_packing_loader_drops_the_mask_where_the_kernel_packs(name: str, packing: bool, drops: bool) -> None:
+    config = AttentionConfig(attn_implementation=name, sample_packing=packing)
+    assert config.sample_packing_drop_attention_mask is drops
+    assert "sample_packing_drop_attention_mask" not in config.model_dump()

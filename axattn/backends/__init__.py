@@ -11,7 +11,7 @@ import importlib.metadata
 
 from axattn.backends.base import Backend
 from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError
-from axattn.names import parse_hub_path
+from axattn.names import ENTRY_POINT_GROUP, parse_hub_path
 
 _MODULES: dict[str, str] = {
     "varlen": "axattn.backends.varlen",
@@ -27,8 +27,6 @@ _MODULES: dict[str, str] = {
     "sage:library": "axattn.backends.sage",
     "fp8": "axattn.backends.fp8",
 }
-
-ENTRY_POINT_GROUP = "axattn.backends"
 
 
 def builtin_names() -> tuple[str, ...]:
@@ -65,8 +63,3 @@ def get(name: str) -> Backend:
             raise BackendUnavailableError(f"the entry point {entry.value!r} is no axattn Backend named {name!r}")
         return loaded
     raise UnknownAttentionError(f"no backend named {name!r}", advice=f"Backends: {', '.join(_MODULES)}.")
-
-
-def third_party_names() -> tuple[str, ...]:
-    """Names of installed third-party backends (read from their metadata; none is imported)."""
-    return tuple(entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))

@@ -65,7 +65,7 @@ def _is_attention(module: torch.nn.Module) -> bool:
 def native_name(name: str | None, default: str | None) -> str | None:
     """The native name that serves a config, None when one of our names does."""
     running = name or default
-    return running if running is not None and running not in names.OURS else None
+    return running if running is not None and running not in names.ours() else None
 
 
 @functools.cache

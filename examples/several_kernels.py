@@ -1,0 +1,37 @@
+"""Several kernels in one process: for a while, on a loaded model, and undone exactly.
+
+python examples/several_kernels.py [MODEL_FOLDER]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import axattn
+from examples.small import small_model
+
+
+@torch.no_grad()
+def main(folder: str) -> float:
+    """The largest difference between the kernels' logits."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    before = model.config._attn_implementation
+    ids = torch.arange(2, 40)[None]
+    logits = {before: model(ids).logits}
+    for name in ("eager", "varlen", "auto"):
+        with axattn.using(model, name):
+            logits[name] = model(ids).logits
+    axattn.apply(model, "varlen")
+    print(axattn.plan(model, "auto"))
+    axattn.restore(model)
+    assert model.config._attn_implementation == before
+    worst = max(float((found - logits["eager"]).abs().max()) for found in logits.values())
+    print({name: tuple(found.shape) for name, found in logits.items()}, "differ by at most", worst)
+    return worst
+
+
+if __name__ == "__main__":
+    main(*(sys.argv[1:] or [small_model()]))

@@ -1,0 +1,99 @@
+"""The docs are true: their code runs, their errors are ours, their examples work on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from axattn import names
+from tests.models import build
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+CODE = [
+    pytest.param(code, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+]
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_code_in_the_docs_runs(code: str, tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "my-model")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_name_and_legacy_flag_is_in_the_docs() -> None:
+    text = (ROOT / "docs" / "attention.md").read_text()
+    for name in (*names.OURS, "eager", "sdpa", "flex_attention", *names.LEGACY_FLAGS):
+        assert f"`{name}`" in text, name
+
+
+def test_every_error_in_the_list_is_one_that_the_source_raises() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "axattn").rglob("*.py"))
+    flat = re.sub(r'"\s*\n\s*f?"', "", source)
+    for row in re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M):
+        for part in (piece.strip(" '") for piece in row.split("…")):
+            assert not part or part in flat, (row, part)
+
+
+@pytest.mark.parametrize("name", ["trainer", "lora", "sft", "several_kernels"])
+def test_examples_run(name: str) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_third_partys_kernel_is_found_planned_and_right(tmp_path: Path) -> None:
+    folder = ROOT / "examples" / "third_party"
+    entry = re.search(r'^my_kernel = "(.*)"$', (folder / "pyproject.toml").read_text(), re.M)
+    assert entry is not None
+    metadata = tmp_path / "site" / "my_kernel-0.1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-kernel\nVersion: 0.1\n")
+    (metadata / "entry_points.txt").write_text(f"[axattn.backends]\nmy_kernel = {entry[1]}\nflash_of_mine = x:Y\n")
+    build("mistral").save_pretrained(tmp_path / "my-model")
+    code = (
+        "import json, axattn\n"
+        "from axattn import names\n"
+        "found = axattn.verify('my-model', 'my_kernel')\n"
+        "config = axattn.AttentionConfig(attn_implementation='my_kernel', sample_packing=True)\n"
+        "plan = axattn.plan('my-model', 'my_kernel')\n"
+        "print(json.dumps([found.to_dict(), config.attn_supports_packing, names.installed(), plan.layers[0].chosen]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(tmp_path / "site")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, packs, installed, chosen = json.loads(done.stdout.splitlines()[-1])
+    assert found["right"], found
+    assert found["kernels"].keys() == {"my_kernel"}
+    assert {check["outcome"] for check in found["checks"]} == {"ok"}
+    assert packs
+    assert installed == ["my_kernel"]  # a name with "flash" in it would be Transformers'
+    assert chosen == "my_kernel"
+
+
+def test_the_third_partys_kernel_is_short() -> None:
+    assert len((ROOT / "examples" / "third_party" / "my_kernel.py").read_text().splitlines()) < 40
