@@ -162,3 +162,14 @@ def test_mistakes_are_one_line(arguments: list[str], code: int, part: str) -> No
     assert done.exit_code == code
     assert part in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_without_matplotlib_there_is_no_plot_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else real(name, *a))
+    done = runner.invoke(app, ["bench", "--shape", "1,4,2,32,16", "--rounds", "1", "-o", str(tmp_path)])
+    assert done.exit_code == 0
+    assert "matplotlib is not installed" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]

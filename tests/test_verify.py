@@ -149,6 +149,14 @@ def test_layers_data_and_dtype(folders: Any, tmp_path: Path) -> None:
         axattn.verify(folders("llama"), layers=-1)
 
 
+def test_weights_that_can_not_be_read(folders: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folders("llama") / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_text("garbage")
+    with pytest.raises(InvalidInputError, match="can't be loaded: SafetensorError"):
+        axattn.verify(tmp_path)
+    assert axattn.verify(tmp_path / "config.json", layers=1).weights == "random"
+
+
 @pytest.mark.parametrize("family", ["t5", "gemma3_vl"])
 def test_models_with_other_inputs_are_refused(family: str, tmp_path: Path) -> None:
     FAMILIES[family].make().save_pretrained(tmp_path)

@@ -34,6 +34,8 @@ def bench(
 
         axattn bench --compare before/bench.json after/bench.json
     """
+    from importlib.util import find_spec
+
     from axattn.cli.output import print_json, quiet_transformers, user_errors
 
     with user_errors():
@@ -49,12 +51,13 @@ def bench(
         if model_step and not model:
             raise typer.BadParameter("--model-step needs a MODEL")
         quiet_transformers()
+        from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         from axattn.benching.kernels import Shape, bench, shapes_of
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, transient=True, disable=as_json) as bar:
+        with Progress(*columns, transient=True, disable=as_json, console=Console(stderr=True)) as bar:
             task = bar.add_task("starting")
 
             def say(text: str) -> None:
@@ -69,7 +72,9 @@ def bench(
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             (output / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            if "shapes" in found:
+            if "shapes" in found and find_spec("matplotlib") is None:
+                typer.echo('axattn: no plot: matplotlib is not installed (pip install "axattn[bench]")', err=True)
+            elif "shapes" in found:
                 from axattn.benching.report import plot
 
                 plot(found, output / "bench.png")
@@ -85,8 +90,14 @@ def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int
     import axattn
     from axattn.benching.kernels import usable_kernels
     from axattn.benching.steps import bench_step
+    from axattn.errors import InvalidInputError
 
-    loaded = axattn.from_pretrained(model, attn_implementation="sdpa")
+    try:
+        loaded = axattn.from_pretrained(model, attn_implementation="eager")
+    except (RuntimeError, OSError, ValueError):
+        raise
+    except Exception as error:  # safetensors has errors of its own
+        raise InvalidInputError(f"{model} can't be loaded: {type(error).__name__}: {error}") from error
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").train()
     names = attn or ["auto", *(name for name in usable_kernels() if ":" not in name)]
     steps = bench_step(loaded, names, tokens=tokens, documents=documents, rounds=min(rounds, 5), progress=say)
@@ -128,7 +139,7 @@ def _print(found: Mapping[str, Any], output: Path | None) -> None:
             )
         console.print(table)
     if output is not None:
-        console.print(f"Written: {output / 'bench.json'}" + (f", {output / 'bench.png'}" if "shapes" in found else ""))
+        console.print(f"Written: {', '.join(str(path) for path in sorted(output.glob('bench.*')))}")
 
 
 def _print_comparison(rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 
 import typer
@@ -12,6 +14,7 @@ def demo(
     attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to train with."),
     steps: int = typer.Option(200, "--steps", min=2, help="Optimiser steps."),
     seed: int = typer.Option(0, "--seed", help="Seed of weights, data order and split."),
+    as_json: bool = typer.Option(False, "--json", help="The report on stdout, everything else on stderr."),
 ) -> None:
     """Fine-tune a small LLaMA on Python's own library, packed, and prove that no document leaks into another.
 
@@ -36,6 +39,9 @@ def demo(
         quiet_transformers()
         from axattn.demo.job import run
 
-        failed = run(output, attn, steps, seed)
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            failed = run(output, attn, steps, seed)
+        if as_json:
+            typer.echo((output / "report.json").read_text(encoding="utf-8"), nl=False)
     if failed:
         raise typer.Exit(1)

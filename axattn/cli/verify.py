@@ -33,12 +33,13 @@ def verify(
 
     with user_errors():
         quiet_transformers()
+        from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         import axattn
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, transient=True, disable=as_json) as bar:
+        with Progress(*columns, transient=True, disable=as_json, console=Console(stderr=True)) as bar:
             task = bar.add_task("loading")
             found = axattn.verify(
                 model,

@@ -13,7 +13,7 @@ import torch
 
 from axattn import loading
 from axattn.capability import Exactness
-from axattn.errors import AxattnError, InvalidInputError
+from axattn.errors import AxattnError, InvalidInputError, Reason
 from axattn.planning import backend_of
 from axattn.verification.records import Check, Verification
 from axattn.verification.scenarios import DECODERS_ONLY, PROJECTIONS, SCENARIOS, Result, Subject
@@ -44,7 +44,7 @@ def verify(
     decoding, and the gradients of the projections. The reference runs each document alone.
 
     Args:
-        model: local folder, config.json or hub name. Weights are loaded if they are there, else random.
+        model: local folder or hub name (weights are loaded if they are there, else random), or a config.json (random).
         attn_implementation: a name.
         layers: keep the first so many; None: as many as show every kind of layer, at most 8.
         length: tokens of a row; longer by itself where a window is longer.
@@ -187,10 +187,14 @@ def _load(model: Any, config: Any, dtype: torch.dtype | None, device: torch.devi
     cls = loading._concrete_class(loading._resolve_class(None, config), config)
     if cls is None:
         raise InvalidInputError(f"Transformers has no class for {config.model_type}")
-    if _has_weights(source):
-        found = cls.from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
-            source, config=config, dtype=dtype or "auto", attn_implementation="eager"
-        )
+    if source is model and _has_weights(source):  # a config.json by itself asks for random weights
+        try:
+            found = cls.from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
+                source, config=config, dtype=dtype or "auto", attn_implementation="eager"
+            )
+        except Exception as error:
+            why = [Reason("weights", f"{type(error).__name__}: {str(error).splitlines()[0]}")]
+            raise InvalidInputError(f"the weights in {source} can't be loaded", why) from error
         return found.to(device), "loaded"
     torch.manual_seed(0)
     config._attn_implementation = "eager"

@@ -24,6 +24,7 @@ def test_the_demo_runs_proves_and_leaves_its_report(tmp_path: Path) -> None:
         "25",
         "--output",
         str(tmp_path),
+        "--json",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,7 +36,8 @@ def test_the_demo_runs_proves_and_leaves_its_report(tmp_path: Path) -> None:
     assert report["packing"]["documents"] >= 25 * 16  # the loader fetches a batch ahead
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "model" / "model.safetensors").exists()
-    assert str(tmp_path) in done.stdout.replace("\n", "")
+    assert json.loads(done.stdout) == report
+    assert str(tmp_path) in done.stderr.replace("\n", "")
     assert str(tmp_path) not in json.dumps(report)
 
 
