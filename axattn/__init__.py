@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from axattn.registration import register, register_when_imported, registered, unregister
 
 if TYPE_CHECKING:
+    from axattn.benching.kernels import bench
     from axattn.config import AttentionConfig
+    from axattn.diagnosis import diagnose
     from axattn.environment import Environment
     from axattn.errors import (
         AxattnError,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         UnsupportedAttentionError,
     )
     from axattn.loading import apply, from_pretrained, plan, restore, status, using
+    from axattn.migration import migrate
     from axattn.packing import PackingCollator
     from axattn.training import prepare_for_training
     from axattn.verification.callback import VerifyCallback
@@ -49,6 +52,9 @@ _LAZY = {
     "status": "loading",
     "using": "loading",
     "verify": "verification.whole",
+    "bench": "benching.kernels",
+    "diagnose": "diagnosis",
+    "migrate": "migration",
     "VerifyCallback": "verification.callback",
 }
 
@@ -65,7 +71,10 @@ __all__ = [
     "UnsupportedAttentionError",
     "VerifyCallback",
     "apply",
+    "bench",
+    "diagnose",
     "from_pretrained",
+    "migrate",
     "plan",
     "prepare_for_training",
     "register",

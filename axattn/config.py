@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,9 @@ from axattn.errors import AxattnError, InvalidConfigError, Reason
 from axattn.planning import require_available
 from axattn.plans import Plan
 from axattn.routes import OnUnsupported  # pydantic reads it at run time
+
+if TYPE_CHECKING:
+    from axattn.packing import PackingCollator
 
 COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
 
@@ -134,6 +137,17 @@ class AttentionConfig(BaseModel):
         """Whether a packing loader leaves the attention mask out of its batches: documents are told by positions and
         lengths where every kernel keeps them apart, and a mask would only hide them."""
         return self.sample_packing and self.attn_supports_packing
+
+    def collator(self, max_length: int, **options: Any) -> PackingCollator | None:
+        """What builds rows for this config: a `PackingCollator` where it packs, None where each document has a row.
+
+        Args:
+            max_length: tokens in a row.
+            options: for `PackingCollator`.
+        """
+        from axattn.packing import PackingCollator
+
+        return PackingCollator(max_length, **options) if self.sample_packing_drop_attention_mask else None
 
     @property
     def names(self) -> list[str]:

@@ -272,3 +272,6 @@ def test_a_packing_loader_drops_the_mask_where_the_kernel_packs(name: str, packi
     config = AttentionConfig(attn_implementation=name, sample_packing=packing)
     assert config.sample_packing_drop_attention_mask is drops
     assert "sample_packing_drop_attention_mask" not in config.model_dump()
+    collator = config.collator(64, pad_token_id=3)
+    assert (collator is not None) is drops
+    assert collator is None or (collator.max_length, collator.pad_token_id) == (64, 3)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -269,8 +271,18 @@ def bench(
             progress(str(shape))
         found.append((shape, tuple(_shape(shape, names, backward, rounds, kind, device, peak))))
     text = str(kind).removeprefix("torch.")
-    versions = {"axattn": __version__, **Environment.current().to_dict()}
-    return Bench(versions, text, backward, peak, tuple(found))
+    return Bench(described(), text, backward, peak, tuple(found))
+
+
+def described() -> dict[str, Any]:
+    """This machine, with versions, and the commit where axattn runs from a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    commit = None
+    if (root / ".git").exists():
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        commit = done.stdout.strip() or None
+    return {"axattn": __version__, "commit": commit, **Environment.current().to_dict()}
 
 
 def _shape(

@@ -88,7 +88,7 @@ def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int
     import torch
 
     import axattn
-    from axattn.benching.kernels import usable_kernels
+    from axattn.benching.kernels import described, usable_kernels
     from axattn.benching.steps import bench_step
     from axattn.errors import InvalidInputError
 
@@ -101,9 +101,8 @@ def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").train()
     names = attn or ["auto", *(name for name in usable_kernels() if ":" not in name)]
     steps = bench_step(loaded, names, tokens=tokens, documents=documents, rounds=min(rounds, 5), progress=say)
-    machine = axattn.Environment.current().to_dict()
     return {
-        "machine": machine,
+        "machine": described(),
         "model": type(loaded).__name__,
         "tokens": tokens,
         "documents": documents,
