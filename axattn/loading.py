@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import os
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from axattn import backends, names, planning
+from axattn.checkpoints import concrete_class, load_config, resolve_class
 from axattn.environment import Environment
 from axattn.errors import UnsupportedAttentionError
 from axattn.needs import (
@@ -37,18 +37,6 @@ from axattn.state import ATTRIBUTE, State, state_of, transformers_model
 
 logger = logging.getLogger("axattn")
 _said: set[str] = set()
-
-_HUB_KEYWORDS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-_NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config", "device_map", "state_dict", "allow_all_kernels")
 
 
 def from_pretrained(
@@ -88,11 +76,11 @@ def from_pretrained(
     """
     value = names.canonicalise_all("auto" if attn_implementation is None else attn_implementation)
     register()
-    config, kwargs = _load_config(pretrained_model_name_or_path, kwargs)
-    cls = _resolve_class(model_class, config)
+    config, kwargs = load_config(pretrained_model_name_or_path, kwargs)
+    cls = resolve_class(model_class, config)
     allow = bool(kwargs.get("allow_all_kernels", False))
     decided = _decide(
-        config, _concrete_class(cls, config), value, _policy(on_unsupported, allow, upgrade_flash, kernel_options)
+        config, concrete_class(cls, config), value, _policy(on_unsupported, allow, upgrade_flash, kernel_options)
     )
     preload(decided.running.values(), allow_all_kernels=allow)
     config._attn_implementation = None  # a name inside config.json would beat the argument (Transformers 5.23)
@@ -220,10 +208,10 @@ def plan(
         cls: type | None = type(base)
     elif hasattr(model, "sub_configs"):
         config = model
-        cls = _concrete_class(_resolve_class(None, config), config)
+        cls = concrete_class(resolve_class(None, config), config)
     else:
-        config, _ = _load_config(model, kwargs)
-        cls = _concrete_class(_resolve_class(None, config), config)
+        config, _ = load_config(model, kwargs)
+        cls = concrete_class(resolve_class(None, config), config)
     return _decide(config, cls, value, policy, environment)
 
 
@@ -239,44 +227,6 @@ def _policy(
         raise ValueError(f'on_unsupported={on_unsupported!r} is neither "raise" nor "route"')
     kept = os.environ.get("AXATTN_NO_FA4", "").lower() in ("1", "true", "yes")
     return Policy(on_unsupported, allow_all_kernels, upgrade_flash and not kept, {} if options is None else options)
-
-
-def _load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The config as Transformers' own loading would make it, and the keywords that it left over."""
-    from transformers import AutoConfig
-
-    given = kwargs.pop("config", None)
-    if given is not None and not isinstance(given, str):
-        return copy.deepcopy(given), kwargs
-    hub = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
-    held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
-    rest = {key: value for key, value in kwargs.items() if key not in hub}
-    config, unused = AutoConfig.from_pretrained(given or source, return_unused_kwargs=True, **hub, **rest)
-    return config, {**hub, **{k: v for k, v in unused.items() if k not in hub}, **held}
-
-
-def _resolve_class(model_class: Any, config: Any) -> Any:
-    import transformers
-
-    if model_class is not None:
-        return model_class
-    for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, name, None)
-        if cls is not None:
-            return cls
-    return transformers.AutoModelForCausalLM
-
-
-def _concrete_class(cls: Any, config: Any) -> type | None:
-    """The model class behind an Auto class, None when Transformers has no mapping for this config (remote code)."""
-    mapping = getattr(cls, "_model_mapping", None)
-    if mapping is None:
-        return cls if isinstance(cls, type) else None
-    if type(config) not in mapping:
-        return None
-    found = mapping[type(config)]
-    concrete: type = found[0] if isinstance(found, tuple) else found
-    return concrete
 
 
 def _decide(

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from axattn.benching.kernels import Attention, Shape, bench, mask_of, usable_kernels
+from axattn.benching.kernels import Attention, bench, mask_of, usable_kernels
+from axattn.benching.shapes import Shape
 from axattn.benching.steps import bench_step
 from axattn.benching.timing import Run, matmul_tflops, timed, working
 from benchmarks.measure import machine

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import axattn
 from axattn.benching import kernels, report, steps
-from axattn.benching.kernels import Shape, bench, document_lengths, shapes_of, usable_kernels
+from axattn.benching.kernels import bench, usable_kernels
+from axattn.benching.shapes import Shape, document_lengths, shapes_of
 from axattn.cli import app
 from axattn.errors import InvalidConfigError, UnknownAttentionError
 from tests.fakes.machine import hopper

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from axattn import __version__, backends, loading
+from axattn import __version__, backends
+from axattn.benching.shapes import Shape
 from axattn.benching.timing import Run, matmul_tflops, peak_bytes, timed, working
 from axattn.environment import Environment
-from axattn.errors import InvalidConfigError, UnknownAttentionError
+from axattn.errors import UnknownAttentionError
 from axattn.interface import attend
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
@@ -36,67 +37,6 @@ KERNELS = (
 )
 """What axattn calls itself; native names are measured with a whole model (`bench_step`)."""
 BASE = "sdpa"
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """One attention.
-
-    Attributes:
-        rows: B.
-        heads: H.
-        kv_heads: Hkv.
-        length: S.
-        head_dim: D.
-        documents: lengths of the documents of a packed row (B is 1), None for dense rows.
-        window: sliding window, None for full attention.
-    """
-
-    rows: int
-    heads: int
-    kv_heads: int
-    length: int
-    head_dim: int
-    documents: tuple[int, ...] | None = None
-    window: int | None = None
-
-    @classmethod
-    def parse(cls, text: str, documents: int | None = None) -> Shape:
-        """``B,H,Hkv,S,D``, and how many packed documents a row holds.
-
-        Raises:
-            InvalidConfigError: not five positive numbers, or heads that KV heads don't divide.
-        """
-        try:
-            rows, heads, kv_heads, length, size = (int(part) for part in text.split(","))
-        except ValueError:
-            raise InvalidConfigError(
-                f"--shape {text!r} is not B,H,Hkv,S,D", advice="Such as 1,32,8,8192,128."
-            ) from None
-        if min(rows, heads, kv_heads, length, size) < 1 or heads % kv_heads:
-            raise InvalidConfigError(f"--shape {text!r} makes no attention", advice="H is a multiple of Hkv; all > 0.")
-        return cls(rows, heads, kv_heads, length, size).packed(documents)
-
-    def packed(self, documents: int | None) -> Shape:
-        """The same tokens as one row of so many documents of log-normal lengths."""
-        if not documents:
-            return self
-        tokens = self.rows * self.length
-        lengths = tuple(document_lengths(tokens, max(tokens // documents, 1)))
-        return Shape(1, self.heads, self.kv_heads, tokens, self.head_dim, lengths, self.window)
-
-    def flops(self) -> float:
-        """Of the forward, causal."""
-        pairs = 0.0
-        for size in self.documents or (self.length,) * self.rows:
-            span = min(size, self.window or size)
-            pairs += span * (span + 1) / 2 + (size - span) * span
-        return 4 * self.heads * self.head_dim * pairs
-
-    def __str__(self) -> str:
-        kind = f", {len(self.documents)} documents" if self.documents else ""
-        kind += f", window {self.window}" if self.window else ""
-        return f"B {self.rows}, H {self.heads}/{self.kv_heads}, S {self.length}, D {self.head_dim}{kind}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +102,6 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in value.items()}
 
 
-def document_lengths(tokens: int, mean: int, seed: int = 0) -> list[int]:
-    """Log-normal document lengths that add up to `tokens`."""
-    generator = torch.Generator().manual_seed(seed)
-    found: list[int] = []
-    while (left := tokens - sum(found)) > 0:
-        drawn = int(math.exp(math.log(mean) + 0.6 * float(torch.randn(1, generator=generator))))
-        found.append(min(max(drawn, 1), left))
-    return found
-
-
 class Attention(torch.nn.Module):
     """An attention module on one kernel, as a model would have it."""
 
@@ -221,25 +151,6 @@ def usable_kernels(asked: Sequence[str] = ()) -> list[str]:
         if not backends.get(name).probe(environment) and not (name == "sage" and environment.triton_interpret)
     ]
     return [BASE, *(name for name in found if name != BASE)]
-
-
-def shapes_of(model: Any, seq_len: int, documents: int | None = None) -> list[Shape]:
-    """The distinct attention shapes of a model's layers, from its config alone.
-
-    Raises:
-        InvalidConfigError: its config tells nothing about attention.
-    """
-    plan = loading.plan(model, "auto")
-    found = []
-    for entry in plan.layers:
-        need = entry.layer.need
-        if need.heads and need.head_dim and need.causal:
-            window = need.window if need.window is not None and need.window < seq_len else None
-            shape = Shape(1, need.heads, need.kv_heads or need.heads, seq_len, need.head_dim, None, window)
-            found.append(shape.packed(documents))
-    if not found:
-        raise InvalidConfigError(f"the config of {plan.model} tells nothing about causal attention")
-    return list(dict.fromkeys(found))
 
 
 def bench(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from axattn import loading
-from axattn.benching.kernels import document_lengths
+from axattn.benching.shapes import document_lengths
 from axattn.benching.timing import peak_bytes, timed
 
 

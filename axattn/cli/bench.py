@@ -54,7 +54,8 @@ def bench(
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        from axattn.benching.kernels import Shape, bench, shapes_of
+        from axattn.benching.kernels import bench
+        from axattn.benching.shapes import Shape, shapes_of
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, transient=True, disable=as_json, console=Console(stderr=True)) as bar:

@@ -13,6 +13,7 @@ import torch
 
 from axattn import loading
 from axattn.capability import Exactness
+from axattn.checkpoints import concrete_class, load_config, resolve_class
 from axattn.errors import AxattnError, InvalidInputError, Reason
 from axattn.planning import backend_of
 from axattn.verification.records import Check, Verification
@@ -57,7 +58,7 @@ def verify(
     Raises:
         AxattnError: the model can't be put on the kernel at all, or is of a kind that this can't drive.
     """
-    config, _ = loading._load_config(_source(model), {})
+    config, _ = load_config(_source(model), {})
     text = config.get_text_config()
     if text is not config or getattr(config, "is_encoder_decoder", False):
         raise InvalidInputError(
@@ -184,7 +185,7 @@ def _truncate(config: Any, layers: int | None) -> int:
 
 def _load(model: Any, config: Any, dtype: torch.dtype | None, device: torch.device) -> tuple[Any, str]:
     source = _source(model)
-    cls = loading._concrete_class(loading._resolve_class(None, config), config)
+    cls = concrete_class(resolve_class(None, config), config)
     if cls is None:
         raise InvalidInputError(f"Transformers has no class for {config.model_type}")
     if source is model and _has_weights(source):  # a config.json by itself asks for random weights
