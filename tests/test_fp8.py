@@ -157,9 +157,17 @@ def test_documents_and_rows_are_quantised_alike(rounding: None) -> None:
         assert torch.allclose(a.float(), b.float())
 
 
-def test_an_empty_signal_is_quantised_to_zero_not_to_nan(rounding: None) -> None:
-    inputs = [torch.zeros(2, heads, 8, 32, dtype=torch.bfloat16) for heads in (4, 2, 2)]
-    assert torch.equal(run(inputs), torch.zeros(2, 8, 4, 32, dtype=torch.bfloat16))
+@pytest.mark.parametrize("value", [0.0, 1e-38])
+@pytest.mark.parametrize("lengths", [(8,), (3, 5)], ids=["rows", "documents"])
+def test_next_to_nothing_is_quantised_to_zero_not_to_nan(
+    rounding: None, value: float, lengths: tuple[int, ...]
+) -> None:
+    q, k, v = (torch.zeros(8, heads, 32, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    for x in (q, k, v):
+        x[1] = value
+    documents = Documents(lengths, q.device)
+    for part in fp8.quantised(q, k, v, documents, documents):
+        assert torch.isfinite(part.float()).all()
 
 
 # ---- documents ------------------------------------------------------------------------------------------

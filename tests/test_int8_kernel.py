@@ -180,10 +180,13 @@ def test_what_is_not_a_number_is_not_rounded_away(part: int, value: float) -> No
     assert not torch.isfinite(out[7]).all()
 
 
-def test_zeros_give_the_mean_of_the_values() -> None:
+@pytest.mark.parametrize("value", [0.0, 1e-40])
+def test_next_to_nothing_gives_the_mean_of_the_values(value: float) -> None:
     packed = packed_of((5,), (5,), False, None, 64)
     v = torch.randn(5, 2, 64)
-    out = ours(torch.zeros(5, 2, 64), torch.zeros(5, 2, 64), v, packed)
+    keys = torch.zeros(5, 2, 64)
+    keys[1] = value
+    out = ours(torch.full((5, 2, 64), value), keys, v, packed)
     assert torch.allclose(out, v.mean(0).expand(5, 2, 64), atol=1e-5)
 
 

@@ -57,6 +57,7 @@ CAPABILITY = Capability(
 )
 STORAGE = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3fn
+SMALLEST = 1e-12  # a peak below it is zero, as torchao has it: its scale would not be finite
 HADAMARD = Option(
     "hadamard",
     "none",
@@ -132,7 +133,7 @@ def quantised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Docume
     peaks = [queries.absmax(q).view(len(queries.lengths), -1, group).amax(-1), keys.absmax(k), keys.absmax(v)]
     stored, undo = [], []
     for x, peak, documents, repeats in zip((q, k, v), peaks, (queries, keys, keys), (group, 1, 1), strict=True):
-        scale = torch.where(peak > 0, LARGEST / peak, 1.0)
+        scale = torch.where(peak > SMALLEST, LARGEST / peak, 1.0)
         per_token = documents.spread(scale).repeat_interleave(repeats, 1)
         stored.append((x.float() * per_token[..., None]).to(STORAGE))
         undo.append(1 / scale)

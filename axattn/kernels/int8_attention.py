@@ -67,7 +67,7 @@ def _quantise_kernel(
         turned = x.to(tl.float32)
     peak = tl.max(tl.abs(turned), 1)
     # a maximum passes over NaN: what is not a number must not round to one
-    scale = tl.where(peak > 0, peak / 127.0, 1.0) + tl.sum(turned * 0.0, 1)
+    scale = tl.where(peak > 1e-30, peak / 127.0, 1.0) + tl.sum(turned * 0.0, 1)
     rounded = tl.floor(turned / scale[:, None] + 0.5)
     tl.store(ROUNDED + (wide * heads + h)[:, None] * SIZE + d[None, :], rounded.to(tl.int8), mask=(t < tokens)[:, None])
     tl.store(SCALE + h.to(tl.int64) * tokens + wide, scale * factor, mask=t < tokens)
