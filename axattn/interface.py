@@ -209,8 +209,10 @@ def _hit(
 
 def _decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
     query, key, value, mask = call.query, call.key, call.value, call.mask
+    window = call.window
     if isinstance(mask, LazyMask):
         kind: Any = mask.signature()
+        window = kind[1]
     else:
         kind = "plain" if mask is None else "dense"
         if mask is None and call.causal and 1 < query.shape[2] != key.shape[2]:
@@ -228,6 +230,8 @@ def _decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
         key.shape[1],
         value.shape[-1],
         query.shape[2] == key.shape[2],
+        query.shape[2] == 1,
+        window is not None and window < key.shape[2],  # a longer window is none: `need_of`
         query.dtype,
         query.device.type,
         call.causal,
@@ -253,8 +257,8 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
     causal, window, chunk, dense = call.causal and query.shape[2] > 1, call.window, None, False
     padding = holes = segments = False
     if isinstance(mask, LazyMask):
-        causal, window, chunk, dense, padding, segments = mask.signature()
-        if dense and mask.pattern is not None:
+        causal, window, chunk, dense, padding, segments, unknown = mask.signature()
+        if dense and not unknown:
             dense, holes = False, True
     elif mask is not None:
         window, dense = None, True

@@ -152,6 +152,7 @@ class LazyMask:
                 not spans,
                 self.padding is not None,
                 self.segments is not None,
+                pattern is None,
             )
         return self._signature
 

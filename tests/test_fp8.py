@@ -259,6 +259,18 @@ def test_a_window_longer_than_every_row_is_none(unrounded: None) -> None:
     assert [layer.planned for layer in axattn.status(model).layers] == ["varlen"] * 2
 
 
+@torch.no_grad()
+def test_a_short_row_under_a_window_does_not_decide_for_a_long_one(unrounded: None) -> None:
+    model = axattn.apply(build("mistral", sliding_window=12), "fp8", on_unsupported="route")
+    reference = build("mistral", sliding_window=12)
+    reference.set_attn_implementation("eager")
+    for length, kernel in ((10, "fp8"), (40, "varlen"), (10, "fp8")):
+        flash.calls.clear()
+        ids = tokens(2, length)
+        assert relative(model(ids).logits, reference(ids).logits) < 1e-5
+        assert bool(flash.calls) is (kernel == "fp8")
+
+
 @pytest.mark.parametrize("options", [{"hadamard": "q"}, {"backward": None}, {"group_size": 4}])
 def test_options_that_mean_nothing_are_refused(unrounded: None, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfigError, match="hadamard"):

@@ -293,6 +293,20 @@ def test_what_the_library_gets_wrong_is_refused(any_device: None) -> None:
         run_library(qkv(20, 96), lazy_mask(2, 20, 20))
 
 
+def test_a_short_row_under_a_window_does_not_decide_for_a_long_one(any_device: None) -> None:
+    module = torch.nn.Module()
+    module.is_causal = True  # type: ignore[assignment]
+    module.__dict__[ATTRIBUTE] = Route("sage", "layer", ("sage:library",), "sage:library")
+
+    def run(length: int) -> torch.Tensor:
+        mask = lazy_mask(2, length, length, mask_function=sliding_window_causal_mask_function(32))
+        return attend("sage", module, *qkv(length), mask)[0]
+
+    assert run(20).isfinite().all()
+    with pytest.raises(UnsupportedAttentionError, match="no sliding window"):
+        run(64)
+
+
 def test_decoding_beside_the_library_is_exact(any_device: None) -> None:
     q, k, v = qkv(20)
     out = run_library([q[:, :, -1:], k, v], lazy_mask(2, 1, 20, q_offset=19))
