@@ -145,8 +145,6 @@ def attend(
         want_weights=bool(kwargs.get("output_attentions")) or _door_wants_weights(mask),
     )
     backend = _decide(route, call, sparse)
-    if backend.name == "eager":
-        call.extras = {k: v for k, v in kwargs.items() if k not in ("dropout", "scaling", "output_attentions")}
     out = run_library(backend, call, route) if backend.install else run(backend, call, route)
     route.count(backend.name)
     if plain_key is not None and backend.plain:

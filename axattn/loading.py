@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from axattn import backends, names, planning
+from axattn import backends, names, patterns, planning
 from axattn.checkpoints import concrete_class, load_config, resolve_class
 from axattn.environment import Environment
 from axattn.errors import UnsupportedAttentionError
@@ -271,6 +271,7 @@ def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, 
     """Patch a loaded model to run as planned; on any error the model is as it was."""
     from transformers import PreTrainedModel
 
+    patterns.known()  # read now: a first reading inside torch.compile would cost a second graph
     configs = dict(sub_configs(model.config))
     modules = dict(model.named_modules())
     native_paths = {p for p, name in decided.running.items() if name is None or names.is_native(name)}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 import axattn
 from axattn import segments, traced
 from axattn.backends import ranking
-from axattn.backends.compiled import attention_op
+from axattn.backends.compiled import attention_op, over_documents
+from axattn.call import AttentionCall
+from axattn.masking import lazy_mask
 from tests.fakes.machine import hopper
 from tests.models import alone, build, positions, tokens
 
@@ -196,3 +200,28 @@ def test_a_cache_that_a_compiled_packed_row_filled_is_refused() -> None:
         model(tokens(1, 1), past_key_values=out.past_key_values)
     out = compiled(tokens(1, 21), position_ids=positions((21,)), use_cache=True)
     assert torch.isfinite(model(tokens(1, 1), past_key_values=out.past_key_values).logits).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_what_has_no_operator_form_keeps_its_softcap(softcap: float | None) -> None:
+    """Queries over a cache run outside the operator, where torch's own kernels would drop a softcap."""
+    module = build("gemma2").model.layers[0].self_attn
+    q, k, v = (torch.randn(2, heads, n, 8) for heads, n in ((4, 3), (2, 9), (2, 9)))
+    mask = lazy_mask(2, 3, 9, q_offset=6)
+    extras = {} if softcap is None else {"softcap": softcap}
+    call = AttentionCall(module, q, k, v, mask, True, None, 1.0, 0.0, softcap, None, None, extras)
+    logits = torch.einsum("bhsd,bhtd->bhst", q, k.repeat_interleave(2, 1))
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    weights = logits.masked_fill(~mask.dense(), float("-inf")).softmax(-1)
+    expected = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    assert torch.allclose(over_documents(call, "flash_attention_2"), expected, atol=1e-5)
+
+
+def test_the_memo_of_masks_holds_no_batch_alive() -> None:
+    real = padding(False)
+    attention_op(*inputs(), None, real, True, None, None, 0.3, None, "varlen", "{}")
+    gone = weakref.ref(real)
+    del real
+    gc.collect()
+    assert gone() is None

@@ -210,6 +210,21 @@ def test_it_is_said_that_the_interpreter_is_for_tests(interpreter: Environment) 
     assert "for tests, not for speed" in axattn.plan(build("llama"), "sage").notes[0]
 
 
+@torch.no_grad()
+def test_decoding_under_a_softcap_keeps_it() -> None:
+    made = {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}
+    reference = build("gemma2", **made)
+    reference.set_attn_implementation("eager")
+    ids = tokens(2, 12)
+    with hopper("sage"):
+        model = axattn.apply(build("gemma2", **made), "sage")
+        steps = []
+        for each in (model, reference):
+            cache = each(ids, use_cache=True).past_key_values
+            steps.append(each(ids[:, :1], past_key_values=cache, use_cache=True).logits)
+    assert relative(*steps) < 1e-5
+
+
 # ---- the library -----------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from axattn import door, masking, masks
 from axattn.backends import dense, spans, varlen
 from axattn.cli import app
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
-from axattn.verification import modules
+from axattn.verification import modules, whole
 from tests.conformance.families import FAMILIES
 from tests.interpreter import INTERPRETED, interpreting
 from tests.models import build
@@ -111,6 +111,7 @@ def _wrong_scale(patch: Patch) -> None:
         (_no_documents, "llama", "gradients, packed"),
         (_no_padding, "llama", "left padding"),
         (_no_window, "mistral", "dense"),
+        (_no_window, "mistral", "longer than the window"),
         (_no_key_gradient, "llama", "gradients, packed"),
         (_wrong_scale, "llama", "packed, many rows"),
     ],
@@ -134,6 +135,21 @@ def test_a_fault_is_found_with_random_weights_too(folders: Any, fault: Any, tmp_
     found = axattn.verify(tmp_path / "config.json", "varlen")
     assert found.weights == "random"
     assert not found.right
+
+
+def test_rows_longer_than_a_window_are_run_or_it_is_said(tmp_path: Path) -> None:
+    build("mistral", sliding_window=200).save_pretrained(tmp_path / "a")
+    assert "longer than the window" in {c.scenario for c in axattn.verify(tmp_path / "a", "varlen", layers=1).checks}
+    build("mistral", sliding_window=9000, max_position_embeddings=16384).save_pretrained(tmp_path / "b")
+    long = next(c for c in axattn.verify(tmp_path / "b", "varlen", layers=1).checks if "longer" in c.scenario)
+    assert (long.outcome, "9,032 tokens" in long.detail) == ("refused", True)
+
+
+def test_an_eager_that_overflows_is_no_licence() -> None:
+    exact = {"output": torch.ones(3)}
+    wrong, nan = {"output": torch.full((3,), 5.0)}, {"output": torch.full((3,), float("nan"))}
+    for found in (wrong, nan):
+        assert whole._judge("dense", found, exact, nan, torch.float16, False).outcome == "wrong"
 
 
 def test_layers_data_and_dtype(folders: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from axattn.backends import dense
+from axattn.backends.exact import exactly
 from axattn.call import AttentionCall
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
@@ -23,7 +24,7 @@ from axattn.segments import from_positions
 
 
 def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> torch.Tensor:
-    """A call as one operator of the graph where queries and keys are the same tokens, else exactly through ``sdpa``.
+    """A call as one operator of the graph where queries and keys are the same tokens, else `exactly`.
 
     Args:
         call: its mask is a `LazyMask`, or None for whole rows.
@@ -37,10 +38,10 @@ def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> tor
     if isinstance(mask, LazyMask):
         whole, pattern, padding, segments = mask.whole, mask.pattern, mask.padding, mask.segments
     else:
-        whole, padding, segments = call.key.shape[2] == S, None, None
+        whole, padding, segments = mask is None and call.key.shape[2] == S, None, None
         pattern = Pattern(causal=call.causal and S > 1, window=call.window)
     if not whole or pattern is None or call.dropout:  # dropout: the operator's backward would draw another mask
-        return dense.sdpa(call)
+        return exactly(call)
     out: torch.Tensor = attention_op(
         call.query,
         call.key,
@@ -105,7 +106,7 @@ def _build(
         shape=(rows, 1, length, length),
         pattern=pattern,
         segments=segments,
-        padding=padding,
+        padding=None if padding is None else padding.clone(),  # the memo's key must not be held by its value
         materialise=_never,
         device=device,
     )

@@ -36,6 +36,9 @@ def eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:
     return None
 
 
+_OWN = ("dropout", "scaling", "output_attentions")  # of the call itself: given by name
+
+
 def eager(call: AttentionCall) -> torch.Tensor:
     """Run the model's own eager function with an additive mask; returns ``[B, S, H, Dv]``.
 
@@ -64,7 +67,7 @@ def eager(call: AttentionCall) -> torch.Tensor:
         mask,
         dropout=call.dropout,
         scaling=call.scale,
-        **call.extras,
+        **{key: value for key, value in call.extras.items() if key not in _OWN},
     )
     if call.want_weights:
         call.weights = weights

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from axattn.backends import varlen
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
 from axattn.backends.documents import Documents, documents_of, smoothed
+from axattn.backends.exact import exactly
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
 from axattn.backends.spans import one_head_dim, packed_call
@@ -84,7 +84,7 @@ PROVIDER = Option(
 def sage(call: AttentionCall) -> torch.Tensor:
     """INT8 attention by our Triton kernel; returns ``[B, S, H, Dv]``."""
     if call.query.shape[2] == 1:
-        return varlen.varlen(call)
+        return exactly(call)
     from axattn.kernels import int8_operator
 
     layout = layout_of(call)
@@ -143,10 +143,10 @@ def library(call: AttentionCall) -> torch.Tensor:
 
 def _library_call(call: AttentionCall, source: str) -> torch.Tensor:
     if call.query.shape[2] == 1:
-        return varlen.varlen(call)
+        return exactly(call)
     layout = layout_of(call)
     if any(s.q1 - s.q0 != s.k1 - s.k0 for s in layout.spans):  # a chunk over a cache: the library aligns it top-left
-        return varlen.varlen(call)
+        return exactly(call)
 
     def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
         packed = Packed(cu_q, cu_k, max_q, max_k, layout.causal, layout.window, call.scale)

@@ -17,7 +17,7 @@ def verify(
     route: bool = typer.Option(False, "--route", help="Send what NAME can't serve to the next exact kernel."),
     data: Path | None = typer.Option(None, "--data", metavar="FILE", help="Text to take the tokens from."),
     layers: int = typer.Option(0, "--layers", min=0, help="Keep the first N layers (0: one of each kind, at most 8)."),
-    length: int = typer.Option(96, "--length", min=12, help="Tokens of a row; more by itself where a window is."),
+    length: int = typer.Option(96, "--length", min=12, help="Tokens of a row (one scenario is longer than a window)."),
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
 ) -> None:
     """Run a kernel on a model through padding, packing, decoding and gradients, and compare with eager in fp32.

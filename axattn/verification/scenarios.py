@@ -90,6 +90,14 @@ def _dense(subject: Subject, draw: Any, length: int, reference: bool) -> Result:
     return {"output": subject.alone(batch(draw(1, length), ((0, length),)))}
 
 
+LONG = "longer than the window"
+
+
+@_scenario(LONG)
+def _long(subject: Subject, draw: Any, length: int, reference: bool) -> Result:
+    return _dense(subject, draw, length, reference)
+
+
 def _padded(side: str) -> Scenario:
     def run(subject: Subject, draw: Any, length: int, reference: bool) -> Result:
         short = max(1, length * 2 // 3)

@@ -17,7 +17,7 @@ from axattn.checkpoints import concrete_class, load_config, resolve_class
 from axattn.errors import AxattnError, InvalidInputError, Reason
 from axattn.planning import backend_of
 from axattn.verification.records import Check, Verification
-from axattn.verification.scenarios import DECODERS_ONLY, PROJECTIONS, SCENARIOS, Result, Subject
+from axattn.verification.scenarios import DECODERS_ONLY, LONG, PROJECTIONS, SCENARIOS, Result, Subject
 
 SLACK = 2.0
 """A kernel may be this much further from fp32 than eager in the model's own dtype is."""
@@ -25,6 +25,8 @@ FLOOR = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 2e-3}
 LOSSY = 0.15
 """What INT8 and FP8 kernels may add: 1-5 % a layer, more in the gradients of deep layers."""
 EXACT: Exactness = "exact"
+LONGEST = 8300
+"""Tokens of the longest row: eager's weights are heads x S x S."""
 
 
 def verify(
@@ -48,7 +50,7 @@ def verify(
         model: local folder or hub name (weights are loaded if they are there, else random), or a config.json (random).
         attn_implementation: a name.
         layers: keep the first so many; None: as many as show every kind of layer, at most 8.
-        length: tokens of a row; longer by itself where a window is longer.
+        length: tokens of a row; where a window is longer, one scenario takes longer rows (up to `LONGEST` tokens).
         data: a text file to take the tokens from; None draws them at random.
         dtype: of the model under test; None: that of the checkpoint.
         device: None: the GPU if there is one.
@@ -68,7 +70,6 @@ def verify(
     kept = _truncate(config, layers)
     _without_dropout(config)
     window = max((size for size in [getattr(config, "sliding_window", None)] if size), default=0)
-    length = max(length, min(window + 32, 2048)) if window else length
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     candidate, weights = _load(model, config, dtype, where)
     kind = next(candidate.parameters()).dtype
@@ -80,12 +81,18 @@ def verify(
     decoder = bool(getattr(candidate, "can_generate", lambda: False)())
     draw = _drawer(model, config, data, where)
     checks = []
-    runnable = [name for name in SCENARIOS if decoder or name not in DECODERS_ONLY]
+    runnable = [name for name in SCENARIOS if (decoder or name not in DECODERS_ONLY) and (window or name != LONG)]
     served: Counter[str] = Counter()
     for name in runnable:
         if progress is not None:
             progress(name)
-        check, used = _one(name, candidate, reference, decoder, draw, length, attn_implementation, options)
+        size = max(length, window + 32) if name == LONG else length
+        if size > LONGEST:
+            checks.append(
+                Check(name, "refused", detail=f"rows of {size:,} tokens are longer than verify runs on eager")
+            )
+            continue
+        check, used = _one(name, candidate, reference, decoder, draw, size, attn_implementation, options)
         checks.append(check)
         served.update(used)
     return Verification(
@@ -146,7 +153,7 @@ def _judge(name: str, found: Result, exact: Result, half: Result, dtype: torch.d
             continue
         allowed = FLOOR.get(dtype, 1e-4) + (LOSSY if lossy and name != "no leak" else 0.0)
         if name != "no leak":
-            allowed += SLACK * relative(half[key], wanted)
+            allowed += min(SLACK * relative(half[key], wanted), 0.5)  # eager itself overflows: no licence for more
         error = relative(got, wanted)
         if worst == 0.0 or error / allowed > worst / budget:
             worst, budget, detail = error, allowed, key

@@ -1,0 +1,24 @@
+"""`exactly`: what a kernel hands on that it serves in name only, such as one query over a cache. Drops nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from axattn.backends import dense
+from axattn.backends.eager import eager
+from axattn.backends.spans import over_layout
+from axattn.call import AttentionCall
+from axattn.masks import LazyMask
+
+
+def exactly(call: AttentionCall) -> torch.Tensor:
+    """Exact attention of a call without sinks, bias or indices; returns ``[B, S, H, Dv]``.
+
+    Torch's kernels have no softcap and would drop it: under one the model's own eager function runs.
+    """
+    if call.softcap is not None:
+        return eager(call)
+    mask, layout = call.mask, None
+    if isinstance(mask, LazyMask) and mask.plain is None and not call.dropout and not torch.compiler.is_compiling():
+        layout = mask.layout()
+    return dense.sdpa(call) if layout is None else over_layout(call, layout)
