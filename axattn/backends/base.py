@@ -38,6 +38,28 @@ TORCH_KERNEL = Capability(
 """What all of torch's own kernels serve, called by axattn; each adds what it has beyond."""
 
 
+QUANTISED = Capability(
+    exactness="lossy",
+    devices=frozenset({"cuda"}),
+    dtypes=HALVES,
+    max_head_dim=256,
+    value_dim_differs=True,
+    value_dim_padded=True,
+    grouped_heads=True,
+    causal=True,
+    bidirectional=True,
+    chunk=True,
+    softcap=True,
+    padding=True,
+    segments=True,
+    cross_lengths=True,
+    gradient=True,
+    traced=True,
+    inference_only=frozenset({"softcap"}),  # torch's flash backward has none
+)
+"""What kernels over quantised documents serve, called by axattn; each adds what it has beyond."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One kernel.

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from axattn.backends.base import HALVES, Backend, check_gpu, check_library
+from axattn.backends.base import QUANTISED, Backend, check_gpu, check_library
 from axattn.backends.documents import Documents, documents_of, smoothed
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
+from axattn.backends.hadamard import hadamard
 from axattn.backends.spans import one_head_dim, packed_call
 from axattn.call import AttentionCall
 from axattn.capability import Capability
@@ -30,25 +31,9 @@ from axattn.layouts import Layout
 from axattn.options import Option, one_of
 
 _INSTALL = "pip install torchao fa3-fwd"
-CAPABILITY = Capability(
-    exactness="lossy",
-    devices=frozenset({"cuda"}),
-    dtypes=HALVES,
-    max_head_dim=256,
+CAPABILITY = dataclasses.replace(
+    QUANTISED,
     head_dim_multiple=16,
-    value_dim_differs=True,
-    value_dim_padded=True,
-    grouped_heads=True,
-    causal=True,
-    bidirectional=True,
-    chunk=True,
-    softcap=True,
-    padding=True,
-    segments=True,
-    cross_lengths=True,
-    gradient=True,
-    traced=True,
-    inference_only=frozenset({"softcap"}),
     notes={
         "": "models load with use_cache=False; generate still may keep a cache",
         "window": "with flash-attn-3; fa3-fwd is built without",
@@ -155,17 +140,8 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
     Where D is no power of two it acts on blocks of the largest power of two that divides D.
     """
     size = x.shape[-1] & -x.shape[-1]
-    turned: torch.Tensor = x.reshape(-1, size) @ _hadamard(size, x.dtype, x.device)
+    turned: torch.Tensor = x.reshape(-1, size) @ (hadamard(size, torch.float32, x.device) / size**0.5).to(x.dtype)
     return turned.view(x.shape)
-
-
-@functools.lru_cache(maxsize=16)
-def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    matrix: torch.Tensor = torch.ones(1, 1)
-    while matrix.shape[0] < size:  # Sylvester's construction
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    scaled: torch.Tensor = matrix / size**0.5
-    return scaled.to(device, dtype)
 
 
 def _attention(parts: Quantised, packed: Packed, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from axattn.backends.base import HALVES, Backend, check_gpu, check_library
+from axattn.backends.base import HALVES, QUANTISED, Backend, check_gpu, check_library
 from axattn.backends.documents import Documents, documents_of, smoothed
 from axattn.backends.exact import exactly
 from axattn.backends.flash_calls import layout_of
@@ -31,27 +31,11 @@ from axattn.layouts import Layout
 from axattn.names import HubPath
 from axattn.options import Option, one_of
 
-CAPABILITY = Capability(
-    exactness="lossy",
-    devices=frozenset({"cuda"}),
-    dtypes=HALVES,
-    max_head_dim=256,
+CAPABILITY = dataclasses.replace(
+    QUANTISED,
     head_dim_multiple=8,
-    value_dim_differs=True,
-    value_dim_padded=True,
-    grouped_heads=True,
-    causal=True,
-    bidirectional=True,
     window=True,
-    chunk=True,
-    softcap=True,
-    padding=True,
-    segments=True,
-    cross_lengths=True,
-    gradient=True,
-    traced=True,
-    inference_only=frozenset({"softcap"}),
-    notes={"": "a single query (decoding) runs on varlen, exactly", "softcap": "in inference"},
+    notes={"": "a single query (decoding) runs on varlen, exactly", "softcap": "in inference; decoding runs on eager"},
 )
 LIBRARY = Capability(
     exactness="lossy",

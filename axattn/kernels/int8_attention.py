@@ -15,12 +15,13 @@ Under a softcap K keeps its mean: ``tanh`` sees a shift.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from axattn.backends.hadamard import hadamard
 
 LOG2E = 1.4426950408889634
 
@@ -260,14 +261,6 @@ def padded_size(head_dim: int) -> int:
     return max(32, 1 << (head_dim - 1).bit_length())
 
 
-@functools.lru_cache(maxsize=16)
-def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    matrix: torch.Tensor = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix.to(device, dtype)
-
-
 class Rounded(NamedTuple):
     """A tensor in INT8.
 
@@ -301,7 +294,7 @@ def quantise(x: torch.Tensor, mean: torch.Tensor | None = None, document: torch.
         x,
         x if mean is None else mean,
         x if document is None else document,
-        _hadamard(turn, x.dtype, x.device) if turn >= 16 else x,
+        hadamard(turn, x.dtype, x.device) if turn >= 16 else x,
         values,
         scales,
         smooth,
