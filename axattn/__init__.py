@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from axattn.registration import register, register_when_imported, registered, unregister
 
 if TYPE_CHECKING:
+    from axattn import parallel as parallel
     from axattn.benching.kernels import bench
     from axattn.config import AttentionConfig
     from axattn.diagnosis import diagnose
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from axattn.loading import apply, from_pretrained, plan, restore, status, using
     from axattn.migration import migrate
     from axattn.packing import PackingCollator
+    from axattn.parallel.model import sequence_parallel
     from axattn.training import prepare_for_training
     from axattn.verification.callback import VerifyCallback
     from axattn.verification.whole import verify
@@ -50,6 +52,7 @@ _LAZY = {
     "prepare_for_training": "training",
     "restore": "loading",
     "status": "loading",
+    "sequence_parallel": "parallel.model",
     "using": "loading",
     "verify": "verification.whole",
     "bench": "benching.kernels",
@@ -80,6 +83,7 @@ __all__ = [
     "register",
     "registered",
     "restore",
+    "sequence_parallel",
     "status",
     "unregister",
     "using",
@@ -90,11 +94,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"axattn.{_LAZY[name]}"), name)
+    if name == "parallel":
+        return importlib.import_module("axattn.parallel")
     raise AttributeError(f"module 'axattn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, "parallel"})
 
 
 register_when_imported()

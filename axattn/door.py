@@ -7,7 +7,9 @@ is a guard: packed input that Transformers would leak is refused.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from axattn import flash_guard, guard, traced
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.flash_guard import FlashRules
 from axattn.segments import Segments, from_cu_seqlens, from_positions
+from axattn.shares import Share
 from axattn.traced import TracedSegments
 
 
@@ -31,6 +34,7 @@ class Context:
         seen: the objects it was computed from, to reuse it in inner models that get the same ones.
         door: whose forward is running.
         outer: the context to go back to.
+        share: the forward runs on this rank's share of its rows.
     """
 
     segments: Segments | TracedSegments | None
@@ -39,6 +43,7 @@ class Context:
     seen: tuple[Any, ...]
     door: Door
     outer: Context | None
+    share: Share | None = None
 
 
 class _Slot(threading.local):
@@ -46,9 +51,11 @@ class _Slot(threading.local):
 
     def __init__(self) -> None:
         self.context: Context | None = None
+        self.share: Share | None = None
 
 
 _slot = _Slot()
+_SDPA = torch.nn.functional.scaled_dot_product_attention
 PACKED_CACHE = "_axattn_packed"
 """Attribute on a cache that a row of several documents has filled: True, or a bool tensor from a compiled graph."""
 
@@ -56,6 +63,16 @@ PACKED_CACHE = "_axattn_packed"
 def current() -> Context | None:
     """The context of the innermost model that is running, None outside of any model with a door."""
     return _slot.context
+
+
+@contextlib.contextmanager
+def sharing(share: Share) -> Iterator[None]:
+    """Doors that open inside this block find `share` in place of what their inputs say about documents and padding."""
+    outer, _slot.share = _slot.share, share
+    try:
+        yield
+    finally:
+        _slot.share = outer
 
 
 class Door:
@@ -69,6 +86,7 @@ class Door:
         shares_keys: some layers read the keys and values of another one.
         flash: what to look for on a flash name, None on others.
         standing: on this native name no packed call is right (`axattn.guard.standing_reasons`).
+        counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
     """
 
     def __init__(
@@ -80,6 +98,7 @@ class Door:
         position_planes: tuple[int, ...] = (),
         shares_keys: bool = False,
         standing: bool = False,
+        counted: int | None = None,
         flash: FlashRules | None = None,
     ) -> None:
         self.parameters = parameters
@@ -88,6 +107,7 @@ class Door:
         self.position_planes = position_planes
         self.shares_keys = shares_keys
         self.standing = standing
+        self.counted = counted
         self.flash = flash
 
     def enter(
@@ -99,6 +119,8 @@ class Door:
         if self.shares_keys:
             guard.require_gradients_of_shared_keys(module)
         outer = _slot.context
+        if torch.nn.functional.scaled_dot_product_attention is not _SDPA and self.native is None:
+            guard.require_no_context_parallel(module)
         get = inputs.get
         seen = (get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k"))
         weights = get("output_attentions")
@@ -110,6 +132,9 @@ class Door:
                 [Reason("weights", "output_attentions=True (its kernel never forms the attention weights)")],
                 'Use attn_implementation="auto" or "eager".',
             )
+        if _slot.share is not None:
+            _slot.context = Context(None, _token_shape(inputs), bool(weights), seen, self, outer, _slot.share)
+            return None
         if (
             outer is not None
             and not weights
@@ -147,6 +172,13 @@ class Door:
                 if isinstance(context.segments, TracedSegments):
                     packed = (context.segments.document_ids[:, -1] > 0).any()
                 setattr(cache, PACKED_CACHE, packed)
+
+    def documents(self, module: torch.nn.Module, inputs: dict[str, Any]) -> Segments | None:
+        """The documents that a model's inputs describe, None when every row is one; checks as `enter` does."""
+        get = inputs.get
+        seen = (get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k"))
+        segments, _ = self._read(module, inputs, seen, None)
+        return segments if isinstance(segments, Segments) else None
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -225,7 +257,8 @@ class Door:
         length_so_far = 0 if cache is None else cache.get_seq_length()
         filled = isinstance(length_so_far, torch.Tensor) or length_so_far > 0
         leaks = self.native is not None and guard.may_leak(self.native, module, inputs, self.standing)
-        if self.encoder_decoder or filled or leaks:
+        counted = self.counted is not None and length > self.counted
+        if self.encoder_decoder or filled or leaks or counted:
             single = (segments.document_ids == 0).all()
             torch._assert_async(single, "axattn: packed rows would leak here; run without torch.compile to see why")
         return segments
@@ -280,6 +313,13 @@ class Door:
                 "packed rows can't continue from a cache",
                 [Reason("segments", f"the cache already holds {_length(cache)} tokens of unknown documents")],
                 "Pass past_key_values=None, or one document a row.",
+            )
+        if self.counted is not None and segments.length > self.counted:
+            text = f"its layers without RoPE scale queries by their position in the row, from {self.counted} on"
+            raise UnsupportedAttentionError(
+                f"{type(module).__name__} can't take packed rows of {segments.length} tokens",
+                [Reason("segments", text)],
+                f"Pack into rows of at most {self.counted} tokens.",
             )
         if self.native is not None:
             follow = self.flash is not None and self.flash.takes_lengths

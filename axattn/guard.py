@@ -122,6 +122,22 @@ def require_gradients_of_shared_keys(module: torch.nn.Module) -> None:
         )
 
 
+def require_no_context_parallel(module: torch.nn.Module) -> None:
+    """Raise inside torch's ``context_parallel``: rows are cut there, and only ``F.scaled_dot_product_attention``, which
+    it replaces, sees them whole (torch 2.13; accelerate's ``cp_size`` uses it).
+
+    Raises:
+        UnsupportedAttentionError: it is active.
+    """
+    replaced = torch.nn.functional.scaled_dot_product_attention
+    if "context_parallel" in f"{getattr(replaced, '__module__', '')} {getattr(replaced, '__qualname__', '')}":
+        raise UnsupportedAttentionError(
+            f"{type(module).__name__} can't run inside torch's context_parallel",
+            [Reason("segments", "a rank would attend to its own part of each row only")],
+            'Use axattn.sequence_parallel, or attn_implementation="sdpa".',
+        )
+
+
 def _mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor | None) -> list[Reason]:
     """eager, sdpa, flex_attention: right only when Transformers itself finds the documents in position_ids."""
     reasons = []

@@ -18,6 +18,7 @@ from axattn.capability import Need
 from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route, route_of
+from axattn.shares import ShareMask
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -30,6 +31,7 @@ HARMLESS: frozenset[str] = frozenset(
         "cache_position",
         "past_key_values",
         "num_items_in_batch",
+        "shift_labels",  # labels that a sequence-parallel trainer has shifted before it cut the row
         "seq_idx",
         "output_router_logits",
         "output_hidden_states",
@@ -86,8 +88,9 @@ def attend(
     plain_key = None
     if type(attention_mask) is LazyMask and kwargs.keys() <= PLAIN and not kwargs.get("dropout"):
         # the common call: nothing that F.scaled_dot_product_attention would not do by itself, as an earlier layer found
-        hit = attention_mask.hit
-        if hit is None and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        hit = None if compiling else attention_mask.hit
+        if hit is None and not compiling:
             plain_key = _plain_key(attention_mask, query, key, value)
             served = route.plain.get(plain_key)
             if served is not None:
@@ -117,6 +120,12 @@ def attend(
         elif given is not False:
             _refuse_keyword(route, keyword, given)
     query, key, value = _one_dtype(query, key, value)
+    if type(attention_mask) is ShareMask:
+        from axattn.parallel.exchange import over_ranks
+
+        return over_ranks(attend, name, module, query, key, value, attention_mask, kwargs)
+    if attention_mask is None:
+        _require_mask_kept(route, query, key)
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
@@ -185,6 +194,21 @@ def _door_wants_weights(mask: LazyMask | torch.Tensor | None) -> bool:
         return mask.weights
     context = door.current()
     return context is not None and context.weights
+
+
+def _require_mask_kept(route: Route, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raise where the model made a mask and something took it away on the way (accelerate's context parallel does)."""
+    context = door.current()
+    if context is None or (context.segments is None and context.share is None):
+        return
+    here = (query.shape[0], query.shape[2])
+    if here == context.shape and key.shape[2] == query.shape[2]:
+        text = "the mask with the documents of its rows did not reach it (context parallelism takes masks away)"
+        raise UnsupportedAttentionError(
+            f"{route.asked} can't serve {route.layer}",
+            [Reason("segments", text)],
+            "Split rows over ranks with axattn.sequence_parallel.",
+        )
 
 
 def _plain_key(mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...] | None:
@@ -281,7 +305,7 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
         holes=holes,
         segments=segments,
         traced=isinstance(mask, LazyMask) and torch.compiler.is_compiling() and mask.plain is None,
-        cross_lengths=query.shape[2] != key.shape[2],
+        cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # a symbol while tracing
         gradient=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         dtype=str(query.dtype).removeprefix("torch."),
         device=query.device.type,

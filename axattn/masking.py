@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from axattn import door
+from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
 from axattn.patterns import Pattern, known, recognise, recognise_traced
 from axattn.segments import Segments, from_positions
+from axattn.shares import Share, ShareMask
 from axattn.traced import TracedSegments
 
 
@@ -52,6 +54,8 @@ def lazy_mask(
         A `LazyMask` of shape ``[B, 1, S, T]``.
     """
     context = door.current()
+    if context is not None and context.share is not None:
+        return _shared(context.share, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
     if (
         mask_function is known().causal
         and attention_mask is None
@@ -153,6 +157,68 @@ def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -
             _plain.clear()
         _plain[key] = mask
     return mask
+
+
+def _shared(
+    share: Share,
+    mask_function: Callable[..., Any] | None,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    use_vmap: bool,
+    device: torch.device | str,
+) -> ShareMask:
+    """The mask of the whole rows, for a model that sees its share of them. What the share says of documents holds."""
+    function = known().causal if mask_function is None else mask_function
+    pattern = None if use_vmap else recognise(function)
+    reasons = []
+    if pattern is None:
+        reasons.append(Reason("dense_mask", "its mask is more than causal, windowed or in chunks"))
+    if (q_length, kv_length) != (share.part, share.part) or int(q_offset) != kv_offset:
+        reasons.append(Reason("cross_lengths", f"{q_length} queries over {kv_length} keys (a cache)"))
+    if pattern is None or reasons:
+        raise UnsupportedAttentionError("this model can't run sequence-parallel", reasons)
+    length, device = share.length, torch.device(device)
+    plain = Pattern(causal=pattern.causal, window=pattern.window, chunk=pattern.chunk)
+    segments = None if share.segments is None else share.segments.to(device)
+
+    def materialise() -> torch.Tensor:
+        seen = _rule(length, plain, share.padding, device)
+        if plain.chunk is not None and segments is not None:
+            seen = _chunks_in_documents(segments, plain.chunk, length)[:, 0]
+        seen = seen[:, None].expand(share.rows, 1, length, length)
+        if share.padding is not None:
+            seen = seen & share.padding[:, None, None, :]
+        return seen if segments is None else seen & _same_document(segments, length)
+
+    whole = LazyMask(
+        shape=(share.rows, 1, length, length),
+        pattern=plain,
+        segments=segments,
+        padding=share.padding,
+        materialise=materialise,
+        device=device,
+        guarded=True,
+    )
+    return ShareMask(share, whole)
+
+
+def _rule(length: int, pattern: Pattern, padding: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """bool ``[B or 1, S, S]`` of a pattern over rows of one document; chunks count from a row's first real token."""
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index
+    seen = distance >= 0 if pattern.causal else torch.ones_like(distance, dtype=torch.bool)
+    if pattern.window is not None:
+        seen = seen & (distance.abs() < pattern.window)
+    seen = seen[None]
+    if pattern.chunk is not None:
+        first = torch.zeros(1, 1, dtype=torch.long, device=device)
+        if padding is not None:
+            first = padding.long().argmax(-1, keepdim=True)
+        chunks = (index - first) // pattern.chunk
+        seen = seen & (chunks[:, :, None] == chunks[:, None, :])
+    return seen
 
 
 def _segments(

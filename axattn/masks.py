@@ -41,6 +41,7 @@ class LazyMask:
         "_signature",
         "device",
         "guarded",
+        "handle",
         "hit",
         "kv_offset",
         "pattern",
@@ -80,6 +81,7 @@ class LazyMask:
         self._layout: Layout | bool | None = False
         self._signature: tuple[Any, ...] | None = None
         self._plain: str | None = "unread"
+        self.handle = None if torch.compiler.is_compiling() else self._new_handle()
 
     dtype = torch.bool
     ndim = 4
@@ -104,9 +106,20 @@ class LazyMask:
 
     def dense(self) -> torch.Tensor:
         """The bool tensor ``[B, 1, S, T]``, built on the first call."""
+        if torch.compiler.is_compiling() and self.handle is not None:
+            rows, _, queries, keys = self.shape
+            return dense_mask_op(self.handle, rows, queries, keys)
         if self._dense is None:
             self._dense = self._materialise()
         return self._dense
+
+    def _new_handle(self) -> torch.Tensor:
+        """An empty tensor that leads to a copy of this mask (`of_handle`): what a compiled layer can be given."""
+        handle = torch.empty(0, device=self.device)
+        fields = ("shape", "pattern", "segments", "q_offset", "kv_offset", "device", "guarded", "weights")
+        made = {name: getattr(self, name) for name in fields}
+        handle._axattn_mask = {**made, "padding": self._padding, "materialise": self._materialise}  # type: ignore[attr-defined]  # tensors take attributes
+        return handle
 
     @property
     def whole(self) -> bool:
@@ -123,6 +136,8 @@ class LazyMask:
     @property
     def plain(self) -> str | None:
         """``"causal"`` or ``"full"`` when one call of plain attention over whole rows is all there is, else None."""
+        if torch.compiler.is_compiling():
+            return self._read_plain()
         if self._plain == "unread":
             self._plain = self._read_plain()
         return self._plain
@@ -142,19 +157,23 @@ class LazyMask:
 
     def signature(self) -> tuple[Any, ...]:
         """What of this mask decides which kernel may serve it: hashable, equal for masks of the same kind."""
+        if torch.compiler.is_compiling():  # nothing is kept on the mask: the next layer's graph would differ
+            return self._read_signature(self.whole)
         if self._signature is None:
-            pattern = self.pattern
-            spans = self.whole if torch.compiler.is_compiling() else bool(self.plain) or self.layout() is not None
-            self._signature = (
-                pattern is None or pattern.causal,
-                None if pattern is None else pattern.window,
-                None if pattern is None else pattern.chunk,
-                not spans,
-                self.padding is not None,
-                self.segments is not None,
-                pattern is None,
-            )
+            self._signature = self._read_signature(bool(self.plain) or self.layout() is not None)
         return self._signature
+
+    def _read_signature(self, spans: bool) -> tuple[Any, ...]:
+        pattern = self.pattern
+        return (
+            pattern is None or pattern.causal,
+            None if pattern is None else pattern.window,
+            None if pattern is None else pattern.chunk,
+            not spans,
+            self.padding is not None,
+            self.segments is not None,
+            pattern is None,
+        )
 
     def with_segments(self, segments: Segments) -> LazyMask:
         """The same mask with documents separated (for models without a door)."""
@@ -256,6 +275,27 @@ class LazyMask:
             return value.dense() if isinstance(value, LazyMask) else value
 
         return func(*tree_map(densify, args), **tree_map(densify, kwargs or {}))
+
+
+def of_handle(handle: torch.Tensor) -> LazyMask:
+    """The mask behind a handle, the same object for all layers that are given the same handle."""
+    found: Any = handle._axattn_mask  # type: ignore[attr-defined]  # set by `LazyMask`
+    if isinstance(found, dict):
+        found = LazyMask(**found)
+        found.handle = None  # no way back: a cycle would keep the mask of every batch until the next collection
+        handle._axattn_mask = found  # type: ignore[attr-defined]
+    return found  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("axattn::dense_mask", mutates_args=())
+def dense_mask_op(handle: torch.Tensor, rows: int, queries: int, keys: int) -> torch.Tensor:
+    """bool ``[B, 1, S, T]`` of the mask behind a handle, for what reads masks inside a compiled layer."""
+    return of_handle(handle).dense().clone()
+
+
+@dense_mask_op.register_fake
+def _(handle: torch.Tensor, rows: int, queries: int, keys: int) -> torch.Tensor:
+    return handle.new_empty(rows, 1, queries, keys, dtype=torch.bool)
 
 
 def _same_place(value: Any, device: torch.device) -> bool:

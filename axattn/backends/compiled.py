@@ -8,16 +8,14 @@ gradient the kernel has is the operator's.
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from axattn.backends import dense
 from axattn.backends.exact import exactly
+from axattn.backends.masked_operator import autograd_inside, masked_attention_op, run_kernel
 from axattn.call import AttentionCall
-from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
 from axattn.patterns import Pattern
 from axattn.segments import from_positions
@@ -42,7 +40,13 @@ def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> tor
         pattern = Pattern(causal=call.causal and S > 1, window=call.window)
     if not whole or pattern is None or call.dropout:  # dropout: the operator's backward would draw another mask
         return exactly(call)
-    out: torch.Tensor = attention_op(
+    out: torch.Tensor
+    if isinstance(mask, LazyMask) and mask.handle is not None:  # made before the graph: a layer compiled by itself
+        out = masked_attention_op(
+            call.query, call.key, call.value, mask.handle, call.scale, call.softcap, kernel, options
+        )
+        return out
+    out = attention_op(
         call.query,
         call.key,
         call.value,
@@ -130,27 +134,13 @@ def _attend(
     kernel: str,
     options: str,
 ) -> torch.Tensor:
-    from axattn import backends
-
     B, _, S, _ = query.shape
     mask = _mask(documents, padding, (B, S), causal, window, chunk, query.device)
-    call = AttentionCall(_NONE, query, key, value, mask, causal, None, scale, 0.0, softcap, None, None, {})
-    call.options = json.loads(options)
-    if mask.layout() is None:  # padding with holes: no spans
-        if softcap is not None:
-            raise UnsupportedAttentionError(
-                f"{kernel} can't serve this call",
-                [Reason("holes", "holes (padding between real tokens, and a softcap)")],
-                "Run it without torch.compile.",
-            )
-        call.mask = _rule(documents, padding, S, causal, window, chunk, query.device)
-        return dense.sdpa(call)
-    forward = backends.get(kernel).forward
-    assert forward is not None
-    return forward(call)
 
+    def rule() -> torch.Tensor:
+        return _rule(documents, padding, S, causal, window, chunk, query.device)
 
-_NONE = torch.nn.Identity()  # in the place of the module: a kernel over spans does not look at it
+    return run_kernel(query, key, value, mask, scale, softcap, kernel, options, rule)
 
 
 def _rule(
@@ -229,14 +219,6 @@ def _(query: Any, key: Any, value: Any, *_: Any) -> torch.Tensor:
     return out
 
 
-def _autograd() -> Any:
-    """Autograd inside an operator, where torch has switched its dispatch keys off."""
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutogradOther"):
-        exclude = exclude.remove(torch._C._dispatch_key_parse(key))
-    return torch._C._ForceDispatchKeyGuard(include, exclude)
-
-
 @torch.library.custom_op("axattn::attention_backward", mutates_args=())
 def attention_backward_op(
     grad: torch.Tensor,
@@ -254,7 +236,7 @@ def attention_backward_op(
     options: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `attention_op` to query, key and value."""
-    with _autograd(), torch.enable_grad():
+    with autograd_inside(), torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         out = _attend(q, k, v, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)

@@ -111,5 +111,6 @@ BACKENDS = (
         always_usable,
         s2,
         options=(_GROUP_SIZE,),
+        heads_alike=False,
     ),
 )

@@ -45,6 +45,7 @@ def add_doors(
             _positional(type(module).forward),
             native=name,
             standing=name is not None and bool(standing_reasons(module)),
+            counted=_counted(module),
             flash=rules_of(module) if flash else None,
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
             position_planes=_planes(module.config),
@@ -107,6 +108,17 @@ def hands_on(forward: Any, child: str) -> bool:
     given = {kw.arg: kw.value.id for kw in calls[0].keywords if isinstance(kw.value, ast.Name)}
     changed = any(f"{spread[0]}{how}" in ast.unparse(function) for how in (".pop(", ".update(", "[", ".setdefault("))
     return not changed and given.get(None) == spread[0] and all(given.get(name) == name for name in read)
+
+
+def _counted(model: torch.nn.Module) -> int | None:
+    """The first position at which Llama 4's layers without RoPE scale queries (``floor_scale`` - 1), None elsewhere.
+
+    They count positions from the row's start, whatever ``position_ids`` say (transformers 5.23).
+    """
+    scaled = [
+        m for m in model.modules() if getattr(m, "attn_temperature_tuning", False) and not getattr(m, "use_rope", 1)
+    ]
+    return min((int(getattr(m, "floor_scale", 0)) - 1 for m in scaled), default=None)
 
 
 def _planes(config: Any) -> tuple[int, ...]:

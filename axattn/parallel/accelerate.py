@@ -1,0 +1,76 @@
+"""Sequence parallelism through accelerate's own ``ParallelismConfig``: its mesh, its data loader, its FSDP2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from axattn.errors import InvalidInputError
+from axattn.patches.patchset import PatchSet
+
+BACKEND = "axattn"
+
+
+def accelerate_config(size: int, **sizes: Any) -> Any:
+    """A ``ParallelismConfig`` whose context-parallel dimension axattn serves.
+
+    Accelerate builds the mesh from it, gives the ranks of a row the same batch and shards weights over all ranks
+    (FSDP2, which it asks for). Pass it as ``Accelerator(parallelism_config=...)`` or
+    ``TrainingArguments(parallelism_config=...)``, then call ``axattn.sequence_parallel(model, accelerator)``.
+
+    Its own backend (ring attention) runs on ``sdpa`` only and drops masks; this config names another backend, for
+    which accelerate and Trainer leave inputs and attention alone (accelerate 1.15, transformers 5.23).
+
+    Args:
+        size: ranks that share a row (``cp_size``).
+        **sizes: further keywords of ``ParallelismConfig``, such as ``dp_shard_size``.
+
+    Raises:
+        InvalidInputError: keywords that mean another kind of sequence parallelism.
+    """
+    from accelerate import ParallelismConfig
+
+    clash = [key for key in sizes if key.startswith(("cp_", "sp_")) and sizes[key] not in (None, 1)]
+    if clash:
+        raise InvalidInputError(f"{', '.join(clash)} can't be combined with axattn's sequence parallelism")
+    config = ParallelismConfig(cp_size=size, **sizes)
+    config.cp_backend = BACKEND  # after its own checks, which know one name
+    return config
+
+
+def mesh_of(accelerator: Any) -> Any:
+    """The mesh dimension of an ``Accelerator`` that shares rows.
+
+    Raises:
+        InvalidInputError: its ``ParallelismConfig`` is not ours.
+    """
+    config = accelerator.parallelism_config
+    advice = "Build it with axattn.parallel.accelerate_config(size, ...)."
+    if config is None or not config.cp_enabled:
+        raise InvalidInputError("this Accelerator's ParallelismConfig shares no rows", advice=advice)
+    if config.cp_backend != BACKEND:
+        text = f"this Accelerator's ParallelismConfig has cp_backend={config.cp_backend!r}, which runs on sdpa alone"
+        raise InvalidInputError(text, advice=advice)
+    return accelerator.torch_device_mesh["cp"]
+
+
+def drop_context_parallel_hooks(patches: PatchSet, model: torch.nn.Module) -> None:
+    """Take off the hooks by which ``Accelerator.prepare`` takes masks away from every attention module.
+
+    Accelerate puts them on for every context-parallel config, whatever the backend (1.15); restoring the model puts
+    them back.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if "_attach_context_parallel_hooks" in getattr(hook, "__qualname__", ""):
+                with_kwargs = key in module._forward_pre_hooks_with_kwargs
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                patches.add_undo(_put_back, module, key, hook, with_kwargs)
+
+
+def _put_back(module: torch.nn.Module, key: int, hook: Any, with_kwargs: bool) -> None:
+    module._forward_pre_hooks[key] = hook
+    if with_kwargs:
+        module._forward_pre_hooks_with_kwargs[key] = True

@@ -1,0 +1,130 @@
+"""Why a model can't be split over ranks: read from its config, its modules and the source of its forward."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from typing import Any
+
+import torch
+
+from axattn import backends, names
+from axattn.errors import Reason
+from axattn.needs import sub_configs
+from axattn.routes import ATTRIBUTE
+from axattn.state import state_of
+
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
+
+
+def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
+    """Every reason why rows of a model can't be split over ranks; empty when they can.
+
+    Args:
+        model: a ``PreTrainedModel``.
+        ranks: P.
+    """
+    config: Any = model.config
+    reasons: list[Reason] = []
+    state = state_of(model)
+    if state is None or state.plan is None:
+        return [Reason("model", "axattn does not run it yet", 'axattn.apply(model, "auto")')]
+    native = sorted({n for n in state.plan.running.values() if n is None or names.is_native(n)} - {None})
+    if native or not all(state.plan.running.values()):
+        shown = ", ".join(map(str, native)) or "Transformers' default"
+        reasons.append(Reason("model", f'it runs on {shown}, which Transformers calls (use "auto" or "varlen")'))
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append(Reason("model", "it is an encoder-decoder"))
+    if len(sub_configs(config)) > 1:
+        reasons.append(Reason("model", "it is made of several models (images, audio)"))
+    reasons += _layer_reasons(model, config)
+    needs = [entry.layer.need for entry in state.plan.layers]
+    uneven = sorted({need.heads for need in needs if need.heads % ranks})
+    if uneven:
+        reasons.append(Reason("heads", f"{', '.join(map(str, uneven))} heads can't be shared out to {ranks} ranks"))
+    if any(need.bias for need in needs):
+        reasons.append(Reason("bias", "its position bias is computed from the tokens of one rank"))
+    if any(need.sparse for need in needs):
+        reasons.append(Reason("sparse", "it selects keys among the tokens of one rank"))
+    grouped = [name for name in dict.fromkeys(n for n in state.plan.running.values() if n) if _splits_heads(name)]
+    reasons += [Reason("heads", f"{name} treats the halves of the heads differently") for name in grouped]
+    rope = _rope_types(config) & set(_ROPE_BY_LENGTH)
+    if rope:
+        text = f"its rotary embedding ({', '.join(sorted(rope))}) depends on the longest position on a rank"
+        reasons.append(Reason("model", text))
+    if getattr(config, "output_router_logits", False):
+        reasons.append(Reason("model", "output_router_logits: the balance of experts is taken over one rank's tokens"))
+    reasons += _forward_reasons(type(model))
+    return reasons
+
+
+def _splits_heads(name: str) -> bool:
+    return name in names.ours() and name != "auto" and not backends.get(name).heads_alike
+
+
+def _layer_reasons(model: torch.nn.Module, config: Any) -> list[Reason]:
+    """Layers that mix tokens elsewhere than in an attention module of ours."""
+    reasons = []
+    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if kinds:
+        reasons.append(Reason("model", f"it has layers of type {', '.join(sorted(map(str, kinds)))}"))
+    counting = [name for name, module in model.named_modules() if _counts_tokens(type(module)) and _uses_count(module)]
+    if counting:
+        reasons.append(Reason("model", f"{counting[0]} counts positions among the tokens that it sees"))
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv1d)]
+    if convolutions:
+        reasons.append(Reason("model", f"{convolutions[0]} mixes neighbouring tokens (a convolution)"))
+    routed = sum(ATTRIBUTE in vars(module) for module in model.modules())
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and routed < layers:
+        reasons.append(Reason("model", f"{layers - routed} of its {layers} layers have no attention of axattn's"))
+    return reasons
+
+
+@functools.cache
+def _counts_tokens(cls: Any) -> bool:
+    """Whether the forward of a layer numbers its tokens itself: ``torch.arange`` over a length."""
+    from transformers import PreTrainedModel
+
+    if issubclass(cls, PreTrainedModel) or not cls.__module__.startswith("transformers"):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    ranges = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "torch.arange"]
+    return any(word in text for text in ranges for word in ("shape", "size(", "length", "seq_len"))
+
+
+def _uses_count(module: torch.nn.Module) -> bool:
+    return bool(getattr(module, "attn_temperature_tuning", True)) and not getattr(module, "use_rope", False)
+
+
+def _rope_types(config: Any) -> set[str]:
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    inner = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {str(one.get("rope_type", one.get("type"))) for one in inner}
+
+
+@functools.cache
+def _forward_reasons(cls: Any) -> tuple[Reason, ...]:
+    """What the signature and source of a model's forward rule out."""
+    forward = inspect.unwrap(cls.forward)
+    parameters = inspect.signature(forward).parameters
+    if "position_ids" not in parameters:
+        return (Reason("position_ids", f"{cls.__name__} takes no position_ids"),)
+    if "labels" not in parameters:
+        return ()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return (Reason("model", f"the source of {cls.__name__} can't be read"),)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    losses = [call for call in calls if ast.unparse(call.func) == "self.loss_function"]
+    if losses and all(any(kw.arg is None for kw in call.keywords) for call in losses):
+        return ()
+    return (Reason("model", f"{cls.__name__} computes its loss itself, as a mean over the tokens it sees"),)

@@ -1,0 +1,129 @@
+"""`sequence_parallel`: the patch that splits a model's rows over ranks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from axattn.door import Door, sharing
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.parallel import accelerate
+from axattn.parallel.checks import reasons_against
+from axattn.parallel.collectives import total
+from axattn.parallel.rows import Group, join, split
+from axattn.patches.entrance import Entrance, Forward, add_entrance
+from axattn.state import state_of, transformers_model
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+Gather = bool | Literal["auto"]
+
+
+def sequence_parallel(model: Model, group: Any, *, gather: Gather = "auto") -> Model:
+    """Split the rows of every batch over the ranks of a group, S / P tokens each, around the kernels the plan chose.
+
+    Every rank of the group is given the same, whole batch and works on its part of each row; inside attention, heads
+    are exchanged for tokens (DeepSpeed Ulysses, arXiv:2309.14509). Packed rows, windows, padding and lengths that P
+    does not divide are served; KV heads fewer than P are repeated.
+
+    The loss is that of the whole batch, on every rank; the average of the gradients over the ranks (which DDP and FSDP
+    take; else `axattn.parallel.average_gradients`) is its gradient. With a cache (``generate``) each rank runs the
+    whole rows by itself.
+
+    Args:
+        model: runs on names of ours (`axattn.apply`); it may be wrapped before or after.
+        group: a process group, a one-dimensional ``DeviceMesh``, or an accelerate ``Accelerator`` whose
+            ``ParallelismConfig`` comes from `axattn.parallel.accelerate_config`.
+        gather: put the ranks' logits and hidden states together: always, never, or ``"auto"``: except in training
+            with labels, where the loss is all that is needed.
+
+    Returns:
+        `model`, changed in place; `axattn.restore` undoes it.
+
+    Raises:
+        UnsupportedAttentionError: the model mixes tokens elsewhere than in attention, its heads can't be shared out,
+            or it runs on a name that Transformers serves; with every reason.
+        InvalidInputError: `group` is no group.
+    """
+    if gather not in (True, False, "auto"):
+        raise ValueError(f'gather={gather!r} is none of True, False, "auto"')
+    base = transformers_model(model)
+    ranks = Group(process_group(group))
+    reasons = reasons_against(base, ranks.ranks)
+    present = vars(base).get("forward")
+    if isinstance(present, Entrance) and isinstance(present.change, Split):
+        reasons.append(Reason("model", "it is sequence-parallel already"))
+    state = state_of(base)
+    if state is None or reasons:
+        raise UnsupportedAttentionError(f"{type(base).__name__} can't run over {ranks.ranks} ranks", reasons)
+    mean = hasattr(group, "parallelism_config")
+    add_entrance(state.patches, base, Split(ranks, gather, state.patches, mean))
+    return model
+
+
+def process_group(group: Any) -> Any:
+    """The process group of what a user calls a group.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        raise InvalidInputError("torch.distributed is not initialised", advice="Start the script with torchrun.")
+    if hasattr(group, "parallelism_config"):
+        group = accelerate.mesh_of(group)
+    if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
+        if group.ndim != 1:
+            names = ", ".join(group.mesh_dim_names or ())
+            raise InvalidInputError(f"the mesh has {group.ndim} dimensions ({names})", advice='Give one: mesh["sp"].')
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise InvalidInputError(
+            f"group is a {type(group).__name__}", advice='Give a process group or mesh["sp"] of a DeviceMesh.'
+        )
+    return group
+
+
+class Split:
+    """The change around a model's ``forward``: this rank's part of the rows in, the loss of the whole batch out.
+
+    Args:
+        group: the ranks.
+        gather: as for `sequence_parallel`.
+        patches: of the model.
+        mean: who gives ``num_items_in_batch`` expects a rank's own loss: Transformers' Trainer multiplies it by all
+            processes, those that share a row included (``Trainer.compute_loss``, transformers 5.17 and 5.23).
+    """
+
+    def __init__(self, group: Group, gather: Gather, patches: Any, mean: bool) -> None:
+        self.group = group
+        self.gather = gather
+        self.patches = patches
+        self.mean = mean
+        self.door = Door(())
+
+    def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
+        """Run one forward; returns the model's output."""
+        if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
+            return forward(inputs)  # decoding: a cache holds whole rows
+        if torch.compiler.is_compiling():
+            raise UnsupportedAttentionError(
+                "a sequence-parallel model can't be traced as one graph",
+                [Reason("traced", "documents and lengths are agreed on between the ranks when it runs")],
+                "Compile its layers instead: for layer in model.model.layers: layer.compile().",
+            )
+        accelerate.drop_context_parallel_hooks(self.patches, model)
+        share, part, length = split(model, self.group, inputs, self.door)
+        as_tuple = part.get("return_dict") is False
+        with sharing(share):
+            output = forward({**part, "return_dict": True})
+        if output.get("loss") is not None:
+            loss = total(output["loss"], share.group)
+            output["loss"] = loss / share.ranks if self.mean and inputs.get("num_items_in_batch") is not None else loss
+        wanted = self.gather
+        if wanted == "auto":
+            wanted = not (model.training and output.get("loss") is not None)
+        if wanted:
+            join(output, share, length)
+        return output.to_tuple() if as_tuple else output

@@ -1,0 +1,183 @@
+"""Splits the inputs of a forward over ranks and puts its outputs together again. No attention here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from axattn.door import Door
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.parallel.collectives import gather
+from axattn.segments import Segments
+from axattn.shares import Share
+
+IGNORE_INDEX = -100
+_PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "labels", "shift_labels")
+_READ = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What the share says in their place."""
+_FREE = ("num_items_in_batch", "use_cache", "return_dict", "logits_to_keep", "output_hidden_states", "past_key_values")
+_REFUSED = {
+    "output_attentions": "the weights of a row are on several ranks",
+    "output_router_logits": "the balance of experts would be taken over one rank's tokens",
+    "cache_position": "it numbers the tokens of the whole row",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group and this rank in it. Copies of a model share it; it can't be pickled.
+
+    Attributes:
+        handle: the ``torch.distributed`` process group.
+    """
+
+    handle: Any
+
+    @property
+    def ranks(self) -> int:
+        """P."""
+        return dist.get_world_size(self.handle)
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+        return dist.get_rank(self.handle)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a sequence-parallel model can't be pickled: it holds a process group. Use axattn.restore(model) first, "
+            "or save_pretrained."
+        )
+
+
+def split(
+    model: torch.nn.Module, group: Group, inputs: dict[str, Any], door: Door
+) -> tuple[Share, dict[str, Any], int]:
+    """This rank's part of a batch that every rank of the group holds whole.
+
+    Rows are padded to a multiple of P behind their end; labels are shifted before they are cut, so that no target is
+    lost between two ranks.
+
+    Args:
+        model: the model.
+        group: of the ranks.
+        inputs: of its forward, by name.
+        door: reads the documents.
+
+    Returns:
+        The share, the inputs of this rank, and S before padding.
+
+    Raises:
+        InvalidInputError: the ranks' batches differ.
+        UnsupportedAttentionError: an input whose part nobody knows.
+    """
+    _require_known(model, inputs)
+    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if not isinstance(tokens, torch.Tensor):
+        raise InvalidInputError("there is nothing to split", [Reason("input_ids", "no input_ids and no inputs_embeds")])
+    rows, length = tokens.shape[:2]
+    _require_same(group, inputs, rows, length)
+    segments = door.documents(model, inputs)
+    mask = inputs.get("attention_mask")
+    P = group.ranks
+    extra = -length % P
+    whole = {key: inputs[key] for key in _PER_TOKEN if inputs.get(key) is not None}
+    if "position_ids" not in whole:
+        if mask is not None and _counts_mask(type(model)) and not bool(mask[:, 0].all()):
+            text = "this model counts positions from the first real token; give position_ids"
+            raise UnsupportedAttentionError("rows padded on the left can't be split", [Reason("position_ids", text)])
+        whole["position_ids"] = torch.arange(length, device=tokens.device).expand(rows, length)
+    if "labels" in whole and "shift_labels" not in whole:
+        whole["shift_labels"] = torch.nn.functional.pad(whole["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    part = (length + extra) // P
+    start = group.rank * part
+    given = {key: inputs[key] for key in _FREE if key in inputs and key != "past_key_values"} | {"use_cache": False}
+    for key, value in whole.items():
+        fill = IGNORE_INDEX if key in ("labels", "shift_labels") else 0
+        given[key] = _behind(value, extra, fill)[:, start : start + part].contiguous()
+    if "shift_labels" in whole and given.get("num_items_in_batch") is None:
+        given["num_items_in_batch"] = (whole["shift_labels"] != IGNORE_INDEX).sum()
+    padding = None if mask is None else _behind(mask.to(torch.bool), extra, False)
+    if extra and segments is not None:  # the padding is a document of its own
+        segments = Segments(tuple((*row, length + extra) for row in segments.boundaries), segments.device)
+    elif extra and padding is None:
+        padding = torch.arange(length + extra, device=tokens.device).expand(rows, -1) < length
+    share = Share(group.handle, P, group.rank, rows, length + extra, segments, padding)
+    return share, given, length
+
+
+def join(output: Any, share: Share, length: int) -> None:
+    """Whole rows in an output that holds this rank's: logits, last hidden state, hidden states."""
+    for key in ("logits", "last_hidden_state"):
+        if output.get(key) is not None:
+            output[key] = gather(output[key], 1, share.group)[:, :length]
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = tuple(gather(x, 1, share.group)[:, :length] for x in output["hidden_states"])
+
+
+def _behind(x: torch.Tensor, extra: int, fill: float) -> torch.Tensor:
+    if not extra:
+        return x
+    shape = (x.shape[0], extra, *x.shape[2:])
+    return torch.cat([x, x.new_full(shape, fill)], 1)
+
+
+def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+    known = {*_PER_TOKEN, *_READ, *_FREE}
+    reasons = [Reason(key, f"{key}: {text}") for key, text in _REFUSED.items() if _given(inputs.get(key))]
+    reasons += [
+        Reason(key, f"{key}: nobody declared how to split it")
+        for key, value in inputs.items()
+        if key not in known and key not in _REFUSED and _given(value)
+    ]
+    keep = inputs.get("logits_to_keep")
+    if isinstance(keep, torch.Tensor) or keep:
+        reasons.append(Reason("logits_to_keep", "logits_to_keep counts from the end of the whole row"))
+    mask = inputs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        reasons.append(Reason("attention_mask", "a mask that is not [B, S]"))
+    positions = inputs.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.ndim != 2:
+        reasons.append(Reason("position_ids", f"position_ids of shape {list(positions.shape)}"))
+    if reasons:
+        raise UnsupportedAttentionError(f"{type(model).__name__} can't take this batch in parts", reasons)
+
+
+def _given(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or bool(value)
+
+
+def _counts_mask(cls: Any) -> bool:
+    """Whether a model's file computes positions from the attention mask."""
+    import inspect
+    import sys
+
+    source = inspect.getsource(sys.modules[cls.__module__])
+    return "cumsum(attention_mask" in source or "attention_mask.cumsum" in source or ".cumsum(attention_mask" in source
+
+
+def _require_same(group: Group, inputs: dict[str, Any], rows: int, length: int) -> None:
+    """One small collective a forward: ranks with other batches would mix their rows in silence, or hang."""
+    first = inputs.get("input_ids")
+    device = next(x.device for x in inputs.values() if isinstance(x, torch.Tensor))
+    print_of = torch.zeros(3, dtype=torch.int64, device=device)
+    print_of[0], print_of[1] = rows, length
+    if isinstance(first, torch.Tensor):
+        weight = torch.arange(1, length + 1, device=device)
+        print_of[2] = (first.to(torch.int64) * weight).sum()
+    found = [torch.empty_like(print_of) for _ in range(group.ranks)]
+    dist.all_gather(found, print_of, group=group.handle)
+    shapes = [tuple(one.tolist()) for one in found]
+    if any(one != shapes[0] for one in shapes):
+        shown = ", ".join(f"rank {at}: {a} x {b}" for at, (a, b, _) in enumerate(shapes))
+        raise InvalidInputError(
+            "the ranks of a sequence-parallel group hold different batches",
+            [Reason("input_ids", f"rows x tokens by rank: {shown}")],
+            "Give every rank of the group the same batch: shard the data set over the other mesh dimension only.",
+        )

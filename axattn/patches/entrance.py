@@ -1,0 +1,56 @@
+"""Patch: an `Entrance` in the place of a model's ``forward``, for changes that need inputs and outputs together.
+
+A hook would not do: PEFT calls ``model.forward`` itself, past every hook of the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from axattn.patches.patchset import PatchSet
+
+Forward = Callable[[dict[str, Any]], Any]
+Change = Callable[[torch.nn.Module, Forward, dict[str, Any]], Any]
+
+
+class Entrance:
+    """A model's ``forward`` with a change around it. Picklable and copyable with its model.
+
+    Args:
+        model: whose ``forward`` it is.
+        change: called with the model, its ``forward`` (which takes a dict of inputs) and the inputs by name; returns
+            the output.
+        inner: the entrance that was there before, None for the class's own ``forward``.
+    """
+
+    def __init__(self, model: torch.nn.Module, change: Change, inner: Any = None) -> None:
+        self.model = model
+        self.change = change
+        self.inner = inner
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the ``forward`` inside: Trainer reads it to know which columns of a data set to keep."""
+        return inspect.signature(self._forward())
+
+    def _forward(self) -> Callable[..., Any]:
+        found: Any = self.inner if self.inner is not None else type(self.model).forward.__get__(self.model)
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's ``forward``."""
+        inner = self._forward()
+        inputs = dict(kwargs)
+        if args:
+            bound = inspect.signature(inner).bind_partial(*args)
+            inputs = {**bound.arguments, **kwargs}
+        return self.change(self.model, lambda given: inner(**given), inputs)
+
+
+def add_entrance(patches: PatchSet, model: torch.nn.Module, change: Change) -> None:
+    """Put a change around a model's ``forward``."""
+    patches.set_attribute(model, "forward", Entrance(model, change, vars(model).get("forward")))

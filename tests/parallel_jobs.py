@@ -1,0 +1,312 @@
+"""What the processes of `tests/test_parallel.py` and `tests/e2e/test_distributed.py` run. No test lives here."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import axattn
+from tests.fakes.machine import hopper
+from tests.models import build, positions, tokens
+
+SCENARIOS = ("dense", "packed", "packed uneven", "right padded", "left padded", "uneven", "many rows", "checkpointed")
+
+
+def batch(scenario: str) -> dict[str, Any]:
+    """A batch of `scenario` with labels, the same on every rank."""
+    if scenario in ("packed", "checkpointed"):
+        ids, where = tokens(1, 24), positions((5, 11, 8))
+    elif scenario == "packed uneven":
+        ids, where = tokens(2, 21), positions((5, 9, 7), (20, 1))
+    elif scenario == "uneven":
+        ids, where = tokens(1, 21), None
+    elif scenario == "many rows":
+        ids, where = tokens(3, 16), None
+    else:
+        ids, where = tokens(2, 24), None
+    given = {"input_ids": ids, "labels": ids.clone()}
+    if where is not None:
+        given["position_ids"] = where
+        given["labels"][where == 0] = -100
+    if "padded" in scenario:
+        mask = torch.ones_like(ids)
+        if scenario == "right padded":
+            mask[0, 17:] = 0
+        else:
+            mask[1, :6] = 0
+        given["attention_mask"] = mask
+        given["labels"] = given["labels"].masked_fill(mask == 0, -100)
+    return given
+
+
+def worst(pairs: Any) -> float:
+    """The largest error of pairs of tensors, relative to the largest value of the second."""
+    return max(float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1e-3)) for a, b in pairs)
+
+
+def errors(cases: list[tuple[str, str, str, str]]) -> dict[str, Any]:
+    """The largest error of loss, logits and gradients against the same model whole; the text of a refusal.
+
+    Args:
+        cases: (family, name, kernel that must serve, scenario); a kernel in brackets runs as a strict fake on an H200.
+    """
+    found: dict[str, Any] = {}
+    for family, name, kernel, scenario in cases:
+        inside = hopper(kernel[1:-1]) if kernel.startswith("[") else contextlib.nullcontext()
+        with inside:
+            found[f"{family} {name} {kernel} {scenario}"] = _error(family, name, kernel.strip("[]"), scenario)
+    return found
+
+
+def _error(family: str, name: str, kernel: str, scenario: str) -> float | str:
+    heads = {"num_attention_heads": 8, "head_dim": 8} if family == "llama" and name != "s2" else {}
+    whole, split = build(family, **heads), build(family, **heads)
+    whole.set_attn_implementation("eager")
+    inputs = batch(scenario)
+    try:
+        axattn.apply(split, name)
+        axattn.sequence_parallel(split, dist.group.WORLD, gather=True)
+        if scenario == "checkpointed":
+            split.gradient_checkpointing_enable({"use_reentrant": False})
+            split.train()
+        got = split(**inputs)
+    except axattn.AxattnError as error:
+        return str(error)
+    axattn.apply(whole, "auto" if family != "llama" else "varlen")
+    expected = whole(**inputs, use_cache=False)
+    expected.loss.backward()
+    got.loss.backward()
+    axattn.parallel.average_gradients(split, dist.group.WORLD)
+    served = {k for layer in axattn.status(split).layers for k in layer.served}
+    assert kernel in ("", *served), f"{family} {name}: served by {served}"
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    pairs = [(got.loss, expected.loss), (got.logits[real], expected.logits[real])]
+    both = zip(split.parameters(), whole.parameters(), strict=True)
+    return worst([*pairs, *((a.grad, b.grad) for a, b in both if b.grad is not None)])
+
+
+def packed_batch(seed: int, length: int = 24) -> dict[str, Any]:
+    """One packed row with labels."""
+    ids, where = tokens(1, length, seed), positions((5, 11, length - 16))
+    return {"input_ids": ids, "position_ids": where, "labels": ids.masked_fill(where == 0, -100)}
+
+
+def reference(batches: list[dict[str, Any]], family: str = "llama") -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one process that trains on the mean over `batches`."""
+    model = axattn.apply(build(family), "varlen").train()
+    loss = sum(model(**batch, use_cache=False).loss for batch in batches) / len(batches)
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The largest relative error of tensors by name."""
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    return worst((found[name], wanted[name]) for name in wanted)
+
+
+def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors by the model's own names, whatever wraps it."""
+    found = {name.removeprefix("module."): x for name, x in tensors.items()}
+    return {name: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach() for name, x in found.items()}
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Whole gradients by name."""
+    return plain({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
+def shard(model: Any, mesh: Any) -> None:
+    """FSDP2, layer by layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def two_dimensions(order: str) -> tuple[float, float]:
+    """FSDP2 over all four ranks, rows split over two: errors of loss and gradients."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    flat = mesh["dp", "sp"]._flatten("all")
+    batches = [packed_batch(1), packed_batch(2)]
+    loss, wanted = reference(batches)
+    model = axattn.apply(build("llama"), "varlen").train()
+    if order == "before":
+        axattn.sequence_parallel(model, mesh["sp"])
+    shard(model, flat)
+    if order == "after":
+        axattn.sequence_parallel(model, mesh["sp"])
+    mine = model(**batches[mesh["dp"].get_local_rank()]).loss
+    mine.backward()
+    mean = mine.detach().clone()
+    dist.all_reduce(mean)
+    return abs(float(mean) / 4 - loss), compare(gradients(model), wanted)
+
+
+def with_lora() -> tuple[float, float]:
+    """A LoRA model wrapped by DDP: errors of loss and gradients."""
+    import peft
+
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+    def make() -> Any:
+        torch.manual_seed(3)
+        return peft.get_peft_model(axattn.apply(build("llama"), "varlen"), lora).train()
+
+    inputs, whole, split = packed_batch(1), make(), make()
+    expected = whole(**inputs, use_cache=False).loss
+    expected.backward()
+    axattn.sequence_parallel(split, dist.group.WORLD)
+    wrapped = torch.nn.parallel.DistributedDataParallel(split)
+    loss = wrapped(**inputs).loss
+    loss.backward()
+    return abs(float(loss.detach() - expected.detach())), compare(gradients(wrapped), gradients(whole))
+
+
+def outputs() -> dict[str, Any]:
+    """What comes back in training, in evaluation, as a tuple, from ``generate``, and after `axattn.restore`."""
+    inputs = packed_batch(1, 23)
+    whole = axattn.apply(build("llama"), "varlen")
+    model = axattn.sequence_parallel(axattn.apply(build("llama"), "varlen"), dist.group.WORLD)
+    logits = whole(**inputs, use_cache=False).logits
+    found: dict[str, Any] = {"training": list(model.train()(**inputs).logits.shape)}
+    without = {key: value for key, value in inputs.items() if key != "labels"}
+    found["no labels"] = worst([(model(**without).logits, logits)])
+    model.eval()
+    found["evaluation"] = worst([(model(**inputs).logits, logits)])
+    found["tuple"] = worst([(model(**inputs, return_dict=False)[1], logits)])
+    hidden = model(**inputs, output_hidden_states=True).hidden_states
+    expected = whole(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+    found["hidden states"] = worst(zip(hidden, expected, strict=True))
+    prompt = tokens(2, 7)
+    given = {"max_new_tokens": 4, "do_sample": False}
+    found["generate"] = bool((model.generate(prompt, **given) == whole.generate(prompt, **given)).all())
+    axattn.restore(model)
+    found["restored"] = "forward" in vars(model)
+    return found
+
+
+def refusals() -> dict[str, str]:
+    """The texts of what is refused, by what was tried."""
+    import copy
+    import pickle
+
+    found: dict[str, str] = {}
+    world = dist.group.WORLD
+
+    def tried(what: str, function: Any) -> None:
+        try:
+            function()
+            found[what] = "accepted"
+        except Exception as error:
+            found[what] = f"{type(error).__name__}: {error}"
+
+    def model(family: str = "llama", name: str = "varlen", **options: Any) -> Any:
+        return axattn.apply(build(family, **options), name)
+
+    ready = axattn.sequence_parallel(model(), world)
+    inputs = packed_batch(1)
+    rank = dist.get_rank()
+    tried("native name", lambda: axattn.sequence_parallel(model(name="sdpa"), world))
+    tried("not applied", lambda: axattn.sequence_parallel(build("llama"), world))
+    odd = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}
+    tried("heads", lambda: axattn.sequence_parallel(model(**odd), world))
+    tried("s2", lambda: axattn.sequence_parallel(model(name="s2"), world))
+    rope = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    tried("rope", lambda: axattn.sequence_parallel(model(**rope), world))
+    tried("temperature", lambda: axattn.sequence_parallel(model("llama4", no_rope_layers=[1, 0]), world))
+    tried("router", lambda: axattn.sequence_parallel(model("mixtral", output_router_logits=True), world))
+    tried("twice", lambda: axattn.sequence_parallel(ready, world))
+    tried("group", lambda: axattn.sequence_parallel(model(), "world"))
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "sp"))
+    tried("mesh", lambda: axattn.sequence_parallel(model(), mesh))
+    tried("other batch", lambda: ready(**packed_batch(1 + rank)))
+    tried("other length", lambda: ready(**packed_batch(1, 24 + rank)))
+    tried("weights", lambda: ready(**inputs, output_attentions=True))
+    tried("unknown input", lambda: ready(**inputs, pixel_values=torch.ones(1, 3, 4, 4)))
+    tried("mask", lambda: ready(tokens(1, 8), attention_mask=torch.ones(1, 1, 8, 8)))
+    tried("keep", lambda: ready(**inputs, logits_to_keep=1))
+    tried("pickle", lambda: pickle.dumps(ready))
+    tried("compile", lambda: torch.compile(ready, backend="eager")(**inputs))
+    tried("after all that", lambda: ready(**inputs))
+    tried("a copy", lambda: copy.deepcopy(ready)(**inputs))
+    return found
+
+
+def inside_context_parallel() -> str:
+    """torch's own context parallelism around a model of ours."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    model = axattn.apply(build("llama"), "varlen")
+    ids = tokens(1, 16)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    try:
+        with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]):
+            model(ids, use_cache=False)
+    except axattn.UnsupportedAttentionError as error:
+        return str(error)
+    return "accepted"
+
+
+def corpus(count: int, longest: int = 30) -> list[dict[str, list[int]]]:
+    """Documents of random lengths."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(5, longest, (count,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(3, 97, (n,), generator=generator).tolist()} for n in lengths]
+
+
+def pretend_accelerator() -> None:
+    """Accelerate (1.15) keeps FSDP for machines with accelerators; what it does there runs on CPU and gloo too."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_HPU
+
+
+def trained(folder: str, mode: str, options: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of a Trainer run of four steps.
+
+    Args:
+        folder: for the Trainer.
+        mode: ``"one"`` process, ``"ddp"``, ``"fsdp"``, or ``"rows"``: FSDP2 with rows split over two ranks.
+        options: for `TrainingArguments`.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    world = 1 if mode == "one" else dist.get_world_size()
+    model = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen")).train()
+    rows = 1 if mode == "rows" else world
+    settings: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 8 // rows,
+        "learning_rate": 1e-2,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "seed": 1,
+        "disable_tqdm": True,
+    } | options
+    if mode in ("fsdp", "rows"):
+        wrap = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        settings |= {"fsdp": True, "fsdp_config": wrap}
+    if mode == "rows":
+        settings["parallelism_config"] = axattn.parallel.accelerate_config(world)
+    arguments = TrainingArguments(output_dir=folder, **settings)
+    if mode in ("fsdp", "rows"):
+        pretend_accelerator()
+    collator = axattn.PackingCollator(64)
+    trainer = Trainer(model, arguments, train_dataset=corpus(32), data_collator=collator)
+    if mode == "rows":
+        axattn.sequence_parallel(model, trainer.accelerator)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, plain(dict(trainer.model_wrapped.named_parameters()))

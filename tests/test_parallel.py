@@ -1,0 +1,148 @@
+"""Rows split over two and four processes: outputs and gradients of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from axattn.errors import InvalidInputError
+from axattn.parallel import accelerate_config, estimate
+from axattn.parallel.exchange import repeats
+from tests import parallel_jobs as jobs
+from tests.distributed import run
+from tests.models import CONFIGS
+
+BUDGET = 1e-5
+CASES = [("llama", "varlen", "varlen", scenario) for scenario in jobs.SCENARIOS]
+CASES += [(family, "auto", "", "packed") for family in CONFIGS if family != "llama"]
+CASES += [(family, "auto", "", "right padded") for family in ("mistral", "gemma2", "gpt_oss", "llama4", "gemma3")]
+FAKES = [
+    ("llama", "sage", "[sage]", "packed"),
+    ("llama", "fp8", "[fp8]", "packed"),
+    ("llama", "auto", "[flash_attention_3]", "packed uneven"),
+    ("mistral", "auto", "[flash_attention_3]", "right padded"),
+]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_outputs_and_gradients_equal_those_of_one_process(world: int) -> None:
+    for found in run(world, jobs.errors, CASES):
+        assert len(found) == len(CASES)
+        assert not {key: value for key, value in found.items() if isinstance(value, str) or not value < BUDGET}
+
+
+def test_kernels_of_libraries_run_on_whole_rows_too() -> None:
+    for found in run(2, jobs.errors, FAKES):
+        assert not {key: value for key, value in found.items() if isinstance(value, str) or not value < 1e-4}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_two_dimensions_with_fsdp(order: str) -> None:
+    for loss, gradient in run(4, jobs.two_dimensions, order):
+        assert loss < BUDGET
+        assert gradient < BUDGET
+
+
+def test_a_lora_model_inside_ddp() -> None:
+    for loss, gradient in run(2, jobs.with_lora):
+        assert loss < BUDGET
+        assert gradient < BUDGET
+
+
+def test_what_comes_back() -> None:
+    for found in run(2, jobs.outputs):
+        assert found.pop("training") == [1, 12, 97]  # this rank's part: the loss is all that training needs
+        assert found.pop("generate")
+        assert not found.pop("restored")
+        assert all(value < BUDGET for value in found.values()), found
+
+
+REFUSED = {
+    "native name": "it runs on sdpa, which Transformers calls",
+    "not applied": "axattn does not run it yet",
+    "heads": "3 heads can't be shared out to 2 ranks",
+    "s2": "s2 treats the halves of the heads differently",
+    "rope": "depends on the longest position on a rank",
+    "temperature": "counts positions among the tokens that it sees",
+    "router": "the balance of experts",
+    "twice": "it is sequence-parallel already",
+    "group": "group is a str",
+    "mesh": "the mesh has 2 dimensions",
+    "other batch": "hold different batches",
+    "other length": "rank 0: 1 x 24, rank 1: 1 x 25",
+    "weights": "the weights of a row are on several ranks",
+    "unknown input": "pixel_values: nobody declared how to split it",
+    "mask": "a mask that is not [B, S]",
+    "keep": "logits_to_keep counts from the end",
+    "pickle": "it holds a process group",
+    "compile": "Compile its layers instead",
+    "after all that": "accepted",
+    "a copy": "accepted",
+}
+
+
+def test_what_can_t_be_split_is_refused_with_the_reason_and_leaves_the_model_usable() -> None:
+    for found in run(2, jobs.refusals):
+        assert found.keys() == REFUSED.keys()
+        assert not {what: text for what, text in found.items() if REFUSED[what] not in text}
+
+
+def test_torch_s_own_context_parallel_around_our_kernels_is_refused() -> None:
+    assert all("context_parallel" in text for text in run(2, jobs.inside_context_parallel))
+
+
+def test_no_group_without_torch_distributed() -> None:
+    import axattn
+    from tests.models import build
+
+    with pytest.raises(InvalidInputError, match="torchrun"):
+        axattn.sequence_parallel(axattn.apply(build("llama"), "varlen"), None)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks", "times"),
+    [
+        (8, 2, 2, 1),
+        (8, 2, 4, 2),
+        (8, 1, 8, 8),
+        (24, 6, 4, 2),
+        (32, 8, 8, 1),
+        (12, 3, 4, 4),
+        (12, 4, 6, 3),
+        (8, 8, 4, 1),
+    ],
+)
+def test_kv_heads_are_repeated_no_more_than_needed_and_meet_their_queries(
+    heads: int, kv_heads: int, ranks: int, times: int
+) -> None:
+    assert repeats(heads, kv_heads, ranks) == times
+    owner = torch.arange(kv_heads).repeat_interleave(times)
+    for rank in range(ranks):
+        mine = owner.view(ranks, -1)[rank].repeat_interleave(heads // (kv_heads * times))
+        wanted = torch.arange(heads).view(ranks, -1)[rank] // (heads // kv_heads)
+        assert torch.equal(mine, wanted)
+
+
+def test_a_config_of_accelerate_names_our_backend() -> None:
+    pytest.importorskip("accelerate")
+    config = accelerate_config(2, dp_shard_size=2)
+    assert (config.cp_size, config.dp_shard_size, config.cp_backend) == (2, 2, "axattn")
+    with pytest.raises(InvalidInputError, match="sp_size"):
+        accelerate_config(2, sp_size=2)
+
+
+def test_the_arithmetic_counts_weights_and_halves_with_twice_the_ranks() -> None:
+    config: Any = CONFIGS["llama"]()
+    weights = sum(p.numel() for p in tf.LlamaForCausalLM(config).parameters())
+    one, two = estimate(config, 1024, 1), estimate(config, 1024, 2)
+    assert one.states == 16 * weights
+    assert one.sent == 0
+    assert two.states * 2 == one.states
+    assert two.checkpoints * 2 == one.checkpoints
+    q, kv = 32, 16  # heads x head_dim
+    assert two.sent == 2 * 3 * 512 * (2 * q + 2 * kv) * 2 // 2
+    with pytest.raises(ValueError, match="can't be shared out"):
+        estimate(config, 1024, 3)
