@@ -123,7 +123,8 @@ def attend(
     if type(attention_mask) is ShareMask:
         from axattn.parallel.exchange import over_ranks
 
-        return over_ranks(attend, name, module, query, key, value, attention_mask, kwargs)
+        shared: tuple[torch.Tensor, None] = over_ranks(attend, name, module, query, key, value, attention_mask, kwargs)
+        return shared
     if attention_mask is None:
         _require_mask_kept(route, query, key)
     causal = kwargs.get("is_causal")

@@ -108,7 +108,8 @@ class LazyMask:
         """The bool tensor ``[B, 1, S, T]``, built on the first call."""
         if torch.compiler.is_compiling() and self.handle is not None:
             rows, _, queries, keys = self.shape
-            return dense_mask_op(self.handle, rows, queries, keys)
+            dense: torch.Tensor = dense_mask_op(self.handle, rows, queries, keys)
+            return dense
         if self._dense is None:
             self._dense = self._materialise()
         return self._dense

@@ -310,3 +310,37 @@ def trained(folder: str, mode: str, options: dict[str, Any]) -> tuple[list[float
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, plain(dict(trainer.model_wrapped.named_parameters()))
+
+
+def from_meta(order: str) -> dict[str, Any]:
+    """A model made on the meta device, sharded by FSDP2, filled, patched before or after; packed against one process.
+
+    Args:
+        order: of patches and wrapping: ``"before"`` or ``"after"``.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    inputs = packed_batch(1)
+    loss, wanted = reference([inputs])
+    source = build("llama")
+    keys = list(source.state_dict())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config)
+    if order == "before":
+        axattn.apply(model, "varlen")
+    shard(model, init_device_mesh("cpu", (2,)))
+    model.to_empty(device="cpu")
+    model.model.rotary_emb.__init__(source.config)
+    set_model_state_dict(model, source.state_dict(), options=StateDictOptions(full_state_dict=True))
+    if order == "after":
+        axattn.apply(model, "varlen")
+    found: dict[str, Any] = {"keys": list(get_model_state_dict(model)) == keys}
+    mine = model.train()(**inputs, use_cache=False).loss
+    mine.backward()
+    found["loss"] = abs(float(mine.detach()) - loss)
+    found["gradients"] = compare(gradients(model), wanted)
+    found["served"] = {kernel for layer in axattn.status(model).layers for kernel in layer.served}
+    axattn.restore(model)
+    found["restored"] = model.config._attn_implementation
+    return found

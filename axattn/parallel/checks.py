@@ -32,7 +32,7 @@ def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
     state = state_of(model)
     if state is None or state.plan is None:
         return [Reason("model", "axattn does not run it yet", 'axattn.apply(model, "auto")')]
-    native = sorted({n for n in state.plan.running.values() if n is None or names.is_native(n)} - {None})
+    native = sorted({n for n in state.plan.running.values() if n is not None and names.is_native(n)})
     if native or not all(state.plan.running.values()):
         shown = ", ".join(map(str, native)) or "Transformers' default"
         reasons.append(Reason("model", f'it runs on {shown}, which Transformers calls (use "auto" or "varlen")'))
@@ -42,7 +42,7 @@ def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
         reasons.append(Reason("model", "it is made of several models (images, audio)"))
     reasons += _layer_reasons(model, config)
     needs = [entry.layer.need for entry in state.plan.layers]
-    uneven = sorted({need.heads for need in needs if need.heads % ranks})
+    uneven = sorted({need.heads for need in needs if need.heads is not None and need.heads % ranks})
     if uneven:
         reasons.append(Reason("heads", f"{', '.join(map(str, uneven))} heads can't be shared out to {ranks} ranks"))
     if any(need.bias for need in needs):
@@ -57,7 +57,8 @@ def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
         reasons.append(Reason("model", text))
     if getattr(config, "output_router_logits", False):
         reasons.append(Reason("model", "output_router_logits: the balance of experts is taken over one rank's tokens"))
-    reasons += _forward_reasons(type(model))
+    cls: Any = type(model)
+    reasons += _forward_reasons(cls)
     return reasons
 
 
@@ -71,7 +72,8 @@ def _layer_reasons(model: torch.nn.Module, config: Any) -> list[Reason]:
     kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if kinds:
         reasons.append(Reason("model", f"it has layers of type {', '.join(sorted(map(str, kinds)))}"))
-    counting = [name for name, module in model.named_modules() if _counts_tokens(type(module)) and _uses_count(module)]
+    kinds_of: dict[str, Any] = {name: type(module) for name, module in model.named_modules() if _uses_count(module)}
+    counting = [name for name, cls in kinds_of.items() if _counts_tokens(cls)]
     if counting:
         reasons.append(Reason("model", f"{counting[0]} counts positions among the tokens that it sees"))
     convolutions = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv1d)]

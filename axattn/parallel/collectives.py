@@ -18,7 +18,7 @@ def exchange(x: torch.Tensor, group: Any) -> torch.Tensor:
     Returns:
         ``[P, ...]``; its gradient takes the same way back.
     """
-    result: torch.Tensor = _Exchange.apply(x, group)
+    result: torch.Tensor = _Exchange.apply(x, group)  # type: ignore[no-untyped-call]  # torch declares no types here
     return result
 
 
@@ -46,7 +46,7 @@ def total(x: torch.Tensor, group: Any) -> torch.Tensor:
     Its gradient is the sum of the ranks' gradients: with a loss that every rank holds, the *average* of the weights'
     gradients over the ranks (what DDP and FSDP take) is then the gradient of that loss.
     """
-    result: torch.Tensor = _Total.apply(x, group)
+    result: torch.Tensor = _Total.apply(x, group)  # type: ignore[no-untyped-call]  # torch declares no types here
     return result
 
 
@@ -65,7 +65,7 @@ class _Total(torch.autograd.Function):
 
 def gather(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
     """The ranks' tensors side by side along `dim`, on every rank; gradients as for `total`."""
-    result: torch.Tensor = _Gather.apply(x, dim, group)
+    result: torch.Tensor = _Gather.apply(x, dim, group)  # type: ignore[no-untyped-call]  # torch declares no types here
     return result
 
 

@@ -32,7 +32,7 @@ def repeats(heads: int, kv_heads: int, ranks: int) -> int:
     return next(r for r in range(least, heads // kv_heads + 1, least) if heads % (r * kv_heads) == 0)
 
 
-@torch.compiler.disable  # a compiled layer breaks its graph here: the collectives run as they are
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer breaks its graph here
 def over_ranks(
     attend: Callable[..., Any],
     name: str,
@@ -80,8 +80,8 @@ def over_ranks(
     packed = torch.cat([_by_rank(x, P) for x in (query, key, value)], -1)
     received = exchange(packed, share.group)  # [P, B, S / P, heads x dims of this rank]
     whole = received.transpose(0, 1).reshape(B, share.length, -1)
-    parts = whole.split(sizes, -1)
-    q, k, v = (x.unflatten(-1, (-1, dim)).transpose(1, 2) for x, dim in zip(parts, (D, D, value.shape[3]), strict=True))
+    parts = torch.split(whole, sizes, -1)
+    q, k, v = (x.reshape(B, share.length, -1, dim).transpose(1, 2) for x, dim in zip(parts, (D, D, value.shape[3]), strict=True))
     own = slice(share.rank * (H // P), (share.rank + 1) * (H // P))
     given = {word: x[own] if word in _PER_HEAD and x is not None else x for word, x in kwargs.items()}
     out, _ = attend(name, _stand_in(module, again, own), q, k, v, mask.whole_rows, **given)  # [B, S, H / P, Dv]

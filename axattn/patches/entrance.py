@@ -38,7 +38,8 @@ class Entrance:
         return inspect.signature(self._forward())
 
     def _forward(self) -> Callable[..., Any]:
-        found: Any = self.inner if self.inner is not None else type(self.model).forward.__get__(self.model)
+        cls: Any = type(self.model)
+        found: Callable[..., Any] = self.inner if self.inner is not None else cls.forward.__get__(self.model)
         return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
