@@ -46,11 +46,16 @@ def test_an_fp32_model_stays_fp32() -> None:
     assert compute_dtype(model) is None
 
 
-def test_linear_layers_are_never_cast() -> None:
+def test_linear_layers_are_never_cast_but_for_the_head_that_reads_the_last_norm() -> None:
     model = axattn.apply(build("llama").to(torch.bfloat16), "varlen")
-    model.lm_head.float()
+    gate = model.model.layers[0].mlp.gate_proj
+    for module in (model.lm_head, model.model.norm, gate):
+        module.float()
     axattn.prepare_for_training(model)
-    assert model.lm_head.weight.dtype == torch.float32
+    assert gate.weight.dtype == torch.float32
+    assert {model.lm_head.weight.dtype, model.model.norm.weight.dtype} == {torch.bfloat16}
+    gate.to(torch.bfloat16)
+    assert model(tokens(1, 5)).logits.dtype == torch.bfloat16  # the head takes what the norm gives
 
 
 def test_a_k_bit_model_is_cast_to_what_its_layers_compute_in() -> None:

@@ -36,13 +36,18 @@ def compute_dtype(model: torch.nn.Module) -> torch.dtype | None:
 
 
 def cast_stray_weights(patches: PatchSet, model: torch.nn.Module) -> list[str]:
-    """Cast fp32 embeddings and norms to `compute_dtype`; an fp32 model stays as it is. Returns the names cast."""
+    """Cast fp32 embeddings (the output's too: it takes what the last norm gives) and norms to `compute_dtype`.
+
+    An fp32 model stays as it is. Returns the names cast.
+    """
     dtype = compute_dtype(model)
     if dtype is None:
         return []
     cast = []
+    heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
     for name, module in model.named_modules():
-        if not (isinstance(module, torch.nn.Embedding) or _is_norm(module)):
+        head = any(module is one for one in heads)
+        if not (isinstance(module, torch.nn.Embedding) or head or _is_norm(module)):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dtype == torch.float32:

@@ -1,0 +1,167 @@
+"""PEFT: adapters of every kind on packed rows, against eager on each document alone; merged, swapped, disabled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import axattn
+from tests.e2e.test_trainer import padded, train
+from tests.models import build, positions, tokens
+
+peft = pytest.importorskip("peft")
+
+LENGTHS = (4, 6, 5)
+KINDS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "all linear": {"target_modules": "all-linear"},
+}
+
+
+def adapter(**options: Any) -> Any:
+    return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options)
+
+
+def alone(model: Any) -> torch.Tensor:
+    """Logits of each document by itself on the model's own names."""
+    ids = tokens(1, sum(LENGTHS))
+    return torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], 1)
+
+
+def packed(model: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(tokens(1, sum(LENGTHS)), position_ids=positions(LENGTHS)).logits
+    return logits
+
+
+def wrapped(first: str, name: str = "varlen", **options: Any) -> tuple[Any, Any]:
+    """(with axattn, the same on eager); `first`: what is done first."""
+    made = []
+    for attention in (name, None):
+        torch.manual_seed(1)
+        model = build("llama")
+        model.set_attn_implementation("eager")
+        if attention and first == "axattn":
+            axattn.apply(model, attention)
+        model = peft.get_peft_model(model, adapter(**options))
+        if attention and first == "peft":
+            axattn.apply(model, attention)
+        made.append(model)
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("first", ["axattn", "peft"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_adapter_keeps_documents_apart_and_gets_its_gradient(kind: str, first: str) -> None:
+    model, stock = wrapped(first, **KINDS[kind])
+    found, expected = packed(model), alone(stock)
+    assert torch.allclose(found, expected, atol=1e-4)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    trained = [(p, q) for p, q in zip(model.parameters(), stock.parameters(), strict=True) if q.grad is not None]
+    assert len(trained) >= 8
+    for mine, theirs in trained:
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-4 * theirs.grad.abs().max().item())
+    assert axattn.status(model).layers[0].served == {"varlen": 1}
+
+
+@torch.no_grad()
+def test_adapters_are_disabled_swapped_merged_and_unloaded_under_the_same_kernel() -> None:
+    model, stock = wrapped("axattn")
+    for one in (model, stock):
+        torch.manual_seed(2)
+        one.add_adapter("other", adapter(r=2))
+    base = build("llama")
+    base.set_attn_implementation("eager")
+    with model.disable_adapter():
+        assert torch.allclose(packed(model), alone(base), atol=1e-4)
+    first = packed(model)
+    for one in (model, stock):
+        one.set_adapter("other")
+    assert torch.allclose(packed(model), alone(stock), atol=1e-4)
+    assert not torch.allclose(packed(model), first, atol=1e-2)
+    for one in (model, stock):
+        one.merge_adapter()
+    assert torch.allclose(packed(model), alone(stock), atol=1e-4)
+    for one in (model, stock):
+        one.unmerge_adapter()
+    plain = model.merge_and_unload()
+    assert torch.allclose(packed(plain), alone(stock), atol=1e-4)
+    assert axattn.status(plain).layers[0].asked == "varlen"
+    axattn.restore(plain)
+    assert plain.config._attn_implementation == "eager"
+
+
+@torch.no_grad()
+def test_a_saved_adapter_loads_on_any_kernel(tmp_path: Path) -> None:
+    model, _ = wrapped("peft")
+    expected = packed(model)
+    model.save_pretrained(tmp_path)
+    assert "axattn" not in (tmp_path / "adapter_config.json").read_text()
+    again = peft.PeftModel.from_pretrained(axattn.apply(build("llama"), "auto"), tmp_path)
+    assert torch.allclose(packed(again), expected, atol=1e-4)
+
+
+class Linear8(torch.nn.Linear):
+    """As a k-bit linear layer: whole numbers with a scale, computed in ``compute_dtype``."""
+
+    compute_dtype = torch.bfloat16
+
+    @classmethod
+    def of(cls, linear: torch.nn.Linear) -> Linear8:
+        made = cls(linear.in_features, linear.out_features, bias=False)
+        made.scale = linear.weight.detach().abs().amax() / 127
+        made.weight = torch.nn.Parameter((linear.weight.detach() / made.scale).round().to(torch.int8), False)
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(self.compute_dtype) * self.scale.to(self.compute_dtype)
+        return torch.nn.functional.linear(x.to(self.compute_dtype), weight).to(x.dtype)
+
+
+def k_bit() -> Any:
+    """A model whose linear layers are quantised, prepared by PEFT: norms and embeddings in fp32."""
+    model = build("llama").to(torch.bfloat16)
+    for layer in model.model.layers:
+        for part, linears in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down"))):
+            for name in linears:
+                setattr(part, f"{name}_proj", Linear8.of(getattr(part, f"{name}_proj")))
+    model.is_loaded_in_8bit = True
+    prepared = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    assert {prepared.model.norm.weight.dtype, prepared.model.embed_tokens.weight.dtype} == {torch.float32}
+    prepared.is_loaded_in_8bit = False  # what follows is for weights of bitsandbytes
+    return prepared
+
+
+def test_a_k_bit_model_trains_with_its_norms_cast_for_the_kernel_and_back() -> None:
+    torch.manual_seed(1)
+    model = peft.get_peft_model(axattn.apply(k_bit(), "varlen"), adapter())
+    axattn.prepare_for_training(model)
+    base = model.base_model.model
+    assert {base.model.norm.weight.dtype, base.model.embed_tokens.weight.dtype} == {torch.bfloat16}
+    dtypes = set()
+    inner = base.model.layers[0].self_attn
+    inner.o_proj.register_forward_pre_hook(lambda _, args: dtypes.add(args[0].dtype))
+    found = packed(model)
+    assert dtypes == {torch.bfloat16}
+    torch.manual_seed(1)
+    stock = peft.get_peft_model(k_bit(), adapter())
+    stock.set_attn_implementation("eager")
+    expected = alone(stock)
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    found.float().square().sum().backward()
+    lora = [p for n, p in model.named_parameters() if "lora_" in n]
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in lora)
+    axattn.restore(model)
+    assert {base.model.norm.weight.dtype, base.model.embed_tokens.weight.dtype} == {torch.float32}
+
+
+def test_a_lora_run_of_trainer_follows_padded_documents(tmp_path: Path) -> None:
+    model, stock = wrapped("axattn")
+    _, expected = train(tmp_path / "a", stock, padded)
+    _, found = train(tmp_path / "b", axattn.prepare_for_training(model))
+    assert found == pytest.approx(expected, rel=1e-4)
