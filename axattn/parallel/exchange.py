@@ -81,7 +81,10 @@ def over_ranks(
     received = exchange(packed, share.group)  # [P, B, S / P, heads x dims of this rank]
     whole = received.transpose(0, 1).reshape(B, share.length, -1)
     parts = torch.split(whole, sizes, -1)
-    q, k, v = (x.reshape(B, share.length, -1, dim).transpose(1, 2) for x, dim in zip(parts, (D, D, value.shape[3]), strict=True))
+    q, k, v = (
+        x.reshape(B, share.length, -1, dim).transpose(1, 2)
+        for x, dim in zip(parts, (D, D, value.shape[3]), strict=True)
+    )
     own = slice(share.rank * (H // P), (share.rank + 1) * (H // P))
     given = {word: x[own] if word in _PER_HEAD and x is not None else x for word, x in kwargs.items()}
     out, _ = attend(name, _stand_in(module, again, own), q, k, v, mask.whole_rows, **given)  # [B, S, H / P, Dv]

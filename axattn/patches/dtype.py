@@ -7,6 +7,7 @@ as fp32. Undo brings the dtype back, not the bits that rounding took.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -44,7 +45,8 @@ def cast_stray_weights(patches: PatchSet, model: torch.nn.Module) -> list[str]:
     if dtype is None:
         return []
     cast = []
-    heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    models: list[Any] = [m for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    heads = [one.get_output_embeddings() for one in models]
     for name, module in model.named_modules():
         head = any(module is one for one in heads)
         if not (isinstance(module, torch.nn.Embedding) or head or _is_norm(module)):

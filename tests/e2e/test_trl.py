@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_packed_batches_are_the_documents_alone(tmp_path: Path, strategy: str, n
     starts = [*(where == 0).nonzero().flatten().tolist(), len(where)]
     assert len(starts) > 4
     total, count = 0.0, 0
-    for a, b in zip(starts, starts[1:], strict=False):
+    for a, b in pairwise(starts):
         labels = given["labels"].flatten()[a:b][None]
         targets = int((labels[:, 1:] != -100).sum())
         if targets:
