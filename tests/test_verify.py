@@ -254,3 +254,16 @@ def test_the_verb(folders: Any, monkeypatch: Patch) -> None:
     refused = runner.invoke(app, ["verify", folder, "--attn", "fa2"])
     assert refused.exit_code == 1
     assert "flash_attention_2" in refused.stderr
+
+
+def test_a_model_in_hand_is_tried_as_a_copy_and_left_as_it_is() -> None:
+    model = axattn.apply(build("llama", attention_dropout=0.1), "auto").train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = axattn.verify(model, "varlen")
+    assert found.right
+    assert found.weights == "yours"
+    assert found.kernels["varlen"] > 10
+    assert model.training
+    assert model.model.layers[0].self_attn.attention_dropout == 0.1
+    assert axattn.status(model).layers[0].asked == "auto"
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -37,7 +37,7 @@ class Verification:
         asked: the name.
         kernels: what ran, with the number of calls.
         layers: how many layers were kept.
-        weights: ``"loaded"`` or ``"random"``.
+        weights: ``"loaded"``, ``"random"``, or ``"yours"`` (a model was given).
         dtype: of the model.
         device: it ran on.
         checks: in the order they were run.

@@ -16,6 +16,7 @@ from axattn.capability import Exactness
 from axattn.checkpoints import concrete_class, load_config, resolve_class
 from axattn.errors import AxattnError, InvalidInputError, Reason
 from axattn.planning import backend_of
+from axattn.verification.live import copied
 from axattn.verification.records import Check, Verification
 from axattn.verification.scenarios import DECODERS_ONLY, LONG, PROJECTIONS, SCENARIOS, Result, Subject
 
@@ -47,7 +48,8 @@ def verify(
     decoding, and the gradients of the projections. The reference runs each document alone.
 
     Args:
-        model: local folder or hub name (weights are loaded if they are there, else random), or a config.json (random).
+        model: local folder or hub name (weights are loaded if they are there, else random), a config.json (random), or
+            a model, which is left as it is (a copy is tried, whole).
         attn_implementation: a name.
         layers: keep the first so many; None: as many as show every kind of layer, at most 8.
         length: tokens of a row; where a window is longer, one scenario takes longer rows (up to `LONGEST` tokens).
@@ -60,18 +62,19 @@ def verify(
     Raises:
         AxattnError: the model can't be put on the kernel at all, or is of a kind that this can't drive.
     """
-    config, _ = load_config(_source(model), {})
+    live = copied(model) if isinstance(model, torch.nn.Module) else None
+    config = load_config(_source(model), {})[0] if live is None else live.config
     text = config.get_text_config()
     if text is not config or getattr(config, "is_encoder_decoder", False):
         raise InvalidInputError(
             f"verify drives text models, and {config.model_type} takes other inputs",
             advice="Save its text model alone and verify that, or use axattn.VerifyCallback on the whole.",
         )
-    kept = _truncate(config, layers)
+    kept = _truncate(config, layers) if live is None else config.num_hidden_layers
     _without_dropout(config)
     window = max((size for size in [getattr(config, "sliding_window", None)] if size), default=0)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    candidate, weights = _load(model, config, dtype, where)
+    candidate, weights = _load(model, config, dtype, where) if live is None else (live.to(where, dtype), "yours")
     kind = next(candidate.parameters()).dtype
     loading.plan(candidate, attn_implementation, **options)  # raises where the name can't serve this model at all
     reference = copy.deepcopy(candidate).float()
@@ -79,7 +82,7 @@ def verify(
         each.eval()
         each.set_attn_implementation("eager")
     decoder = bool(getattr(candidate, "can_generate", lambda: False)())
-    draw = _drawer(model, config, data, where)
+    draw = _drawer(config.name_or_path if live is not None else model, config, data, where)
     checks = []
     runnable = [name for name in SCENARIOS if (decoder or name not in DECODERS_ONLY) and (window or name != LONG)]
     served: Counter[str] = Counter()

@@ -1,0 +1,5 @@
+"""``python -m axattn``: the command line."""
+
+from axattn.cli import main
+
+main()
