@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import transformers as tf
 
 from axattn.errors import InvalidInputError
 from axattn.parallel import accelerate_config, estimate
+from axattn.parallel.arithmetic import table
 from axattn.parallel.exchange import repeats
 from tests import parallel_jobs as jobs
 from tests.distributed import run
@@ -146,3 +148,14 @@ def test_the_arithmetic_counts_weights_and_halves_with_twice_the_ranks() -> None
     assert two.sent == 2 * 3 * 512 * (2 * q + 2 * kv) * 2 // 2
     with pytest.raises(ValueError, match="can't be shared out"):
         estimate(config, 1024, 3)
+
+
+def big(layers: int, heads: int, width: int, inner: int) -> Any:
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 128256}
+    return tf.LlamaConfig(num_attention_heads=heads, num_key_value_heads=8, **sizes)
+
+
+def test_the_page_s_tables_are_those_of_the_formulas() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "parallel.md").read_text()
+    for config in (big(32, 32, 4096, 14336), big(80, 64, 8192, 28672)):
+        assert table(config, (131_072, 1_048_576), (8, 64, 512)) in page

@@ -18,7 +18,8 @@ class Estimate:
 
     Attributes:
         tokens: S.
-        ranks: P; rows, weights, gradients and optimizer states are all split over them.
+        ranks: P: they share a row.
+        shards: ranks over which weights, gradients and optimizer states are split (FSDP), a multiple of P.
         states: weights, gradients and Adam's states.
         checkpoints: the inputs of all layers, kept for the backward.
         layer: what one layer holds while it runs (hidden states, MLP, q, k, v and output on both sides).
@@ -29,6 +30,7 @@ class Estimate:
 
     tokens: int
     ranks: int
+    shards: int
     states: int
     checkpoints: int
     layer: int
@@ -42,7 +44,7 @@ class Estimate:
         return self.states + self.checkpoints + max(self.layer, self.logits)
 
 
-def estimate(config: Any, tokens: int, ranks: int) -> Estimate:
+def estimate(config: Any, tokens: int, ranks: int, shards: int | None = None) -> Estimate:
     """The `Estimate` of a decoder.
 
     An all-to-all moves ``(P - 1) / P`` of what a rank holds. A layer exchanges q, k, v and the output in the forward;
@@ -52,6 +54,7 @@ def estimate(config: Any, tokens: int, ranks: int) -> Estimate:
         config: a decoder's config.
         tokens: S.
         ranks: P.
+        shards: as in `Estimate`; P when None.
 
     Raises:
         ValueError: the heads can't be shared out.
@@ -74,10 +77,33 @@ def estimate(config: Any, tokens: int, ranks: int) -> Estimate:
     return Estimate(
         tokens=tokens,
         ranks=ranks,
-        states=weights * ADAM_BYTES // ranks,
+        shards=shards or ranks,
+        states=weights * ADAM_BYTES // (shards or ranks),
         checkpoints=layers * part * width * 2,
         layer=part * 2 * (2 * width + 3 * inner + 2 * exchanged) * 2,  # with gradients
         logits=part * vocabulary * 4 * 2,
         sent=layers * 3 * part * exchanged * 2 * (ranks - 1) // ranks,
         mask=tokens * tokens,
     )
+
+
+def table(config: Any, lengths: tuple[int, ...], machines: tuple[int, ...]) -> str:
+    """A Markdown table of estimates: rows shared by as many ranks as the heads allow, weights split over all.
+
+    Args:
+        config: a decoder's config.
+        lengths: tokens of a row.
+        machines: numbers of GPUs.
+    """
+    head = (
+        "tokens|GPUs|share a row|tokens a GPU|weights, gradients, Adam|checkpoints|a layer, or logits|held|sent a step"
+    )
+    lines = [f"| {head.replace('|', ' | ')} |", "|" + "---|" * len(head.split("|"))]
+    for tokens in lengths:
+        for gpus in machines:
+            ranks = math.gcd(config.num_attention_heads, gpus)
+            one = estimate(config, tokens, ranks, gpus)
+            sizes = [one.states, one.checkpoints, max(one.layer, one.logits), one.total, one.sent]
+            shown = " | ".join(f"{size / 2**30:,.1f} GiB" for size in sizes)
+            lines.append(f"| {tokens:,} | {gpus} | {ranks} | {tokens // ranks:,} | {shown} |")
+    return "\n".join(lines)
