@@ -86,6 +86,7 @@ class Door:
         shares_keys: some layers read the keys and values of another one.
         flash: what to look for on a flash name, None on others.
         standing: on this native name no packed call is right (`axattn.guard.standing_reasons`).
+        mixers: layers that mix tokens outside of attention (`axattn.mixing`): documents would leak through them.
         counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
     """
 
@@ -99,6 +100,7 @@ class Door:
         shares_keys: bool = False,
         standing: bool = False,
         counted: int | None = None,
+        mixers: tuple[Reason, ...] = (),
         flash: FlashRules | None = None,
     ) -> None:
         self.parameters = parameters
@@ -108,6 +110,7 @@ class Door:
         self.shares_keys = shares_keys
         self.standing = standing
         self.counted = counted
+        self.mixers = mixers
         self.flash = flash
 
     def enter(
@@ -258,7 +261,7 @@ class Door:
         filled = isinstance(length_so_far, torch.Tensor) or length_so_far > 0
         leaks = self.native is not None and guard.may_leak(self.native, module, inputs, self.standing)
         counted = self.counted is not None and length > self.counted
-        if self.encoder_decoder or filled or leaks or counted:
+        if self.encoder_decoder or filled or leaks or counted or self.mixers:
             single = (segments.document_ids == 0).all()
             torch._assert_async(single, "axattn: packed rows would leak here; run without torch.compile to see why")
         return segments
@@ -313,6 +316,12 @@ class Door:
                 "packed rows can't continue from a cache",
                 [Reason("segments", f"the cache already holds {_length(cache)} tokens of unknown documents")],
                 "Pass past_key_values=None, or one document a row.",
+            )
+        if self.mixers:
+            raise UnsupportedAttentionError(
+                f"packed rows would leak in {type(module).__name__}",
+                self.mixers,
+                "Give it one document a row, padded.",
             )
         if self.counted is not None and segments.length > self.counted:
             text = f"its layers without RoPE scale queries by their position in the row, from {self.counted} on"

@@ -94,6 +94,33 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 }
 """Decoder families that run through Transformers' attention interface."""
 
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_LINEAR = {f"linear_{side}_head_dim": 8 for side in ("key", "value")}
+_LINEAR |= {f"linear_num_{side}_heads": 2 for side in ("key", "value")}
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+HYBRIDS: dict[str, Callable[..., Any]] = {
+    "lfm2": lambda: tf.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"], block_ff_dim=48),
+    "qwen3_next": lambda: tf.Qwen3NextConfig(
+        **SMALL,
+        **_LINEAR,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+    "bamba": lambda: tf.BambaConfig(**SMALL, **_MAMBA, attn_layer_indices=[1]),
+    "recurrent_gemma": lambda: tf.RecurrentGemmaConfig(
+        **SMALL | {"num_hidden_layers": 3}, lru_width=32, attention_window_size=64
+    ),
+    "minimax": lambda: tf.MiniMaxConfig(
+        **SMALL, **_EXPERTS, head_dim=8, layer_types=["linear_attention", "full_attention"]
+    ),
+    "falcon_h1": lambda: tf.FalconH1Config(**SMALL, **_MAMBA | {"mamba_n_heads": 4}, mamba_d_ssm=32),
+}
+"""Families with layers that mix tokens outside of attention."""
+
 REFUSED: dict[str, Callable[..., Any]] = {
     "bloom": lambda **k: tf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4, **k),
     "falcon": lambda **k: tf.FalconConfig(
@@ -109,7 +136,7 @@ REFUSED: dict[str, Callable[..., Any]] = {
 def build(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A tiny causal model in evaluation mode, float32, with weights large enough that attention moves the logits."""
     torch.manual_seed(seed)
-    config = (CONFIGS | REFUSED)[family](**overrides)
+    config = (CONFIGS | REFUSED | HYBRIDS)[family](**overrides)
     model = tf.AutoModelForCausalLM.from_config(config)
     amplify(model)
     return model.eval()

@@ -14,7 +14,7 @@ from axattn import door, guard
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from axattn.patches.doors import hands_on
 from axattn.segments import Segments
-from tests.models import alone, build, positions, tokens
+from tests.models import HYBRIDS, alone, build, positions, tokens
 
 PACKED = {"position_ids": positions((4, 6))}
 
@@ -308,3 +308,29 @@ def test_decoding_from_a_cache_that_a_packed_row_filled_is_refused() -> None:
     out = model(tokens(1, 21), position_ids=positions((7, 11, 3)), use_cache=True)
     with pytest.raises(InvalidInputError, match="filled by a row of several documents"):
         model(tokens(1, 1), past_key_values=out.past_key_values)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+@torch.no_grad()
+def test_packed_rows_would_leak_through_layers_that_are_no_attention(family: str, name: str) -> None:
+    """State spaces, convolutions and linear attention carry one document into the next (errors up to 1.5 of 1)."""
+    model = build(family)
+    expected = model(tokens(1, 9), use_cache=False).logits
+    axattn.apply(model, name)
+    assert torch.allclose(model(tokens(1, 9), use_cache=False).logits, expected, atol=1e-4)
+    with pytest.raises(axattn.UnsupportedAttentionError, match="outside of attention"):
+        model(tokens(1, 9), position_ids=positions((4, 5)), use_cache=False)
+
+
+@torch.no_grad()
+def test_llama_4_s_layers_that_count_tokens_of_a_row_take_no_packed_rows_past_where_it_matters() -> None:
+    model = axattn.apply(build("llama4", no_rope_layers=[1, 0], floor_scale=8), "auto")
+    ids = tokens(1, 12)
+    short = model(ids[:, :7], position_ids=positions((5, 2)), use_cache=False).logits
+    assert torch.allclose(
+        short, alone(build("llama4", no_rope_layers=[1, 0], floor_scale=8), ids[:, :7], (5, 2)), atol=1e-4
+    )
+    with pytest.raises(axattn.UnsupportedAttentionError, match="from 7 on"):
+        model(ids, position_ids=positions((5, 7)), use_cache=False)
+    assert model(ids, use_cache=False).logits.isfinite().all()  # one document counts right

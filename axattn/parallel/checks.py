@@ -12,11 +12,11 @@ import torch
 
 from axattn import backends, names
 from axattn.errors import Reason
+from axattn.mixing import counters, mixers
 from axattn.needs import sub_configs
 from axattn.routes import ATTRIBUTE
 from axattn.state import state_of
 
-_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -67,43 +67,13 @@ def _splits_heads(name: str) -> bool:
 
 
 def _layer_reasons(model: torch.nn.Module, config: Any) -> list[Reason]:
-    """Layers that mix tokens elsewhere than in an attention module of ours."""
-    reasons = []
-    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    if kinds:
-        reasons.append(Reason("model", f"it has layers of type {', '.join(sorted(map(str, kinds)))}"))
-    kinds_of: dict[str, Any] = {name: type(module) for name, module in model.named_modules() if _uses_count(module)}
-    counting = [name for name, cls in kinds_of.items() if _counts_tokens(cls)]
-    if counting:
-        reasons.append(Reason("model", f"{counting[0]} counts positions among the tokens that it sees"))
-    convolutions = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv1d)]
-    if convolutions:
-        reasons.append(Reason("model", f"{convolutions[0]} mixes neighbouring tokens (a convolution)"))
+    """Layers that see more of a row than their own tokens elsewhere than in an attention module of ours."""
+    reasons = [*mixers(model), *counters(model)]
     routed = sum(ATTRIBUTE in vars(module) for module in model.modules())
     layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and routed < layers:
+    if isinstance(layers, int) and routed < layers and not reasons:
         reasons.append(Reason("model", f"{layers - routed} of its {layers} layers have no attention of axattn's"))
     return reasons
-
-
-@functools.cache
-def _counts_tokens(cls: Any) -> bool:
-    """Whether the forward of a layer numbers its tokens itself: ``torch.arange`` over a length."""
-    from transformers import PreTrainedModel
-
-    if issubclass(cls, PreTrainedModel) or not cls.__module__.startswith("transformers"):
-        return False
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    ranges = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "torch.arange"]
-    return any(word in text for text in ranges for word in ("shape", "size(", "length", "seq_len"))
-
-
-def _uses_count(module: torch.nn.Module) -> bool:
-    return bool(getattr(module, "attn_temperature_tuning", True)) and not getattr(module, "use_rope", False)
 
 
 def _rope_types(config: Any) -> set[str]:

@@ -15,6 +15,7 @@ from axattn import names
 from axattn.door import Door
 from axattn.flash_guard import rules_of
 from axattn.guard import standing_reasons
+from axattn.mixing import mixers
 from axattn.patches.patchset import PatchSet
 from axattn.patches.routes import calls_interface
 
@@ -46,6 +47,7 @@ def add_doors(
             native=name,
             standing=name is not None and bool(standing_reasons(module)),
             counted=_counted(module),
+            mixers=tuple(mixers(module)),
             flash=rules_of(module) if flash else None,
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
             position_planes=_planes(module.config),
