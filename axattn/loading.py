@@ -34,6 +34,7 @@ from axattn.registration import register
 from axattn.reporting import Status, read_status
 from axattn.routes import OnUnsupported
 from axattn.state import ATTRIBUTE, State, state_of, transformers_model
+from axattn.unpadding import add_unpadding
 
 logger = logging.getLogger("axattn")
 _said: set[str] = set()
@@ -47,6 +48,7 @@ def from_pretrained(
     on_unsupported: OnUnsupported = "raise",
     upgrade_flash: bool = True,
     kernel_options: Mapping[str, Any] | None = None,
+    unpad: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Load a Transformers model whose attention runs on the kernel named, or refuse before the weights load.
@@ -63,6 +65,8 @@ def from_pretrained(
             installed and serves every layer; it is said, and `status` keeps both names. ``AXATTN_NO_FA4=1`` turns it
             off.
         kernel_options: choices that the kernels named offer, such as ``{"group_size": 512}`` for ``s2``.
+        unpad: run padded batches as one packed row of their real tokens, through the whole model; outputs come back in
+            their places, zeros where padding is (see `axattn.unpadding`).
         **kwargs: everything that ``from_pretrained`` of the model class takes.
 
     Returns:
@@ -89,7 +93,7 @@ def from_pretrained(
         kwargs["attn_implementation"] = nested(dict(native))
     loaded = cls.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    _attach(model, decided, value, allow)
+    _attach(model, decided, value, allow, unpad)
     return loaded
 
 
@@ -101,6 +105,7 @@ def apply(
     allow_all_kernels: bool = False,
     upgrade_flash: bool = True,
     kernel_options: Mapping[str, Any] | None = None,
+    unpad: bool = False,
 ) -> torch.nn.Module:
     """Put a loaded model on the kernel named. What an earlier `apply` did is undone first.
 
@@ -111,6 +116,7 @@ def apply(
         allow_all_kernels: as for Transformers: hub kernels from any publisher, at any revision.
         upgrade_flash: as for `from_pretrained`.
         kernel_options: as for `from_pretrained`.
+        unpad: as for `from_pretrained`.
 
     Returns:
         `model`.
@@ -127,10 +133,10 @@ def apply(
     before = state_of(base)
     restore(base)
     try:
-        _attach(base, decided, value, allow_all_kernels)
+        _attach(base, decided, value, allow_all_kernels, unpad)
     except BaseException:
         if before is not None and before.plan is not None:
-            _attach(base, before.plan, before.value, before.allow_all_kernels)
+            _attach(base, before.plan, before.value, before.allow_all_kernels, before.unpad)
         raise
     return model
 
@@ -155,6 +161,7 @@ def using(
     allow_all_kernels: bool = False,
     upgrade_flash: bool = True,
     kernel_options: Mapping[str, Any] | None = None,
+    unpad: bool = False,
 ) -> Iterator[torch.nn.Module]:
     """`apply` for the length of a ``with`` block; the model then runs on what it ran on before."""
     before = state_of(model)
@@ -165,13 +172,14 @@ def using(
         allow_all_kernels=allow_all_kernels,
         upgrade_flash=upgrade_flash,
         kernel_options=kernel_options,
+        unpad=unpad,
     )
     try:
         yield model
     finally:
         restore(model)
         if before is not None and before.plan is not None:
-            _attach(transformers_model(model), before.plan, before.value, before.allow_all_kernels)
+            _attach(transformers_model(model), before.plan, before.value, before.allow_all_kernels, before.unpad)
 
 
 def plan(
@@ -267,7 +275,9 @@ def _require_interface(model: str, classes: list[type | None]) -> None:
         )
 
 
-def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, allow_all_kernels: bool) -> None:
+def _attach(
+    model: torch.nn.Module, decided: Plan, value: names.AttentionNames, allow_all_kernels: bool, unpad: bool
+) -> None:
     """Patch a loaded model to run as planned; on any error the model is as it was."""
     from transformers import PreTrainedModel
 
@@ -287,7 +297,7 @@ def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, 
             _said.add(note)
             logger.warning("axattn: %s", note)
     with PatchSet() as patches:
-        state = State(decided, patches, value, allow_all_kernels)
+        state = State(decided, patches, value, allow_all_kernels, unpad)
         patches.set_attribute(model, ATTRIBUTE, state)
         set_names(patches, model, modules.values(), decided, allow_all_kernels=allow_all_kernels)
         native = {
@@ -301,3 +311,5 @@ def _attach(model: torch.nn.Module, decided: Plan, value: names.AttentionNames, 
         ours = [name for name in decided.running.values() if name in names.ours() and name != "auto"]
         if not all(backends.get(name).caches for name in ours):
             disable_cache(patches, model)
+        if unpad:
+            add_unpadding(patches, model, decided)

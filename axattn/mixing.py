@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 from typing import Any
 
@@ -47,6 +48,12 @@ def counters(model: torch.nn.Module) -> list[Reason]:
     kinds: dict[str, Any] = {name: type(module) for name, module in model.named_modules() if _uses_count(module)}
     counting = [name for name, cls in kinds.items() if _counts_tokens(cls)]
     return [Reason("model", f"{name} counts positions among the tokens that it sees") for name in counting[:1]]
+
+
+def counts_mask(cls: Any) -> bool:
+    """Whether a model's file computes positions from the attention mask where none are given (OPT)."""
+    source = inspect.getsource(sys.modules[cls.__module__])
+    return "cumsum(attention_mask" in source or "attention_mask.cumsum" in source
 
 
 def _text_model(model: torch.nn.Module) -> torch.nn.Module:

@@ -22,12 +22,14 @@ class State:
         patches: what `axattn.restore` undoes.
         value: the names asked for, to apply them again after `axattn.using`.
         allow_all_kernels: as given.
+        unpad: as given.
     """
 
     plan: Plan | None
     patches: PatchSet
     value: Any = None
     allow_all_kernels: bool = False
+    unpad: bool = False
 
 
 def transformers_model(model: torch.nn.Module) -> torch.nn.Module:

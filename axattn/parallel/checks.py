@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 import inspect
-import textwrap
 from typing import Any
 
 import torch
 
 from axattn import backends, names
 from axattn.errors import Reason
+from axattn.losses import takes_keywords
 from axattn.mixing import counters, mixers
 from axattn.needs import sub_configs
 from axattn.routes import ATTRIBUTE
@@ -82,21 +80,11 @@ def _rope_types(config: Any) -> set[str]:
     return {str(one.get("rope_type", one.get("type"))) for one in inner}
 
 
-@functools.cache
-def _forward_reasons(cls: Any) -> tuple[Reason, ...]:
+def _forward_reasons(cls: Any) -> list[Reason]:
     """What the signature and source of a model's forward rule out."""
-    forward = inspect.unwrap(cls.forward)
-    parameters = inspect.signature(forward).parameters
+    parameters = inspect.signature(inspect.unwrap(cls.forward)).parameters
     if "position_ids" not in parameters:
-        return (Reason("position_ids", f"{cls.__name__} takes no position_ids"),)
-    if "labels" not in parameters:
-        return ()
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
-        return (Reason("model", f"the source of {cls.__name__} can't be read"),)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    losses = [call for call in calls if ast.unparse(call.func) == "self.loss_function"]
-    if losses and all(any(kw.arg is None for kw in call.keywords) for call in losses):
-        return ()
-    return (Reason("model", f"{cls.__name__} computes its loss itself, as a mean over the tokens it sees"),)
+        return [Reason("position_ids", f"{cls.__name__} takes no position_ids")]
+    if "labels" not in parameters or takes_keywords(cls):
+        return []
+    return [Reason("model", f"{cls.__name__} computes its loss itself, as a mean over the tokens it sees")]

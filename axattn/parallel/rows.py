@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.losses import IGNORE_INDEX, shifted
+from axattn.mixing import counts_mask
 from axattn.parallel.collectives import gather
 from axattn.segments import Segments
 from axattn.shares import Share
 
-IGNORE_INDEX = -100
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "labels", "shift_labels")
 _READ = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """What the share says in their place."""
@@ -89,12 +90,12 @@ def split(
     extra = -length % P
     whole = {key: inputs[key] for key in _PER_TOKEN if inputs.get(key) is not None}
     if "position_ids" not in whole:
-        if mask is not None and _counts_mask(type(model)) and not bool(mask[:, 0].all()):
+        if mask is not None and counts_mask(type(model)) and not bool(mask[:, 0].all()):
             text = "this model counts positions from the first real token; give position_ids"
             raise UnsupportedAttentionError("rows padded on the left can't be split", [Reason("position_ids", text)])
         whole["position_ids"] = torch.arange(length, device=tokens.device).expand(rows, length)
     if "labels" in whole and "shift_labels" not in whole:
-        whole["shift_labels"] = torch.nn.functional.pad(whole["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        whole["shift_labels"] = shifted(whole["labels"])
     part = (length + extra) // P
     start = group.rank * part
     given = {key: inputs[key] for key in _FREE if key in inputs and key != "past_key_values"} | {"use_cache": False}
@@ -151,15 +152,6 @@ def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
 
 def _given(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or bool(value)
-
-
-def _counts_mask(cls: Any) -> bool:
-    """Whether a model's file computes positions from the attention mask."""
-    import inspect
-    import sys
-
-    source = inspect.getsource(sys.modules[cls.__module__])
-    return "cumsum(attention_mask" in source or "attention_mask.cumsum" in source or ".cumsum(attention_mask" in source
 
 
 def _require_same(group: Group, inputs: dict[str, Any], rows: int, length: int) -> None:

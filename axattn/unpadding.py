@@ -1,0 +1,200 @@
+"""``unpad=True``: a padded batch runs as one packed row of its real tokens through the whole model.
+
+Padding is taken out at the model's door and put back at its exit: not attention alone, every layer does without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from axattn.door import Door, telling
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
+from axattn.mixing import counters, counts_mask, mixers
+from axattn.needs import sub_configs
+from axattn.patches.entrance import Forward, add_entrance
+from axattn.patches.patchset import PatchSet
+from axattn.plans import Plan
+from axattn.segments import Segments
+
+logger = logging.getLogger("axattn")
+
+_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "labels", "shift_labels")
+_READ = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_FREE = ("num_items_in_batch", "return_dict", "output_hidden_states", "output_router_logits")
+_OUTPUTS = ("logits", "last_hidden_state")
+_said: set[str] = set()
+
+
+def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
+    """Every reason why a model's batches can't be flattened; empty when they can."""
+    from axattn import names
+
+    config: Any = model.config
+    reasons = [*mixers(model), *counters(model)]
+    native = sorted({name for name in decided.running.values() if name is not None and names.is_native(name)})
+    if native:
+        text = f"{', '.join(native)} is called by Transformers, which would leak the rows into each other"
+        reasons.append(Reason("model", text, 'attn_implementation="auto" or "varlen"'))
+    if "s2" in decided.running.values():
+        reasons.append(Reason("segments", "s2 does not pack"))
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append(Reason("model", "it is an encoder-decoder, whose two sides have other padding"))
+    if len(sub_configs(config)) > 1:
+        reasons.append(Reason("model", "it takes images or audio by row"))
+    if any(entry.layer.need.bias for entry in decided.layers):
+        reasons.append(Reason("bias", "its position bias is made for whole rows"))
+    inner = [model, *model.children()]
+    if any(getattr(one, "pooler", None) is not None for one in inner) or _one_a_row(type(model).__name__):
+        reasons.append(Reason("model", "it gives one output a row, read at a fixed place"))
+    return reasons
+
+
+def _one_a_row(name: str) -> bool:
+    return name.endswith(("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"))
+
+
+def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> None:
+    """Take padding out of every batch of a model.
+
+    Raises:
+        UnsupportedAttentionError: its batches can't be flattened; with every reason.
+    """
+    reasons = reasons_against(model, decided)
+    if reasons:
+        raise UnsupportedAttentionError(f"unpad=True can't serve {type(model).__name__}", reasons, "Leave unpad out.")
+    add_entrance(patches, model, Unpad())
+
+
+class Unpad:
+    """The change around a model's ``forward``: its real tokens in as one row, whole padded rows out."""
+
+    def __init__(self) -> None:
+        self.door = Door(())
+
+    def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
+        """Run one forward; returns the model's output. Batches without padding, and those that fill or read a cache
+        (``generate``), run as they are; so does everything inside a compiled graph."""
+        mask = inputs.get("attention_mask")
+        if (
+            not isinstance(mask, torch.Tensor)
+            or mask.ndim != 2
+            or inputs.get("past_key_values") is not None
+            or inputs.get("use_cache")
+            or torch.compiler.is_compiling()
+        ):
+            return forward(inputs)
+        tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+        if not isinstance(tokens, torch.Tensor) or mask.shape != tokens.shape[:2]:
+            return forward(inputs)
+        keep = (mask != 0).flatten().nonzero().flatten()  # [N]
+        if keep.numel() in (0, mask.numel()):
+            return forward(inputs)
+        _require_known(model, inputs)
+        rows, length = mask.shape
+        segments = self._flat_documents(model, inputs, keep, rows, length)
+        if segments is None:
+            return forward(inputs)
+        given = {key: inputs[key] for key in _FREE if key in inputs} | {"use_cache": False, "return_dict": True}
+        for key in _PER_TOKEN:
+            if inputs.get(key) is not None:
+                given[key] = _flatten(inputs[key], keep)
+        given["position_ids"] = _positions(model, inputs, mask, keep)
+        if inputs.get("labels") is not None:
+            given |= _targets(model, inputs, mask, keep)
+        with telling(segments):
+            output = forward(given)
+        for key in _OUTPUTS:
+            if output.get(key) is not None:
+                output[key] = _restore(output[key], keep, rows, length)
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(_restore(x, keep, rows, length) for x in output["hidden_states"])
+        return output.to_tuple() if inputs.get("return_dict") is False else output
+
+    def _flat_documents(
+        self, model: torch.nn.Module, inputs: dict[str, Any], keep: torch.Tensor, rows: int, length: int
+    ) -> Segments | None:
+        """The documents of the flat row: each row's own, without its padding. None for padding inside a document:
+        without it, its tokens would be nearer to each other than a window or chunk counts."""
+        packed = self.door.documents(model, inputs)
+        starts = {row * length for row in range(rows)}
+        if packed is not None:
+            starts |= {row * length + at for row, edges in enumerate(packed.boundaries) for at in edges[:-1]}
+        edges = torch.tensor(sorted(starts), device=keep.device)
+        member = torch.bucketize(keep, edges, right=True) - 1
+        holes = ((keep[1:] != keep[:-1] + 1) & (member[1:] == member[:-1])).sum()
+        inside, *counts = torch.cat([holes[None], torch.bincount(member, minlength=len(edges))]).tolist()
+        if inside:
+            return None
+        ends = [0]
+        for count in counts:
+            if count:
+                ends.append(ends[-1] + count)
+        return Segments((tuple(ends),), keep.device)
+
+
+def _flatten(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """``[B, S, ...]`` → ``[1, N, ...]``."""
+    return x.flatten(0, 1).index_select(0, keep)[None]
+
+
+def _restore(x: torch.Tensor, keep: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """``[1, N, ...]`` → ``[B, S, ...]``, zeros where padding is."""
+    whole = x.new_zeros(rows * length, *x.shape[2:])
+    return whole.index_copy(0, keep, x[0]).view(rows, length, *x.shape[2:])
+
+
+def _positions(model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The positions that the padded run has: as given, else counted as the model counts them."""
+    given = inputs.get("position_ids")
+    rows, length = mask.shape
+    if given is None and counts_mask(type(model)):
+        given = ((mask != 0).cumsum(-1) - 1).clamp(min=0)
+    elif given is None:
+        given = torch.arange(length, device=mask.device)
+    return _flatten(given.reshape(-1, length).expand(rows, length), keep)
+
+
+def _targets(
+    model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, keep: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Labels of the flat row: what each real token predicts in its own row.
+
+    What padding predicts (the first token behind padding on the left) is no target any more; it is said once.
+    """
+    labels = inputs["labels"]
+    if not predicts_next(model):
+        return {"labels": _flatten(labels, keep)}
+    wanted = shifted(labels) if inputs.get("shift_labels") is None else inputs["shift_labels"]
+    lost = int(((wanted != IGNORE_INDEX) & (mask == 0)).sum())
+    if lost and "lost" not in _said:
+        _said.add("lost")
+        logger.warning("axattn: unpad=True leaves out %d targets that padding would have predicted", lost)
+    flat = _flatten(wanted, keep)
+    cls: Any = type(model)
+    if takes_keywords(cls):
+        return {"labels": _flatten(labels, keep), "shift_labels": flat}
+    before = torch.nn.functional.pad(flat[:, :-1], (1, 0), value=IGNORE_INDEX)  # the model shifts them back
+    return {"labels": before}
+
+
+def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+    known = {*_PER_TOKEN, *_READ, *_FREE, "past_key_values", "use_cache", "output_attentions", "logits_to_keep"}
+    reasons = [
+        Reason(key, f"{key}: nobody declared how to flatten it")
+        for key, value in inputs.items()
+        if key not in known and (isinstance(value, torch.Tensor) or bool(value))
+    ]
+    if inputs.get("output_attentions"):
+        reasons.append(Reason("weights", "output_attentions=True (the weights would be those of the flat row)"))
+    keep = inputs.get("logits_to_keep")
+    if isinstance(keep, torch.Tensor) or keep:
+        reasons.append(Reason("logits_to_keep", "logits_to_keep counts tokens of padded rows"))
+    positions = inputs.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.ndim > 2:
+        reasons.append(Reason("position_ids", f"position_ids of shape {list(positions.shape)}"))
+    if reasons:
+        raise InvalidInputError(f"{type(model).__name__} can't run this batch unpadded", reasons, "Leave unpad out.")

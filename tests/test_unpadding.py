@@ -1,0 +1,253 @@
+"""``unpad=True``: a padded batch as one packed row; outputs, losses and gradients of the padded run at real tokens."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+import axattn
+from axattn import unpadding
+from tests.e2e.test_trainer import corpus, padded, train
+from tests.models import CONFIGS, HYBRIDS, build, positions, tokens
+from tests.test_door import qwen_vl
+
+LENGTHS = (12, 5, 9)
+TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def batch(side: str, labels: bool = True) -> dict[str, torch.Tensor]:
+    """Three rows of at most twelve tokens, padded on a side; labels at real tokens but for the first of each row."""
+    ids = tokens(3, 12)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(LENGTHS):
+        mask[row, slice(0, length) if side == "right" else slice(12 - length, 12)] = 1
+    if side == "holes":
+        mask[0, 3:5] = 0
+    given = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    if labels:
+        first = mask.argmax(-1)
+        given["labels"] = ids.masked_fill(mask == 0, -100)
+        given["labels"][torch.arange(3), first] = -100
+    return given
+
+
+def both(family: str, name: str = "auto") -> tuple[Any, Any]:
+    return axattn.apply(build(family), name, unpad=True), axattn.apply(build(family), name)
+
+
+class Sizes:
+    """Tokens that the layers of a model saw."""
+
+    def __init__(self, model: Any) -> None:
+        self.seen: list[torch.Size] = []
+        layers = model.model.layers if hasattr(model.model, "layers") else model.model.decoder.layers
+        layers[0].register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen.append((args[0] if args else kwargs["hidden_states"]).shape)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_outputs_loss_and_gradients_are_those_of_the_padded_run(family: str, side: str) -> None:
+    model, reference = both(family)
+    sizes, given = Sizes(model), batch(side)
+    found, expected = model(**given), reference(**given, use_cache=False)
+    assert sizes.seen[0][:2] == (1, sum(LENGTHS))
+    real = given["attention_mask"].bool()
+    assert found.logits.shape == expected.logits.shape
+    assert torch.allclose(found.logits[real], expected.logits[real], atol=1e-4)
+    assert not found.logits[~real].any()
+    assert torch.allclose(found.loss, expected.loss, rtol=1e-5)
+    found.loss.backward()
+    expected.loss.backward()
+    for (path, a), (_, b) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        if b.grad is not None:
+            assert torch.allclose(a.grad, b.grad, atol=1e-5 * max(b.grad.abs().max().item(), 1e-2)), path
+
+
+def test_gradients_come_through_the_outputs_too() -> None:
+    model, reference = both("llama")
+    given = batch("right", labels=False)
+    real = given["attention_mask"].bool()
+    for one in (model, reference):
+        one(**given, use_cache=False).logits[real].square().mean().backward()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5 * b.grad.abs().max().item())
+
+
+def test_rows_that_are_packed_and_padded_keep_their_documents() -> None:
+    model, reference = both("llama")
+    given = batch("right") | {"position_ids": positions((4, 8), (5, 7), (3, 6, 3))}
+    found, expected = model(**given), reference(**given, use_cache=False)
+    real = given["attention_mask"].bool()
+    assert torch.allclose(found.logits[real], expected.logits[real], atol=1e-4)
+    assert torch.allclose(found.loss, expected.loss, rtol=1e-5)
+
+
+def test_a_mask_of_document_numbers_is_flattened_with_its_documents() -> None:
+    model, reference = both("llama")
+    mask = torch.tensor([[1] * 4 + [2] * 6 + [0] * 2, [1] * 3 + [2] * 4 + [3] * 5])
+    given = {"input_ids": tokens(2, 12), "attention_mask": mask}
+    with torch.no_grad():
+        found, expected = model(**given).logits, reference(**given, use_cache=False).logits
+    assert torch.allclose(found[mask > 0], expected[mask > 0], atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_has_no_padding_or_a_cache_runs_as_it_is() -> None:
+    model, reference = both("llama")
+    sizes, ids = Sizes(model), tokens(2, 8)
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+    assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, reference(ids).logits)
+    assert {tuple(size[:2]) for size in sizes.seen} == {(2, 8)}
+    given = batch("left", labels=False)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**given, **options), reference.generate(**given, **options))
+    holes = batch("holes", labels=False)
+    real = holes["attention_mask"].bool()
+    assert torch.allclose(model(**holes).logits[real], reference(**holes).logits[real], atol=1e-4)
+    assert sizes.seen[-1][:2] == (3, 12)
+
+
+@torch.no_grad()
+def test_outputs_come_as_asked() -> None:
+    model, reference = both("llama")
+    given = batch("right")
+    real = given["attention_mask"].bool()
+    as_tuple, expected = model(**given, return_dict=False), reference(**given, use_cache=False, return_dict=False)
+    assert torch.allclose(as_tuple[1][real], expected[1][real], atol=1e-4)
+    hidden = model(**given, output_hidden_states=True).hidden_states
+    wanted = reference(**given, use_cache=False, output_hidden_states=True).hidden_states
+    assert all(torch.allclose(a[real], b[real], atol=1e-4) for a, b in zip(hidden, wanted, strict=True))
+    base, plain = axattn.apply(build("llama").model, "varlen", unpad=True), build("llama").model
+    inputs = batch("left", labels=False)
+    seen = inputs["attention_mask"].bool()
+    mine, theirs = base(**inputs).last_hidden_state, plain(**inputs).last_hidden_state
+    assert torch.allclose(mine[seen], theirs[seen], atol=1e-4)
+    embeds = {"inputs_embeds": model.model.embed_tokens(given["input_ids"]), "attention_mask": given["attention_mask"]}
+    assert torch.allclose(model(**embeds).logits[real], expected[1][real], atol=1e-4)
+
+
+def test_token_labels_that_are_not_shifted_stay_where_they_are() -> None:
+    torch.manual_seed(0)
+    config = CONFIGS["llama"](num_labels=3)
+    stock = tf.LlamaForTokenClassification(config).eval()
+    model = axattn.apply(copy.deepcopy(stock), "varlen", unpad=True)
+    given = batch("right")
+    given["labels"] = given["labels"].masked_fill(given["labels"] >= 0, 1)
+    assert torch.allclose(model(**given).loss, stock(**given).loss, rtol=1e-5)
+
+
+def test_targets_that_padding_predicts_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    unpadding._said.clear()
+    model, reference = both("llama")
+    given = batch("left")
+    real = given["attention_mask"].bool()
+    given["labels"] = given["input_ids"].masked_fill(~real, -100)  # the first real token too
+    with caplog.at_level(logging.WARNING, "axattn"):
+        found = model(**given).loss
+    assert "leaves out 2 targets" in caplog.text
+    given["labels"][~torch.nn.functional.pad(real[:, :-1], (1, 0))] = -100
+    assert torch.allclose(found, reference(**given, use_cache=False).loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "reason"),
+    [
+        (lambda: build("llama"), "sdpa", "is called by Transformers"),
+        (lambda: build("llama"), "s2", "s2 does not pack"),
+        (lambda: build("bamba"), "auto", "outside of attention"),
+        (qwen_vl, "auto", "images or audio"),
+        (lambda: build("llama4", no_rope_layers=[1, 0]), "auto", "counts positions"),
+        (lambda: tf.LlamaForSequenceClassification(CONFIGS["llama"]()), "auto", "one output a row"),
+        (
+            lambda: tf.BertModel(tf.BertConfig(**TINY)),
+            "auto",
+            "one output",
+        ),
+        (
+            lambda: tf.T5ForConditionalGeneration(tf.T5Config(d_model=32, num_layers=1)),
+            "auto",
+            "encoder-decoder",
+        ),
+    ],
+)
+def test_models_that_can_t_be_flattened_are_refused_and_left_alone(make: Any, name: str, reason: str) -> None:
+    model = make()
+    before = dict(vars(model))
+    with pytest.raises(axattn.UnsupportedAttentionError, match=reason):
+        axattn.apply(model, name, unpad=True)
+    assert vars(model).keys() == before.keys()
+
+
+def test_batches_that_can_t_be_flattened_are_refused() -> None:
+    model, _ = both("llama")
+    given = batch("right")
+    for extra, reason in (
+        ({"pixel_values": torch.ones(1)}, "pixel_values: nobody declared"),
+        ({"output_attentions": True}, "weights would be those"),
+        ({"logits_to_keep": 1}, "logits_to_keep counts"),
+    ):
+        with pytest.raises(axattn.InvalidInputError, match=reason):
+            model(**given, **extra)
+    assert model(**given).loss.isfinite()
+
+
+def test_it_is_copied_pickled_restored_and_kept_by_using() -> None:
+    model, reference = both("llama")
+    given = batch("right")
+    expected = reference(**given, use_cache=False).loss
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        sizes = Sizes(other)
+        assert torch.allclose(other(**given).loss, expected, rtol=1e-5)
+        assert sizes.seen[0][:2] == (1, sum(LENGTHS))
+    with axattn.using(model, "varlen"):
+        assert "forward" not in vars(model)
+    assert "forward" in vars(model)
+    axattn.restore(model)
+    assert "forward" not in vars(model)
+
+
+def test_trainer_with_padded_batches_follows_eager(tmp_path: Path) -> None:
+    stock = build("llama")
+    stock.set_attn_implementation("eager")
+    _, expected = train(tmp_path / "a", stock, padded)
+    model = axattn.prepare_for_training(axattn.apply(build("llama"), "auto", unpad=True))
+    sizes = Sizes(model)
+    _, found = train(tmp_path / "b", model, padded)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert all(size[0] == 1 for size in sizes.seen)
+    assert len(corpus()) == 32
+
+
+def test_a_lora_model_is_flattened_too() -> None:
+    peft = pytest.importorskip("peft")
+    losses = []
+    for unpad in (True, False):
+        torch.manual_seed(1)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(axattn.apply(build("llama"), "varlen", unpad=unpad), lora)
+        sizes = Sizes(model.base_model.model)
+        losses.append(model(**batch("right")).loss)
+        assert (sizes.seen[0][0] == 1) is unpad
+    assert torch.allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_from_pretrained_takes_it(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    model = axattn.from_pretrained(tmp_path, attn_implementation="auto", unpad=True)
+    sizes = Sizes(model)
+    model(**batch("right"))
+    assert sizes.seen[0][:2] == (1, sum(LENGTHS))
+
+
+def test_hybrids_are_known() -> None:
+    assert all(unpadding.mixers(build(family)) for family in HYBRIDS)
