@@ -299,21 +299,22 @@ class Door:
         """The text positions ``[B or 1, S]`` in ``position_ids``, None when there are none to read documents from."""
         if not isinstance(positions, torch.Tensor):
             return None
-        shape = list(positions.shape)
-        legal = f"[{rows}, {length}] or [1, {length}]"
+        shape = positions.shape
         if positions.is_floating_point() or positions.dtype == torch.bool:
             dtype = str(positions.dtype).removeprefix("torch.")
             raise InvalidInputError(f"position_ids have dtype {dtype}", advice="Positions are integers (torch.long).")
         if positions.ndim == 3 and self.position_planes:
-            legal = f"[{'|'.join(map(str, self.position_planes))}, {rows}, {length}]"
             if shape[0] in self.position_planes and shape[1] in (1, rows) and shape[2] == length:
                 return positions[0] if shape[0] == 4 else None
         elif positions.ndim == 2 and shape[0] in (1, rows) and shape[1] == length:
             return positions
         elif positions.ndim == 1 and shape[0] == length:
             return positions[None]
+        legal = f"[{rows}, {length}] or [1, {length}]"  # not before: text of a length would be a graph for each length
+        if positions.ndim == 3 and self.position_planes:
+            legal = f"[{'|'.join(map(str, self.position_planes))}, {rows}, {length}]"
         raise InvalidInputError(
-            f"position_ids have shape {shape}, but the batch has {rows} rows of {length} tokens",
+            f"position_ids have shape {list(shape)}, but the batch has {rows} rows of {length} tokens",
             advice=f"This model takes {legal}.",
         )
 

@@ -166,7 +166,8 @@ def run(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
     """The kernel itself; returns ``[B, S, H, Dv]``."""
     assert backend.forward is not None
     if backend.spans and torch.compiler.is_compiling():
-        return over_documents(call, backend.name, route.options_json)
+        inside = backend.name if call.module.training or not backend.evaluates else backend.evaluates
+        return over_documents(call, inside, route.options_json)
     return backend.forward(call)
 
 

@@ -77,6 +77,8 @@ class Backend:
         providers: the backends that may serve the name, by the value of its option ``provider``, in order.
         notice: what to tell the user once where it runs on a given machine, ``""`` for nothing.
         caches: False when its models are better off with ``use_cache=False`` in their configs.
+        evaluates: the backend that runs in its place in evaluation; ``""`` for itself. Such a kernel computes something
+            else than full attention: nothing exact may stand in for it in training.
         heads_alike: a head's output does not depend on its number, so heads may be split over ranks.
         plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
     """
@@ -93,6 +95,7 @@ class Backend:
     caches: bool = True
     spans: bool = False
     heads_alike: bool = True
+    evaluates: str = ""
     providers: Mapping[str, str] = field(default_factory=dict, hash=False)
     notice: Callable[[Environment], str] | None = None
 

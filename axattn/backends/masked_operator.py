@@ -42,7 +42,7 @@ def run_kernel(
         rule: the dense mask, for padding with holes.
 
     Raises:
-        UnsupportedAttentionError: padding with holes and a softcap.
+        UnsupportedAttentionError: padding with holes, and a softcap or a kernel that nothing exact may stand in for.
     """
     from axattn import backends
 
@@ -50,10 +50,10 @@ def run_kernel(
     call = AttentionCall(_NONE, query, key, value, mask, causal, None, scale, 0.0, softcap, None, None, {})
     call.options = json.loads(options)
     if mask.layout() is None:  # padding with holes: no spans
-        if softcap is not None:
+        if softcap is not None or backends.get(kernel).evaluates:
             raise UnsupportedAttentionError(
                 f"{kernel} can't serve this call",
-                [Reason("holes", "holes (padding between real tokens, and a softcap)")],
+                [Reason("holes", "holes (padding between real tokens)")],
                 "Run it without torch.compile.",
             )
         call.mask = rule()

@@ -43,6 +43,7 @@ CAPABILITY = Capability(
     padding=True,
     cross_lengths=True,
     gradient=True,
+    traced=True,
     notes={"": "deprecated; LLaMA only; sparse in training, full attention in evaluation"},
 )
 
@@ -112,5 +113,7 @@ BACKENDS = (
         s2,
         options=(_GROUP_SIZE,),
         heads_alike=False,
+        spans=True,
+        evaluates="varlen",
     ),
 )

@@ -1,0 +1,126 @@
+"""Compiled models and compiled layers: what eager gives, and a number of graphs that stops growing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+import axattn
+from tests.models import build, tokens
+from tests.parallel_jobs import compare, gradients, packed_batch
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    torch._dynamo.reset()
+
+
+class Counted:
+    """A compiler that counts its graphs."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+def packed() -> Iterator[dict[str, Any]]:
+    for seed, length in enumerate((24, 30, 41, 57, 33, 64)):
+        yield packed_batch(seed, length)
+
+
+def dense() -> Iterator[dict[str, Any]]:
+    for length in (33, 47, 21, 64):
+        yield {"input_ids": tokens(2, length), "labels": tokens(2, length)}
+
+
+def padded() -> Iterator[dict[str, Any]]:
+    for length in (13, 19, 26, 31):
+        mask = torch.tensor([[1] * length, [1] * (length - 4) + [0] * 4])
+        yield {"input_ids": tokens(2, length), "labels": tokens(2, length), "attention_mask": mask}
+
+
+KINDS = {"packed": packed, "dense": dense, "padded": padded}
+
+
+def step(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("what", ["model", "layers"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "name"), [("mistral", "varlen"), ("gemma2", "auto")])
+def test_lengths_that_change_make_two_graphs_and_the_results_of_eager(
+    family: str, name: str, kind: str, what: str
+) -> None:
+    reference, model = (axattn.apply(build(family), name).train() for _ in range(2))
+    counted, kinds_of_layers = Counted(), 1
+    runs: Any = model
+    if what == "model":
+        runs = torch.compile(model, backend=counted, fullgraph=True)
+    else:
+        for layer in model.model.layers:
+            layer.compile(backend=counted, fullgraph=True)
+        kinds_of_layers = len(set(getattr(model.config, "layer_types", None) or ["all"]))
+    for batch in KINDS[kind]():
+        loss, grads = step(reference, batch)
+        mine, found = step(runs, batch)
+        assert torch.allclose(mine, loss, rtol=1e-6)
+        assert compare({k.removeprefix("_orig_mod."): v for k, v in found.items()}, grads) < 1e-5
+    assert counted.graphs <= 2 * kinds_of_layers  # the first length, and all others
+
+
+def test_s2_is_sparse_in_training_and_full_in_evaluation_inside_a_graph() -> None:
+    reference, model = (axattn.apply(build("llama"), "s2", kernel_options={"group_size": 4}) for _ in range(2))
+    compiled = torch.compile(model, backend=Counted(), fullgraph=True)
+    ids = tokens(2, 12)
+    logits = []
+    for training in (True, False):
+        model.train(training)
+        reference.train(training)
+        expected = reference(ids, use_cache=False).logits
+        assert torch.allclose(compiled(ids, use_cache=False).logits, expected, atol=1e-5)
+        logits.append(expected)
+    assert not torch.allclose(*logits, atol=1e-2)
+
+
+def test_a_layer_compiled_by_itself_goes_back_through_its_checkpoint() -> None:
+    reference, model = (axattn.apply(build("llama"), "varlen").train() for _ in range(2))
+    for one in (reference, model):
+        one.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.layers:
+        layer.compile(backend=Counted(), fullgraph=False)
+    batch = packed_batch(1)
+    loss, grads = step(reference, batch)
+    mine, found = step(model, batch)
+    assert torch.allclose(mine, loss, rtol=1e-6)
+    assert compare(found, grads) < 1e-5
+
+
+def test_masks_of_compiled_layers_are_freed_with_their_batch() -> None:
+    import gc
+    import weakref
+
+    from axattn.masking import lazy_mask
+    from axattn.masks import of_handle
+
+    padding = torch.ones(2, 9, dtype=torch.bool)
+    mask = lazy_mask(2, 9, 9, attention_mask=padding)
+    assert mask.handle is not None
+    assert of_handle(mask.handle) is of_handle(mask.handle)
+    held = weakref.ref(padding)
+    gc.disable()
+    try:
+        del mask, padding
+        assert held() is None  # by counting references: no cycle waits for the collector
+    finally:
+        gc.enable()
