@@ -1,7 +1,8 @@
 """Kernels side by side on one GPU, in one command: ``python -m benchmarks.gpu [--output FILE] [--only PART ...]``.
 
 Parts: attention (every kernel, forward and with backward, dense and packed), torch (torch's own dense kernels),
-overhead (through axattn against the kernel called directly), step (a training step of LLaMA- and Gemma-type models).
+overhead (through axattn against the kernel called directly), step (a training step of LLaMA-, Qwen- and Gemma-type
+models), masks (memory of the masks of one forward). All within eight minutes on an H200, by estimate.
 It prints as it goes and writes after each part. ``--tiny`` runs small shapes, on a CPU too: a test of the script.
 """
 
@@ -30,13 +31,14 @@ BF16 = torch.bfloat16
 def attention(tiny: bool) -> list[dict[str, Any]]:
     """Every kernel on causal attention, GQA 4:1, bf16, 16k tokens or one row of 32k."""
     found = []
-    for size in (64,) if tiny else (64, 128):
-        for length in (128, 256) if tiny else (2048, 8192, 32768):
-            heads, kv_heads = (4, 1) if tiny else (32, 8)
+    for size in (64,) if tiny else (64, 128, 256):
+        for length in (128, 256) if tiny else (2048, 8192, 32768, 65536):
+            heads, kv_heads = (4, 1) if tiny else (4096 // size, 1024 // size)
             dense = Shape(1 if tiny else max(1, 16384 // length), heads, kv_heads, length, size)
             packed = Shape(1, heads, kv_heads, length, size).packed(16)
             for backward in (False, True):
-                done = bench((dense, packed), backward=backward, rounds=3 if tiny else 10, dtype=BF16)
+                rounds = 3 if tiny or length > 32768 else 10
+                done = bench((dense, packed), backward=backward, rounds=rounds, dtype=BF16)
                 entry = done.to_dict()
                 entry.pop("machine")
                 print(json.dumps(entry), flush=True)
@@ -49,9 +51,9 @@ def own_kernels(tiny: bool) -> list[dict[str, Any]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     found = []
-    for size in (64,) if tiny else (64, 128):
+    for size in (64,) if tiny else (64, 128, 256):
         for length in (128,) if tiny else (2048, 8192, 32768):
-            rows, heads = (1, 4) if tiny else (max(1, 16384 // length), 32)
+            rows, heads = (1, 4) if tiny else (max(1, 16384 // length), 4096 // size)
             shape = Shape(rows, heads, heads, length, size)
             q, k, v = (torch.randn(rows, heads, length, size, device=DEVICE, dtype=BF16) for _ in range(3))
 
@@ -90,6 +92,56 @@ def overhead(tiny: bool) -> dict[str, Any]:
         ratio = statistics.median(a / b for a, b in zip(spent["axattn"], spent["direct"], strict=True))
         found[str(length)] = round(ratio, 4)
         print("overhead", length, found[str(length)], flush=True)
+        if DEVICE == "cuda":
+            found[f"{length} packed"] = _packed_overhead(length)
+            print("overhead, packed", length, found[f"{length} packed"], flush=True)
+    return found
+
+
+def _packed_overhead(length: int) -> float:
+    """``varlen`` through axattn against ``torch.nn.attention.varlen`` called directly, on the same packed row."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    shape = Shape(1, 8, 8, length, 128).packed(16)
+    q, k, v = (torch.randn(1, 8, length, 128, device=DEVICE, dtype=BF16) for _ in range(3))
+    mask, module = mask_of(shape, DEVICE), Attention("varlen")
+    assert mask.segments is not None
+    edges, longest = mask.segments.cu_seqlens, max(shape.documents or ())
+
+    def direct() -> torch.Tensor:
+        flat = [x[0].transpose(0, 1) for x in (q, k, v)]
+        out: torch.Tensor = varlen_attn(*flat, edges, edges, longest, longest, window_size=(-1, 0))
+        return out
+
+    with torch.no_grad():
+        spent = timed({"direct": direct, "axattn": lambda: module(q, k, v, mask)}, 50, device=DEVICE)
+    return round(statistics.median(a / b for a, b in zip(spent["axattn"], spent["direct"], strict=True)), 4)
+
+
+def masks(tiny: bool) -> dict[str, Any]:
+    """Bytes that the masks of one packed forward take: Transformers' own for ``sdpa``, and ours."""
+    import transformers as tf
+    from transformers.masking_utils import create_causal_mask
+
+    import axattn
+
+    axattn.register()
+    config = tf.LlamaConfig(hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
+    found: dict[str, Any] = {}
+    for length in (1024,) if tiny else (32768, 131072):
+        where = (torch.arange(length, device=DEVICE) % 512)[None]
+        embeds = torch.empty(1, length, 64, device=DEVICE, dtype=BF16)
+        for name in ("sdpa", "varlen"):
+            config._attn_implementation = name
+            mask: Any = create_causal_mask(
+                config=config, inputs_embeds=embeds, attention_mask=None, past_key_values=None, position_ids=where
+            )
+            layout = mask.layout() if name == "varlen" else None
+            held = 0 if layout is not None else mask.numel() * mask.element_size()
+            if name == "varlen":
+                held = mask.segments.cu_seqlens.numel() * 4
+            found[f"{length}, {name}"] = held
+    print(json.dumps(found), flush=True)
     return found
 
 
@@ -104,10 +156,15 @@ def step(tiny: bool) -> list[dict[str, Any]]:
     sizes = small if tiny else wide
     layers = ["sliding_attention", "full_attention"] * (int(sizes["num_hidden_layers"]) // 2)
     gemma = {**sizes, "sliding_window": 32 if tiny else 1024, "layer_types": layers}
+    qwen = sizes if tiny else {**sizes, "num_hidden_layers": 28, "num_attention_heads": 16, "head_dim": 128}
+    qwen |= {} if tiny else {"intermediate_size": 6144}
+    two_sizes = {"head_dim": 16, "global_head_dim": 32} if tiny else {"head_dim": 256, "global_head_dim": 512}
+    two_sizes |= {} if tiny else {"num_attention_heads": 8, "num_key_value_heads": 2, "num_global_key_value_heads": 2}
     configs = {
         "llama": tf.LlamaConfig(**sizes),
-        "gemma2": tf.Gemma2Config(**gemma),
-        "gemma3": tf.Gemma3TextConfig(**gemma),
+        "qwen3": tf.Qwen3Config(**qwen),
+        "gemma2 (window, softcap)": tf.Gemma2Config(**gemma),
+        "gemma4 (two head dims)": tf.Gemma4TextConfig(**{**gemma, **two_sizes, "hidden_size_per_layer_input": 0}),
     }
     names = ["auto", *(name for name in usable_kernels() if ":" not in name and name != "sdpa"), "flex_attention"]
     found = []
@@ -126,7 +183,7 @@ def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--only", nargs="*", default=["attention", "torch", "overhead", "step"])
+    parser.add_argument("--only", nargs="*", default=["overhead", "step", "attention", "torch", "masks"])
     parser.add_argument("--tiny", action="store_true", help="small shapes, also on a CPU: a test of this script")
     arguments = parser.parse_args()
     if DEVICE == "cpu" and not arguments.tiny:
@@ -141,6 +198,7 @@ def main() -> None:
         "torch": own_kernels,
         "overhead": overhead,
         "step": step,
+        "masks": masks,
     }
     for name in arguments.only:
         result[name] = parts[name](arguments.tiny)

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import speed, training
 from benchmarks.measure import ROOT, interleaved, machine, ratios
+from benchmarks.models import llama, packed, step
 
 
 def import_time() -> dict[str, Any]:
@@ -40,67 +42,11 @@ def import_time() -> dict[str, Any]:
     }
 
 
-def _llama(hidden: int, layers: int, heads: int, vocabulary: int) -> Any:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=1 << 16,
-    )
-    return LlamaForCausalLM(config)
-
-
-def _packed(tokens: int, documents: int, vocabulary: int) -> dict[str, Any]:
-    import torch
-
-    length = tokens // documents
-    ids = torch.randint(0, vocabulary, (1, tokens))
-    where = torch.arange(length).repeat(documents)[None]
-    return {"input_ids": ids, "labels": ids, "position_ids": where, "use_cache": False}
-
-
-def _step(model: Any, batch: dict[str, Any]) -> Callable[[], object]:
-    def run() -> None:
-        model(**batch).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return run
-
-
-def packed_step() -> dict[str, Any]:
-    """Forward + backward of a 20 M LLaMA, packed, through ``varlen`` against Transformers' own ``sdpa``."""
-    import copy
-
-    import axattn
-
-    theirs = _llama(384, 8, 6, 8192)
-    theirs.set_attn_implementation("sdpa")
-    ours = copy.deepcopy(theirs)
-    axattn.apply(ours, "varlen")
-    found: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in ours.parameters()),
-        "aim": "speedup >= 1.85 at 4096/16",
-    }
-    for tokens, documents, rounds in ((4096, 16, 5), (4096, 64, 3), (4096, 1, 3)):
-        batch = _packed(tokens, documents, 8192)
-        times = interleaved({"sdpa": _step(theirs, batch), "varlen": _step(ours, batch)}, rounds, 1)
-        speedup = 1 / ratios(times, "sdpa")["varlen"]["ratio"]
-        found[f"{tokens} tokens in {documents}"] = {"speedup": round(speedup, 3), **ratios(times, "sdpa")["varlen"]}
-    return found
-
-
 def linear() -> dict[str, Any]:
     """Time and peak memory of a packed step against the token count, documents of 256 tokens: log-log slopes."""
     import math
 
-    sizes = (2048, 4096, 8192, 16384)
+    sizes = (2048, 4096, 8192, 16384, 32768)
     found: dict[str, Any] = {"tokens": sizes, "aim": "both exponents of varlen about 1.0"}
     for name in ("varlen", "sdpa"):
         measured = [_in_a_process(name, tokens) for tokens in sizes]
@@ -129,15 +75,15 @@ def one_step(name: str, tokens: int) -> None:
     import axattn
 
     torch.set_num_threads(2)
-    model = _llama(192, 4, 6, 1024)
+    model = llama(192, 4, 6, 1024)
     if name == "sdpa":
         model.set_attn_implementation("sdpa")
     else:
         axattn.apply(model, name)
-    _step(model, _packed(512, 2, 1024))()
-    run, start = _step(model, _packed(tokens, tokens // 256, 1024)), _resident()
+    step(model, packed(512, 2, 1024))()
+    run, start = step(model, packed(tokens, tokens // 256, 1024)), _resident()
     seconds = []
-    for _ in range(3):
+    for _ in range(3 if tokens <= 16384 else 1):
         begin = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - begin)
@@ -169,7 +115,7 @@ def tiny_forward() -> dict[str, Any]:
         "positions": {"input_ids": ids, "position_ids": torch.arange(16)[None], "use_cache": False},
     }
     for layers in (4, 32):
-        theirs = _llama(64, layers, 4, 128).eval()
+        theirs = llama(64, layers, 4, 128).eval()
         theirs.set_attn_implementation("sdpa")
         same, ours = copy.deepcopy(theirs), copy.deepcopy(theirs)
         axattn.apply(ours, "varlen")
@@ -202,7 +148,7 @@ def loading() -> dict[str, Any]:
     found: dict[str, Any] = {"aim": "tiny <= 1.10, 20 M <= 1.02"}
     for name, shape in (("tiny", (64, 4, 4, 128)), ("20M", (384, 8, 6, 8192))):
         with tempfile.TemporaryDirectory() as folder:
-            _llama(*shape).save_pretrained(folder)
+            llama(*shape).save_pretrained(folder)
             candidates = {
                 "transformers": lambda folder=folder: AutoModelForCausalLM.from_pretrained(folder),
                 "axattn": lambda folder=folder: axattn.from_pretrained(folder, attn_implementation="auto"),
@@ -215,7 +161,12 @@ BENCHMARKS = {
     "import_time": import_time,
     "tiny_forward": tiny_forward,
     "loading": loading,
-    "packed_step": packed_step,
+    "bound": speed.bound,
+    "documents": speed.documents,
+    "unpad": speed.unpad,
+    "trainer_step": training.trainer_step,
+    "rows_over_ranks": training.rows_over_ranks,
+    "compilation": training.compilation,
     "linear": linear,
 }
 
@@ -232,8 +183,8 @@ def main() -> None:
         torch.set_num_threads(2)
         results[name] = BENCHMARKS[name]()
         print(name, json.dumps(results[name], indent=2), flush=True)
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+        if arguments.output:  # after each: a run that is cut short keeps what it has
+            arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

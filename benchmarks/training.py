@@ -1,0 +1,182 @@
+"""The training stack on a CPU: a Trainer's whole step, rows over two processes, compilation."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.measure import interleaved, ratios
+from benchmarks.models import llama, packed, step
+
+
+class _Timed:
+    """Seconds inside the attention function of a model, forward only."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds = 0.0
+        self.start = 0.0
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(self._begin)
+            layer.self_attn.register_forward_hook(self._end)
+
+    def _begin(self, *_: Any) -> None:
+        self.start = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self.start
+
+
+def trainer_step() -> dict[str, Any]:
+    """Packed tokens a second of Transformers' Trainer (optimizer included), on ``varlen`` against ``sdpa``.
+
+    The attention part is the time inside the attention modules in the forward, projections included.
+    """
+    import tempfile
+
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    import axattn
+
+    torch.set_num_threads(2)
+    documents = [{"input_ids": torch.randint(3, 8192, (256,)).tolist()} for _ in range(64)]
+
+    def trainer(model: Any, folder: str) -> Any:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=16,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+        )
+        return Trainer(model, arguments, train_dataset=documents, data_collator=axattn.PackingCollator(4096))
+
+    theirs = llama(384, 8, 6, 8192)
+    ours = copy.deepcopy(theirs)
+    theirs.set_attn_implementation("sdpa")
+    axattn.prepare_for_training(axattn.apply(ours, "varlen"))
+    theirs.config.use_cache = False
+    timed = {"sdpa": _Timed(theirs), "varlen": _Timed(ours)}
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {"sdpa": trainer(theirs, folder), "varlen": trainer(ours, folder)}
+        batch = axattn.PackingCollator(4096)(documents[:16])
+        if batch["input_ids"].shape != (1, 4096):
+            raise AssertionError(f"the benchmark's batch is {batch['input_ids'].shape}, not one row of 4096")
+        runs: dict[str, Callable[[], object]] = {}
+        for name, one in trainers.items():
+            one.create_optimizer_and_scheduler(10)
+            runs[name] = _trainer_step(one, batch)
+        times = interleaved(runs, 4, 1)
+    return {
+        "row": "4096 tokens in 16 documents, 20 M LLaMA, AdamW",
+        "whole step, speedup": round(1 / ratios(times, "sdpa")["varlen"]["ratio"], 3),
+        "attention modules, forward, speedup": round(timed["sdpa"].seconds / timed["varlen"].seconds, 3),
+        "tokens a second": {name: round(4096 / min(each)) for name, each in times.items()},
+        "aim": "attention part >= 1.5",
+    }
+
+
+def _trainer_step(trainer: Any, batch: dict[str, Any]) -> Callable[[], object]:
+    def run() -> None:
+        trainer.model.train()
+        trainer.training_step(trainer.model, dict(batch))
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+
+    return run
+
+
+def _two_processes(tokens: int, rounds: int) -> dict[str, float]:
+    """In each of two ranks, one thread each: seconds of a step on whole rows, on split rows, and of the exchanges."""
+    import torch
+    import torch.distributed as dist
+
+    import axattn
+    from axattn.parallel import collectives
+
+    torch.set_num_threads(1)
+    model = llama(384, 4, 6, 1024)
+    whole, split = copy.deepcopy(model), copy.deepcopy(model)
+    axattn.apply(whole, "varlen")
+    axattn.sequence_parallel(axattn.apply(split, "varlen"), dist.group.WORLD)
+    batch = packed(tokens, tokens // 512, 1024)
+    batch["use_cache"] = False
+    spent = 0.0
+    real = collectives._all_to_all
+
+    def timed(x: Any, group: Any) -> Any:
+        nonlocal spent
+        start = time.perf_counter()
+        out = real(x, group)
+        spent += time.perf_counter() - start
+        return out
+
+    collectives._all_to_all = timed
+    for one in (whole, split):
+        one.train()
+    times = interleaved({"whole": step(whole, batch), "split": step(split, batch)}, rounds, 1)
+    collectives._all_to_all = real
+    compared = ratios(times, "whole")["split"]
+    return {"split against whole": compared["ratio"], "exchange share": spent / (rounds + 1) / min(times["split"])}
+
+
+def rows_over_ranks() -> dict[str, Any]:
+    """A step with rows over two processes (gloo, one thread each) against one process that runs them whole."""
+    from tests.distributed import run
+
+    found: dict[str, Any] = {"ideal": 0.5, "documents": 512}
+    for tokens in (1024, 4096):
+        ranks = run(2, _two_processes, tokens, 3)
+        found[f"{tokens} tokens"] = {key: round(max(rank[key] for rank in ranks), 3) for key in ranks[0]}
+    return found
+
+
+def compilation() -> dict[str, Any]:
+    """Seconds of the first compiled step (inductor) and graphs made over six lengths, whole model and layers."""
+    import torch
+    from torch._dynamo.backends.registry import lookup_backend
+
+    import axattn
+
+    found: dict[str, Any] = {"model": "4 layers of 192"}
+    for name in ("varlen", "sdpa"):
+        for what in ("model", "layers"):
+            torch._dynamo.reset()
+            graphs = 0
+
+            def counted(graph: Any, inputs: Any) -> Any:
+                nonlocal graphs
+                graphs += 1
+                return lookup_backend("inductor")(graph, inputs)
+
+            model = llama(192, 4, 6, 1024).train()
+            if name == "sdpa":
+                model.set_attn_implementation("sdpa")
+            else:
+                axattn.apply(model, name)
+            runs: Any = model
+            if what == "model":
+                runs = torch.compile(model, backend=counted)
+            else:
+                for layer in model.model.layers:
+                    layer.compile(backend=counted)
+            seconds = []
+            for length in (256, 320, 512, 448, 640, 384):
+                batch = packed(length, 4, 1024) if name != "sdpa" else _dense(length)
+                start = time.perf_counter()
+                step(runs, batch)()
+                seconds.append(time.perf_counter() - start)
+            found[f"{name}, {what}"] = {
+                "graphs over six lengths": graphs,
+                "first step, seconds": round(seconds[0], 2),
+                "last step, seconds": round(seconds[-1], 3),
+            }
+    return found
+
+
+def _dense(length: int) -> dict[str, Any]:
+    return {key: value for key, value in packed(length, 1, 1024).items() if key != "position_ids"}
