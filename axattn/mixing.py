@@ -50,6 +50,7 @@ def counters(model: torch.nn.Module) -> list[Reason]:
     return [Reason("model", f"{name} counts positions among the tokens that it sees") for name in counting[:1]]
 
 
+@functools.cache
 def counts_mask(cls: Any) -> bool:
     """Whether a model's file computes positions from the attention mask where none are given (OPT)."""
     source = inspect.getsource(sys.modules[cls.__module__])

@@ -15,7 +15,7 @@ from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
 from axattn.mixing import counters, counts_mask, mixers
 from axattn.needs import sub_configs
-from axattn.patches.entrance import Forward, add_entrance
+from axattn.patches.entrance import Forward, add_entrance, wants_cache
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
 from axattn.segments import Segments
@@ -76,14 +76,13 @@ class Unpad:
         self.door = Door(())
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
-        """Run one forward; returns the model's output. Batches without padding, and those that fill or read a cache
-        (``generate``), run as they are; so does everything inside a compiled graph."""
+        """Run one forward; returns the model's output. Batches without padding, and those that read a cache or whose
+        caller may go on from theirs, run as they are; so does everything inside a compiled graph."""
         mask = inputs.get("attention_mask")
         if (
             not isinstance(mask, torch.Tensor)
             or mask.ndim != 2
-            or inputs.get("past_key_values") is not None
-            or inputs.get("use_cache")
+            or wants_cache(model, inputs)
             or torch.compiler.is_compiling()
         ):
             return forward(inputs)
@@ -151,7 +150,8 @@ def _positions(model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tenso
     """The positions that the padded run has: as given, else counted as the model counts them."""
     given = inputs.get("position_ids")
     rows, length = mask.shape
-    if given is None and counts_mask(type(model)):
+    cls: Any = type(model)
+    if given is None and counts_mask(cls):
         given = ((mask != 0).cumsum(-1) - 1).clamp(min=0)
     elif given is None:
         given = torch.arange(length, device=mask.device)

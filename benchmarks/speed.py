@@ -102,7 +102,7 @@ REAL = (512, 260, 190, 150, 120, 100, 110, 75)
 
 
 def unpad() -> dict[str, Any]:
-    """A training step on a padded batch with 37 % real tokens: ``unpad=True``, ``varlen`` and Transformers' ``sdpa``."""
+    """A training step on a padded batch, 37 % real tokens: ``unpad=True``, ``varlen`` and Transformers' ``sdpa``."""
     import torch
 
     import axattn

@@ -176,7 +176,7 @@ def outputs() -> dict[str, Any]:
     logits = whole(**inputs, use_cache=False).logits
     found: dict[str, Any] = {"training": list(model.train()(**inputs).logits.shape)}
     without = {key: value for key, value in inputs.items() if key != "labels"}
-    found["no labels"] = worst([(model(**without).logits, logits)])
+    found["no labels"] = worst([(model(**without).logits, logits)])  # in training: no cache is kept
     model.eval()
     found["evaluation"] = worst([(model(**inputs).logits, logits)])
     found["tuple"] = worst([(model(**inputs, return_dict=False)[1], logits)])
@@ -226,6 +226,8 @@ def refusals() -> dict[str, str]:
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "sp"))
     tried("mesh", lambda: axattn.sequence_parallel(model(), mesh))
     tried("other batch", lambda: ready(**packed_batch(1 + rank)))
+    other = inputs | {"labels": inputs["labels"] + (inputs["labels"] > 0) * rank}
+    tried("other labels", lambda: ready(**other))
     tried("other length", lambda: ready(**packed_batch(1, 24 + rank)))
     tried("weights", lambda: ready(**inputs, output_attentions=True))
     tried("unknown input", lambda: ready(**inputs, pixel_values=torch.ones(1, 3, 4, 4)))

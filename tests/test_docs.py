@@ -97,3 +97,12 @@ def test_a_third_partys_kernel_is_found_planned_and_right(tmp_path: Path) -> Non
 
 def test_the_third_partys_kernel_is_short() -> None:
     assert len((ROOT / "examples" / "third_party" / "my_kernel.py").read_text().splitlines()) < 40
+
+
+def test_the_page_of_numbers_is_made_from_the_committed_ones() -> None:
+    from benchmarks import page
+
+    assert page.PAGE.read_text() == page.page(), "run python -m benchmarks.page"
+    text = page.README.read_text()
+    assert text == page.readme(text), "run python -m benchmarks.page"
+    assert page.PLOT.exists()

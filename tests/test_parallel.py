@@ -74,6 +74,7 @@ REFUSED = {
     "group": "group is a str",
     "mesh": "the mesh has 2 dimensions",
     "other batch": "hold different batches",
+    "other labels": "they differ in labels",
     "other length": "rank 0: 1 x 24, rank 1: 1 x 25",
     "weights": "the weights of a row are on several ranks",
     "unknown input": "pixel_values: nobody declared how to split it",

@@ -95,9 +95,9 @@ def test_rows_that_are_packed_and_padded_keep_their_documents() -> None:
 def test_a_mask_of_document_numbers_is_flattened_with_its_documents() -> None:
     model, reference = both("llama")
     mask = torch.tensor([[1] * 4 + [2] * 6 + [0] * 2, [1] * 3 + [2] * 4 + [3] * 5])
-    given = {"input_ids": tokens(2, 12), "attention_mask": mask}
+    given = {"input_ids": tokens(2, 12), "attention_mask": mask, "use_cache": False}
     with torch.no_grad():
-        found, expected = model(**given).logits, reference(**given, use_cache=False).logits
+        found, expected = model(**given).logits, reference(**given).logits
     assert torch.allclose(found[mask > 0], expected[mask > 0], atol=1e-4)
 
 
@@ -111,7 +111,13 @@ def test_what_has_no_padding_or_a_cache_runs_as_it_is() -> None:
     given = batch("left", labels=False)
     options = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(**given, **options), reference.generate(**given, **options))
-    holes = batch("holes", labels=False)
+    after = model(**given)  # without a word a cache comes back, of whole rows: decoding may go on from it
+    nxt = tokens(3, 1)
+    mask = torch.cat([given["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+    found = model(nxt, attention_mask=mask, past_key_values=after.past_key_values).logits
+    expected = reference(nxt, attention_mask=mask, past_key_values=reference(**given).past_key_values).logits
+    assert torch.equal(found, expected)
+    holes = batch("holes", labels=False) | {"use_cache": False}
     real = holes["attention_mask"].bool()
     assert torch.allclose(model(**holes).logits[real], reference(**holes).logits[real], atol=1e-4)
     assert sizes.seen[-1][:2] == (3, 12)
@@ -130,10 +136,10 @@ def test_outputs_come_as_asked() -> None:
     base, plain = axattn.apply(build("llama").model, "varlen", unpad=True), build("llama").model
     inputs = batch("left", labels=False)
     seen = inputs["attention_mask"].bool()
-    mine, theirs = base(**inputs).last_hidden_state, plain(**inputs).last_hidden_state
+    mine, theirs = base(**inputs, use_cache=False).last_hidden_state, plain(**inputs).last_hidden_state
     assert torch.allclose(mine[seen], theirs[seen], atol=1e-4)
     embeds = {"inputs_embeds": model.model.embed_tokens(given["input_ids"]), "attention_mask": given["attention_mask"]}
-    assert torch.allclose(model(**embeds).logits[real], expected[1][real], atol=1e-4)
+    assert torch.allclose(model(**embeds, use_cache=False).logits[real], expected[1][real], atol=1e-4)
 
 
 def test_token_labels_that_are_not_shifted_stay_where_they_are() -> None:
@@ -251,3 +257,12 @@ def test_from_pretrained_takes_it(tmp_path: Path) -> None:
 
 def test_hybrids_are_known() -> None:
     assert all(unpadding.mixers(build(family)) for family in HYBRIDS)
+
+
+@torch.no_grad()
+def test_a_compiled_model_runs_its_padded_rows() -> None:
+    model, reference = both("llama")
+    given = batch("right")
+    real = given["attention_mask"].bool()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(**given).logits[real], reference(**given).logits[real], atol=1e-4)

@@ -12,7 +12,7 @@ from axattn.parallel import accelerate
 from axattn.parallel.checks import reasons_against
 from axattn.parallel.collectives import total
 from axattn.parallel.rows import Group, join, split
-from axattn.patches.entrance import Entrance, Forward, add_entrance
+from axattn.patches.entrance import Entrance, Forward, add_entrance, wants_cache
 from axattn.state import state_of, transformers_model
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -27,8 +27,8 @@ def sequence_parallel(model: Model, group: Any, *, gather: Gather = "auto") -> M
     does not divide are served; KV heads fewer than P are repeated.
 
     The loss is that of the whole batch, on every rank; the average of the gradients over the ranks (which DDP and FSDP
-    take; else `axattn.parallel.average_gradients`) is its gradient. With a cache (``generate``) each rank runs the
-    whole rows by itself.
+    take; else `axattn.parallel.average_gradients`) is its gradient. With a cache (``generate``; ``use_cache=False``
+    turns it off) each rank runs the whole rows by itself.
 
     Args:
         model: runs on names of ours (`axattn.apply`); it may be wrapped before or after.
@@ -105,8 +105,8 @@ class Split:
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
         """Run one forward; returns the model's output."""
-        if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
-            return forward(inputs)  # decoding: a cache holds whole rows
+        if wants_cache(model, inputs):
+            return forward(inputs)  # a cache holds whole rows
         if torch.compiler.is_compiling():
             raise UnsupportedAttentionError(
                 "a sequence-parallel model can't be traced as one graph",

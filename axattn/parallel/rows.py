@@ -17,6 +17,7 @@ from axattn.segments import Segments
 from axattn.shares import Share
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "labels", "shift_labels")
+_COMPARED = ("input_ids", "position_ids", "labels", "attention_mask", "cu_seq_lens_q")
 _READ = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """What the share says in their place."""
 _FREE = ("num_items_in_batch", "use_cache", "return_dict", "logits_to_keep", "output_hidden_states", "past_key_values")
@@ -90,7 +91,8 @@ def split(
     extra = -length % P
     whole = {key: inputs[key] for key in _PER_TOKEN if inputs.get(key) is not None}
     if "position_ids" not in whole:
-        if mask is not None and counts_mask(type(model)) and not bool(mask[:, 0].all()):
+        cls: Any = type(model)
+        if mask is not None and counts_mask(cls) and not bool(mask[:, 0].all()):
             text = "this model counts positions from the first real token; give position_ids"
             raise UnsupportedAttentionError("rows padded on the left can't be split", [Reason("position_ids", text)])
         whole["position_ids"] = torch.arange(length, device=tokens.device).expand(rows, length)
@@ -156,20 +158,22 @@ def _given(value: Any) -> bool:
 
 def _require_same(group: Group, inputs: dict[str, Any], rows: int, length: int) -> None:
     """One small collective a forward: ranks with other batches would mix their rows in silence, or hang."""
-    first = inputs.get("input_ids")
     device = next(x.device for x in inputs.values() if isinstance(x, torch.Tensor))
-    print_of = torch.zeros(3, dtype=torch.int64, device=device)
-    print_of[0], print_of[1] = rows, length
-    if isinstance(first, torch.Tensor):
-        weight = torch.arange(1, length + 1, device=device)
-        print_of[2] = (first.to(torch.int64) * weight).sum()
+    sums = [torch.tensor(0, device=device)] * len(_COMPARED)
+    for at, key in enumerate(_COMPARED):
+        given = inputs.get(key)
+        if isinstance(given, torch.Tensor):
+            flat = given.to(device, torch.int64).flatten()
+            sums[at] = (flat * torch.arange(1, flat.numel() + 1, device=device)).sum() + 1
+    print_of = torch.stack([*(torch.tensor(n, device=device) for n in (rows, length)), *sums])
     found = [torch.empty_like(print_of) for _ in range(group.ranks)]
     dist.all_gather(found, print_of, group=group.handle)
-    shapes = [tuple(one.tolist()) for one in found]
-    if any(one != shapes[0] for one in shapes):
-        shown = ", ".join(f"rank {at}: {a} x {b}" for at, (a, b, _) in enumerate(shapes))
+    seen = [one.tolist() for one in found]
+    if any(one != seen[0] for one in seen):
+        shown = ", ".join(f"rank {at}: {one[0]} x {one[1]}" for at, one in enumerate(seen))
+        other = [key for at, key in enumerate(_COMPARED) if len({one[2 + at] for one in seen}) > 1]
         raise InvalidInputError(
             "the ranks of a sequence-parallel group hold different batches",
-            [Reason("input_ids", f"rows x tokens by rank: {shown}")],
+            [Reason("input_ids", f"rows x tokens by rank: {shown}; they differ in {', '.join(other)}")],
             "Give every rank of the group the same batch: shard the data set over the other mesh dimension only.",
         )

@@ -52,6 +52,17 @@ class Entrance:
         return self.change(self.model, lambda given: inner(**given), inputs)
 
 
+def wants_cache(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether a forward reads a cache, or its caller may go on from the one that it returns (whole, padded rows).
+
+    Without a word (``use_cache``) the model's config decides; in training and with labels nobody goes on from it.
+    """
+    asked = inputs.get("use_cache")
+    if inputs.get("past_key_values") is not None or asked is not None:
+        return bool(inputs.get("past_key_values") is not None or asked)
+    return bool(getattr(model.config, "use_cache", False)) and not model.training and inputs.get("labels") is None
+
+
 def add_entrance(patches: PatchSet, model: torch.nn.Module, change: Change) -> None:
     """Put a change around a model's ``forward``."""
     patches.set_attribute(model, "forward", Entrance(model, change, vars(model).get("forward")))
