@@ -69,6 +69,7 @@ def trainer_step() -> dict[str, Any]:
         runs: dict[str, Callable[[], object]] = {}
         for name, one in trainers.items():
             one.create_optimizer_and_scheduler(10)
+            one.current_gradient_accumulation_steps = 1  # what its loop sets before a step
             runs[name] = _trainer_step(one, batch)
         times = interleaved(runs, 4, 1)
     return {
