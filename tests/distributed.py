@@ -28,7 +28,7 @@ def run(world: int, function: Any, *arguments: Any, timeout: float = 420) -> lis
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(_ROOT),
+            "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
             "TOKENIZERS_PARALLELISM": "false",
         }
         environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
