@@ -32,7 +32,7 @@ class AxattnError(Exception):
     def __init__(self, message: str, reasons: Sequence[Reason] = (), advice: str = "") -> None:
         self.reasons: tuple[Reason, ...] = tuple(reasons)
         self.advice = advice
-        self.args = (_compose(message, self.reasons, advice),)
+        super().__init__(_compose(message, self.reasons, advice))
 
 
 class UnknownAttentionError(AxattnError, ValueError):

@@ -57,6 +57,15 @@ def counts_mask(cls: Any) -> bool:
     return "cumsum(attention_mask" in source or "attention_mask.cumsum" in source
 
 
+def one_a_row(model: torch.nn.Module) -> list[Reason]:
+    """Heads that give one output a row, read at a fixed place of it: pooled or at the last token."""
+    pooled = any(getattr(one, "pooler", None) is not None for one in (model, *model.children()))
+    kinds = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "ForQuestionAnswering")
+    if pooled or type(model).__name__.endswith(kinds):
+        return [Reason("model", "it gives one output a row, read at a fixed place")]
+    return []
+
+
 def _text_model(model: torch.nn.Module) -> torch.nn.Module:
     from transformers import PreTrainedModel
 

@@ -13,7 +13,7 @@ import torch
 from axattn.door import Door, telling
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
-from axattn.mixing import counters, counts_mask, mixers
+from axattn.mixing import counters, counts_mask, mixers, one_a_row
 from axattn.needs import sub_configs
 from axattn.patches.entrance import Forward, add_entrance, wants_cache
 from axattn.patches.patchset import PatchSet
@@ -47,14 +47,7 @@ def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
         reasons.append(Reason("model", "it takes images or audio by row"))
     if any(entry.layer.need.bias for entry in decided.layers):
         reasons.append(Reason("bias", "its position bias is made for whole rows"))
-    inner = [model, *model.children()]
-    if any(getattr(one, "pooler", None) is not None for one in inner) or _one_a_row(type(model).__name__):
-        reasons.append(Reason("model", "it gives one output a row, read at a fixed place"))
-    return reasons
-
-
-def _one_a_row(name: str) -> bool:
-    return name.endswith(("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"))
+    return [*reasons, *one_a_row(model)]
 
 
 def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> None:

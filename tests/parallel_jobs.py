@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers as tf
 from torch.distributed.device_mesh import init_device_mesh
 
 import axattn
 from tests.fakes.machine import hopper
-from tests.models import build, positions, tokens
+from tests.models import CONFIGS, build, positions, tokens
 
 SCENARIOS = ("dense", "packed", "packed uneven", "right padded", "left padded", "uneven", "many rows", "checkpointed")
 
@@ -193,7 +195,6 @@ def outputs() -> dict[str, Any]:
 
 def refusals() -> dict[str, str]:
     """The texts of what is refused, by what was tried."""
-    import copy
     import pickle
 
     found: dict[str, str] = {}
@@ -221,6 +222,11 @@ def refusals() -> dict[str, str]:
     tried("rope", lambda: axattn.sequence_parallel(model(**rope), world))
     tried("temperature", lambda: axattn.sequence_parallel(model("llama4", no_rope_layers=[1, 0]), world))
     tried("router", lambda: axattn.sequence_parallel(model("mixtral", output_router_logits=True), world))
+    rows = tf.LlamaForSequenceClassification(CONFIGS["llama"]())
+    tried("one a row", lambda: axattn.sequence_parallel(axattn.apply(rows, "varlen"), world))
+    other_head = tf.LlamaForTokenClassification(CONFIGS["llama"]())
+    tried("own loss", lambda: axattn.sequence_parallel(axattn.apply(other_head, "varlen"), world))
+    tried("bamba", lambda: axattn.sequence_parallel(model("bamba", "auto"), world))
     tried("twice", lambda: axattn.sequence_parallel(ready, world))
     tried("group", lambda: axattn.sequence_parallel(model(), "world"))
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "sp"))
@@ -231,7 +237,7 @@ def refusals() -> dict[str, str]:
     tried("other length", lambda: ready(**packed_batch(1, 24 + rank)))
     tried("weights", lambda: ready(**inputs, output_attentions=True))
     tried("unknown input", lambda: ready(**inputs, pixel_values=torch.ones(1, 3, 4, 4)))
-    tried("mask", lambda: ready(tokens(1, 8), attention_mask=torch.ones(1, 1, 8, 8)))
+    tried("mask", lambda: ready(tokens(1, 8), attention_mask=torch.ones(1, 1, 8, 8), use_cache=False))
     tried("keep", lambda: ready(**inputs, logits_to_keep=1))
     tried("pickle", lambda: pickle.dumps(ready))
     tried("compile", lambda: torch.compile(ready, backend="eager")(**inputs))

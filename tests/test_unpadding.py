@@ -266,3 +266,21 @@ def test_a_compiled_model_runs_its_padded_rows() -> None:
     real = given["attention_mask"].bool()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(**given).logits[real], reference(**given).logits[real], atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["graph break", "inner model"])
+def test_parts_of_it_compiled_run_unpadded_or_padded_but_right(what: str) -> None:
+    torch._dynamo.reset()
+    model, reference = both("llama")
+    given = batch("right")
+    real = given["attention_mask"].bool()
+    expected = reference(**given).logits[real]
+    runs: Any = model
+    if what == "inner model":
+        model.model.compile(backend="eager")
+        model(tokens(1, sum(LENGTHS)), use_cache=False)  # the same shape, one document
+    else:
+        model.model.layers[0].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+        runs = torch.compile(model, backend="eager")
+    assert torch.allclose(runs(**given).logits[real], expected, atol=1e-4)

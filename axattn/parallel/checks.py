@@ -10,7 +10,7 @@ import torch
 from axattn import backends, names
 from axattn.errors import Reason
 from axattn.losses import takes_keywords
-from axattn.mixing import counters, mixers
+from axattn.mixing import counters, mixers, one_a_row
 from axattn.needs import sub_configs
 from axattn.routes import ATTRIBUTE
 from axattn.state import state_of
@@ -38,7 +38,7 @@ def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
         reasons.append(Reason("model", "it is an encoder-decoder"))
     if len(sub_configs(config)) > 1:
         reasons.append(Reason("model", "it is made of several models (images, audio)"))
-    reasons += _layer_reasons(model, config)
+    reasons += [*_layer_reasons(model, config), *one_a_row(model)]
     needs = [entry.layer.need for entry in state.plan.layers]
     uneven = sorted({need.heads for need in needs if need.heads is not None and need.heads % ranks})
     if uneven:

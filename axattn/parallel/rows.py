@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
-from axattn.losses import IGNORE_INDEX, shifted
+from axattn.losses import IGNORE_INDEX, predicts_next, shifted
 from axattn.mixing import counts_mask
 from axattn.parallel.collectives import gather
 from axattn.segments import Segments
@@ -96,7 +96,7 @@ def split(
             text = "this model counts positions from the first real token; give position_ids"
             raise UnsupportedAttentionError("rows padded on the left can't be split", [Reason("position_ids", text)])
         whole["position_ids"] = torch.arange(length, device=tokens.device).expand(rows, length)
-    if "labels" in whole and "shift_labels" not in whole:
+    if "labels" in whole and "shift_labels" not in whole and predicts_next(model):
         whole["shift_labels"] = shifted(whole["labels"])
     part = (length + extra) // P
     start = group.rank * part
@@ -104,8 +104,9 @@ def split(
     for key, value in whole.items():
         fill = IGNORE_INDEX if key in ("labels", "shift_labels") else 0
         given[key] = _behind(value, extra, fill)[:, start : start + part].contiguous()
-    if "shift_labels" in whole and given.get("num_items_in_batch") is None:
-        given["num_items_in_batch"] = (whole["shift_labels"] != IGNORE_INDEX).sum()
+    targets = whole.get("shift_labels", whole.get("labels"))
+    if targets is not None and given.get("num_items_in_batch") is None:
+        given["num_items_in_batch"] = (targets != IGNORE_INDEX).sum()
     padding = None if mask is None else _behind(mask.to(torch.bool), extra, False)
     if extra and segments is not None:  # the padding is a document of its own
         segments = Segments(tuple((*row, length + extra) for row in segments.boundaries), segments.device)

@@ -35,21 +35,23 @@ class Entrance:
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the ``forward`` inside: Trainer reads it to know which columns of a data set to keep."""
-        return inspect.signature(self._forward())
-
-    def _forward(self) -> Callable[..., Any]:
         cls: Any = type(self.model)
-        found: Callable[..., Any] = self.inner if self.inner is not None else cls.forward.__get__(self.model)
-        return found
+        return inspect.signature(self.inner if self.inner is not None else cls.forward.__get__(self.model))
+
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        """The ``forward`` inside, on inputs by name."""
+        if self.inner is not None:
+            return self.inner(**inputs)
+        cls: Any = type(self.model)
+        # no bound method: after a graph break torch.compile makes one again by its name, and would find this entrance
+        return cls.forward(self.model, **inputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's ``forward``."""
-        inner = self._forward()
         inputs = dict(kwargs)
         if args:
-            bound = inspect.signature(inner).bind_partial(*args)
-            inputs = {**bound.arguments, **kwargs}
-        return self.change(self.model, lambda given: inner(**given), inputs)
+            inputs = {**self.__signature__.bind_partial(*args).arguments, **kwargs}
+        return self.change(self.model, self._run, inputs)
 
 
 def wants_cache(model: Any, inputs: dict[str, Any]) -> bool:
