@@ -334,3 +334,19 @@ def test_llama_4_s_layers_that_count_tokens_of_a_row_take_no_packed_rows_past_wh
     with pytest.raises(axattn.UnsupportedAttentionError, match="from 7 on"):
         model(ids, position_ids=positions((5, 7)), use_cache=False)
     assert model(ids, use_cache=False).logits.isfinite().all()  # one document counts right
+
+
+@torch.no_grad()
+def test_a_mask_with_documents_that_is_taken_away_is_missed(model: Any) -> None:
+    """Accelerate's context parallelism hooks attention modules so; without a mask documents would see each other."""
+    ids = tokens(1, 10)
+    attention = model.model.layers[1].self_attn
+    handle = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "attention_mask": None, "is_causal": True}), with_kwargs=True
+    )
+    try:
+        with pytest.raises(UnsupportedAttentionError, match="did not reach it"):
+            model(ids, **PACKED, use_cache=False)
+        assert model(ids, use_cache=False).logits.isfinite().all()  # one document: causal is all there is
+    finally:
+        handle.remove()
