@@ -40,7 +40,7 @@ _LABELS = {
     "cross_lengths": "decoding, cross-attention",
     "gradient": "gradient",
     "weights": "attention weights",
-    "traced": "inside `torch.compile`, packed",
+    "traced": "inside `torch.compile`",
 }
 
 
