@@ -57,6 +57,14 @@ def lazy_mask(
     if context is not None and context.share is not None:
         return _shared(context.share, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
     if (
+        type(attention_mask) is torch.Tensor
+        and kv_offset == 0
+        and attention_mask.shape[-1] == kv_length
+        and not torch.compiler.is_compiling()
+        and bool(attention_mask.all())
+    ):
+        attention_mask = None  # no padding: the commonest mask that is given
+    if (
         mask_function is known().causal
         and attention_mask is None
         and q_length == kv_length
