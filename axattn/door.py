@@ -149,9 +149,15 @@ class Door:
         if _slot.share is not None:
             _slot.context = Context(None, _token_shape(inputs), bool(weights), seen, self, outer, _slot.share)
             return None
-        if _slot.told is not None and _token_shape(inputs) == (_slot.told.rows, _slot.told.length):
-            told = _slot.told if _slot.told.packed else None
-            _slot.context = Context(told, _token_shape(inputs), bool(weights), seen, self, outer)
+        told = _slot.told
+        if told is not None:
+            shape = _token_shape(inputs)
+            if shape != (told.rows, told.length):  # read from positions alone, two rows could be one document
+                raise InvalidInputError(
+                    f"{type(module).__name__} has {shape} tokens where the unpadded row has {(told.rows, told.length)}",
+                    advice="Leave unpad out.",
+                )
+            _slot.context = Context(told if told.packed else None, shape, bool(weights), seen, self, outer)
             return None
         if (
             outer is not None

@@ -2,7 +2,7 @@
 
 Parts: attention (every kernel, forward and with backward, dense and packed), torch (torch's own dense kernels),
 overhead (through axattn against the kernel called directly), step (a training step of LLaMA-, Qwen- and Gemma-type
-models), masks (memory of the masks of one forward). All within eight minutes on an H200, by estimate.
+models), masks (memory of the masks of one forward). The aim is eight minutes on an H200; it has not been timed there.
 It prints as it goes and writes after each part. ``--tiny`` runs small shapes, on a CPU too: a test of the script.
 """
 

@@ -284,3 +284,15 @@ def test_parts_of_it_compiled_run_unpadded_or_padded_but_right(what: str) -> Non
         model.model.layers[0].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
         runs = torch.compile(model, backend="eager")
     assert torch.allclose(runs(**given).logits[real], expected, atol=1e-4)
+
+
+def test_a_model_that_adds_tokens_of_its_own_is_missed() -> None:
+    """Documents told for the flat row fit no other: read again from positions, rows could run into each other."""
+    model, _ = both("llama")
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"input_ids": torch.nn.functional.pad(kwargs["input_ids"], (1, 0))}),
+        with_kwargs=True,
+        prepend=True,
+    )
+    with pytest.raises(axattn.InvalidInputError, match="the unpadded row has"):
+        model(**batch("right"))

@@ -14,7 +14,13 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from axattn.backends.exact import exactly
-from axattn.backends.masked_operator import autograd_inside, masked_attention_op, run_kernel
+from axattn.backends.masked_operator import (
+    autograd_inside,
+    fake_gradients,
+    fake_output,
+    masked_attention_op,
+    run_kernel,
+)
 from axattn.call import AttentionCall
 from axattn.masks import LazyMask
 from axattn.patterns import Pattern
@@ -212,11 +218,7 @@ def attention_op(
     return out.contiguous()
 
 
-@attention_op.register_fake
-def _(query: Any, key: Any, value: Any, *_: Any) -> torch.Tensor:
-    B, H, S, _D = query.shape
-    out: torch.Tensor = query.new_empty(B, S, H, value.shape[-1])
-    return out
+attention_op.register_fake(fake_output)
 
 
 @torch.library.custom_op("axattn::attention_backward", mutates_args=())
@@ -243,9 +245,7 @@ def attention_backward_op(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@attention_backward_op.register_fake
-def _(grad: Any, query: Any, key: Any, value: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))  # type: ignore[return-value]  # a tuple of three
+attention_backward_op.register_fake(fake_gradients)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

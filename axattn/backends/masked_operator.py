@@ -90,11 +90,21 @@ def masked_attention_op(
     return run_kernel(query, key, value, mask, scale, softcap, kernel, options, mask.dense).contiguous()
 
 
-@masked_attention_op.register_fake
-def _(query: Any, key: Any, value: Any, *_: Any) -> torch.Tensor:
+def fake_output(query: Any, key: Any, value: Any, *_: Any) -> torch.Tensor:
+    """The form of what the operators of attention return."""
     B, H, S, _D = query.shape
     out: torch.Tensor = query.new_empty(B, S, H, value.shape[-1])
     return out
+
+
+def fake_gradients(
+    grad: Any, query: Any, key: Any, value: Any, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The form of what their backward operators return."""
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))  # type: ignore[return-value]  # a tuple of three
+
+
+masked_attention_op.register_fake(fake_output)
 
 
 @torch.library.custom_op("axattn::masked_attention_backward", mutates_args=())
@@ -118,9 +128,7 @@ def masked_attention_backward_op(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@masked_attention_backward_op.register_fake
-def _(grad: Any, query: Any, key: Any, value: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))  # type: ignore[return-value]  # a tuple of three
+masked_attention_backward_op.register_fake(fake_gradients)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
