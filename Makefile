@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test lint types unit oldest conformance docs bench clean setup
+.PHONY: demo test lint types unit oldest conformance census docs bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -31,11 +31,16 @@ unit: $(READY)
 # The oldest supported Transformers, laid over the same environment: every test that touches Transformers again.
 oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,registration.py segments.py masks.py interface.py door.py \
-	    loading.py needs.py planning.py training.py s2.py flash.py fp8.py ranking.py compiled.py) tests/conformance tests/e2e
+	    loading.py needs.py planning.py training.py s2.py flash.py fp8.py ranking.py compiled.py numbering.py mixing.py losses.py) \
+	    tests/conformance tests/census tests/e2e
 
 # The whole matrix (`make test` runs a sample of it); writes docs/conformance.json and docs/conformance.md.
 conformance: $(READY)
 	$(BIN)/python -m tests.conformance --write
+
+# Every architecture of Transformers, also over two ranks (`make test` splits a fifth of them); writes docs/models.{json,md}.
+census: $(READY)
+	$(BIN)/python -m tests.census --write
 
 # The pages that are made, not written.
 docs: $(READY)

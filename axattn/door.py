@@ -35,6 +35,7 @@ class Context:
         door: whose forward is running.
         outer: the context to go back to.
         share: the forward runs on this rank's share of its rows.
+        crosses: the model also attends to another sequence (``encoder_hidden_states``).
     """
 
     segments: Segments | TracedSegments | None
@@ -44,6 +45,7 @@ class Context:
     door: Door
     outer: Context | None
     share: Share | None = None
+    crosses: bool = False
 
 
 class _Slot(threading.local):
@@ -99,6 +101,9 @@ class Door:
         standing: on this native name no packed call is right (`axattn.guard.standing_reasons`).
         mixers: layers that mix tokens outside of attention (`axattn.mixing`): documents would leak through them.
         counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
+        unfit: why packed rows can't be what is meant: positions that do not reach the model, one output a row.
+        first_position: of a row's first token (`axattn.numbering.first_position`).
+        reads_first: a head reads the first token of each row (`axattn.mixing.reads_first`).
     """
 
     def __init__(
@@ -112,6 +117,9 @@ class Door:
         standing: bool = False,
         counted: int | None = None,
         mixers: tuple[Reason, ...] = (),
+        unfit: tuple[Reason, ...] = (),
+        first_position: int = 0,
+        reads_first: bool = False,
         flash: FlashRules | None = None,
     ) -> None:
         self.parameters = parameters
@@ -122,13 +130,16 @@ class Door:
         self.standing = standing
         self.counted = counted
         self.mixers = mixers
+        self.unfit = unfit
+        self.first_position = first_position
+        self.reads_first = reads_first
         self.flash = flash
 
     def enter(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook (``with_kwargs=True``). Changes the inputs in one case: packed rows on a flash name get the
-        lengths of their documents, which Transformers' flash path reads at any batch size."""
+        """Forward pre-hook (``with_kwargs=True``). Packed rows get what they lack: on a flash name the lengths of their
+        documents, which Transformers' flash path reads at any batch size; positions that start anew in each."""
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
         if self.shares_keys:
             guard.require_gradients_of_shared_keys(module)
@@ -166,21 +177,31 @@ class Door:
             and outer.door is not self
             and not _is_packed(get("past_key_values"))
             and (seen[0] is seen[1] is seen[2] is seen[3] is None)
+            and get("encoder_hidden_states") is None
         ):
             return None  # an inner model with nothing to read: the outer door has looked, and its context holds
         if outer is not None and _same(seen, outer.seen):
             segments, shape = outer.segments, outer.shape
         else:
             segments, shape = self._read(module, inputs, seen, outer)
-        _slot.context = Context(segments, shape, bool(weights), seen, self, outer)
-        if self.flash is not None and self.flash.takes_lengths and isinstance(segments, Segments):
-            return args, {**kwargs, **flash_guard.lengths_of(segments)}
-        return None
+        added: dict[str, Any] = {}
+        if segments is not None:
+            if self.flash is not None and self.flash.takes_lengths and isinstance(segments, Segments):
+                added = flash_guard.lengths_of(segments)
+            if seen[0] is None and not self.position_planes and "position_ids" in self.parameters[len(args) :]:
+                added["position_ids"] = segments.positions + self.first_position
+                seen = (added["position_ids"], *seen[1:])
+        crosses = get("encoder_hidden_states") is not None
+        _slot.context = Context(segments, shape, bool(weights), seen, self, outer, crosses=crosses)
+        return (args, {**kwargs, **added}) if added else None
 
     def reached(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of an attention module on a flash name: have the documents come this far?"""
+        """Forward pre-hook of an attention module on a flash name: have the documents come this far, and as such?"""
+        if self.native is None:
+            return
+        flash_guard.require_plain_positions(self.native, module, kwargs)
         context = _slot.context
-        if context is not None and isinstance(context.segments, Segments) and self.native is not None:
+        if context is not None and isinstance(context.segments, Segments):
             flash_guard.require_reached(self.native, module, kwargs, context.segments)
 
     def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -235,6 +256,8 @@ class Door:
         if finished and self.native is not None and isinstance(mask, torch.Tensor):
             guard.require_mask_is_read(self.native, module, mask)
         mask = None if finished else mask
+        if self.reads_first and mask is not None and self.native not in ("eager", "sdpa"):
+            self._require_first_is_real(module, mask)
         if torch.compiler.is_compiling():
             return self._trace(module, inputs, seen, rows, length, finished), shape
         if cu_q is not None or cu_k is not None:
@@ -244,6 +267,9 @@ class Door:
             if finished:  # a 4-D mask (the user's own, or one that `generate` built before) already says it all
                 return None, shape
             inside = mask if mask is not None and mask.shape[-1] == length else None
+            decodes = cache is not None or bool(inputs.get("use_cache"))  # `generate` counts from 0 in any model
+            if positions is not None and self.first_position and not decodes:
+                self._require_counted_from_first(module, positions, inside)
             segments = None
             if positions is not None or inside is not None:
                 segments = from_positions(positions, inside, rows, length)
@@ -274,6 +300,10 @@ class Door:
             if finished:
                 return None
             inside = mask if mask is not None and mask.shape[-1] == length else None
+            if positions is not None and self.first_position:
+                low = positions if inside is None else positions.masked_fill(inside == 0, self.first_position)
+                text = f"axattn: position_ids start at {self.first_position} in this model (padding_idx + 1)"
+                torch._assert_async((low >= self.first_position).all(), text)
             segments = traced.from_positions(positions, inside, rows, length)
         if segments is None:
             return None
@@ -282,7 +312,7 @@ class Door:
         filled = isinstance(length_so_far, torch.Tensor) or length_so_far > 0
         leaks = self.native is not None and guard.may_leak(self.native, module, inputs, self.standing)
         counted = self.counted is not None and length > self.counted
-        if self.encoder_decoder or filled or leaks or counted or self.mixers:
+        if self.encoder_decoder or filled or leaks or counted or self.mixers or self.unfit:
             single = (segments.document_ids == 0).all()
             torch._assert_async(single, "axattn: packed rows would leak here; run without torch.compile to see why")
         return segments
@@ -324,6 +354,32 @@ class Door:
             advice=f"This model takes {legal}.",
         )
 
+    @staticmethod
+    def _require_first_is_real(module: torch.nn.Module, mask: torch.Tensor) -> None:
+        """What a kernel gives for padding is not what eager attention gives; a head must not read it."""
+        text = f"{type(module).__name__} reads the first token of each row"
+        if torch.compiler.is_compiling():
+            torch._assert_async((mask[:, 0] != 0).all(), f"axattn: {text}, and rows are padded on the left")
+        elif not bool((mask[:, 0] != 0).all()):
+            raise InvalidInputError(
+                "rows are padded on the left",
+                [Reason("padding", f"{text}, which is padding")],
+                'Set tokenizer.padding_side = "right".',
+            )
+
+    def _require_counted_from_first(
+        self, module: torch.nn.Module, positions: torch.Tensor, mask: torch.Tensor | None
+    ) -> None:
+        """RoBERTa and its kin count from ``padding_idx + 1``; positions below are those of padding, or of no token."""
+        real = positions if mask is None else positions.expand(mask.shape)[mask != 0]
+        low = int(real.min()) if real.numel() else self.first_position
+        if low < self.first_position:
+            raise InvalidInputError(
+                f"position_ids start at {low}, but {type(module).__name__} counts from {self.first_position}",
+                [Reason("position_ids", f"position {self.first_position - 1} is that of padding")],
+                f"Give position_ids + {self.first_position - low} (PackingCollator takes first_position).",
+            )
+
     def _check_packed(
         self, module: torch.nn.Module, inputs: dict[str, Any], segments: Segments, cache: Any, mask: Any
     ) -> None:
@@ -343,6 +399,12 @@ class Door:
             raise UnsupportedAttentionError(
                 f"packed rows would leak in {type(module).__name__}",
                 self.mixers,
+                "Give it one document a row, padded.",
+            )
+        if self.unfit:
+            raise UnsupportedAttentionError(
+                f"packed rows can't run in {type(module).__name__}",
+                self.unfit,
                 "Give it one document a row, padded.",
             )
         if self.counted is not None and segments.length > self.counted:

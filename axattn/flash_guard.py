@@ -6,11 +6,9 @@ all. Measured on transformers 5.17 and 5.23, over strict fakes of the kernels.
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import sys
-import textwrap
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.segments import Segments
+from axattn.sources import calls_interface, calls_of, file_source, source_of
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _KINDS = ("token_type_ids", "mm_token_type_ids")
@@ -46,7 +45,7 @@ def rules_of(module: torch.nn.Module) -> FlashRules:
     text = config.get_text_config()
     windows = [getattr(c, name, None) for c in (config, text) for name in ("sliding_window", "local_attention")]
     source = sys.modules.get(type(module).__module__)
-    mentions = source is not None and "block_sequence_ids" in _source(source.__name__)
+    mentions = source is not None and "block_sequence_ids" in file_source(source.__name__)
     parameters = inspect.signature(type(module).forward).parameters
     takes = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return FlashRules(
@@ -56,21 +55,57 @@ def rules_of(module: torch.nn.Module) -> FlashRules:
     )
 
 
-@functools.cache
-def _source(module: str) -> str:
-    try:
-        return inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):
-        return ""
+def standing_reasons(model: torch.nn.Module) -> list[Reason]:
+    """Why Transformers' flash path would compute something else than its masks say, whatever the inputs.
+
+    It reads ``is_causal`` and ``sliding_window`` of attention modules. PaliGemma's and those of Pegasus-X's decoder say
+    that they are not causal; T5Gemma's encoder gives a window one token smaller than its mask's (transformers 5.23).
+
+    Args:
+        model: a ``PreTrainedModel``: one of those inside the whole, each is asked.
+    """
+    inner = [module for module in model.modules() if _calls_interface(module)]
+    silent = [type(module) for module in inner if not hasattr(module, "is_causal") and not _gives_causal(module)]
+    if silent:
+        return [Reason("causal", f"{silent[0].__name__} has no is_causal, which Transformers' flash path reads")]
+    source = source_of(type(model).forward)
+    config: Any = model.config
+    causal = "create_causal_mask" in source and getattr(config.get_text_config(), "is_causal", True)
+    causal = causal and ("is_decoder" not in source or getattr(config, "is_decoder", False))
+    if causal and inner and not any(getattr(module, "is_causal", True) for module in inner):
+        name = type(inner[0]).__name__
+        return [Reason("causal", f"{name}.is_causal is False: Transformers' flash path would attend to later tokens")]
+    if "create_bidirectional_sliding_window_mask" in source:
+        radius = getattr(config, "sliding_window", None)
+        windows = {w for w in (getattr(module, "sliding_window", None) for module in inner) if isinstance(w, int)}
+        if isinstance(radius, int) and windows - {radius + 1}:
+            text = f"its mask reaches {radius} tokens to each side, Transformers' flash path {min(windows) - 1}"
+            return [Reason("window", text)]
+    return []
+
+
+def _calls_interface(module: torch.nn.Module) -> bool:
+    cls: Any = type(module)
+    return calls_interface(cls)
+
+
+def _gives_causal(module: torch.nn.Module) -> bool:
+    """Whether an attention module gives ``is_causal`` with the call."""
+    calls = calls_of(type(module).forward, "attention_interface")
+    return bool(calls) and all(any(keyword.arg == "is_causal" for keyword in call.keywords) for call in calls)
 
 
 def require_served(native: str, module: torch.nn.Module, inputs: dict[str, Any], rules: FlashRules) -> None:
     """Raise for inputs whose meaning the flash path would drop.
 
     Raises:
-        UnsupportedAttentionError: image blocks, or padding with holes in front of a sliding window.
+        UnsupportedAttentionError: image blocks, padding with holes in front of a sliding window, or as many targets as
+            padded source tokens.
     """
-    reasons = []
+    reasons: list[Reason] = []
+    if _crosses_padding(inputs):
+        text = "as many targets as source tokens, some of them padding: the flash path takes both for one sequence"
+        reasons.append(Reason("padding", text))
     if rules.overlays:
         kinds = [inputs[name] for name in _KINDS if isinstance(inputs.get(name), torch.Tensor)]
         if any(bool(given.any()) for given in kinds):
@@ -84,6 +119,19 @@ def require_served(native: str, module: torch.nn.Module, inputs: dict[str, Any],
         raise UnsupportedAttentionError(f"{native} can't serve this batch", reasons, _ADVICE)
 
 
+def _crosses_padding(inputs: dict[str, Any]) -> bool:
+    """Whether cross-attention over a padded source has as many queries as keys: Transformers' ``_upad_input`` then cuts
+    the queries at the source's padding (transformers 5.23)."""
+    source, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
+    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if not all(isinstance(x, torch.Tensor) for x in (source, mask, tokens)):
+        return False
+    assert isinstance(source, torch.Tensor)
+    assert isinstance(mask, torch.Tensor)
+    assert isinstance(tokens, torch.Tensor)
+    return source.shape[1] == tokens.shape[1] and mask.ndim == 2 and not bool(mask.all())
+
+
 def _has_holes(mask: torch.Tensor) -> bool:
     real = (mask != 0).to(torch.int32)
     span = real.shape[-1] - real.argmax(-1) - real.flip(-1).argmax(-1)
@@ -93,13 +141,21 @@ def _has_holes(mask: torch.Tensor) -> bool:
 @functools.cache
 def passes_keywords(cls: Any) -> bool:
     """Whether an attention class hands its ``**kwargs`` on to the attention function (read in its source)."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    found = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "attention_interface"]
+    found = calls_of(cls.forward, "attention_interface")
     return bool(found) and all(any(kw.arg is None for kw in call.keywords) for call in found)
+
+
+def require_plain_positions(native: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise for planes of positions handed to the flash path of a single row, which takes each plane for documents:
+    its cumulative lengths then reach past the tokens (GLM-4.5V; transformers 5.23).
+
+    Raises:
+        UnsupportedAttentionError: this attention module gets such positions.
+    """
+    positions = kwargs.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.ndim == 3 and positions.shape[1] == 1:
+        text = f"{type(module).__name__} is given {positions.shape[0]} planes of positions, and would read past its row"
+        raise UnsupportedAttentionError(f"{native} can't serve this batch", [Reason("position_ids", text)], _ADVICE)
 
 
 def require_reached(native: str, module: torch.nn.Module, kwargs: dict[str, Any], segments: Segments) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import textwrap
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ import torch
 from axattn import flash_guard, names
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.segments import Segments
+from axattn.sources import tree_of
 
 _MASK_BUILDERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
@@ -229,9 +228,8 @@ def _class_hands_positions(cls: Any) -> bool | None:
     forward = getattr(cls, "forward", None)
     if forward is None or not hasattr(cls, "config_class"):
         return None
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
-    except (OSError, TypeError, SyntaxError):
+    tree = tree_of(forward)
+    if tree is None:
         return False
     known = set(_MASK_BUILDERS)
     for node in ast.walk(tree):  # mask_function = create_causal_mask if ... else create_sliding_window_causal_mask
@@ -243,14 +241,17 @@ def _class_hands_positions(cls: Any) -> bool | None:
     builders = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id in known]
     if not builders:
         return None
-    spread = {
-        key.value
+    # not `position_ids=text_position_ids`: models with planes of positions find documents in a fourth plane only
+    spread = any(
+        isinstance(key, ast.Constant) and key.value == "position_ids" and ast.unparse(value) == "position_ids"
         for node in ast.walk(tree)
         if isinstance(node, ast.Dict)
-        for key in node.keys
-        if isinstance(key, ast.Constant)
-    }
+        for key, value in zip(node.keys, node.values, strict=True)
+    )
     return all(
-        any(kw.arg == "position_ids" or (kw.arg is None and "position_ids" in spread) for kw in call.keywords)
+        any(
+            (kw.arg == "position_ids" and ast.unparse(kw.value) == "position_ids") or (kw.arg is None and spread)
+            for kw in call.keywords
+        )
         for call in builders
     )

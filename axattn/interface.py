@@ -32,6 +32,7 @@ HARMLESS: frozenset[str] = frozenset(
         "past_key_values",
         "num_items_in_batch",
         "shift_labels",  # labels that a sequence-parallel trainer has shifted before it cut the row
+        "labels",  # Gemma 4 hands them on
         "seq_idx",
         "output_router_logits",
         "output_hidden_states",
@@ -110,7 +111,8 @@ def attend(
                     out = _sdpa(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=True)
                 else:
                     out = _sdpa(query, key, value, None, 0.0, causal, scale=scale)
-                return (keep_nan(out.transpose(1, 2), query) if torch.is_grad_enabled() else out.transpose(1, 2)), None
+                out = out.transpose(1, 2).contiguous()
+                return (keep_nan(out, query) if torch.is_grad_enabled() else out), None
     sparse = False
     for keyword, given in kwargs.items():
         if given is None or keyword in SERVED or keyword in HARMLESS:
@@ -125,8 +127,10 @@ def attend(
 
         shared: tuple[torch.Tensor, None] = over_ranks(attend, name, module, query, key, value, attention_mask, kwargs)
         return shared
-    if attention_mask is None:
-        _require_mask_kept(route, query, key)
+    if attention_mask is None or type(attention_mask) is torch.Tensor:
+        _require_our_mask(route, query, key, attention_mask)
+    elif type(attention_mask) is LazyMask and attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
+        _refuse_lengths(route, query, key, attention_mask)
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
@@ -159,7 +163,7 @@ def attend(
     route.count(backend.name)
     if plain_key is not None and backend.plain:
         route.plain[plain_key] = backend.name
-    return out, call.weights
+    return out.contiguous(), call.weights
 
 
 def run(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
@@ -198,19 +202,37 @@ def _door_wants_weights(mask: LazyMask | torch.Tensor | None) -> bool:
     return context is not None and context.weights
 
 
-def _require_mask_kept(route: Route, query: torch.Tensor, key: torch.Tensor) -> None:
-    """Raise where the model made a mask and something took it away on the way (accelerate's context parallel does)."""
+def _require_our_mask(route: Route, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Raise where a door found documents and the mask that knows of them is not the one that came.
+
+    Something took it away (accelerate's context parallel does), or the model makes one itself (LayoutLM). Narrowing
+    such a mask here would not do: where a checkpoint runs the layer again, no door is open.
+    """
     context = door.current()
     if context is None or (context.segments is None and context.share is None):
         return
-    here = (query.shape[0], query.shape[2])
-    if here == context.shape and key.shape[2] == query.shape[2]:
-        text = "the mask with the documents of its rows did not reach it (context parallelism takes masks away)"
-        raise UnsupportedAttentionError(
-            f"{route.asked} can't serve {route.layer}",
-            [Reason("segments", text)],
-            "Split rows over ranks with axattn.sequence_parallel.",
-        )
+    if (query.shape[0], query.shape[2]) != context.shape or key.shape[2] != query.shape[2]:
+        return
+    text = "the mask with the documents of its rows did not reach it (context parallelism takes masks away)"
+    advice = "Split rows over ranks with axattn.sequence_parallel."
+    if mask is not None:
+        text, advice = "it makes its mask itself, without the documents", "Give it one document a row, padded."
+    raise UnsupportedAttentionError(f"{route.asked} can't serve {route.layer}", [Reason("segments", text)], advice)
+
+
+def _refuse_lengths(route: Route, query: torch.Tensor, key: torch.Tensor, mask: LazyMask) -> None:
+    """Raise for a layer that makes its keys more (DeepSeek-V4's compressed ones) or fewer than its mask knows.
+
+    Raises:
+        UnsupportedAttentionError: always.
+    """
+    asked, made = (query.shape[2], key.shape[2]), tuple(mask.shape[2:])
+    text = f"the layer has {asked[0]} queries and {asked[1]} keys, its mask is made for {made[0]} and {made[1]}"
+    raise UnsupportedAttentionError(
+        f"{route.asked} can't serve {route.layer}",
+        [Reason("attention_mask", text)],
+        'Use attn_implementation="eager".',
+    )
 
 
 def _plain_key(mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...] | None:
@@ -218,6 +240,8 @@ def _plain_key(mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: to
     if not mask.guarded or mask.plain is None or not query.dtype == key.dtype == value.dtype:
         return None
     device, q, k = query.device, query.shape, key.shape
+    if (q[2], k[2]) != mask.shape[2:]:
+        return None
     if torch.is_autocast_enabled(device.type):
         return None
     return (mask.plain, q[1], q[3], k[1], value.shape[3], query.dtype, device, torch.is_grad_enabled())

@@ -70,7 +70,7 @@ def build_layout(mask: LazyMask) -> Layout | None:
             return None
     else:
         visible = kv_length
-        aligned = kv_length == q_length
+        aligned = kv_length == q_length and not (mask.crosses and mask.padding is not None)
         if pattern.window is not None and not aligned:
             return None
     if (mask.segments is not None or pattern.chunk is not None) and not aligned:

@@ -255,7 +255,7 @@ def _decide(
     for path, name in decided.running.items():
         reasons = [reason for c in classes for reason in native_support_reasons(c, name)] if name else []
         if reasons and name != decided.asked[path]:  # an upgrade that the model does not take
-            return planning.plan(needs, value, machine, dataclasses.replace(policy, upgrade_flash=False))
+            return _decide(config, cls, value, dataclasses.replace(policy, upgrade_flash=False), machine)
         if reasons:
             raise UnsupportedAttentionError(
                 f"{name} can't serve {needs.model}",

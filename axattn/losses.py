@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
-import textwrap
 from typing import Any
 
 import torch
+
+from axattn.sources import calls_of
 
 IGNORE_INDEX = -100
 
@@ -19,8 +18,11 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
 
 
 def predicts_next(model: Any) -> bool:
-    """Whether a model's loss is that of the next token."""
-    return "CausalLM" in str(getattr(model, "loss_type", None)) or type(model).__name__.endswith("ForCausalLM")
+    """Whether a model's loss is that of the next token: its head says so (``GPT2LMHeadModel`` too), or its loss."""
+    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return True
+    loss = getattr(getattr(model, "loss_function", None), "__name__", "")
+    return loss == "ForCausalLMLoss" and bool(calls_of(type(model).forward, "self.loss_function"))
 
 
 @functools.cache
@@ -29,10 +31,5 @@ def takes_keywords(cls: Any) -> bool:
 
     Read in the source of its forward; unreadable source counts as no.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    losses = [call for call in calls if ast.unparse(call.func) == "self.loss_function"]
+    losses = calls_of(cls.forward, "self.loss_function")
     return bool(losses) and all(any(keyword.arg is None for keyword in call.keywords) for call in losses)

@@ -132,6 +132,7 @@ def lazy_mask(
         device=device,
         guarded=context is not None,
         weights=context is not None and context.weights,
+        crosses=_crosses(pattern, context, (batch_size, q_length)),
     )
 
 
@@ -227,6 +228,13 @@ def _rule(length: int, pattern: Pattern, padding: torch.Tensor | None, device: t
         chunks = (index - first) // pattern.chunk
         seen = seen & (chunks[:, :, None] == chunks[:, None, :])
     return seen
+
+
+def _crosses(pattern: Pattern | None, context: door.Context | None, shape: tuple[int, int]) -> bool:
+    """Whether a mask may be one of cross-attention; in doubt, yes. Causal rules and windows are about one sequence."""
+    if pattern is None or pattern.causal or pattern.window is not None:
+        return False
+    return context is None or context.crosses or context.shape != shape
 
 
 def _segments(

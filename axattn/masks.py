@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.layouts import Layout, build_layout
 from axattn.patterns import Pattern
 from axattn.segments import Segments
@@ -28,6 +29,8 @@ class LazyMask:
         segments: documents of the rows, or None.
         padding: bool ``[B, T]`` (True: real key), or None.
         guarded: a door looked for documents; if not, the attention call's own keywords are asked.
+        crosses: the queries may be other tokens than the keys, as in cross-attention: padding among the keys then says
+            nothing of the queries.
         weights: the door saw that the attention weights are asked for.
     """
 
@@ -39,6 +42,7 @@ class LazyMask:
         "_padding_checked",
         "_plain",
         "_signature",
+        "crosses",
         "device",
         "guarded",
         "handle",
@@ -64,6 +68,7 @@ class LazyMask:
         device: torch.device,
         guarded: bool = False,
         weights: bool = False,
+        crosses: bool = False,
     ) -> None:
         self.shape = torch.Size(shape)
         self.pattern = pattern
@@ -73,6 +78,7 @@ class LazyMask:
         self.device = device
         self.guarded = guarded
         self.weights = weights
+        self.crosses = crosses
         self.hit: tuple[Any, ...] | None = None  # the interface's note for the next layer of this forward
         self._padding = padding
         self._padding_checked = padding is None
@@ -117,7 +123,7 @@ class LazyMask:
     def _new_handle(self) -> torch.Tensor:
         """An empty tensor that leads to a copy of this mask (`of_handle`): what a compiled layer can be given."""
         handle = torch.empty(0, device=self.device)
-        fields = ("shape", "pattern", "segments", "q_offset", "kv_offset", "device", "guarded", "weights")
+        fields = ("shape", "pattern", "segments", "q_offset", "kv_offset", "device", "guarded", "weights", "crosses")
         made = {name: getattr(self, name) for name in fields}
         handle._axattn_mask = {**made, "padding": self._padding, "materialise": self._materialise}  # type: ignore[attr-defined]  # tensors take attributes
         return handle
@@ -126,7 +132,12 @@ class LazyMask:
     def whole(self) -> bool:
         """Whether the rule is known and queries and keys are the same tokens (no cache): enough for a traced kernel."""
         _, _, q_length, kv_length = self.shape
-        return self.pattern is not None and self.q_offset == self.kv_offset and q_length == kv_length
+        return (
+            self.pattern is not None
+            and self.q_offset == self.kv_offset
+            and q_length == kv_length
+            and not (self.crosses and self._padding is not None)
+        )
 
     def layout(self) -> Layout | None:
         """The mask as spans, None when it has no such form. Computed once and shared by all layers of a forward."""
@@ -224,6 +235,16 @@ class LazyMask:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __eq__(self, other: object) -> Any:
+        """By element, as for a tensor, with a number or a tensor; else whether both are the same mask."""
+        return self.dense() == other if isinstance(other, torch.Tensor | int | float) else self is other
+
+    def __ne__(self, other: object) -> Any:
+        """The opposite of ``==``."""
+        return self.dense() != other if isinstance(other, torch.Tensor | int | float) else self is not other
+
+    __hash__ = object.__hash__
+
     def __getitem__(self, index: Any) -> torch.Tensor | LazyMask:
         """Itself for slices that take everything, a `LazyMask` for the last queries, else the dense part.
 
@@ -275,6 +296,8 @@ class LazyMask:
         def densify(value: Any) -> Any:
             return value.dense() if isinstance(value, LazyMask) else value
 
+        if func in _SUMS:
+            _require_no_sum(*args)
         return func(*tree_map(densify, args), **tree_map(densify, kwargs or {}))
 
 
@@ -305,10 +328,33 @@ def _same_place(value: Any, device: torch.device) -> bool:
     return isinstance(value, str | torch.device | int) and torch.device(value) == device
 
 
+_SUMS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_})
+_SUMS |= {torch.Tensor.__iadd__, torch.baddbmm}
+
+
+def _require_no_sum(*operands: Any) -> None:
+    """Raise where a mask would be added to logits, where True and False count as 1 and 0 and nothing is masked.
+
+    Raises:
+        UnsupportedAttentionError: an operand is floating: an attention module with code of its own (GIT) adds it.
+    """
+    if any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in operands):
+        text = (
+            "an attention layer of this model adds its mask to the logits itself, not through Transformers' interface"
+        )
+        raise UnsupportedAttentionError(
+            "this model can't take another attention kernel",
+            [Reason("model", text)],
+            'Use attn_implementation="eager".',
+        )
+
+
 def _forwarded(name: str) -> Callable[..., Any]:
     function = getattr(operator, name)
 
     def method(self: LazyMask, *args: Any) -> Any:
+        if name == "add":
+            _require_no_sum(*args)
         return function(self.dense(), *args)
 
     return method
@@ -318,6 +364,8 @@ def _reflected(name: str) -> Callable[..., Any]:
     function = getattr(operator, name)
 
     def method(self: LazyMask, other: Any) -> Any:
+        if name == "add":
+            _require_no_sum(other)
         return function(other, self.dense())
 
     return method

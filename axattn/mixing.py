@@ -1,25 +1,23 @@
-"""Where a model mixes tokens other than in attention, or numbers them itself: read from its config and its modules.
+"""Where a model mixes tokens other than in attention: read from its config, its modules and their source.
 
 Such layers know nothing of documents: packed rows leak through them, and rows can't be cut or put together.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
 import inspect
-import sys
-import textwrap
 from typing import Any
 
 import torch
 
 from axattn.errors import Reason
+from axattn.sources import calls_interface, file_source, source_of
 
 ATTENTION = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "moe", "sparse"}
 )
 """Transformers' layer types that mix tokens in attention alone (the last three say what follows it)."""
+_ROW_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "RewardModel")
 
 
 def mixers(model: torch.nn.Module) -> list[Reason]:
@@ -28,45 +26,53 @@ def mixers(model: torch.nn.Module) -> list[Reason]:
     Args:
         model: a ``PreTrainedModel``; of a composite one its text model is read.
     """
-    text = _text_model(model)
+    text = text_model(model)
     config: Any = text.config
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()) - ATTENTION
     kinds = {k for k in map(str, kinds) if "attention" not in k or "linear" in k or "compressed" in k}
-    reasons = []
     if kinds:
-        reasons.append(
-            Reason("model", f"its layers of type {', '.join(sorted(kinds))} mix tokens outside of attention")
-        )
-    convolutions = [name for name, module in text.named_modules() if isinstance(module, torch.nn.Conv1d)]
-    if convolutions and not kinds:
-        reasons.append(Reason("model", f"{convolutions[0]} (a convolution) mixes neighbouring tokens"))
-    return reasons
-
-
-def counters(model: torch.nn.Module) -> list[Reason]:
-    """Layers that number the tokens they see themselves, whatever ``position_ids`` say (Llama 4's without RoPE)."""
-    kinds: dict[str, Any] = {name: type(module) for name, module in model.named_modules() if _uses_count(module)}
-    counting = [name for name, cls in kinds.items() if _counts_tokens(cls)]
-    return [Reason("model", f"{name} counts positions among the tokens that it sees") for name in counting[:1]]
-
-
-@functools.cache
-def counts_mask(cls: Any) -> bool:
-    """Whether a model's file computes positions from the attention mask where none are given (OPT)."""
-    source = inspect.getsource(sys.modules[cls.__module__])
-    return "cumsum(attention_mask" in source or "attention_mask.cumsum" in source
+        return [Reason("model", f"its layers of type {', '.join(sorted(kinds))} mix tokens outside of attention")]
+    named: list[tuple[str, Any]] = [(name, type(module)) for name, module in text.named_modules()]
+    convolutions = [name for name, cls in named if issubclass(cls, torch.nn.Conv1d)]
+    if convolutions:
+        return [Reason("model", f"{convolutions[0]} (a convolution) mixes neighbouring tokens")]
+    shifts = [name for name, module in text.named_modules() if _shifts_tokens(module)]
+    if shifts:
+        return [Reason("model", f"{shifts[0]} puts neighbouring tokens together")]
+    if not any(calls_interface(cls) for _, cls in named):
+        return [Reason("model", f"{type(text).__name__} mixes tokens in layers of its own, not in attention")]
+    return []
 
 
 def one_a_row(model: torch.nn.Module) -> list[Reason]:
     """Heads that give one output a row, read at a fixed place of it: pooled or at the last token."""
     pooled = any(getattr(one, "pooler", None) is not None for one in (model, *model.children()))
-    kinds = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "ForQuestionAnswering")
-    if pooled or type(model).__name__.endswith(kinds):
+    if pooled or type(model).__name__.endswith((*_ROW_HEADS, "ForQuestionAnswering")):
         return [Reason("model", "it gives one output a row, read at a fixed place")]
     return []
 
 
-def _text_model(model: torch.nn.Module) -> torch.nn.Module:
+def classifies_rows(model: torch.nn.Module) -> list[Reason]:
+    """Heads whose one output a row, and one label, is that of its last document where rows are packed."""
+    by_question = "question_positions" in inspect.signature(type(model).forward).parameters  # Splinter
+    if by_question or type(model).__name__.endswith(_ROW_HEADS):
+        return [Reason("model", "it gives one output a row, and packed rows hold several documents")]
+    return []
+
+
+def reads_first(model: torch.nn.Module) -> bool:
+    """Whether a head reads the first token of each row: those of encoders, unless they pool in another way."""
+    cls: Any = type(model)
+    pooling = getattr(model.config, "classifier_pooling", getattr(model, "pooling", "cls"))
+    if not cls.__name__.endswith(_ROW_HEADS) or pooling not in ("cls", "bos"):
+        return False
+    last = any(word in source_of(cls.forward) for word in ("last_non_pad_token", "eos_mask", "pad_token_id"))
+    last = last or any(base.__name__.startswith("GenericFor") for base in cls.__mro__)  # the head that decoders share
+    return not last and "[:, 0" in file_source(cls.__module__)
+
+
+def text_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The part of a ``PreTrainedModel`` that reads tokens: its text model, or itself."""
     from transformers import PreTrainedModel
 
     config: Any = model.config
@@ -77,21 +83,8 @@ def _text_model(model: torch.nn.Module) -> torch.nn.Module:
     return inner[0] if inner else model
 
 
-@functools.cache
-def _counts_tokens(cls: Any) -> bool:
-    """Whether the forward of a layer numbers its tokens itself: ``torch.arange`` over a length."""
-    from transformers import PreTrainedModel
-
-    if issubclass(cls, PreTrainedModel) or not cls.__module__.startswith("transformers"):
-        return False
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    ranges = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "torch.arange"]
-    return any(word in text for text in ranges for word in ("shape", "size(", "length", "seq_len"))
-
-
-def _uses_count(module: torch.nn.Module) -> bool:
-    return bool(getattr(module, "attn_temperature_tuning", True)) and not getattr(module, "use_rope", False)
+def _shifts_tokens(module: torch.nn.Module) -> bool:
+    """MobileBERT's embeddings are made of three neighbours each; RWKV's layers shift by a padding layer."""
+    if isinstance(module, torch.nn.ZeroPad2d):
+        return True
+    return bool(getattr(module, "trigram_input", False)) and "functional.pad(" in source_of(type(module).forward)

@@ -81,9 +81,9 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 class PackingCollator:
     """A ``data_collator`` for Transformers' Trainer and TRL that packs documents without leaking.
 
-    A batch holds ``input_ids``, ``position_ids`` (from 0 in every document), ``labels`` (no loss across a boundary:
-    the first token of a document is no target), and ``cu_seq_lens_q/k``, ``max_length_q/k`` over the flattened
-    tokens. Padding behind a row is a document of its own, with no loss; there is no attention mask.
+    A batch holds ``input_ids``, ``position_ids`` (from `first_position` in every document), ``labels`` (no loss across
+    a boundary: the first token of a document is no target), and ``cu_seq_lens_q/k``, ``max_length_q/k`` over the
+    flattened tokens. Padding behind a row is a document of its own, with no loss; there is no attention mask.
 
     Args:
         max_length: tokens in a row. None puts all documents of a batch into one row.
@@ -94,6 +94,8 @@ class PackingCollator:
         pad_to_multiple_of: row lengths are a multiple of this.
         return_lengths: emit ``cu_seq_lens_*`` and ``max_length_*``; turn off for models whose forward does not take
             them (documents are then found in ``position_ids``).
+        first_position: position of a document's first token: 0, but ``padding_idx + 1`` (2) in the families of RoBERTa,
+            which count so themselves.
 
     Attributes:
         stats: `PackingStats` so far.
@@ -111,6 +113,7 @@ class PackingCollator:
         pad_rows: bool = False,
         pad_to_multiple_of: int | None = None,
         return_lengths: bool = True,
+        first_position: int = 0,
     ) -> None:
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length={max_length}: a row needs at least two tokens to have one target")
@@ -120,12 +123,15 @@ class PackingCollator:
             raise ValueError(f"max_length={max_length} is no multiple of pad_to_multiple_of={pad_to_multiple_of}")
         if pad_rows and max_length is None:
             raise ValueError("pad_rows=True needs a max_length")
+        if first_position < 0:
+            raise ValueError(f"first_position={first_position} is negative")
         self.max_length = max_length
         self.pad_token_id = pad_token_id
         self.too_long = too_long
         self.pad_rows = pad_rows
         self.pad_to_multiple_of = pad_to_multiple_of
         self.return_lengths = return_lengths
+        self.first_position = first_position
         self.stats = PackingStats()
 
     def __call__(self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
@@ -188,7 +194,7 @@ class PackingCollator:
             padding = size - real
             parts = [len(document) for document in row] + ([padding] if padding else [])
             lengths += parts
-            columns["position_ids"].append([i for part in parts for i in range(part)])
+            columns["position_ids"].append([self.first_position + i for part in parts for i in range(part)])
             for key in rows[0][0].features:
                 fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}.get(key, 0)
                 columns[key].append([v for document in row for v in document.features[key]] + [fill] * padding)

@@ -13,8 +13,9 @@ import torch
 from axattn.door import Door, telling
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
-from axattn.mixing import counters, counts_mask, mixers, one_a_row
+from axattn.mixing import mixers, one_a_row
 from axattn.needs import sub_configs
+from axattn.numbering import counters, own_positions, unread_positions
 from axattn.patches.entrance import Forward, add_entrance, wants_cache
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
@@ -34,7 +35,7 @@ def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
     from axattn import names
 
     config: Any = model.config
-    reasons = [*mixers(model), *counters(model)]
+    reasons = [*mixers(model), *counters(model), *unread_positions(model)]
     native = sorted({name for name in decided.running.values() if name is not None and names.is_native(name)})
     if native:
         text = f"{', '.join(native)} is called by Transformers, which would leak the rows into each other"
@@ -143,11 +144,8 @@ def _positions(model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tenso
     """The positions that the padded run has: as given, else counted as the model counts them."""
     given = inputs.get("position_ids")
     rows, length = mask.shape
-    cls: Any = type(model)
-    if given is None and counts_mask(cls):
-        given = ((mask != 0).cumsum(-1) - 1).clamp(min=0)
-    elif given is None:
-        given = torch.arange(length, device=mask.device)
+    if given is None:
+        given = own_positions(model, inputs.get("input_ids"), mask)
     return _flatten(given.reshape(-1, length).expand(rows, length), keep)
 
 

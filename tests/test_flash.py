@@ -22,6 +22,7 @@ from axattn.environment import files_differ
 from axattn.errors import BackendUnavailableError, UnsupportedAttentionError
 from axattn.masking import lazy_mask
 from axattn.segments import Segments
+from tests.census.configs import tiny
 from tests.conformance.families import FAMILIES
 from tests.environments import AMPERE, BLACKWELL, HOPPER, machine
 from tests.fakes import flash
@@ -408,3 +409,63 @@ def test_a_flash_library_that_fails_to_import_leaves_no_trace(
         flash.calls.clear()
         model(tokens(1, 8))
         assert set(flash.calls) == {"flash_attention_2"}
+
+
+# ---- what Transformers' flash path would compute otherwise than the masks say ------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto", "head", "part"),
+    [
+        ("pegasus_x", tf.AutoModelForSeq2SeqLM, "seq2seq", "is_causal is False"),
+        ("paligemma", tf.AutoModelForImageTextToText, "vision", "would attend to later tokens"),
+        ("t5gemma", tf.AutoModelForSeq2SeqLM, "seq2seq", "reaches 6 tokens to each side, .* flash path 5"),
+    ],
+)
+def test_models_whose_attention_modules_say_otherwise_than_their_masks_are_refused(
+    model_type: str, auto: Any, head: str, part: str
+) -> None:
+    model = auto.from_config(tiny(model_type, head), attn_implementation="eager").eval()
+    with hopper("flash_attention_2"):
+        with pytest.raises(UnsupportedAttentionError, match=part):
+            axattn.apply(model, "flash_attention_2")
+        assert model.config._attn_implementation == "eager"  # nothing is left half done
+        axattn.apply(model, "auto")
+
+
+def test_an_attention_module_that_does_not_say_whether_it_is_causal_is_refused() -> None:
+    model = build("llama")
+    assert not flash_guard.standing_reasons(model.model)
+    del model.model.layers[1].self_attn.is_causal
+    (reason,) = flash_guard.standing_reasons(model.model)
+    assert "LlamaAttention has no is_causal" in reason.text
+
+
+def test_a_model_that_takes_neither_flash_name_is_refused_where_the_upgrade_is_there_too() -> None:
+    """The second plan, without the upgrade, is asked the same questions as the first."""
+    model = tf.AutoModelForMaskedLM.from_config(tiny("layoutlm", "masked"), attn_implementation="eager").eval()
+    with hopper(*FLASH), pytest.raises(UnsupportedAttentionError, match="_supports_flash_attn is False"):
+        axattn.apply(model, "flash_attention_2")
+
+
+@torch.no_grad()
+def test_as_many_targets_as_padded_source_tokens_are_refused_on_the_flash_path() -> None:
+    model = tf.AutoModelForSeq2SeqLM.from_config(tiny("bart", "seq2seq"), attn_implementation="eager").eval()
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    with hopper("flash_attention_2"):
+        axattn.apply(model, "flash_attention_2")
+        with pytest.raises(UnsupportedAttentionError, match="as many targets as source tokens"):
+            model(ids, attention_mask=mask, decoder_input_ids=tokens(2, 9, 5))
+        assert model(ids, attention_mask=mask, decoder_input_ids=tokens(2, 7, 5)).logits.isfinite().all()
+        assert model(ids, decoder_input_ids=tokens(2, 9, 5)).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_planes_of_positions_are_not_taken_for_documents_of_one_row() -> None:
+    model = tf.AutoModelForImageTextToText.from_config(tiny("glm4v_moe", "vision"), attn_implementation="eager").eval()
+    with hopper("flash_attention_2"):
+        axattn.apply(model, "flash_attention_2")
+        with pytest.raises(UnsupportedAttentionError, match="3 planes of positions, and would read past its row"):
+            model(input_ids=tokens(1, 9), use_cache=False)
+        assert model(input_ids=tokens(2, 9), use_cache=False).logits.isfinite().all()

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import masking_utils as mu
 
@@ -16,7 +17,9 @@ from axattn.masks import LazyMask
 from axattn.patterns import known
 from axattn.routes import ATTRIBUTE, Route
 from axattn.segments import Segments
-from tests.models import build, tokens
+from tests.census.configs import tiny
+from tests.fakes.machine import hopper
+from tests.models import amplify, build, positions, tokens
 
 
 class Attention(torch.nn.Module):
@@ -417,3 +420,49 @@ def test_queries_that_see_nothing_harm_no_gradient() -> None:
         for x in (q, k, v):
             assert torch.isfinite(x.grad).all()
             assert (x.grad[1] == 0).all()
+
+
+@torch.no_grad()
+def test_more_keys_than_the_mask_knows_are_refused() -> None:
+    """DeepSeek-V4 adds compressed keys behind the mask's back, where the mask is a tensor."""
+    torch.manual_seed(0)
+    config = tiny("deepseek_v4")
+    model = axattn.apply(tf.AutoModelForCausalLM.from_config(config).eval(), "auto")
+    with pytest.raises(UnsupportedAttentionError, match="20 queries and 25 keys, its mask is made for 20 and 20"):
+        model(tokens(1, 20), use_cache=False)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_model_s_own_making_keeps_no_documents_apart() -> None:
+    model = axattn.apply(tf.AutoModelForMaskedLM.from_config(tiny("layoutlm", "masked")).eval(), "varlen")
+    with pytest.raises(UnsupportedAttentionError, match="makes its mask itself"):
+        model(tokens(1, 10), position_ids=positions((4, 6)))
+    mask = torch.ones(1, 10, dtype=torch.long)
+    mask[0, 7:] = 0
+    assert model(tokens(1, 10), attention_mask=mask).logits.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["bart", "mbart", "t5gemma"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_as_many_targets_as_padded_source_tokens(model_type: str, side: str) -> None:
+    """Padding of the source is no padding of the targets, though the mask is square."""
+    torch.manual_seed(0)
+    model = tf.AutoModelForSeq2SeqLM.from_config(tiny(model_type, "seq2seq"), attn_implementation="eager").eval()
+    amplify(model)
+    ids, targets, mask = tokens(2, 9), tokens(2, 9, 5), torch.ones(2, 9, dtype=torch.long)
+    mask[0, slice(0, 4) if side == "left" else slice(5, 9)] = 0
+    expected = model(ids, attention_mask=mask, decoder_input_ids=targets).logits
+    axattn.apply(model, "auto")
+    found = model(ids, attention_mask=mask, decoder_input_ids=targets).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["auto", "varlen", "xformers"])
+def test_the_output_can_be_viewed(name: str) -> None:
+    """JetMoe and AFMoE take it with ``.view``."""
+    for q in (torch.randn(2, 6, 4, 16).transpose(1, 2), torch.randn(2, 4, 6, 16)):
+        with hopper("xformers"):
+            out, _ = attend(name, Attention(), q, q, q, None)
+        assert out.view(2, 6, 64).shape == (2, 6, 64)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import masking_utils as mu
 
 from axattn import masking
+from axattn.errors import UnsupportedAttentionError
 from axattn.layouts import Layout
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
@@ -262,3 +263,40 @@ def test_the_last_queries_of_a_mask_are_a_mask(kind: str, start: int, cached: in
         seen = dense_of_layout(layout)
         real = padding[:, None, cached + 6 - start :, None]
         assert torch.equal(seen & real, found.dense() & real)
+
+
+def test_padding_among_the_keys_says_nothing_of_queries_that_are_other_tokens() -> None:
+    """Cross-attention over a padded source, with as many targets as source tokens: no target may be dropped."""
+    padding = torch.tensor([[True] * 4 + [False] * 2])
+    both = mu.bidirectional_mask_function
+    mask = lazy_mask(1, 6, 6, 0, 0, both, padding)  # no door: it may be cross-attention
+    assert mask.crosses
+    assert [tuple(span) for span in mask.layout().spans] == [(0, 1, 0, 6, 0, 4)]
+    assert not mask.whole
+    mask.crosses = False
+    mask._layout = False
+    assert [tuple(span) for span in mask.layout().spans] == [(0, 1, 0, 4, 0, 4)]
+    assert not lazy_mask(1, 6, 6, 0, 0, mu.causal_mask_function, padding).crosses
+
+
+def test_a_mask_is_never_added_to_logits() -> None:
+    """True and False would count as 1 and 0, and nothing be masked (GIT's layers do it)."""
+    mask, logits = lazy_mask(1, 3, 3, 0, 0, mu.causal_mask_function), torch.randn(1, 2, 3, 3)
+    for add in (
+        lambda: logits + mask,
+        lambda: mask + logits,
+        lambda: torch.add(logits, mask),
+        lambda: logits.clone().add_(mask),
+    ):
+        with pytest.raises(UnsupportedAttentionError, match="adds its mask to the logits itself"):
+            add()
+    assert torch.equal((mask + torch.zeros(1, 1, 3, 3, dtype=torch.long)).bool(), mask.dense())
+
+
+def test_a_mask_compares_by_element_with_numbers_and_tensors_and_else_as_an_object() -> None:
+    mask = lazy_mask(1, 3, 3, 0, 0, mu.causal_mask_function)
+    assert torch.equal(mask == 0, ~mask.dense())
+    assert torch.equal(mask != torch.zeros(3, dtype=torch.bool), mask.dense())
+    assert (mask == None) is False  # noqa: E711  # what models write
+    assert mask in [mask]
+    assert {mask: 1}[mask] == 1

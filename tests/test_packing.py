@@ -156,3 +156,10 @@ def test_only_torch_tensors_are_made() -> None:
     PackingCollator()(examples(2), return_tensors="pt")
     with pytest.raises(ValueError, match='"pt" tensors only'):
         PackingCollator()(examples(2), return_tensors="np")
+
+
+def test_positions_start_where_the_model_s_do() -> None:
+    batch = PackingCollator(max_length=8, first_position=2)([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+    assert batch["position_ids"].tolist() == [[2, 3, 4, 2, 3]]
+    with pytest.raises(ValueError, match="first_position=-1"):
+        PackingCollator(first_position=-1)

@@ -10,8 +10,9 @@ import torch
 from axattn import backends, names
 from axattn.errors import Reason
 from axattn.losses import takes_keywords
-from axattn.mixing import counters, mixers, one_a_row
+from axattn.mixing import mixers, one_a_row
 from axattn.needs import sub_configs
+from axattn.numbering import counters
 from axattn.routes import ATTRIBUTE
 from axattn.state import state_of
 

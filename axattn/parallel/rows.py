@@ -11,7 +11,7 @@ import torch.distributed as dist
 from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted
-from axattn.mixing import counts_mask
+from axattn.numbering import own_positions
 from axattn.parallel.collectives import gather
 from axattn.segments import Segments
 from axattn.shares import Share
@@ -91,11 +91,8 @@ def split(
     extra = -length % P
     whole = {key: inputs[key] for key in _PER_TOKEN if inputs.get(key) is not None}
     if "position_ids" not in whole:
-        cls: Any = type(model)
-        if mask is not None and counts_mask(cls) and not bool(mask[:, 0].all()):
-            text = "this model counts positions from the first real token; give position_ids"
-            raise UnsupportedAttentionError("rows padded on the left can't be split", [Reason("position_ids", text)])
-        whole["position_ids"] = torch.arange(length, device=tokens.device).expand(rows, length)
+        real = torch.ones(rows, length, device=tokens.device) if mask is None else mask
+        whole["position_ids"] = own_positions(model, inputs.get("input_ids"), real)
     if "labels" in whole and "shift_labels" not in whole and predicts_next(model):
         whole["shift_labels"] = shifted(whole["labels"])
     part = (length + extra) // P

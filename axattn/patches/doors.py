@@ -5,19 +5,19 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from axattn import names
+from axattn import flash_guard, names
 from axattn.door import Door
-from axattn.flash_guard import rules_of
+from axattn.errors import UnsupportedAttentionError
 from axattn.guard import standing_reasons
-from axattn.mixing import mixers
+from axattn.mixing import classifies_rows, mixers, reads_first
+from axattn.numbering import first_position, unread_positions
 from axattn.patches.patchset import PatchSet
-from axattn.patches.routes import calls_interface
+from axattn.sources import calls_interface, file_source, tree_of
 
 
 def add_doors(
@@ -33,24 +33,35 @@ def add_doors(
         model: the model.
         modules: every module inside it, itself included.
         native: by ``id(config)``, the native name that Transformers serves there, None for our names.
+
+    Raises:
+        UnsupportedAttentionError: Transformers' flash path would compute something else than the model's masks say.
     """
     from transformers import PreTrainedModel
 
     for module in [m for m in modules if isinstance(m, PreTrainedModel)]:
         inside = [name for name, child in module.named_children() if isinstance(child, PreTrainedModel)]
-        if len(inside) == 1 and hands_on(type(module).forward, inside[0]):
+        unfit = (*unread_positions(module), *classifies_rows(module))
+        if len(inside) == 1 and not classifies_rows(module) and hands_on(type(module).forward, inside[0]):
             continue
         name = native.get(id(module.config), native.get(id(model.config)))
         flash = name is not None and names.is_flash(name)
+        reasons = flash_guard.standing_reasons(module) if flash else []
+        if reasons:
+            advice = 'Use attn_implementation="varlen" or "auto".'
+            raise UnsupportedAttentionError(f"{name} can't serve {type(module).__name__}", reasons, advice)
         door = Door(
             _positional(type(module).forward),
             native=name,
             standing=name is not None and bool(standing_reasons(module)),
             counted=_counted(module),
             mixers=tuple(mixers(module)),
-            flash=rules_of(module) if flash else None,
+            unfit=unfit,
+            reads_first=reads_first(module),
+            first_position=first_position(module),
+            flash=flash_guard.rules_of(module) if flash else None,
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
-            position_planes=_planes(module.config),
+            position_planes=_planes(module),
             shares_keys=bool(getattr(module.config, "num_kv_shared_layers", 0)),
         )
         patches.add_handle(module.register_forward_pre_hook(door.enter, with_kwargs=True, prepend=True))
@@ -94,12 +105,10 @@ def hands_on(forward: Any, child: str) -> bool:
     Read in its source: one call of the child, each such parameter passed by its own name, ``**kwargs`` passed on, and
     none of these names assigned anywhere. Unreadable source counts as no.
     """
-    forward = inspect.unwrap(forward)
-    try:
-        function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
-    except (OSError, TypeError, SyntaxError):
+    function = tree_of(forward)
+    if function is None:
         return False
-    parameters = inspect.signature(forward).parameters
+    parameters = inspect.signature(inspect.unwrap(forward)).parameters
     spread = [name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
     read = [name for name in parameters if name in READ]
     nodes = list(ast.walk(function))
@@ -123,8 +132,12 @@ def _counted(model: torch.nn.Module) -> int | None:
     return min((int(getattr(m, "floor_scale", 0)) - 1 for m in scaled), default=None)
 
 
-def _planes(config: Any) -> tuple[int, ...]:
+def _planes(module: torch.nn.Module) -> tuple[int, ...]:
     """Leading planes of position_ids in models with multimodal rotary embeddings (Qwen-VL: 3, or 4 with text first)."""
+    config: Any = module.config
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    return (3, 4) if isinstance(parameters, dict) and "mrope_section" in parameters else ()
+    if isinstance(parameters, dict) and "mrope_section" in parameters:
+        return (3, 4)
+    files = {type(inner).__module__ for inner in module.modules() if hasattr(inner, "config_class")}
+    return (3, 4) if any("mrope_section" in file_source(name) for name in files) else ()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +12,7 @@ from axattn.needs import sub_configs
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
 from axattn.routes import ATTRIBUTE, Route, candidates
+from axattn.sources import calls_interface
 
 _INTERNAL = "_attn_implementation_internal"
 
@@ -93,11 +92,3 @@ def add_routes(patches: PatchSet, model: torch.nn.Module, modules: dict[str, tor
         order = plan.orders.get(path) or candidates(running, plan.on_unsupported, plan.environment)
         planned = chosen.get((path, getattr(module, "layer_idx", None) or 0), order[0])
         patches.set_attribute(module, ATTRIBUTE, Route(running, name, order, planned, options=plan.options))
-
-
-@functools.cache
-def calls_interface(cls: Any) -> bool:
-    """Whether a module class calls Transformers' attention interface in its own ``forward``."""
-    forward = cls.__dict__.get("forward") or getattr(cls, "forward", None)
-    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

@@ -1,0 +1,101 @@
+"""Every decoder with its rows split over the ranks of a process group, against the whole rows on eager."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import axattn
+from axattn.errors import AxattnError
+from axattn.parallel import average_gradients
+from tests.census.examine import LENGTHS, Finding, Record, build, first_line
+from tests.models import positions
+
+
+def examine(model_types: list[str]) -> list[Record]:
+    """In every process of a group: each architecture with a causal head, dense, packed and padded."""
+    return [_examine(model_type) for model_type in model_types]
+
+
+def _examine(model_type: str) -> Record:
+    try:
+        model = build(model_type, "causal")
+        wanted = {name: _run(model, name) for name in _BATCHES}
+    except Exception as failure:  # as in the census of one process
+        return Record(model_type, "causal", skipped=first_line(failure))
+    findings = {name: _find(model_type, name, wanted[name]) for name in _BATCHES}
+    return Record(model_type, "causal", type(model).__name__, findings=findings)
+
+
+def _batch(name: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    if name == "packed":
+        ids = torch.randint(3, 60, (1, sum(LENGTHS)), generator=generator)
+        where = positions(LENGTHS)
+        return {"input_ids": ids, "position_ids": where, "labels": ids.masked_fill(where == 0, -100)}
+    ids = torch.randint(3, 60, (2, 13), generator=generator)
+    if name == "dense":
+        return {"input_ids": ids, "labels": ids.clone()}
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    if name == "left padding":
+        mask = mask.flip(1)
+    ids = ids * mask  # pad_token_id 0
+    target = mask * torch.nn.functional.pad(mask[:, :-1], (1, 0))  # what padding predicts is nobody's business
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(target == 0, -100)}
+
+
+_BATCHES = ("dense", "packed", "right padding", "left padding")
+
+
+def _run(model: Any, name: str, group: Any = None) -> dict[str, torch.Tensor]:
+    """The loss, the real tokens' logits and the gradient of the embeddings; without a group, each document alone."""
+    batch = _batch(name)
+    table = model.get_input_embeddings().weight
+    table.grad = None
+    if name == "packed" and group is None:
+        parts = zip(batch["input_ids"].split(LENGTHS, 1), batch["labels"].split(LENGTHS, 1), strict=True)
+        count = int((batch["labels"] != -100).sum())
+        done = [(model(input_ids=ids, labels=labels, use_cache=False), ids.shape[1] - 1) for ids, labels in parts]
+        loss = sum(out.loss * size for out, size in done) / count
+        logits = torch.cat([out.logits for out, _ in done], 1)
+    else:
+        out = model(**batch, use_cache=False)
+        loss, logits = out.loss, out.logits
+    loss.backward()
+    if group is not None:
+        average_gradients(model, group)
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    return {"loss": loss.detach(), "logits": logits.detach()[real], "gradient": table.grad.clone()}
+
+
+def _find(model_type: str, name: str, wanted: dict[str, torch.Tensor]) -> Finding:
+    import torch.distributed as dist
+
+    candidate = build(model_type, "causal")
+    try:
+        axattn.apply(candidate, "auto")
+        axattn.sequence_parallel(candidate, dist.group.WORLD, gather=True)
+        found = _run(candidate, name, dist.group.WORLD)
+    except AxattnError as refusal:
+        return Finding("refused", "; ".join(dict.fromkeys(r.text for r in refusal.reasons)) or str(refusal))
+    except Exception as failure:
+        return Finding("wrong", first_line(failure))
+    for key, value in wanted.items():
+        error = (found[key] - value).abs().max().item() / max(1e-3, value.abs().max().item())
+        if not error <= 1e-4:
+            return Finding("wrong", f"{key}: relative error {error:.2g}")
+    return Finding("ok")
+
+
+def summary(record: Record) -> Finding:
+    """One finding for all batches: the worst."""
+    for status in ("wrong", "refused"):
+        found = [finding for finding in record.findings.values() if finding.status == status]
+        if found and (status == "wrong" or len(found) == len(record.findings)):
+            return found[0]
+    refused = {key: finding.detail for key, finding in record.findings.items() if finding.status == "refused"}
+    if refused:
+        return Finding("refused", "; ".join(f"{key}: {text}" for key, text in refused.items()))
+    return Finding("ok")

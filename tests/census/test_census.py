@@ -1,0 +1,62 @@
+"""Every architecture of the installed Transformers: right on our names, or refused with a reason."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import transformers
+
+from tests import distributed
+from tests.census import report, split
+from tests.census.configs import tiny
+from tests.census.examine import every, examine
+
+RECORDS, VERSIONS = report.load()
+EVERY = sorted(every())
+
+
+@pytest.mark.parametrize(("head", "model_type"), EVERY, ids=lambda part: part)
+def test_an_architecture_is_right_or_refused(head: str, model_type: str) -> None:
+    record = examine(model_type, head)
+    wrong = {key: finding.detail for key, finding in record.findings.items() if finding.status == "wrong"}
+    assert not wrong
+    if transformers.__version__ != VERSIONS["transformers"]:
+        return
+    recorded = next(one for one in RECORDS if (one.head, one.model_type) == (head, model_type))
+    assert bool(record.skipped) == bool(recorded.skipped), record.skipped
+    before = {key: finding.status for key, finding in recorded.findings.items() if key != "split: auto"}
+    assert {key: finding.status for key, finding in record.findings.items()} == before, "stale: run `make census`"
+
+
+def test_rows_of_decoders_split_over_ranks_are_right_or_refused() -> None:
+    """A fifth of them, always the same; ``make census`` tries all."""
+    sample = [name for head, name in EVERY if head == "causal" and zlib.crc32(name.encode()) % 5 == 0]
+    mine, other = distributed.run(2, split.examine, sample)
+    assert mine == other
+    findings = {record.model_type: split.summary(record) for record in mine if not record.skipped}
+    assert {name: found.detail for name, found in findings.items() if found.status == "wrong"} == {}
+    assert sum(found.status == "ok" for found in findings.values()) > 5
+
+
+def test_the_page_is_made_of_the_record() -> None:
+    assert report.PAGE.read_text() == report.render(RECORDS, VERSIONS), "stale: run `make census`"
+
+
+def test_the_record_reads_back() -> None:
+    assert report.read(report.dump(RECORDS, VERSIONS)) == (RECORDS, VERSIONS)
+    if transformers.__version__ == VERSIONS["transformers"]:
+        assert [(record.head, record.model_type) for record in RECORDS] == list(every())
+
+
+def test_nothing_recorded_is_wrong_and_most_is_right() -> None:
+    findings = [finding.status for record in RECORDS for finding in record.findings.values()]
+    assert "wrong" not in findings
+    assert findings.count("ok") > len(findings) / 2
+    assert sum(not record.skipped for record in RECORDS) > 250
+
+
+def test_a_tiny_config_is_tiny_and_keeps_what_makes_the_family() -> None:
+    config = tiny("gemma2")
+    assert (config.hidden_size, config.num_hidden_layers, config.attn_logit_softcapping) == (32, 2, 50.0)
+    assert set(tiny("gemma3").text_config.layer_types) == {"sliding_attention", "full_attention"}
