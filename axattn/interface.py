@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from axattn import door
 from axattn.backends.base import Backend, keep_nan
 from axattn.backends.compiled import over_documents
 from axattn.call import AttentionCall
 from axattn.call_masks import read_mask, with_keyword_segments
 from axattn.capability import Need
+from axattn.context import current
 from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route, route_of
@@ -198,7 +198,7 @@ def run_library(backend: Backend, call: AttentionCall, route: Route) -> torch.Te
 def _door_wants_weights(mask: LazyMask | torch.Tensor | None) -> bool:
     if isinstance(mask, LazyMask):
         return mask.weights
-    context = door.current()
+    context = current()
     return context is not None and context.weights
 
 
@@ -208,7 +208,7 @@ def _require_our_mask(route: Route, query: torch.Tensor, key: torch.Tensor, mask
     Something took it away (accelerate's context parallel does), or the model makes one itself (LayoutLM). Narrowing
     such a mask here would not do: where a checkpoint runs the layer again, no door is open.
     """
-    context = door.current()
+    context = current()
     if context is None or (context.segments is None and context.share is None):
         return
     if (query.shape[0], query.shape[2]) != context.shape or key.shape[2] != query.shape[2]:

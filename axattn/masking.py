@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from axattn import door
+from axattn.context import Context, current
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
 from axattn.patterns import Pattern, known, recognise, recognise_traced
@@ -53,7 +53,7 @@ def lazy_mask(
     Returns:
         A `LazyMask` of shape ``[B, 1, S, T]``.
     """
-    context = door.current()
+    context = current()
     if context is not None and context.share is not None:
         return _shared(context.share, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
     if (
@@ -230,7 +230,7 @@ def _rule(length: int, pattern: Pattern, padding: torch.Tensor | None, device: t
     return seen
 
 
-def _crosses(pattern: Pattern | None, context: door.Context | None, shape: tuple[int, int]) -> bool:
+def _crosses(pattern: Pattern | None, context: Context | None, shape: tuple[int, int]) -> bool:
     """Whether a mask may be one of cross-attention; in doubt, yes. Causal rules and windows are about one sequence."""
     if pattern is None or pattern.causal or pattern.window is not None:
         return False
@@ -240,7 +240,7 @@ def _crosses(pattern: Pattern | None, context: door.Context | None, shape: tuple
 def _segments(
     pattern: Pattern | None, rows: int, q_length: int, q_offset: int, kv_length: int, device: torch.device
 ) -> Segments | TracedSegments | None:
-    context = door.current()
+    context = current()
     if context is not None and context.segments is not None:
         found = context.segments
         if (found.rows, found.length) != (rows, q_length) or q_offset != 0 or kv_length < q_length:

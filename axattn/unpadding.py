@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from axattn.door import Door, telling
+from axattn.context import inside
+from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.facts import Facts
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
 from axattn.mixing import mixers, one_a_row
 from axattn.needs import sub_configs
@@ -67,7 +69,7 @@ class Unpad:
     """The change around a model's ``forward``: its real tokens in as one row, whole padded rows out."""
 
     def __init__(self) -> None:
-        self.door = Door(())
+        self.door = Door(Facts())
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
         """Run one forward; returns the model's output. Batches without padding, and those that read a cache or whose
@@ -98,7 +100,7 @@ class Unpad:
         given["position_ids"] = _positions(model, inputs, mask, keep)
         if inputs.get("labels") is not None:
             given |= _targets(model, inputs, mask, keep)
-        with telling(segments):
+        with inside(told=segments):
             output = forward(given)
         for key in _OUTPUTS:
             if output.get(key) is not None:

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 import axattn
-from axattn import door, guard
+from axattn import context, guard
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from axattn.patches.doors import hands_on
 from axattn.segments import Segments
@@ -47,7 +47,7 @@ def test_bad_input_is_one_clear_error_and_the_model_runs_on(model: Any, inputs: 
     before = model(ids).logits
     with pytest.raises(InvalidInputError, match=part):
         model(ids, **inputs)
-    assert door.current() is None
+    assert context.current() is None
     assert torch.equal(model(ids).logits, before)
 
 
@@ -60,7 +60,7 @@ def test_an_empty_batch_is_one_clear_error(model: Any, shape: tuple[int, int]) -
 def test_a_forward_that_raises_leaves_no_context_behind(model: Any) -> None:
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, 4), 10_000))
-    assert door.current() is None
+    assert context.current() is None
 
 
 def test_inner_models_called_by_themselves_are_guarded_too(model: Any) -> None:
@@ -279,13 +279,15 @@ def test_two_threads_do_not_see_each_others_documents(model: Any) -> None:
     ids, found = tokens(1, 10), []
     with torch.no_grad():
         expected = model(ids).logits
-        door._slot.context = door.Context(None, (1, 10), False, (), model.model, None)  # as while a forward runs here
+        context.slot.context = context.Context(
+            None, (1, 10), False, (), model.model, None
+        )  # as while a forward runs here
         try:
-            thread = threading.Thread(target=lambda: found.extend([door.current(), model(ids).logits]))
+            thread = threading.Thread(target=lambda: found.extend([context.current(), model(ids).logits]))
             thread.start()
             thread.join()
         finally:
-            door._slot.context = None
+            context.slot.context = None
     assert found[0] is None
     assert torch.equal(found[1], expected)
 

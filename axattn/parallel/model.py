@@ -6,8 +6,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from axattn.door import Door, sharing
+from axattn.context import inside
+from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.facts import Facts
 from axattn.parallel import accelerate
 from axattn.parallel.checks import reasons_against
 from axattn.parallel.collectives import total
@@ -101,7 +103,7 @@ class Split:
         self.gather = gather
         self.patches = patches
         self.mean = mean
-        self.door = Door(())
+        self.door = Door(Facts())
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
         """Run one forward; returns the model's output."""
@@ -116,7 +118,7 @@ class Split:
         accelerate.drop_context_parallel_hooks(self.patches, model)
         share, part, length = split(model, self.group, inputs, self.door)
         as_tuple = part.get("return_dict") is False
-        with sharing(share):
+        with inside(share=share):
             output = forward({**part, "return_dict": True})
         if output.get("loss") is not None:
             loss = total(output["loss"], share.group)

@@ -13,6 +13,7 @@ import torch
 from axattn import flash_guard, names
 from axattn.door import Door
 from axattn.errors import UnsupportedAttentionError
+from axattn.facts import Facts
 from axattn.guard import standing_reasons
 from axattn.mixing import classifies_rows, mixers, reads_first
 from axattn.numbering import first_position, unread_positions
@@ -50,7 +51,7 @@ def add_doors(
         if reasons:
             advice = 'Use attn_implementation="varlen" or "auto".'
             raise UnsupportedAttentionError(f"{name} can't serve {type(module).__name__}", reasons, advice)
-        door = Door(
+        facts = Facts(
             _positional(type(module).forward),
             native=name,
             standing=name is not None and bool(standing_reasons(module)),
@@ -64,6 +65,7 @@ def add_doors(
             position_planes=_planes(module),
             shares_keys=bool(getattr(module.config, "num_kv_shared_layers", 0)),
         )
+        door = Door(facts)
         patches.add_handle(module.register_forward_pre_hook(door.enter, with_kwargs=True, prepend=True))
         patches.add_handle(module.register_forward_hook(door.leave, always_call=True))
         first = next((inner for inner in module.modules() if _is_attention(inner)), None)

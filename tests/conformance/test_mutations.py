@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AttentionMaskInterface
 
-from axattn import door, flash_guard, guard, interface, layouts, masking, masks, traced
+from axattn import door, flash_guard, guard, inputs, interface, layouts, masking, masks, traced
 from axattn.backends import eager, fp8, spans
 from axattn.call import AttentionCall
 from axattn.kernels import int8_operator
@@ -155,7 +155,7 @@ def cumulative_lengths_are_ignored(patch: Patch) -> None:
     def one(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segments:
         return Segments(((0, length),) * rows, torch.device("cpu"))
 
-    patch.setattr(door.Door, "_from_lengths", staticmethod(one))
+    patch.setattr(inputs, "documents_of_lengths", one)
 
 
 @fault("auto", "llama4", "packed, cache on by default")

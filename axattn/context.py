@@ -1,0 +1,71 @@
+"""`Context`: what the door of a model found for the forward that is running, in a slot of the thread."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from axattn.segments import Segments
+from axattn.shares import Share
+from axattn.traced import TracedSegments
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """What the door found for the forward that is running.
+
+    Attributes:
+        segments: the documents, None when every row is one document.
+        shape: (B, S) of the tokens, None when the model takes no tokens (a vision tower).
+        weights: the attention weights are asked for (``output_attentions``).
+        seen: the objects it was computed from, to reuse it in inner models that get the same ones.
+        door: whose forward is running.
+        outer: the context to go back to.
+        share: the forward runs on this rank's share of its rows.
+        crosses: the model also attends to another sequence (``encoder_hidden_states``).
+    """
+
+    segments: Segments | TracedSegments | None
+    shape: tuple[int, int] | None
+    weights: bool
+    seen: tuple[Any, ...]
+    door: object
+    outer: Context | None
+    share: Share | None = None
+    crosses: bool = False
+
+
+class _Slot(threading.local):
+    """What runs in this thread. A thread-local, not a context variable: torch.compile can trace it."""
+
+    def __init__(self) -> None:
+        self.context: Context | None = None
+        self.share: Share | None = None
+        self.told: Segments | None = None
+
+
+slot = _Slot()
+
+
+def current() -> Context | None:
+    """The context of the innermost model that is running, None outside of any model with a door."""
+    return slot.context
+
+
+@contextlib.contextmanager
+def inside(*, share: Share | None = None, told: Segments | None = None) -> Iterator[None]:
+    """Doors that open in this block take what is given in place of what their inputs say.
+
+    Args:
+        share: of documents and padding, on a rank that holds a part of its rows.
+        told: the documents of an unpadded row.
+    """
+    before = slot.share, slot.told
+    slot.share, slot.told = share, told
+    try:
+        yield
+    finally:
+        slot.share, slot.told = before

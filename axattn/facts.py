@@ -1,0 +1,41 @@
+"""`Facts`: what a door must know of its model, read once when the model is patched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from axattn.errors import Reason
+from axattn.flash_guard import FlashRules
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One ``PreTrainedModel`` as its door sees it.
+
+    Attributes:
+        parameters: names of the positional parameters of its ``forward``, in order.
+        native: the native name that Transformers serves here, None for our own names.
+        encoder_decoder: it is an encoder-decoder, whose rows can't be packed.
+        position_planes: how many leading planes ``position_ids`` may have (Qwen-VL: 3 or 4), () for none.
+        shares_keys: some layers read the keys and values of another one.
+        flash: what to look for on a flash name, None on others.
+        standing: on this native name no packed call is right (`axattn.guard.standing_reasons`).
+        mixers: layers that mix tokens outside of attention (`axattn.mixing`): documents would leak through them.
+        counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
+        unfit: why packed rows can't be what is meant: positions that do not reach the model, one output a row.
+        first_position: of a row's first token (`axattn.numbering.first_position`).
+        reads_first: a head reads the first token of each row (`axattn.mixing.reads_first`).
+    """
+
+    parameters: tuple[str, ...] = ()
+    native: str | None = None
+    encoder_decoder: bool = False
+    position_planes: tuple[int, ...] = ()
+    shares_keys: bool = False
+    flash: FlashRules | None = None
+    standing: bool = False
+    mixers: tuple[Reason, ...] = ()
+    counted: int | None = None
+    unfit: tuple[Reason, ...] = ()
+    first_position: int = 0
+    reads_first: bool = False

@@ -1,0 +1,154 @@
+"""The inputs of a model's forward: read, and refused where they can't be right. Pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from axattn import guard
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.facts import Facts
+from axattn.segments import Segments, from_cu_seqlens
+
+PACKED_CACHE = "_axattn_packed"
+"""Attribute on a cache that a row of several documents has filled: True, or a bool tensor from a compiled graph."""
+_ALONE = "Give it one document a row, padded."
+
+
+def token_shape(inputs: dict[str, Any]) -> tuple[int, int] | None:
+    """(B, S) of the tokens, None when there are none."""
+    ids = inputs.get("input_ids")
+    if isinstance(ids, torch.Tensor):
+        return (ids.shape[0], ids.shape[1]) if ids.ndim == 2 else None
+    embeds = inputs.get("inputs_embeds")
+    if isinstance(embeds, torch.Tensor) and embeds.ndim == 3:
+        return embeds.shape[0], embeds.shape[1]
+    return None
+
+
+def cache_length(cache: Any) -> int:
+    """How many tokens a cache holds."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def is_packed(cache: Any) -> bool:
+    """Whether a row of several documents has filled a cache."""
+    return cache is not None and bool(getattr(cache, PACKED_CACHE, False))
+
+
+def documents_of_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segments:
+    """The documents that ``cu_seq_lens_q`` and ``cu_seq_lens_k`` describe, of which one may be None.
+
+    Raises:
+        InvalidInputError: they can't be read (see `from_cu_seqlens`), or differ.
+    """
+    found = [
+        from_cu_seqlens(value, rows, length, name)
+        for name, value in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k))
+        if value is not None and not (name == "cu_seq_lens_k" and value is cu_q)
+    ]
+    if len(found) == 2 and found[0].boundaries != found[1].boundaries:
+        raise InvalidInputError(
+            "cu_seq_lens_q and cu_seq_lens_k describe different documents",
+            advice="In self-attention over packed rows they are the same tensor.",
+        )
+    return found[0]
+
+
+def text_positions(positions: Any, rows: int, length: int, planes: tuple[int, ...]) -> torch.Tensor | None:
+    """The text positions ``[B or 1, S]`` in ``position_ids``, None when there are none to read documents from.
+
+    Raises:
+        InvalidInputError: another shape, or positions that are no integers.
+    """
+    if not isinstance(positions, torch.Tensor):
+        return None
+    shape = positions.shape
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        dtype = str(positions.dtype).removeprefix("torch.")
+        raise InvalidInputError(f"position_ids have dtype {dtype}", advice="Positions are integers (torch.long).")
+    if positions.ndim == 3 and planes:
+        if shape[0] in planes and shape[1] in (1, rows) and shape[2] == length:
+            return positions[0] if shape[0] == 4 else None
+    elif positions.ndim == 2 and shape[0] in (1, rows) and shape[1] == length:
+        return positions
+    elif positions.ndim == 1 and shape[0] == length:
+        return positions[None]
+    legal = f"[{rows}, {length}] or [1, {length}]"  # not before: text of a length would be a graph for each length
+    if positions.ndim == 3 and planes:
+        legal = f"[{'|'.join(map(str, planes))}, {rows}, {length}]"
+    raise InvalidInputError(
+        f"position_ids have shape {list(shape)}, but the batch has {rows} rows of {length} tokens",
+        advice=f"This model takes {legal}.",
+    )
+
+
+def require_counted_from(first: int, module: torch.nn.Module, positions: torch.Tensor, mask: Any) -> None:
+    """RoBERTa and its kin count from ``padding_idx + 1``; positions below are those of padding, or of no token.
+
+    Raises:
+        InvalidInputError: a real token has such a position.
+    """
+    if torch.compiler.is_compiling():
+        real = positions if mask is None else positions.masked_fill(mask == 0, first)
+        text = f"axattn: position_ids start at {first} in this model (padding_idx + 1)"
+        torch._assert_async((real >= first).all(), text)
+        return
+    real = positions if mask is None else positions.expand(mask.shape)[mask != 0]
+    low = int(real.min()) if real.numel() else first
+    if low < first:
+        raise InvalidInputError(
+            f"position_ids start at {low}, but {type(module).__name__} counts from {first}",
+            [Reason("position_ids", f"position {first - 1} is that of padding")],
+            f"Give position_ids + {first - low} (PackingCollator takes first_position).",
+        )
+
+
+def require_first_is_real(module: torch.nn.Module, mask: torch.Tensor) -> None:
+    """What a kernel gives for padding is not what eager attention gives; a head must not read it.
+
+    Raises:
+        InvalidInputError: a row starts with padding.
+    """
+    text = f"{type(module).__name__} reads the first token of each row"
+    if torch.compiler.is_compiling():
+        torch._assert_async((mask[:, 0] != 0).all(), f"axattn: {text}, and rows are padded on the left")
+    elif not bool((mask[:, 0] != 0).all()):
+        reasons = [Reason("padding", f"{text}, which is padding")]
+        raise InvalidInputError("rows are padded on the left", reasons, 'Set tokenizer.padding_side = "right".')
+
+
+def require_packable(
+    facts: Facts, module: torch.nn.Module, inputs: dict[str, Any], segments: Segments, cache: Any, mask: Any
+) -> None:
+    """Raise for packed rows that this model can't take, or not with these inputs.
+
+    Raises:
+        InvalidInputError: an encoder-decoder, or rows that go on from a cache.
+        UnsupportedAttentionError: documents would leak, or be numbered wrong.
+    """
+    name = type(module).__name__
+    if facts.encoder_decoder:
+        reasons = [Reason("segments", "its cross-attention has no document boundaries")]
+        raise InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ALONE)
+    if cache is not None and cache_length(cache) > 0:
+        raise InvalidInputError(
+            "packed rows can't continue from a cache",
+            [Reason("segments", f"the cache already holds {cache_length(cache)} tokens of unknown documents")],
+            "Pass past_key_values=None, or one document a row.",
+        )
+    if facts.mixers:
+        raise UnsupportedAttentionError(f"packed rows would leak in {name}", facts.mixers, _ALONE)
+    if facts.unfit:
+        raise UnsupportedAttentionError(f"packed rows can't run in {name}", facts.unfit, _ALONE)
+    if facts.counted is not None and segments.length > facts.counted:
+        text = f"its layers without RoPE scale queries by their position in the row, from {facts.counted} on"
+        raise UnsupportedAttentionError(
+            f"{name} can't take packed rows of {segments.length} tokens",
+            [Reason("segments", text)],
+            f"Pack into rows of at most {facts.counted} tokens.",
+        )
+    if facts.native is not None:
+        follow = facts.flash is not None and facts.flash.takes_lengths
+        guard.require_no_leak(facts.native, module, inputs, segments, mask, lengths_follow=follow)
