@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.layouts import Layout, build_layout
 from axattn.patterns import Pattern
 from axattn.segments import Segments
+from axattn.tensor_like import TensorLike
 from axattn.traced import TracedSegments
 
 
-class LazyMask:
+class LazyMask(TensorLike):
     """A bool mask ``[B, 1, S, T]`` (True: attend) that is dense only if someone asks.
 
     It stands where Transformers passes a mask tensor through a model. Indexing, arithmetic, ``.to``, torch functions
@@ -88,11 +87,6 @@ class LazyMask:
         self._signature: tuple[Any, ...] | None = None
         self._plain: str | None = "unread"
         self.handle = None if torch.compiler.is_compiling() else self._new_handle()
-
-    dtype = torch.bool
-    ndim = 4
-    requires_grad = False
-    is_cuda = property(lambda self: self.device.type == "cuda")
 
     @property
     def padding(self) -> torch.Tensor | None:
@@ -207,44 +201,6 @@ class LazyMask:
             weights=self.weights,
         )
 
-    # ---- standing in for a tensor -------------------------------------------------------------------------------
-
-    def dim(self) -> int:
-        """4."""
-        return 4
-
-    def size(self, dim: int | None = None) -> Any:
-        """As ``torch.Tensor.size``."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        """As ``torch.Tensor.numel``."""
-        return self.shape.numel()
-
-    def contiguous(self, *_: Any, **__: Any) -> LazyMask:
-        """Itself: there is nothing to lay out (``generate`` calls this on every mask)."""
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Itself when only its own device is asked for, else the dense tensor, moved or cast."""
-        wanted = [a for a in (*args, kwargs.get("device"), kwargs.get("dtype")) if a is not None]
-        if all(_same_place(value, self.device) for value in wanted if not isinstance(value, bool)):
-            return self
-        return self.dense().to(*args, **kwargs)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __eq__(self, other: object) -> Any:
-        """By element, as for a tensor, with a number or a tensor; else whether both are the same mask."""
-        return self.dense() == other if isinstance(other, torch.Tensor | int | float) else self is other
-
-    def __ne__(self, other: object) -> Any:
-        """The opposite of ``==``."""
-        return self.dense() != other if isinstance(other, torch.Tensor | int | float) else self is not other
-
-    __hash__ = object.__hash__
-
     def __getitem__(self, index: Any) -> torch.Tensor | LazyMask:
         """Itself for slices that take everything, a `LazyMask` for the last queries, else the dense part.
 
@@ -278,27 +234,9 @@ class LazyMask:
             weights=self.weights,
         )
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.dense(), name)
-
     def __repr__(self) -> str:
         kind = "dense" if self.pattern is None else ("causal" if self.pattern.causal else "full")
         return f"LazyMask(shape={tuple(self.shape)}, {kind}, documents={self.segments and self.segments.documents})"
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        from torch.utils._pytree import tree_map
-
-        def densify(value: Any) -> Any:
-            return value.dense() if isinstance(value, LazyMask) else value
-
-        if func in _SUMS:
-            _require_no_sum(*args)
-        return func(*tree_map(densify, args), **tree_map(densify, kwargs or {}))
 
 
 def of_handle(handle: torch.Tensor) -> LazyMask:
@@ -320,58 +258,3 @@ def dense_mask_op(handle: torch.Tensor, rows: int, queries: int, keys: int) -> t
 @dense_mask_op.register_fake
 def _(handle: torch.Tensor, rows: int, queries: int, keys: int) -> torch.Tensor:
     return handle.new_empty(rows, 1, queries, keys, dtype=torch.bool)
-
-
-def _same_place(value: Any, device: torch.device) -> bool:
-    if isinstance(value, torch.dtype):
-        return value == torch.bool
-    return isinstance(value, str | torch.device | int) and torch.device(value) == device
-
-
-_SUMS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_})
-_SUMS |= {torch.Tensor.__iadd__, torch.baddbmm}
-
-
-def _require_no_sum(*operands: Any) -> None:
-    """Raise where a mask would be added to logits, where True and False count as 1 and 0 and nothing is masked.
-
-    Raises:
-        UnsupportedAttentionError: an operand is floating: an attention module with code of its own (GIT) adds it.
-    """
-    if any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in operands):
-        text = (
-            "an attention layer of this model adds its mask to the logits itself, not through Transformers' interface"
-        )
-        raise UnsupportedAttentionError(
-            "this model can't take another attention kernel",
-            [Reason("model", text)],
-            'Use attn_implementation="eager".',
-        )
-
-
-def _forwarded(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name)
-
-    def method(self: LazyMask, *args: Any) -> Any:
-        if name == "add":
-            _require_no_sum(*args)
-        return function(self.dense(), *args)
-
-    return method
-
-
-def _reflected(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name)
-
-    def method(self: LazyMask, other: Any) -> Any:
-        if name == "add":
-            _require_no_sum(other)
-        return function(other, self.dense())
-
-    return method
-
-
-for _name in ("and_", "or_", "xor", "add", "sub", "mul", "truediv", "invert", "lt", "le", "gt", "ge"):
-    setattr(LazyMask, f"__{_name.strip('_')}__", _forwarded(_name))
-for _name in ("and_", "or_", "xor", "add", "sub", "mul", "truediv"):
-    setattr(LazyMask, f"__r{_name.strip('_')}__", _reflected(_name))

@@ -1,0 +1,107 @@
+"""Which kernel serves a call: what the call asks for, and the route's first kernel that covers it, remembered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from axattn.backends.base import Backend
+from axattn.call import AttentionCall
+from axattn.capability import Need
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.masks import LazyMask
+from axattn.routes import Route
+
+
+def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
+    """The backend of a call.
+
+    Args:
+        route: of the attention module; it remembers decisions by kind of call.
+        call: the call.
+        sparse: it carries sparse indices.
+
+    Raises:
+        UnsupportedAttentionError: no kernel of the route serves it, or nobody knows what it means.
+    """
+    query, key, value, mask = call.query, call.key, call.value, call.mask
+    window = call.window
+    if isinstance(mask, LazyMask):
+        kind: Any = mask.signature()
+        window = kind[1]
+    else:
+        kind = "plain" if mask is None else "dense"
+        if mask is None and call.causal and 1 < query.shape[2] != key.shape[2]:
+            raise UnsupportedAttentionError(
+                f"{route.asked} can't serve {route.layer}",
+                [Reason("causal", f"causal attention of {query.shape[2]} queries over {key.shape[2]} keys, no mask")],
+                "Transformers' own kernels disagree on what that means; pass an attention mask.",
+            )
+    if torch.compiler.is_compiling():  # a memo read while tracing would be a guard, and each call a new graph
+        return route.choose(need_of(call, sparse))
+    fingerprint = (
+        kind,
+        query.shape[1],
+        query.shape[-1],
+        key.shape[1],
+        value.shape[-1],
+        query.shape[2] == key.shape[2],
+        query.shape[2] == 1,
+        window is not None and window < key.shape[2],  # a longer window is none: `need_of`
+        query.dtype,
+        query.device.type,
+        call.causal,
+        call.window,
+        call.dropout,
+        call.softcap,
+        call.sinks is None,
+        call.bias is None,
+        sparse,
+        call.want_weights,
+        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+    )
+    backend = route.decisions.get(fingerprint)
+    if backend is None:
+        backend = route.choose(need_of(call, sparse))
+        route.decisions[fingerprint] = backend
+    return backend
+
+
+def need_of(call: AttentionCall, sparse: bool = False) -> Need:
+    """What a call asks of a kernel."""
+    query, key, value, mask = call.query, call.key, call.value, call.mask
+    causal, window, chunk, dense = call.causal and query.shape[2] > 1, call.window, None, False
+    padding = holes = segments = False
+    if isinstance(mask, LazyMask):
+        causal, window, chunk, dense, padding, segments, unknown = mask.signature()
+        if dense and not unknown:
+            dense, holes = False, True
+    elif mask is not None:
+        window, dense = None, True
+    if window is not None and window >= key.shape[2]:
+        window = None
+    return Need(
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        causal=causal,
+        window=window,
+        chunk=chunk,
+        softcap=call.softcap,
+        sinks=call.sinks is not None,
+        bias=call.bias is not None,
+        sparse=sparse,
+        dropout=call.dropout,
+        dense_mask=dense,
+        weights=call.want_weights,
+        padding=padding,
+        holes=holes,
+        segments=segments,
+        traced=isinstance(mask, LazyMask) and torch.compiler.is_compiling() and mask.plain is None,
+        cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # a symbol while tracing
+        gradient=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        dtype=str(query.dtype).removeprefix("torch."),
+        device=query.device.type,
+    )

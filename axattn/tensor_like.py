@@ -1,0 +1,143 @@
+"""`TensorLike`: an object that stands where a bool tensor is passed through a model, and becomes one when touched."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from axattn.errors import Reason, UnsupportedAttentionError
+
+
+class TensorLike:
+    """A bool tensor of four dimensions as far as models look at one. Arithmetic, ``.to``, torch functions and unknown
+    attributes materialise it, with one exception: it is never added to floats.
+
+    Attributes:
+        shape: ``[B, 1, S, T]``.
+        device: where the tensor would be.
+    """
+
+    __slots__ = ()
+
+    shape: torch.Size
+    device: torch.device
+    dtype = torch.bool
+    ndim = 4
+    requires_grad = False
+    is_cuda = property(lambda self: self.device.type == "cuda")
+
+    def dense(self) -> torch.Tensor:
+        """The tensor itself."""
+        raise NotImplementedError
+
+    def dim(self) -> int:
+        """4."""
+        return 4
+
+    def size(self, dim: int | None = None) -> Any:
+        """As ``torch.Tensor.size``."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """As ``torch.Tensor.numel``."""
+        return self.shape.numel()
+
+    def contiguous(self, *_: Any, **__: Any) -> Any:
+        """Itself: there is nothing to lay out (``generate`` calls this on every mask)."""
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Itself when only its own device is asked for, else the dense tensor, moved or cast."""
+        wanted = [a for a in (*args, kwargs.get("device"), kwargs.get("dtype")) if a is not None]
+        if all(_same_place(value, self.device) for value in wanted if not isinstance(value, bool)):
+            return self
+        return self.dense().to(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __eq__(self, other: object) -> Any:
+        """By element, as for a tensor, with a number or a tensor; else whether both are the same mask."""
+        return self.dense() == other if isinstance(other, torch.Tensor | int | float) else self is other
+
+    def __ne__(self, other: object) -> Any:
+        """The opposite of ``==``."""
+        return self.dense() != other if isinstance(other, torch.Tensor | int | float) else self is not other
+
+    __hash__ = object.__hash__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from torch.utils._pytree import tree_map
+
+        def densify(value: Any) -> Any:
+            return value.dense() if isinstance(value, TensorLike) else value
+
+        if func in _SUMS:
+            _require_no_sum(*args)
+        return func(*tree_map(densify, args), **tree_map(densify, kwargs or {}))
+
+
+def _same_place(value: Any, device: torch.device) -> bool:
+    if isinstance(value, torch.dtype):
+        return value == torch.bool
+    return isinstance(value, str | torch.device | int) and torch.device(value) == device
+
+
+_SUMS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_})
+_SUMS |= {torch.Tensor.__iadd__, torch.baddbmm}
+
+
+def _require_no_sum(*operands: Any) -> None:
+    """Raise where a mask would be added to logits, where True and False count as 1 and 0 and nothing is masked.
+
+    Raises:
+        UnsupportedAttentionError: an operand is floating: an attention module with code of its own (GIT) adds it.
+    """
+    if any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in operands):
+        text = (
+            "an attention layer of this model adds its mask to the logits itself, not through Transformers' interface"
+        )
+        raise UnsupportedAttentionError(
+            "this model can't take another attention kernel",
+            [Reason("model", text)],
+            'Use attn_implementation="eager".',
+        )
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def method(self: TensorLike, *args: Any) -> Any:
+        if name == "add":
+            _require_no_sum(*args)
+        return function(self.dense(), *args)
+
+    return method
+
+
+def _reflected(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def method(self: TensorLike, other: Any) -> Any:
+        if name == "add":
+            _require_no_sum(other)
+        return function(other, self.dense())
+
+    return method
+
+
+for _name in ("and_", "or_", "xor", "add", "sub", "mul", "truediv", "invert", "lt", "le", "gt", "ge"):
+    setattr(TensorLike, f"__{_name.strip('_')}__", _forwarded(_name))
+for _name in ("and_", "or_", "xor", "add", "sub", "mul", "truediv"):
+    setattr(TensorLike, f"__r{_name.strip('_')}__", _reflected(_name))
