@@ -17,6 +17,7 @@ from axattn.backends import dense, spans, varlen
 from axattn.cli import app
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from axattn.verification import modules, whole
+from tests.census.examine import build as census
 from tests.conformance.families import FAMILIES
 from tests.interpreter import INTERPRETED, interpreting
 from tests.models import build
@@ -44,6 +45,22 @@ def test_auto_is_right_on_a_model(folders: Any, family: str) -> None:
     decoders = {"left padding", "decoding", "packed, all-ones mask"}
     assert (decoders <= {c.scenario for c in found.checks}) is (family != "bert")
     assert {c.outcome for c in found.checks} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head", "refused"),
+    [("roberta", "masked", False), ("bart", "causal", True), ("mobilebert", "masked", True)],
+)
+def test_what_a_model_does_to_padded_or_packed_rows_by_itself_is_not_the_kernel_s_fault(
+    model_type: str, head: str, refused: bool, tmp_path: Path
+) -> None:
+    """RoBERTa counts from behind its padding token, BART along the row, MobileBERT's embeddings look at neighbours."""
+    census(model_type, head).save_pretrained(tmp_path)
+    found = axattn.verify(tmp_path, "auto")
+    assert found.right, found
+    outcomes = {check.scenario: check.outcome for check in found.checks}
+    assert outcomes["right padding"] == "ok"
+    assert outcomes["packed, one row"] == ("refused" if refused else "ok")
 
 
 def test_a_lossy_kernel_has_a_budget(folders: Any) -> None:

@@ -1,4 +1,7 @@
-"""What a whole model is put through. A scenario gives tensors by name; the reference runs each document alone."""
+"""What a whole model is put through. A scenario gives tensors by name; the reference runs each packed document alone,
+and padded rows as they are: what padding does to a model elsewhere than in attention (BART's positions along the row,
+MobileBERT's trigrams) is not the kernel's doing.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from axattn.numbering import first_position
 
 Result = dict[str, torch.Tensor]
 
@@ -51,6 +56,11 @@ class Subject:
 
     model: Any
     decoder: bool
+
+    def positions(self, given: Batch) -> torch.Tensor:
+        """int64 ``[B, S]``: the positions of a batch as this model counts them."""
+        first = first_position(self.model)
+        return given.positions if not first else (given.positions + first).masked_fill(given.mask == 0, first - 1)
 
     def run(self, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """Logits or last hidden states ``[B, S, V]``, float32."""
@@ -103,10 +113,9 @@ def _padded(side: str) -> Scenario:
         short = max(1, length * 2 // 3)
         span = (0, short) if side == "right" else (length - short, length)
         given = batch(draw(2, length), ((0, length),), (span,))
-        if reference:
-            return {"output": subject.alone(given)}
-        where = {"position_ids": given.positions} if subject.decoder else {}
-        return {"output": subject.together(given, attention_mask=given.mask, **where)}
+        where = {"position_ids": subject.positions(given)} if subject.decoder else {}
+        off = {"use_cache": False} if subject.decoder else {}
+        return {"output": subject.together(given, attention_mask=given.mask, **where, **off)}
 
     return run
 
@@ -120,7 +129,7 @@ def _packed(rows: int, **inputs: Any) -> Scenario:
         given = _documents(draw(rows, length), rows, length)
         if reference:
             return {"output": subject.alone(given)}
-        return {"output": subject.together(given, position_ids=given.positions, **inputs)}
+        return {"output": subject.together(given, position_ids=subject.positions(given), **inputs)}
 
     return run
 
@@ -140,7 +149,7 @@ def _all_ones(subject: Subject, draw: Any, length: int, reference: bool) -> Resu
     given = _documents(draw(1, length), 1, length)
     if reference:
         return {"output": subject.alone(given)}
-    return {"output": subject.together(given, position_ids=given.positions, attention_mask=given.mask)}
+    return {"output": subject.together(given, position_ids=subject.positions(given), attention_mask=given.mask)}
 
 
 @_scenario("no leak")
@@ -151,7 +160,7 @@ def _leak(subject: Subject, draw: Any, length: int, reference: bool) -> Result:
     at = length // 2
     other[0, at] = given.ids[0, at - 1] if given.ids[0, at - 1] != given.ids[0, at] else given.ids[0, 0]
     ids = given.ids if reference else other
-    out = subject.run(ids, position_ids=given.positions)[0]
+    out = subject.run(ids, position_ids=subject.positions(given))[0]
     (_, a, b), (_, c, d) = given.documents[0], given.documents[2]
     return {"others": torch.cat([out[a:b], out[c:d]])}
 
@@ -177,7 +186,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "Wqkv", "out_
 def _gradients(subject: Subject, draw: Any, length: int, reference: bool) -> Result:
     given = _documents(draw(1, length), 1, length)
     subject.model.zero_grad(set_to_none=True)
-    out = subject.alone(given) if reference else subject.together(given, position_ids=given.positions)
+    out = subject.alone(given) if reference else subject.together(given, position_ids=subject.positions(given))
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
     torch.autograd.backward((out * weight).sum())
     found = {"output": out.detach()}
