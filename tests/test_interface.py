@@ -432,6 +432,18 @@ def test_more_keys_than_the_mask_knows_are_refused() -> None:
         model(tokens(1, 20), use_cache=False)
 
 
+def test_a_plain_mask_of_other_lengths_takes_no_shortcut() -> None:
+    """The note that an earlier call left says nothing of lengths."""
+    module, (q, k, v) = Attention(), qkv()
+    masks = [lazy_mask(2, 6, 6) for _ in range(2)]
+    for mask in masks:
+        mask.guarded = True
+    attend("varlen", module, q, k, v, masks[0])
+    longer = [torch.cat([x, x[:, :, :2]], 2) for x in (k, v)]
+    with pytest.raises(UnsupportedAttentionError, match="6 queries and 8 keys"):
+        attend("varlen", module, q, *longer, masks[1])
+
+
 @torch.no_grad()
 def test_a_mask_of_the_model_s_own_making_keeps_no_documents_apart() -> None:
     model = axattn.apply(tf.AutoModelForMaskedLM.from_config(tiny("layoutlm", "masked")).eval(), "varlen")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from axattn.patches.patchset import PatchSet
+from axattn.sources import source_of
 
 Forward = Callable[[dict[str, Any]], Any]
 Change = Callable[[torch.nn.Module, Forward, dict[str, Any]], Any]
@@ -57,12 +58,22 @@ class Entrance:
 def wants_cache(model: Any, inputs: dict[str, Any]) -> bool:
     """Whether a forward reads a cache, or its caller may go on from the one that it returns (whole, padded rows).
 
-    Without a word (``use_cache``) the model's config decides; in training and with labels nobody goes on from it.
+    Without a word (``use_cache``) the model's config decides; in training and with labels nobody goes on from it, and
+    encoders (BERT, whose config says ``use_cache`` all the same) return none.
     """
     asked = inputs.get("use_cache")
     if inputs.get("past_key_values") is not None or asked is not None:
         return bool(inputs.get("past_key_values") is not None or asked)
-    return bool(getattr(model.config, "use_cache", False)) and not model.training and inputs.get("labels") is None
+    if not getattr(model.config, "use_cache", False) or model.training or inputs.get("labels") is not None:
+        return False
+    return not _is_encoder(model)
+
+
+def _is_encoder(model: Any) -> bool:
+    """Whether a model that could be a decoder is none: its forward asks ``config.is_decoder``."""
+    if getattr(model.config, "is_decoder", False):
+        return False
+    return any("is_decoder" in source_of(type(one).forward) for one in (model, model.base_model))
 
 
 def add_entrance(patches: PatchSet, model: torch.nn.Module, change: Change) -> None:
