@@ -111,6 +111,16 @@ def render(records: list[Record], versions: dict[str, str]) -> str:
             lines.append(f"| {record.model_type} | " + " | ".join(_cell(record, n, numbers) for n in shown) + " |")
     lines += ["", "## Refusals", ""]
     lines += [f"{number}. {text}" for text, number in numbers.items()]
+    lines += ["", "## Errors of Transformers' own", ""]
+    upstream: dict[str, list[str]] = {}
+    for record in tried:
+        for key, finding in record.findings.items():
+            if finding.status == "upstream":
+                upstream.setdefault(f"{record.model_type}: {finding.detail}".rstrip(": "), []).append(
+                    key.rpartition(": ")[2]
+                )
+    lines += [f"- {text} ({', '.join(sorted(set(keys)))})" for text, keys in upstream.items()]
+    lines += ["", "GPT-2's is of float32 weights outside autocast, which the trials use: not of 16-bit ones."]
     lines += ["", "## Not tried", ""]
     lines += [f"- {r.model_type} ({TITLES[r.head].lower()}): {r.skipped}" for r in records if r.skipped]
     return "\n".join(lines) + "\n"
