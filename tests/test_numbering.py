@@ -117,3 +117,15 @@ def test_documents_known_by_their_lengths_alone_are_numbered_anew(model_type: st
     edges = torch.tensor([0, 5, 9, 12], dtype=torch.int32)
     found = model(ids, cu_seq_lens_q=edges, cu_seq_lens_k=edges, max_length_q=5, max_length_k=5).logits
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("model_type", "unpadded"), [("roberta", True), ("eurobert", True), ("llama", False)])
+def test_encoders_run_unpadded_outside_training_too(model_type: str, unpadded: bool) -> None:
+    """Their configs say use_cache, and they return none; a decoder's caller may go on from the cache of whole rows."""
+    head, auto = ("masked", tf.AutoModelForMaskedLM) if unpadded else ("causal", tf.AutoModelForCausalLM)
+    model = axattn.apply(made(model_type, auto, head), "auto", unpad=True)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, 6:] = 0
+    logits = model(tokens(2, 10).clamp(min=3), attention_mask=mask).logits
+    assert bool((logits[0, 6:] == 0).all()) is unpadded

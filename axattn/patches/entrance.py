@@ -5,6 +5,7 @@ A hook would not do: PEFT calls ``model.forward`` itself, past every hook of the
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -66,14 +67,18 @@ def wants_cache(model: Any, inputs: dict[str, Any]) -> bool:
         return bool(inputs.get("past_key_values") is not None or asked)
     if not getattr(model.config, "use_cache", False) or model.training or inputs.get("labels") is not None:
         return False
-    return not _is_encoder(model)
+    cls: Any = type(model)
+    base: Any = type(model.base_model)
+    return _may_return_cache(cls, base, bool(getattr(model.config, "is_decoder", False)))
 
 
-def _is_encoder(model: Any) -> bool:
-    """Whether a model that could be a decoder is none: its forward asks ``config.is_decoder``."""
-    if getattr(model.config, "is_decoder", False):
+@functools.cache
+def _may_return_cache(cls: Any, base: Any, is_decoder: bool) -> bool:
+    """Whether a model takes a cache, and does not make that depend on a ``config.is_decoder`` that is False."""
+    forwards = (cls.forward, base.forward)
+    if not any("past_key_values" in inspect.signature(forward).parameters for forward in forwards):
         return False
-    return any("is_decoder" in source_of(type(one).forward) for one in (model, model.base_model))
+    return is_decoder or not any("is_decoder" in source_of(forward) for forward in forwards)
 
 
 def add_entrance(patches: PatchSet, model: torch.nn.Module, change: Change) -> None:
