@@ -55,7 +55,7 @@ def rules_of(module: torch.nn.Module) -> FlashRules:
     )
 
 
-def standing_reasons(model: torch.nn.Module) -> list[Reason]:
+def contradictions(model: torch.nn.Module) -> list[Reason]:
     """Why Transformers' flash path would compute something else than its masks say, whatever the inputs.
 
     It reads ``is_causal`` and ``sliding_window`` of attention modules. PaliGemma's and those of Pegasus-X's decoder say

@@ -127,7 +127,7 @@ def attend(
 
         shared: tuple[torch.Tensor, None] = over_ranks(attend, name, module, query, key, value, attention_mask, kwargs)
         return shared
-    if attention_mask is None or type(attention_mask) is torch.Tensor:
+    if attention_mask is None or isinstance(attention_mask, torch.Tensor):
         _require_our_mask(route, query, key, attention_mask)
     elif type(attention_mask) is LazyMask and attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
         _refuse_lengths(route, query, key, attention_mask)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from axattn.sources import calls_of
+from axattn.sources import calls_of, source_of
 
 IGNORE_INDEX = -100
 
@@ -18,11 +18,17 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
 
 
 def predicts_next(model: Any) -> bool:
-    """Whether a model's loss is that of the next token: its head says so (``GPT2LMHeadModel`` too), or its loss."""
-    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        return True
-    loss = getattr(getattr(model, "loss_function", None), "__name__", "")
-    return loss == "ForCausalLMLoss" and bool(calls_of(type(model).forward, "self.loss_function"))
+    """Whether a model's loss is that of the next token, with labels as the inputs are: read in its forward's source.
+
+    ``GPT2LMHeadModel`` does so by the loss that Transformers gives it; ``WhisperForCausalLM`` compares each token with
+    the label in its place. Where there is no source the name has to do.
+    """
+    forward = type(model).forward
+    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    if calls_of(forward, "self.loss_function"):
+        return named or getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
+    source = source_of(forward)
+    return named and (not source or any(how in source for how in ("shift_l", "shifted_", ", 1:]")))
 
 
 @functools.cache

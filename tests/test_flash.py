@@ -435,9 +435,9 @@ def test_models_whose_attention_modules_say_otherwise_than_their_masks_are_refus
 
 def test_an_attention_module_that_does_not_say_whether_it_is_causal_is_refused() -> None:
     model = build("llama")
-    assert not flash_guard.standing_reasons(model.model)
+    assert not flash_guard.contradictions(model.model)
     del model.model.layers[1].self_attn.is_causal
-    (reason,) = flash_guard.standing_reasons(model.model)
+    (reason,) = flash_guard.contradictions(model.model)
     assert "LlamaAttention has no is_causal" in reason.text
 
 

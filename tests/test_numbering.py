@@ -10,16 +10,10 @@ import axattn
 from axattn import numbering
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from tests.census.configs import tiny
+from tests.census.examine import build as census
 from tests.models import amplify, build, positions, tokens
 
 LENGTHS = (5, 4, 3)
-
-
-def made(model_type: str, auto: Any = tf.AutoModelForCausalLM, head: str = "causal") -> Any:
-    torch.manual_seed(0)
-    model = auto.from_config(tiny(model_type, head), attn_implementation="eager")
-    amplify(model)
-    return model.eval()
 
 
 def roberta() -> Any:
@@ -36,7 +30,7 @@ def roberta() -> Any:
 @pytest.mark.parametrize("model_type", ["bart", "marian", "pegasus", "blenderbot"])
 def test_packed_rows_of_a_model_that_numbers_the_row_itself_are_refused(model_type: str) -> None:
     """Their decoders take no position_ids: a second document would be numbered on from the first (error 0.5 of 1)."""
-    model = axattn.apply(made(model_type), "auto")
+    model = axattn.apply(census(model_type, "causal"), "auto")
     ids = tokens(1, sum(LENGTHS))
     with pytest.raises(UnsupportedAttentionError, match="takes no position_ids"):
         model(ids, position_ids=positions(LENGTHS), use_cache=False)
@@ -52,7 +46,12 @@ def test_the_encoder_of_t5_needs_no_positions_to_keep_documents_apart() -> None:
     for name, parameter in model.named_parameters():
         if "relative" in name:
             parameter.data.normal_(std=3.0)
-    assert not numbering.unread_positions(model)
+    ids = tokens(1, sum(LENGTHS))
+    model.set_attn_implementation("eager")
+    expected = torch.cat([model(part).last_hidden_state for part in ids.split(LENGTHS, 1)], 1)
+    assert not torch.allclose(model(ids).last_hidden_state, expected, atol=0.1)
+    axattn.apply(model, "auto")
+    assert torch.allclose(model(ids, position_ids=positions(LENGTHS)).last_hidden_state, expected, atol=1e-4)
 
 
 @torch.no_grad()
@@ -95,14 +94,14 @@ def test_whether_a_model_counts_its_mask_is_read_from_its_file(family: str, coun
 
 
 def test_biogpt_s_embedding_could_count_the_mask_but_is_never_asked_to() -> None:
-    model = made("biogpt")
+    model = census("biogpt", "causal")
     mask = torch.tensor([[0, 0, 1, 1, 1]])
     assert numbering.own_positions(model, None, mask).tolist() == [[0, 1, 2, 3, 4]]
     assert numbering.own_positions(build("opt"), None, mask)[0, 2:].tolist() == [0, 1, 2]
 
 
 def test_a_layer_that_counts_only_where_no_positions_come_is_no_counter() -> None:
-    assert not numbering.counters(made("distilbert", tf.AutoModelForMaskedLM, "masked"))
+    assert not numbering.counters(census("distilbert", "masked"))
     assert numbering.counters(build("llama4", no_rope_layers=[1, 0]))
 
 
@@ -110,7 +109,7 @@ def test_a_layer_that_counts_only_where_no_positions_come_is_no_counter() -> Non
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "roberta"])
 def test_documents_known_by_their_lengths_alone_are_numbered_anew(model_type: str) -> None:
     """A table of positions would give the second document those behind the first."""
-    model = roberta() if model_type == "roberta" else made(model_type)
+    model = roberta() if model_type == "roberta" else census(model_type, "causal")
     ids = tokens(1, sum(LENGTHS))
     expected = torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], 1)
     axattn.apply(model, "varlen")
@@ -123,8 +122,8 @@ def test_documents_known_by_their_lengths_alone_are_numbered_anew(model_type: st
 @pytest.mark.parametrize(("model_type", "unpadded"), [("roberta", True), ("eurobert", True), ("llama", False)])
 def test_encoders_run_unpadded_outside_training_too(model_type: str, unpadded: bool) -> None:
     """Their configs say use_cache, and they return none; a decoder's caller may go on from the cache of whole rows."""
-    head, auto = ("masked", tf.AutoModelForMaskedLM) if unpadded else ("causal", tf.AutoModelForCausalLM)
-    model = axattn.apply(made(model_type, auto, head), "auto", unpad=True)
+    head = "masked" if unpadded else "causal"
+    model = axattn.apply(census(model_type, head), "auto", unpad=True)
     mask = torch.ones(2, 10, dtype=torch.long)
     mask[0, 6:] = 0
     logits = model(tokens(2, 10).clamp(min=3), attention_mask=mask).logits

@@ -42,12 +42,12 @@ def add_doors(
 
     for module in [m for m in modules if isinstance(m, PreTrainedModel)]:
         inside = [name for name, child in module.named_children() if isinstance(child, PreTrainedModel)]
-        unfit = (*unread_positions(module), *classifies_rows(module))
-        if len(inside) == 1 and not classifies_rows(module) and hands_on(type(module).forward, inside[0]):
+        rows = classifies_rows(module)
+        if len(inside) == 1 and not rows and hands_on(type(module).forward, inside[0]):
             continue
         name = native.get(id(module.config), native.get(id(model.config)))
         flash = name is not None and names.is_flash(name)
-        reasons = flash_guard.standing_reasons(module) if flash else []
+        reasons = flash_guard.contradictions(module) if flash else []
         if reasons:
             advice = 'Use attn_implementation="varlen" or "auto".'
             raise UnsupportedAttentionError(f"{name} can't serve {type(module).__name__}", reasons, advice)
@@ -57,7 +57,7 @@ def add_doors(
             standing=name is not None and bool(standing_reasons(module)),
             counted=_counted(module),
             mixers=tuple(mixers(module)),
-            unfit=unfit,
+            unfit=(*unread_positions(module), *rows),
             reads_first=reads_first(module),
             first_position=first_position(module),
             flash=flash_guard.rules_of(module) if flash else None,

@@ -42,7 +42,7 @@ def _batch(name: str) -> dict[str, Any]:
     if name == "left padding":
         mask = mask.flip(1)
     ids = ids * mask  # pad_token_id 0
-    target = mask * torch.nn.functional.pad(mask[:, :-1], (1, 0))  # what padding predicts is nobody's business
+    target = mask * torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)  # what padding predicts is nobody's business
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(target == 0, -100)}
 
 
