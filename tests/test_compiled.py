@@ -17,70 +17,12 @@ from axattn.call import AttentionCall
 from axattn.masking import lazy_mask
 from tests.fakes.machine import hopper
 from tests.models import alone, build, positions, tokens
-
-RULES = [
-    (True, None, None),
-    (False, None, None),
-    (True, 4, None),
-    (False, 4, None),
-    (True, None, 3),
-]
+from tests.operators import documents, inputs, padding
 
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> None:
     torch._dynamo.reset()  # the graphs of other tests count towards torch's limit
-
-
-def inputs(rows: int = 2, length: int = 12) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(rows, heads, length, 8, requires_grad=True) for heads in (4, 2, 2)]
-
-
-def documents() -> torch.Tensor:
-    return torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1] * 2 + [2]])
-
-
-def padding(holes: bool) -> torch.Tensor:
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[0, 10:] = False
-    mask[1, 3 if holes else 0] = False
-    return mask
-
-
-def rule(ids: Any, real: Any, causal: bool, window: int | None, chunk: int | None) -> torch.Tensor:
-    """The same mask, token by token."""
-    seen = torch.zeros(2, 12, 12, dtype=torch.bool)
-    for row in range(2):
-        for q in range(12):
-            for k in range(12):
-                same = ids is None or bool(ids[row, q] == ids[row, k])
-                first = 0 if real is None else int(real[row].long().argmax())
-                start = first if ids is None else max(first, int((ids[row] == ids[row, q]).long().argmax()))
-                here = (not causal or k <= q) and (window is None or abs(q - k) < window)
-                here = here and (chunk is None or (q - start) // chunk == (k - start) // chunk)
-                seen[row, q, k] = same and here and (real is None or bool(real[row, k]))
-    return seen[:, None]
-
-
-@pytest.mark.parametrize(("causal", "window", "chunk"), RULES)
-@pytest.mark.parametrize("described", ["documents", "padding", "both", "holes", "documents and holes", "nothing"])
-def test_the_operator_and_its_gradient_equal_dense_attention(
-    causal: bool, window: int | None, chunk: int | None, described: str
-) -> None:
-    ids = documents() if "documents" in described or described == "both" else None
-    real = padding("holes" in described) if described not in ("documents", "nothing") else None
-    q, k, v = inputs()
-    out = attention_op(q, k, v, ids, real, causal, window, chunk, 0.3, None, "varlen", "{}")
-    mask = rule(ids, real, causal, window, chunk)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
-    seen = torch.ones(2, 12, dtype=torch.bool) if real is None else real
-    assert torch.allclose(out[seen], expected.transpose(1, 2)[seen], atol=1e-5)
-    target = torch.randn(out.shape) * seen[..., None, None]
-    ours = torch.autograd.grad(out, (q, k, v), target)
-    theirs = torch.autograd.grad(expected, (q, k, v), target.transpose(1, 2))
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_the_operator_is_a_well_behaved_one() -> None:

@@ -115,7 +115,7 @@ def test_without_rounding_nothing_but_exact_attention_is_left(
 def test_keys_lose_their_mean_or_the_error_would_be_large(rounding: None, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = qkv(bias=8.0)
     smooth = relative(run(inputs), exact(inputs))
-    monkeypatch.setattr(fp8, "smoothed", lambda key, keys: key)
+    monkeypatch.setattr(fp8, "smoothed_keys", lambda key, layout: key)
     assert relative(run(inputs), exact(inputs)) > 3 * smooth
 
 

@@ -59,7 +59,7 @@ def ours(q: Any, k: Any, v: Any, packed: Packed, exact_backward: bool = False, s
     q_lengths, k_lengths = (tuple((cu[1:] - cu[:-1]).tolist()) for cu in (packed.cu_q, packed.cu_k))
     blocks = query_blocks(q_lengths, int8_operator.block_of(q), q.device)
     keys = None if softcap else Documents(k_lengths, q.device)
-    return int8_operator.attention(q, k, v, packed, blocks, keys, softcap, exact_backward)
+    return int8_operator.attention(q, k, v, packed, blocks, keys, softcap, exact_backward)[0]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -162,11 +162,12 @@ def without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     from axattn.kernels import int8_operator
 
     real = int8_operator.attention
-    monkeypatch.setattr(
-        int8_operator,
-        "attention",
-        lambda q, k, v, *rest: real(q.detach(), k.detach(), v.detach(), *rest) + 0 * q,
-    )
+
+    def detached(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logsumexp = real(q.detach(), k.detach(), v.detach(), *rest)
+        return out + 0 * q, logsumexp
+
+    monkeypatch.setattr(int8_operator, "attention", detached)
 
 
 @needs_interpreter

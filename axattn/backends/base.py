@@ -14,6 +14,7 @@ from axattn.options import Option
 if TYPE_CHECKING:
     import torch
 
+    from axattn.backends.passes import Passes
     from axattn.call import AttentionCall
 
 FLOATS = frozenset({"float32", "float64", "bfloat16", "float16"})
@@ -80,6 +81,8 @@ class Backend:
         evaluates: the backend that runs in its place in evaluation; ``""`` for itself. Such a kernel computes something
             else than full attention: nothing exact may stand in for it in training.
         heads_alike: a head's output does not depend on its number, so heads may be split over ranks.
+        passes: its forward and backward apart, for operators of compiled graphs: `AttentionCall` → `Passes`, or None
+            for a call whose forward must run again in backward.
         plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
     """
 
@@ -98,6 +101,7 @@ class Backend:
     evaluates: str = ""
     providers: Mapping[str, str] = field(default_factory=dict, hash=False)
     notice: Callable[[Environment], str] | None = None
+    passes: Callable[[AttentionCall], Passes | None] | None = None
 
     def capability_on(self, environment: Environment) -> Capability:
         """What it serves on a machine."""
@@ -122,6 +126,13 @@ def keep_nan(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
     if query.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return out
+    return nan_where_not_finite(out, query)
+
+
+def nan_where_not_finite(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """``[B, S, H, Dv]`` with NaN where the query ``[B, H, S, D]`` is not finite."""
+    import torch
+
     if torch.isfinite(query.detach().sum()):
         return out
     bad = ~torch.isfinite(query.detach()).all(-1).transpose(1, 2)[..., None]

@@ -1,8 +1,7 @@
 """Kernels over spans inside a compiled graph: one opaque operator that finds the documents when it runs.
 
 A graph can't depend on document lengths, so the operator takes their tensor and builds the `Layout` itself, once for
-all layers that are given the same tensor. Its backward runs the kernel on its inputs again under autograd: whatever
-gradient the kernel has is the operator's.
+all layers that are given the same tensor.
 """
 
 from __future__ import annotations
@@ -14,13 +13,8 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from axattn.backends.exact import exactly
-from axattn.backends.masked_operator import (
-    autograd_inside,
-    fake_gradients,
-    fake_output,
-    masked_attention_op,
-    run_kernel,
-)
+from axattn.backends.inside import Inside, fake_gradients, fake_output, keep
+from axattn.backends.masked_operator import masked_attention_op
 from axattn.call import AttentionCall
 from axattn.masks import LazyMask
 from axattn.patterns import Pattern
@@ -48,11 +42,11 @@ def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> tor
         return exactly(call)
     out: torch.Tensor
     if isinstance(mask, LazyMask) and mask.handle is not None:  # made before the graph: a layer compiled by itself
-        out = masked_attention_op(
+        out, _ = masked_attention_op(
             call.query, call.key, call.value, mask.handle, call.scale, call.softcap, kernel, options
         )
         return out
-    out = attention_op(
+    out, _ = attention_op(
         call.query,
         call.key,
         call.value,
@@ -126,10 +120,8 @@ def _never() -> torch.Tensor:
     raise AssertionError("a layout needs no dense mask")
 
 
-def _attend(
+def _inside(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
     documents: torch.Tensor | None,
     padding: torch.Tensor | None,
     causal: bool,
@@ -139,14 +131,14 @@ def _attend(
     softcap: float | None,
     kernel: str,
     options: str,
-) -> torch.Tensor:
+) -> Inside:
     B, _, S, _ = query.shape
     mask = _mask(documents, padding, (B, S), causal, window, chunk, query.device)
 
     def rule() -> torch.Tensor:
         return _rule(documents, padding, S, causal, window, chunk, query.device)
 
-    return run_kernel(query, key, value, mask, scale, softcap, kernel, options, rule)
+    return Inside(mask, scale, softcap, kernel, options, rule)
 
 
 def _rule(
@@ -194,7 +186,7 @@ def attention_op(
     softcap: float | None,
     kernel: str,
     options: str,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of whole rows (S == T) over documents.
 
     Args:
@@ -212,10 +204,10 @@ def attention_op(
         options: the user's ``kernel_options`` as JSON.
 
     Returns:
-        ``[B, S, H, Dv]``.
+        Output ``[B, S, H, Dv]``, and what its backward needs beside it (`axattn.backends.inside`).
     """
-    out = _attend(query, key, value, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
-    return out.contiguous()
+    inside = _inside(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
+    return inside.forward(query, key, value)
 
 
 attention_op.register_fake(fake_output)
@@ -229,6 +221,8 @@ def attention_backward_op(
     value: torch.Tensor,
     documents: torch.Tensor | None,
     padding: torch.Tensor | None,
+    out: torch.Tensor | None,
+    logsumexp: torch.Tensor | None,
     causal: bool,
     window: int | None,
     chunk: int | None,
@@ -238,22 +232,19 @@ def attention_backward_op(
     options: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `attention_op` to query, key and value."""
-    with autograd_inside(), torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-        out = _attend(q, k, v, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    inside = _inside(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
+    saved = None if out is None or logsumexp is None else (out, logsumexp)
+    return inside.backward(grad, query, key, value, saved)
 
 
 attention_backward_op.register_fake(fake_gradients)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    query, key, value, documents, padding, *ctx.rule = inputs
-    ctx.save_for_backward(query, key, value, documents, padding)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    keep(ctx, inputs, output, tensors=5)
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     dq, dk, dv = attention_backward_op(grad, *ctx.saved_tensors, *ctx.rule)
     return dq, dk, dv, *(None,) * 9
 

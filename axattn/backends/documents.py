@@ -71,3 +71,8 @@ def documents_of(layout: Layout, device: torch.device) -> tuple[Documents, Docum
 def smoothed(key: torch.Tensor, keys: Documents) -> torch.Tensor:
     """``[tokens, Hkv, D]`` less its mean over each document: softmax is the same, and what is left needs fewer bits."""
     return (key.float() - keys.spread(keys.mean(key))).to(key.dtype)
+
+
+def smoothed_keys(key: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """`smoothed` over the documents of a layout."""
+    return smoothed(key, documents_of(layout, key.device)[1])

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from axattn.backends.base import QUANTISED, Backend, check_gpu, check_library
-from axattn.backends.documents import Documents, documents_of, smoothed
+from axattn.backends.documents import Documents, documents_of, smoothed_keys
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
 from axattn.backends.hadamard import hadamard
+from axattn.backends.passes import PackedPasses, Passes, over_packed
 from axattn.backends.spans import one_head_dim, packed_call
 from axattn.call import AttentionCall
 from axattn.capability import Capability
@@ -58,8 +59,7 @@ def fp8(call: AttentionCall) -> torch.Tensor:
     exact_backward = BACKEND.option(call, "backward") == "exact"
 
     def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
-        window = None if layout.window is None or layout.window >= max_k else layout.window
-        packed = Packed(cu_q, cu_k, max_q, max_k, layout.causal, window, call.scale)
+        packed = Packed(cu_q, cu_k, max_q, max_k, layout.causal, layout.window, call.scale)
         arguments = (q, k, v, packed, layout, call.softcap or 0.0, rotation, exact_backward)
         out: torch.Tensor = _Fp8.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
         return out
@@ -83,16 +83,9 @@ class _Fp8(torch.autograd.Function):
         rotation: str,
         exact_backward: bool,
     ) -> torch.Tensor:
-        queries, keys = documents_of(layout, q.device)
         if not softcap:  # under a softcap a shift of all logits is no longer nothing
-            k = smoothed(k, keys)
-        inner = (rotated(q), rotated(k), rotated(v)) if rotation == "qkv" else (q, k, v)
-        if rotation == "v":
-            inner = (q, k, rotated(v))
-        parts = quantised_rows(*inner, layout) if layout.whole_rows else quantised(*inner, queries, keys)
-        out, lse = _attention(parts, packed, softcap)
-        out = out.to(q.dtype)
-        out = out if rotation == "none" else rotated(out)
+            k = smoothed_keys(k, layout)
+        out, lse = _over_smoothed(q, k, v, packed, layout, softcap, rotation)
         if exact_backward:
             ctx.save_for_backward(q, k, v)
         else:
@@ -106,6 +99,38 @@ class _Fp8(torch.autograd.Function):
         q, k, v, *rest = ctx.saved_tensors
         out, lse = rest or exact_forward(q, k, v, ctx.packed)
         return (*flash_backward(grad, q, k, v, out, lse, ctx.packed), None, None, None, None, None)
+
+
+def _over_smoothed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed: Packed,
+    layout: Layout,
+    softcap: float,
+    rotation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[tokens, H, D]`` and logsumexp ``[H, tokens]`` over keys that are smoothed already."""
+    inner = (rotated(q), rotated(k), rotated(v)) if rotation == "qkv" else (q, k, v)
+    if rotation == "v":
+        inner = (q, k, rotated(v))
+    parts = quantised_rows(*inner, layout) if layout.whole_rows else quantised(*inner, *documents_of(layout, q.device))
+    out, lse = _attention(parts, packed, softcap)
+    out = out.to(q.dtype)
+    return out if rotation == "none" else rotated(out), lse
+
+
+def passes(call: AttentionCall) -> Passes | None:
+    """Its forward and backward apart; None under a softcap, where it has no gradient."""
+    if call.softcap is not None:
+        return None
+    rotation = BACKEND.option(call, "hadamard")
+
+    def forward(q: Any, k: Any, v: Any, packed: Packed, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        return _over_smoothed(q, smoothed_keys(k, layout), v, packed, layout, 0.0, rotation)
+
+    again = exact_forward if BACKEND.option(call, "backward") == "exact" else None
+    return over_packed(PackedPasses(forward, smoothed_keys, again))
 
 
 Quantised = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -160,7 +185,7 @@ def _attention(parts: Quantised, packed: Packed, softcap: float) -> tuple[torch.
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        window_size=(-1, -1) if packed.window is None else packed.sides,
+        window_size=(-1, -1) if packed.window is None or packed.window >= packed.max_k else packed.sides,
         softcap=softcap,
         return_attn_probs=True,  # and the logsumexp
     )
@@ -209,5 +234,6 @@ BACKEND = Backend(
     options=(HADAMARD, BACKWARD),
     caches=False,
     spans=True,
+    passes=passes,
 )
 BACKENDS = (BACKEND,)

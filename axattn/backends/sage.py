@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from axattn.backends.base import HALVES, QUANTISED, Backend, check_gpu, check_library
-from axattn.backends.documents import Documents, documents_of, smoothed
+from axattn.backends.documents import Documents, documents_of, smoothed, smoothed_keys
 from axattn.backends.exact import exactly
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
+from axattn.backends.passes import PackedPasses, Passes, over_packed
 from axattn.backends.spans import one_head_dim, packed_call
 from axattn.call import AttentionCall
 from axattn.capability import Capability
@@ -69,20 +70,44 @@ def sage(call: AttentionCall) -> torch.Tensor:
     """INT8 attention by our Triton kernel; returns ``[B, S, H, Dv]``."""
     if call.query.shape[2] == 1:
         return exactly(call)
-    from axattn.kernels import int8_operator
-
     layout = layout_of(call)
-    exact_backward = BACKEND.option(call, "backward") == "exact"
-    softcap = call.softcap or 0.0
+    exact = BACKEND.option(call, "backward") == "exact"
 
     def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
         packed = Packed(cu_q, cu_k, max_q, max_k, layout.causal, layout.window, call.scale)
-        queries, keys = documents_of(layout, q.device)
-        blocks = _blocks(layout, queries, int8_operator.block_of(q))
-        return int8_operator.attention(q, k, v, packed, blocks, None if softcap else keys, softcap, exact_backward)
+        return _quantised(q, k, v, packed, layout, softcap=call.softcap or 0.0, exact_backward=exact)[0]
 
     query, key, value = one_head_dim(call.query, call.key, call.value)
     return packed_call(query, key, value, layout, kernel)[..., : call.value.shape[-1]]
+
+
+def _quantised(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed: Packed,
+    layout: Layout,
+    *,
+    softcap: float = 0.0,
+    exact_backward: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[tokens, H, D]`` and logsumexp ``[H, tokens]``."""
+    from axattn.kernels import int8_operator
+
+    queries, keys = documents_of(layout, q.device)
+    blocks = _blocks(layout, queries, int8_operator.block_of(q))
+    return int8_operator.attention(q, k, v, packed, blocks, None if softcap else keys, softcap, exact_backward)
+
+
+def passes(call: AttentionCall) -> Passes | None:
+    """Its forward and backward apart; None where it has no gradient, and for a single query."""
+    if call.softcap is not None or call.query.shape[2] == 1:
+        return None
+    return over_packed(_PASSES_EXACT if BACKEND.option(call, "backward") == "exact" else _PASSES)
+
+
+_PASSES = PackedPasses(_quantised, smoothed_keys)
+_PASSES_EXACT = _PASSES._replace(again=exact_forward)
 
 
 def _blocks(layout: Layout, queries: Documents, block: int) -> torch.Tensor:
@@ -231,6 +256,7 @@ BACKEND = Backend(
     providers={"triton": "sage", "library": "sage:library"},
     notice=_notice,
     spans=True,
+    passes=passes,
 )
 BACKENDS = (
     BACKEND,

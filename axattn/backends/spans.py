@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,17 @@ def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
     query, key, value = one_head_dim(query, key, value)
     if query.device.type == "cpu":
         out = keep_nan(attention_over_tiles(query, key, value, layout, call.scale), query)
-    elif (
-        query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and _has_flash(query.device)
-    ):
+    elif runs_flash(query):
         out = _flash_varlen(query, key, value, layout, call.scale)
     else:
         return dense.sdpa(call)
     return out if out.shape[-1] == value_dim else out[..., :value_dim]
+
+
+def runs_flash(query: torch.Tensor) -> bool:
+    """Whether torch's flash kernel on a GPU takes ``[B, H, S, D]`` (of `one_head_dim`)."""
+    size = query.shape[-1]
+    return query.dtype in (torch.float16, torch.bfloat16) and size <= 256 and size % 8 == 0 and _has_flash(query.device)
 
 
 @functools.cache
@@ -95,19 +96,23 @@ def packed_call(
     Returns:
         ``[B, S, H, D]``; zero at queries that no span covers.
     """
-    B, H, S, D = query.shape
-    if "packed" not in layout.memo:
-        layout.memo["packed"] = _packed_index(layout, query.device)
-    cu_q, cu_k, max_q, max_k, index_q, index_k = layout.memo["packed"]
-    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], D) for x in (query, key, value))
-    if index_q is not None:
-        q = q.index_select(0, index_q)
-    if index_k is not None:
-        k, v = k.index_select(0, index_k), v.index_select(0, index_k)
-    out = kernel(q, k, v, cu_q, cu_k, max_q, max_k)
-    if index_q is None:
-        return out.view(B, S, H, D)
-    return out.new_zeros(B * S, H, D).index_copy(0, index_q, out).view(B, S, H, D)
+    B, _, S, _ = query.shape
+    index = packed_index(layout, query.device)
+    q, k, v = packed(query, index.queries), packed(key, index.keys), packed(value, index.keys)
+    return unpacked(kernel(q, k, v, *index.lengths), index.queries, B, S)
+
+
+def packed(x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    """``[B, H, S, D]`` as ``[tokens, H, D]``: those at the flat indices `tokens`, or all."""
+    flat = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    return flat if tokens is None else flat.index_select(0, tokens)
+
+
+def unpacked(x: torch.Tensor, tokens: torch.Tensor | None, rows: int, length: int) -> torch.Tensor:
+    """``[tokens, H, D]`` as ``[B, S, H, D]``, zero at the tokens that were left out."""
+    if tokens is not None:
+        x = x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, tokens, x)
+    return x.view(rows, length, *x.shape[1:])
 
 
 @functools.cache
@@ -129,10 +134,40 @@ def span_lengths(layout: Layout) -> tuple[list[int], list[int]]:
     return [q1 - q0 for _, q0, q1, _, _ in spans], [k1 - k0 for *_, k0, k1 in spans]
 
 
-def _packed_index(
-    layout: Layout, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None, torch.Tensor | None]:
-    """cu_seqlens, max lengths and, where spans leave gaps, the flat indices of real queries and keys."""
+class PackedIndex(NamedTuple):
+    """The spans of a layout as variable-length kernels take them.
+
+    Attributes:
+        cu_q: int32 ``[sequences + 1]``.
+        cu_k: int32 ``[sequences + 1]``.
+        max_q: longest sequence of queries.
+        max_k: longest sequence of keys.
+        queries: int64, the flat indices of real queries; None when spans leave no gap.
+        keys: the same of keys.
+    """
+
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+    queries: torch.Tensor | None
+    keys: torch.Tensor | None
+
+    @property
+    def lengths(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """What the kernels are given."""
+        return self.cu_q, self.cu_k, self.max_q, self.max_k
+
+
+def packed_index(layout: Layout, device: torch.device) -> PackedIndex:
+    """The spans of a layout in packed order, made once for all layers that share it."""
+    if "packed" not in layout.memo:
+        layout.memo["packed"] = _packed_index(layout, device)
+    found: PackedIndex = layout.memo["packed"]
+    return found
+
+
+def _packed_index(layout: Layout, device: torch.device) -> PackedIndex:
     spans = _in_order(layout)
     q_lengths = [q1 - q0 for _, q0, q1, _, _ in spans]
     k_lengths = [k1 - k0 for *_, k0, k1 in spans]
@@ -146,7 +181,7 @@ def _packed_index(
         return torch.cat([torch.arange(a, b) for a, b in ranges]).to(device)
 
     S, T = layout.q_length, layout.kv_length
-    return (
+    return PackedIndex(
         cumulative(q_lengths),
         cumulative(k_lengths),
         max(q_lengths, default=0),

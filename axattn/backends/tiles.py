@@ -193,11 +193,11 @@ def attention_over_tiles(
     Returns:
         ``[B, S, H, D]``; zero at queries that no span covers (padding).
     """
-    out: torch.Tensor = _Segmented.apply(query, key, value, _plan(layout), layout, scale)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
+    out: torch.Tensor = _Segmented.apply(query, key, value, tiles_of(layout), layout, scale)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
     return out
 
 
-def _plan(layout: Layout) -> list[Tile]:
+def tiles_of(layout: Layout) -> list[Tile]:
     """The tiles of a layout, cut once for all layers that share it."""
     if "tiles" not in layout.memo:
         layout.memo["tiles"] = tiles(layout)

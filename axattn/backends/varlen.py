@@ -12,7 +12,9 @@ import torch
 
 from axattn.backends import compiled, dense
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
-from axattn.backends.spans import over_layout
+from axattn.backends.flash_gradient import exact_forward
+from axattn.backends.passes import TILES, PackedPasses, Passes, over_packed
+from axattn.backends.spans import over_layout, runs_flash
 from axattn.call import AttentionCall
 from axattn.masks import LazyMask
 
@@ -38,6 +40,18 @@ def varlen(call: AttentionCall) -> torch.Tensor:
     return dense.sdpa(call) if layout is None else over_layout(call, layout)
 
 
+def passes(call: AttentionCall) -> Passes | None:
+    """Its forward and backward apart, where the kernel is torch's flash kernel; on a GPU, where rows are packed or
+    padded (whole rows run on the fastest kernel that ``F.scaled_dot_product_attention`` finds)."""
+    if call.query.device.type == "cpu":
+        return TILES
+    whole = isinstance(call.mask, LazyMask) and call.mask.plain is not None
+    widest = call.query if call.query.shape[-1] >= call.value.shape[-1] else call.value
+    return None if whole or torch.version.hip is not None or not runs_flash(widest) else _PACKED
+
+
+_PACKED = over_packed(PackedPasses(lambda q, k, v, packed, _: exact_forward(q, k, v, packed), lambda key, _: key))
+
 BACKENDS = (
     Backend(
         "varlen",
@@ -46,5 +60,6 @@ BACKENDS = (
         always_usable,
         varlen,
         plain=True,
+        passes=passes,
     ),
 )

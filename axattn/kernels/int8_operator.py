@@ -32,7 +32,7 @@ def attention(
     keys: Documents | None,
     softcap: float,
     exact_backward: bool,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """INT8 attention of packed documents, differentiable.
 
     Args:
@@ -46,13 +46,13 @@ def attention(
         exact_backward: make the exact output again for the gradient.
 
     Returns:
-        ``[tokens, H, D]``.
+        Output ``[tokens, H, D]``, and the logsumexp of its logits, float32 ``[H, tokens]``, which has no gradient.
     """
     mean = document = None
     if keys is not None:
         with torch.no_grad():
             mean, document = keys.mean(key), keys.numbers
-    out, _, _ = int8_attention_op(
+    out, logsumexp, _ = int8_attention_op(
         query,
         key,
         value,
@@ -69,8 +69,7 @@ def attention(
         softcap,
         exact_backward,
     )
-    result: torch.Tensor = out
-    return result
+    return out, logsumexp
 
 
 @torch.library.custom_op("axattn::int8_attention", mutates_args=())

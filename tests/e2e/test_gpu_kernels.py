@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -149,6 +150,31 @@ def test_packed_forward_and_gradients_against_documents_alone(kernel: str, famil
         return torch.cat(parts)
 
     compare(family, kernel, packed, alone, **window)
+
+
+@pytest.mark.parametrize("described", ["packed", "padded"])
+def test_a_compiled_step_against_eager(kernel: str, described: str) -> None:
+    """Inside a graph a kernel's forward and backward are apart (`axattn.backends.passes`), or it runs twice."""
+    if kernel not in ("varlen", "sdpa", "xformers", *LOSSY):
+        pytest.skip(f"Transformers runs {kernel}")
+    torch._dynamo.reset()
+    if described == "packed":
+        ids, where = tokens(2, 256).to(DEVICE), positions(*LENGTHS).to(DEVICE)
+        documents = [ids[r, a:b] for r, row in enumerate(LENGTHS) for a, b in pairwise(accumulate(row, initial=0))]
+        given, real = {"position_ids": where}, torch.ones_like(ids).bool()
+    else:
+        ids, mask = tokens(2, 128).to(DEVICE), torch.ones(2, 128, dtype=torch.long, device=DEVICE)
+        mask[1, 78:] = 0
+        documents, given, real = [ids[0], ids[1, :78]], {"attention_mask": mask}, mask.bool()
+
+    def found(model: Any) -> torch.Tensor:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        return compiled(ids, use_cache=False, **given).logits[real]
+
+    def expected(model: Any) -> torch.Tensor:
+        return torch.cat([model(document[None]).logits[0] for document in documents])
+
+    compare("llama", kernel, found, expected)
 
 
 def test_a_changed_document_leaves_the_others_as_they_were(kernel: str) -> None:
