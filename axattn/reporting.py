@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from axattn.needs import sub_configs
-from axattn.routes import ATTRIBUTE, Route
+from axattn.routes import ATTRIBUTE, Route, route_in_passing
 from axattn.state import state_of
 
 
@@ -38,7 +38,7 @@ class Status:
     Attributes:
         asked: name asked for, by config path.
         running: name in each config now, by config path.
-        layers: attention modules that run through axattn.
+        layers: attention modules that run through axattn; those of a model that axattn did not load once they have run.
         patches: how many changes `axattn.restore` would undo.
     """
 
@@ -66,7 +66,13 @@ def read_status(model: torch.nn.Module) -> Status:
     """The status of a Transformers model."""
     state = state_of(model)
     running = {path: config._attn_implementation for path, config in sub_configs(model.config)}
-    routes: list[Route] = [vars(module)[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in vars(module)]
-    layers = tuple(LayerStatus(r.layer, r.asked, r.planned, dict(r.served), r.compiled) for r in routes)
+    routes: list[tuple[str, Route]] = []
+    for name, module in model.named_modules():
+        planned, passing = vars(module).get(ATTRIBUTE), route_in_passing(module)
+        if planned is not None:
+            routes.append((planned.layer, planned))
+        elif passing is not None:
+            routes.append((name, passing))
+    layers = tuple(LayerStatus(name, r.asked, r.planned, dict(r.served), r.compiled) for name, r in routes)
     asked = dict(state.plan.asked) if state is not None and state.plan is not None else {}
     return Status(asked, running, layers, 0 if state is None else len(state.patches))

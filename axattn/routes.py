@@ -133,6 +133,11 @@ def providers(backend: Backend, options: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(backend.providers.values()) if chosen == "auto" else (backend.providers[chosen],)
 
 
+def route_in_passing(module: torch.nn.Module) -> Route | None:
+    """The route that `route_of` has made for a module of a model without a plan, None before its first call."""
+    return _unplanned.get(module)
+
+
 def route_of(module: torch.nn.Module, name: str) -> Route:
     """The route of an attention module: its model's plan, or one made now for models that axattn did not load."""
     route: Route | None = module.__dict__.get(ATTRIBUTE)

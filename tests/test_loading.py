@@ -248,6 +248,18 @@ def test_status_tells_asked_from_running_and_counts_calls() -> None:
     assert axattn.status(build("llama")).patches == 0
 
 
+@torch.no_grad()
+def test_status_of_a_model_that_transformers_loaded_tells_its_layers_once_they_have_run() -> None:
+    model = build("llama")
+    model.set_attn_implementation("varlen")
+    assert axattn.status(model).layers == ()
+    model(tokens(1, 5))
+    found = [(layer.layer, layer.planned, layer.served) for layer in axattn.status(model).layers]
+    assert found == [(f"model.layers.{i}.self_attn", "varlen", {"varlen": 1}) for i in (0, 1)]
+    axattn.apply(model, "auto")
+    assert [layer.served for layer in axattn.status(model).layers] == [{}, {}]
+
+
 def test_a_call_that_the_planned_kernel_can_not_serve_is_routed_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     from axattn import routes
 
