@@ -109,6 +109,8 @@ def apply(
 ) -> torch.nn.Module:
     """Put a loaded model on the kernel named. What an earlier `apply` did is undone first.
 
+    What `prepare_for_training` and `axattn.sequence_parallel` did holds on the new kernel.
+
     Args:
         model: a Transformers model, or a wrapper around one (PEFT).
         attn_implementation: as for `from_pretrained`.
@@ -134,9 +136,10 @@ def apply(
     restore(base)
     try:
         _attach(base, decided, value, allow_all_kernels, unpad)
+        _do_again(base, before)
     except BaseException:
-        if before is not None and before.plan is not None:
-            _attach(base, before.plan, before.value, before.allow_all_kernels, before.unpad)
+        restore(base)
+        _put_back(base, before)
         raise
     return model
 
@@ -178,8 +181,20 @@ def using(
         yield model
     finally:
         restore(model)
-        if before is not None and before.plan is not None:
-            _attach(transformers_model(model), before.plan, before.value, before.allow_all_kernels, before.unpad)
+        _put_back(transformers_model(model), before)
+
+
+def _do_again(model: torch.nn.Module, before: State | None) -> None:
+    """What else was done to a model, on its new plan."""
+    for step in before.later if before is not None else ():
+        step(model)
+
+
+def _put_back(model: torch.nn.Module, before: State | None) -> None:
+    """A restored model as it was."""
+    if before is not None and before.plan is not None:
+        _attach(model, before.plan, before.value, before.allow_all_kernels, before.unpad)
+    _do_again(model, before)
 
 
 def plan(

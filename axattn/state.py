@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,8 @@ class State:
         value: the names asked for, to apply them again after `axattn.using`.
         allow_all_kernels: as given.
         unpad: as given.
+        later: what else was done to the model (`prepare_for_training`, `sequence_parallel`): `apply` and `using` do it
+            again after a new plan. Picklable and copyable like the model.
     """
 
     plan: Plan | None
@@ -30,6 +33,7 @@ class State:
     value: Any = None
     allow_all_kernels: bool = False
     unpad: bool = False
+    later: list[Callable[[torch.nn.Module], object]] = field(default_factory=list)
 
 
 def transformers_model(model: torch.nn.Module) -> torch.nn.Module:

@@ -32,7 +32,10 @@ def prepare_for_training(model: Model) -> Model:
         `model`, changed in place.
     """
     base = transformers_model(model)
-    patches = ensure_state(base).patches
+    state = ensure_state(base)
+    patches = state.patches
+    if prepare_for_training not in state.later:
+        state.later.append(prepare_for_training)
     changed = disable_cache(patches, base)
     if changed:
         logger.info("axattn: use_cache=False on %s", ", ".join(path or "the model's config" for path in changed))

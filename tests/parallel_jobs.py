@@ -188,9 +188,23 @@ def outputs() -> dict[str, Any]:
     prompt = tokens(2, 7)
     given = {"max_new_tokens": 4, "do_sample": False}
     found["generate"] = bool((model.generate(prompt, **given) == whole.generate(prompt, **given)).all())
+    found["switched"] = switched(model.train(), inputs)
     axattn.restore(model)
     found["restored"] = "forward" in vars(model)
     return found
+
+
+def switched(model: Any, inputs: dict[str, Any]) -> list[Any]:
+    """Shapes of a rank's logits after, inside and past changes of kernel, and the text of one that is refused."""
+    shapes = [list(axattn.apply(model, "auto")(**inputs).logits.shape)]
+    with axattn.using(model, "varlen"):
+        shapes.append(list(model(**inputs).logits.shape))
+    shapes.append(list(model(**inputs).logits.shape))
+    try:
+        axattn.apply(model, "eager")
+    except axattn.AxattnError as error:
+        return [*shapes, list(model(**inputs).logits.shape), str(error)]
+    return shapes
 
 
 def refusals() -> dict[str, str]:

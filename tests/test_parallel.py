@@ -57,6 +57,10 @@ def test_a_lora_model_inside_ddp() -> None:
 def test_what_comes_back() -> None:
     for found in run(2, jobs.outputs):
         assert found.pop("training") == [1, 12, 97]  # this rank's part: the loss is all that training needs
+        *shapes, refusal = found.pop("switched")
+        assert shapes == [[1, 12, 97]] * 4
+        assert "it runs on eager" in refusal
+        assert "axattn.restore(model) takes the split off" in refusal
         assert found.pop("generate")
         assert not found.pop("restored")
         assert all(value < BUDGET for value in found.values()), found

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+import pickle
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,6 +21,56 @@ def test_the_cache_is_off_on_every_sub_config_and_comes_back() -> None:
     assert not model.config.text_config.use_cache
     axattn.restore(model)
     assert model.config.text_config.use_cache
+
+
+def test_what_was_prepared_holds_on_another_kernel_and_after_it() -> None:
+    model = build("llama")
+    axattn.prepare_for_training(model)
+    axattn.apply(model, "varlen")
+    assert not model.config.use_cache
+    axattn.prepare_for_training(axattn.apply(model, "auto"))
+    with axattn.using(model, "eager"):
+        assert not model.config.use_cache
+    assert not model.config.use_cache
+    with pytest.raises(axattn.BackendUnavailableError):
+        axattn.apply(model, "flash_attention_2")
+    assert not model.config.use_cache
+    assert axattn.status(model).running == {"": "auto"}
+    axattn.restore(model)
+    assert model.config.use_cache
+    assert axattn.apply(model, "auto").config.use_cache
+
+
+def test_a_change_of_kernel_that_fails_late_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen"))
+    step = model._axattn_state.later[0]
+
+    def failing(base: Any) -> None:
+        if base.config._attn_implementation == "auto":
+            raise RuntimeError("no")
+        step(base)
+
+    model._axattn_state.later[0] = failing
+    with pytest.raises(RuntimeError, match="no"):
+        axattn.apply(model, "auto")
+    assert axattn.status(model).running == {"": "varlen"}
+    assert not model.config.use_cache
+    assert torch.isfinite(model(tokens(1, 5)).logits).all()
+    axattn.restore(model)
+    assert model.config.use_cache
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_prepared_model_s_copies_can_be_switched_too(clone: Any) -> None:
+    try:
+        clone(build("llama"))
+    except AttributeError as error:  # Transformers 5.17 puts local classes into models when kernels is installed
+        pytest.skip(f"Transformers' own model can't be cloned so: {error}")
+    model = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen"))
+    one = clone(model)
+    assert not axattn.apply(one, "auto").config.use_cache
+    assert axattn.restore(one).config.use_cache
+    assert not model.config.use_cache
 
 
 def stray(model: torch.nn.Module) -> set[str]:

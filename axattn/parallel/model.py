@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -49,18 +50,23 @@ def sequence_parallel(model: Model, group: Any, *, gather: Gather = "auto") -> M
     """
     if gather not in (True, False, "auto"):
         raise ValueError(f'gather={gather!r} is none of True, False, "auto"')
-    base = transformers_model(model)
-    ranks = Group(process_group(group))
-    reasons = reasons_against(base, ranks.ranks)
-    present = vars(base).get("forward")
+    mean = hasattr(group, "parallelism_config")
+    _split(transformers_model(model), group=Group(process_group(group)), gather=gather, mean=mean)
+    return model
+
+
+def _split(model: torch.nn.Module, *, group: Group, gather: Gather, mean: bool, again: bool = False) -> None:
+    """Put a `Split` around a model, now and after every later `axattn.apply`."""
+    reasons = reasons_against(model, group.ranks)
+    present = vars(model).get("forward")
     if isinstance(present, Entrance) and isinstance(present.change, Split):
         reasons.append(Reason("model", "it is sequence-parallel already"))
-    state = state_of(base)
+    state = state_of(model)
     if state is None or reasons:
-        raise UnsupportedAttentionError(f"{type(base).__name__} can't run over {ranks.ranks} ranks", reasons)
-    mean = hasattr(group, "parallelism_config")
-    add_entrance(state.patches, base, Split(ranks, gather, state.patches, mean))
-    return model
+        advice = "axattn.restore(model) takes the split off that it has." if again else ""
+        raise UnsupportedAttentionError(f"{type(model).__name__} can't run over {group.ranks} ranks", reasons, advice)
+    add_entrance(state.patches, model, Split(group, gather, state.patches, mean))
+    state.later.append(functools.partial(_split, group=group, gather=gather, mean=mean, again=True))
 
 
 def process_group(group: Any) -> Any:
