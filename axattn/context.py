@@ -26,6 +26,7 @@ class Context:
         outer: the context to go back to.
         share: the forward runs on this rank's share of its rows.
         crosses: the model also attends to another sequence (``encoder_hidden_states``).
+        reads_padding: what padding attends to matters: a head of the model reads it.
     """
 
     segments: Segments | TracedSegments | None
@@ -36,6 +37,7 @@ class Context:
     outer: Context | None
     share: Share | None = None
     crosses: bool = False
+    reads_padding: bool = False
 
 
 class _Slot(threading.local):
@@ -53,6 +55,17 @@ slot = _Slot()
 def current() -> Context | None:
     """The context of the innermost model that is running, None outside of any model with a door."""
     return slot.context
+
+
+@contextlib.contextmanager
+def reading(context: Context) -> Iterator[None]:
+    """Masks that are made in this block are made from `context`, unless a door that opens in it says otherwise."""
+    before = slot.context
+    slot.context = context
+    try:
+        yield
+    finally:
+        slot.context = before
 
 
 @contextlib.contextmanager

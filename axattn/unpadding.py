@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from axattn.context import inside
+from axattn.context import Context, current, inside, reading
 from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
@@ -100,7 +100,8 @@ class Unpad:
         given["position_ids"] = _positions(model, inputs, mask, keep)
         if inputs.get("labels") is not None:
             given |= _targets(model, inputs, mask, keep)
-        with inside(told=segments):
+        flat = Context(segments if segments.packed else None, (1, keep.numel()), False, (), self, current())
+        with inside(told=segments), reading(flat):  # a door inside is told; a model without one inside reads its own
             output = forward(given)
         for key in _OUTPUTS:
             if output.get(key) is not None:

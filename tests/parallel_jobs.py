@@ -207,6 +207,24 @@ def switched(model: Any, inputs: dict[str, Any]) -> list[Any]:
     return shapes
 
 
+def without_heads() -> dict[str, float]:
+    """The largest error of hidden states and gradients of models that hold no other model."""
+    found = {}
+    for family in ("llama", "mistral", "gemma3"):
+        for scenario in ("dense", "packed", "right padded", "left padded"):
+            inputs = {key: value for key, value in batch(scenario).items() if key != "labels"}
+            whole, split = (axattn.apply(build(family).model, "varlen").train() for _ in range(2))
+            axattn.sequence_parallel(split, dist.group.WORLD)
+            real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            states = [model(**inputs, use_cache=False).last_hidden_state[real] for model in (split, whole)]
+            for state in states:
+                state.square().sum().backward()
+            axattn.parallel.average_gradients(split, dist.group.WORLD)
+            both = zip(split.parameters(), whole.parameters(), strict=True)
+            found[f"{family} {scenario}"] = worst([tuple(states), *((a.grad, b.grad) for a, b in both)])
+    return found
+
+
 def refusals() -> dict[str, str]:
     """The texts of what is refused, by what was tried."""
     import pickle

@@ -54,6 +54,11 @@ def test_a_lora_model_inside_ddp() -> None:
         assert gradient < BUDGET
 
 
+def test_models_without_a_head() -> None:
+    for found in run(2, jobs.without_heads):
+        assert not {what: error for what, error in found.items() if not error < 1e-4}
+
+
 def test_what_comes_back() -> None:
     for found in run(2, jobs.outputs):
         assert found.pop("training") == [1, 12, 97]  # this rank's part: the loss is all that training needs

@@ -296,3 +296,17 @@ def test_a_model_that_adds_tokens_of_its_own_is_missed() -> None:
     )
     with pytest.raises(axattn.InvalidInputError, match="the unpadded row has"):
         model(**batch("right"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["auto", "varlen"])
+def test_without_a_head_rows_are_told_apart_too(name: str) -> None:
+    """No model inside has a door of its own, and positions alone say that these two rows are one document."""
+    model = axattn.apply(build("llama").model, name, unpad=True)
+    given = batch("right", labels=False)
+    given["position_ids"] = torch.arange(12).expand(3, 12).clone()
+    given["position_ids"][1] += 12
+    given["position_ids"][2] += 12 + LENGTHS[1]
+    expected = axattn.apply(build("llama").model, name)(**given, use_cache=False).last_hidden_state
+    real = given["attention_mask"].bool()
+    assert torch.allclose(model(**given, use_cache=False).last_hidden_state[real], expected[real], atol=1e-4)

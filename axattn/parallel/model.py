@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from axattn.context import inside
+from axattn.context import Context, current, inside, reading
 from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
@@ -124,7 +124,8 @@ class Split:
         accelerate.drop_context_parallel_hooks(self.patches, model)
         share, part, length = split(model, self.group, inputs, self.door)
         as_tuple = part.get("return_dict") is False
-        with inside(share=share):
+        own = Context(None, (share.rows, share.part), False, (), self, current(), share)
+        with inside(share=share), reading(own):  # doors inside take the share; a model without one inside reads its own
             output = forward({**part, "return_dict": True})
         if output.get("loss") is not None:
             loss = total(output["loss"], share.group)
