@@ -5,6 +5,7 @@ Pure value types and one pure function; nothing here imports torch or Transforme
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -141,8 +142,17 @@ _FLAGS: dict[str, str] = {
 }
 
 
-def missing(need: Need, capability: Capability, name: str = "this kernel") -> list[Reason]:
-    """Every reason why `capability` does not cover `need`; empty when it does. Pure."""
+def missing(
+    need: Need, capability: Capability, name: str = "this kernel", *, shown: Callable[[object], str] = str
+) -> list[Reason]:
+    """Every reason why `capability` does not cover `need`; empty when it does. Pure.
+
+    Args:
+        need: of a call or a layer.
+        capability: of a kernel.
+        name: the kernel's.
+        shown: a number as text; a symbol of a compiled graph has none.
+    """
     reasons: list[Reason] = []
 
     def say(feature: str, text: str, fix: str = "") -> None:
@@ -151,15 +161,15 @@ def missing(need: Need, capability: Capability, name: str = "this kernel") -> li
     for flag, clause in _FLAGS.items():
         asked = getattr(need, flag)
         if asked is not None and asked is not False and asked != 0.0 and not getattr(capability, flag):
-            shown = flag if asked is True else f"{flag}={asked}"
-            say(flag, f"{shown} ({name} has {clause})")
+            said = flag if asked is True else f"{flag}={shown(asked)}"
+            say(flag, f"{said} ({name} has {clause})")
         elif asked and need.gradient and flag in capability.inference_only:
             say(flag, f"{flag} in training ({name} serves it in inference only)")
     if need.causal and not capability.causal:
         say("causal", f"causal attention ({name} is bidirectional only)")
     if not need.causal and not capability.bidirectional:
         say("causal", f"bidirectional attention ({name} is causal only)")
-    reasons += _missing_head_dims(need, capability, name)
+    reasons += _missing_head_dims(need, capability, name, shown)
     if need.dtype is not None and need.dtype not in capability.dtypes:
         fix = "dtype=torch.bfloat16, or bf16 autocast" if "bfloat16" in capability.dtypes else ""
         say("dtype", f"{need.dtype} ({name} serves {', '.join(sorted(capability.dtypes))})", fix)
@@ -168,7 +178,7 @@ def missing(need: Need, capability: Capability, name: str = "this kernel") -> li
     return reasons
 
 
-def _missing_head_dims(need: Need, capability: Capability, name: str) -> list[Reason]:
+def _missing_head_dims(need: Need, capability: Capability, name: str, shown: Callable[[object], str]) -> list[Reason]:
     reasons: list[Reason] = []
     value_dim = need.head_dim if need.value_dim is None else need.value_dim
     paired = (need.head_dim, value_dim) in capability.head_dim_pairs
@@ -179,19 +189,17 @@ def _missing_head_dims(need: Need, capability: Capability, name: str) -> list[Re
             continue
         if capability.head_dims is not None and dim not in capability.head_dims:
             served = ", ".join(str(d) for d in sorted(capability.head_dims))
-            reasons.append(Reason(label, f"{label}={dim} ({name} serves {served})"))
+            reasons.append(Reason(label, f"{label}={shown(dim)} ({name} serves {served})"))
         elif capability.max_head_dim is not None and dim > capability.max_head_dim and not paired:
-            reasons.append(Reason(label, f"{label}={dim} ({name} serves up to {capability.max_head_dim})"))
+            reasons.append(Reason(label, f"{label}={shown(dim)} ({name} serves up to {capability.max_head_dim})"))
         elif dim % capability.head_dim_multiple:
-            reasons.append(Reason(label, f"{label}={dim} ({name} serves multiples of {capability.head_dim_multiple})"))
-    if need.head_dim is not None and value_dim != need.head_dim and not capability.value_dim_differs:
-        reasons.append(
-            Reason(
-                "value_dim", f"value head dim {value_dim} differs from query head dim {need.head_dim} ({name} can't)"
+            reasons.append(
+                Reason(label, f"{label}={shown(dim)} ({name} serves multiples of {capability.head_dim_multiple})")
             )
-        )
+    if need.head_dim is not None and value_dim != need.head_dim and not capability.value_dim_differs:
+        text = f"value head dim {shown(value_dim)} differs from query head dim {shown(need.head_dim)} ({name} can't)"
+        reasons.append(Reason("value_dim", text))
     if need.heads and need.kv_heads and need.heads != need.kv_heads and not capability.grouped_heads:
-        reasons.append(
-            Reason("kv_heads", f"{need.heads} query heads over {need.kv_heads} KV heads ({name} has no GQA)")
-        )
+        text = f"{shown(need.heads)} query heads over {shown(need.kv_heads)} KV heads ({name} has no GQA)"
+        reasons.append(Reason("kv_heads", text))
     return reasons

@@ -92,8 +92,7 @@ def require_counted_from(first: int, module: torch.nn.Module, positions: torch.T
     """
     if torch.compiler.is_compiling():
         real = positions if mask is None else positions.masked_fill(mask == 0, first)
-        text = f"axattn: position_ids start at {first} in this model (padding_idx + 1)"
-        torch._assert_async((real >= first).all(), text)
+        torch._assert_async((real >= first).all(), "axattn: position_ids start at padding_idx + 1 in this model")
         return
     real = positions if mask is None else positions.expand(mask.shape)[mask != 0]
     low = int(real.min()) if real.numel() else first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -82,11 +82,14 @@ class Route:
             UnsupportedAttentionError: none does; with every candidate's reasons.
         """
         reasons: list[Reason] = []
-        if torch.compiler.is_compiling() and len(self.kernels) > 1:
-            need = replace(need, traced=True)  # there is a choice: one that is known to trace
+        shown: Callable[[object], str] = str
+        if torch.compiler.is_compiling():
+            shown = _untold
+            if len(self.kernels) > 1:
+                need = replace(need, traced=True)  # there is a choice: one that is known to trace
         for name in by_need(self.candidates, need) if self.asked == "auto" else self.candidates:
             backend, capability = self.kernels[name]
-            lacking = missing(need, capability, name)
+            lacking = missing(need, capability, name, shown=shown)
             if not lacking:
                 if name != self.planned and reasons:
                     self._say_routed(name, reasons)
@@ -106,6 +109,10 @@ class Route:
         if key not in _said and not torch.compiler.is_compiling():
             _said.add(key)
             logger.warning("axattn: %s runs on %s instead of %s: %s", self.layer, name, self.planned, text)
+
+
+def _untold(_: object) -> str:
+    return "?"
 
 
 _said: set[tuple[str, str, str]] = set()
