@@ -40,8 +40,10 @@ class Context:
     reads_padding: bool = False
 
 
-class _Slot(threading.local):
-    """What runs in this thread. A thread-local, not a context variable: torch.compile can trace it."""
+class _Slot:
+    """What runs in a thread."""
+
+    __slots__ = ("context", "share", "told")
 
     def __init__(self) -> None:
         self.context: Context | None = None
@@ -49,23 +51,36 @@ class _Slot(threading.local):
         self.told: Segments | None = None
 
 
-slot = _Slot()
+class _Threads(threading.local):
+    """The slot of each thread: an object that is never exchanged. What a frame compiled by torch sets on a thread-local
+    itself is lost when the frame ends (torch 2.13); context variables can't be traced at all."""
+
+    def __init__(self) -> None:
+        self.slot = _Slot()
+
+
+_threads = _Threads()
+
+
+def slot() -> _Slot:
+    """The slot of this thread."""
+    return _threads.slot
 
 
 def current() -> Context | None:
     """The context of the innermost model that is running, None outside of any model with a door."""
-    return slot.context
+    return _threads.slot.context
 
 
 @contextlib.contextmanager
 def reading(context: Context) -> Iterator[None]:
     """Masks that are made in this block are made from `context`, unless a door that opens in it says otherwise."""
-    before = slot.context
-    slot.context = context
+    here = slot()
+    before, here.context = here.context, context
     try:
         yield
     finally:
-        slot.context = before
+        here.context = before
 
 
 @contextlib.contextmanager
@@ -76,9 +91,10 @@ def inside(*, share: Share | None = None, told: Segments | None = None) -> Itera
         share: of documents and padding, on a rank that holds a part of its rows.
         told: the documents of an unpadded row.
     """
-    before = slot.share, slot.told
-    slot.share, slot.told = share, told
+    here = slot()
+    before = here.share, here.told
+    here.share, here.told = share, told
     try:
         yield
     finally:
-        slot.share, slot.told = before
+        here.share, here.told = before

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from axattn import flash_guard, guard, inputs, traced
-from axattn.context import Context, slot
+from axattn.context import Context, current, slot
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
+from axattn.numbering import counted
 from axattn.segments import Segments, from_positions
 from axattn.traced import TracedSegments
 
@@ -42,7 +43,8 @@ class Door:
         given = {**dict(zip(facts.parameters, args, strict=False)), **kwargs} if args else kwargs
         if facts.shares_keys:
             guard.require_gradients_of_shared_keys(module)
-        outer = slot.context
+        here = slot()
+        outer = here.context
         if torch.nn.functional.scaled_dot_product_attention is not _SDPA and facts.native is None:
             guard.require_no_context_parallel(module)
         get = given.get
@@ -56,10 +58,10 @@ class Door:
                 [Reason("weights", "output_attentions=True (its kernel never forms the attention weights)")],
                 'Use attn_implementation="auto" or "eager".',
             )
-        if slot.share is not None:
-            slot.context = Context(None, inputs.token_shape(given), bool(weights), seen, self, outer, slot.share)
+        if here.share is not None:
+            here.context = Context(None, inputs.token_shape(given), bool(weights), seen, self, outer, here.share)
             return None
-        told = slot.told
+        told = here.told
         if told is not None:
             shape = inputs.token_shape(given)
             if shape != (told.rows, told.length):  # read from positions alone, two rows could be one document
@@ -67,7 +69,7 @@ class Door:
                     f"{type(module).__name__} has {shape} tokens where the unpadded row has {(told.rows, told.length)}",
                     advice="Leave unpad out.",
                 )
-            slot.context = Context(told if told.packed else None, shape, bool(weights), seen, self, outer)
+            here.context = Context(told if told.packed else None, shape, bool(weights), seen, self, outer)
             return None
         if (
             outer is not None
@@ -88,10 +90,13 @@ class Door:
             if facts.flash is not None and facts.flash.takes_lengths and isinstance(segments, Segments):
                 added = flash_guard.lengths_of(segments)
             if seen[0] is None and not facts.position_planes and "position_ids" in facts.parameters[len(args) :]:
-                added["position_ids"] = segments.positions + facts.first_position
+                added["position_ids"] = self._positions(segments, given, seen)
                 seen = (added["position_ids"], *seen[1:])
         crosses = get("encoder_hidden_states") is not None
-        slot.context = Context(segments, shape, bool(weights), seen, self, outer, crosses=crosses)
+        reads_padding = facts.reads_padding or (outer is not None and outer.reads_padding)
+        here.context = Context(
+            segments, shape, bool(weights), seen, self, outer, crosses=crosses, reads_padding=reads_padding
+        )
         return (args, {**kwargs, **added}) if added else None
 
     def reached(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,16 +104,17 @@ class Door:
         if self.facts.native is None:
             return
         flash_guard.require_plain_positions(self.facts.native, module, kwargs)
-        context = slot.context
+        context = current()
         if context is not None and isinstance(context.segments, Segments):
             flash_guard.require_reached(self.facts.native, module, kwargs, context.segments)
 
     def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Forward hook (``always_call=True``): also runs when the forward raised."""
-        context = slot.context
+        here = slot()
+        context = here.context
         if context is None or context.door is not self:  # `enter` raised: nothing was set
             return
-        slot.context = context.outer
+        here.context = context.outer
         if context.segments is not None:
             cache = getattr(output, "past_key_values", None)
             if cache is not None and not isinstance(cache, tuple):
@@ -121,6 +127,18 @@ class Door:
         """The documents that a model's inputs describe, None when every row is one; checks as `enter` does."""
         segments, _ = self._read(module, given, tuple(map(given.get, _READ)), None)
         return segments if isinstance(segments, Segments) else None
+
+    def _positions(
+        self, segments: Segments | TracedSegments, given: dict[str, Any], seen: tuple[Any, ...]
+    ) -> torch.Tensor:
+        """int64 ``[B, S]`` that start anew in each document; in a graph that may not be packed at all, else the model's
+        own count."""
+        facts = self.facts
+        anew: torch.Tensor = segments.positions + facts.first_position
+        if isinstance(segments, Segments) or seen[2] is not None or seen[3] is not None:
+            return anew
+        own = counted(facts.first_position, facts.counts_mask, given.get("input_ids"), seen[1])
+        return torch.where((segments.document_ids[:, -1] > 0).any(), anew, own)
 
     # ---- reading ------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,9 @@ class Facts:
         counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
         unfit: why packed rows can't be what is meant: positions that do not reach the model, one output a row.
         first_position: of a row's first token (`axattn.numbering.first_position`).
+        counts_mask: without positions it counts them from the mask (`axattn.numbering.counts_mask`).
         reads_first: a head reads the first token of each row (`axattn.mixing.reads_first`).
+        reads_padding: a head reads padding too (`axattn.mixing.reads_padding`).
     """
 
     parameters: tuple[str, ...] = ()
@@ -38,4 +40,6 @@ class Facts:
     counted: int | None = None
     unfit: tuple[Reason, ...] = ()
     first_position: int = 0
+    counts_mask: bool = False
     reads_first: bool = False
+    reads_padding: bool = False

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.mixing import reads_padding
 from axattn.segments import Segments
 from axattn.sources import calls_interface, calls_of, file_source, source_of
 
@@ -32,11 +33,13 @@ class FlashRules:
         windowed: some layers have a sliding window.
         overlays: its mask is more than causal and windowed where ``token_type_ids`` say so (image blocks).
         takes_lengths: its forward takes ``cu_seq_lens_*`` and ``max_length_*``, so the door can add them.
+        reads_padding: see `axattn.mixing.reads_padding`.
     """
 
     windowed: bool
     overlays: bool
     takes_lengths: bool
+    reads_padding: bool = False
 
 
 def rules_of(module: torch.nn.Module) -> FlashRules:
@@ -52,6 +55,7 @@ def rules_of(module: torch.nn.Module) -> FlashRules:
         windowed=any(isinstance(window, int) and window > 0 for window in windows),
         overlays=mentions and bool(set(parameters) & set(_KINDS)),
         takes_lengths=takes or set(_LENGTHS) <= set(parameters),
+        reads_padding=reads_padding(module),
     )
 
 
@@ -99,8 +103,8 @@ def require_served(native: str, module: torch.nn.Module, inputs: dict[str, Any],
     """Raise for inputs whose meaning the flash path would drop.
 
     Raises:
-        UnsupportedAttentionError: image blocks, padding with holes in front of a sliding window, or as many targets as
-            padded source tokens.
+        UnsupportedAttentionError: image blocks, padding with holes in front of a sliding window, padding that a head
+            reads, or as many targets as padded source tokens.
     """
     reasons: list[Reason] = []
     if _crosses_padding(inputs):
@@ -112,9 +116,13 @@ def require_served(native: str, module: torch.nn.Module, inputs: dict[str, Any],
             text = "tokens of an image attend to each other both ways, and the flash path is causal throughout"
             reasons.append(Reason("dense_mask", text))
     mask = inputs.get("attention_mask")
-    if rules.windowed and isinstance(mask, torch.Tensor) and mask.ndim == 2 and _has_holes(mask):
-        text = "padding between real tokens: the flash path takes it out, and the window then reaches too far"
-        reasons.append(Reason("padding", text))
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        if rules.reads_padding and not bool((mask != 0).all()):
+            text = "its head reads padding too, for which the flash path computes no attention"
+            reasons.append(Reason("padding", text))
+        if rules.windowed and _has_holes(mask):
+            text = "padding between real tokens: the flash path takes it out, and the window then reaches too far"
+            reasons.append(Reason("padding", text))
     if reasons:
         raise UnsupportedAttentionError(f"{native} can't serve this batch", reasons, _ADVICE)
 

@@ -95,6 +95,7 @@ def lazy_mask(
     if pattern is not None and pattern.base is not None:
         function = pattern.base
     padding = _padding(attention_mask, kv_length, kv_offset)
+    every_query = padding is not None and context is not None and context.reads_padding
 
     def materialise() -> torch.Tensor:
         from transformers.masking_utils import sdpa_mask
@@ -123,7 +124,7 @@ def lazy_mask(
 
     return LazyMask(
         shape=(batch_size, 1, q_length, kv_length),
-        pattern=pattern,
+        pattern=None if every_query else pattern,  # spans leave padding out
         segments=segments,
         padding=padding,
         materialise=materialise,

@@ -71,6 +71,11 @@ def reads_first(model: torch.nn.Module) -> bool:
     return not last and "[:, 0" in file_source(cls.__module__)
 
 
+def reads_padding(model: torch.nn.Module) -> bool:
+    """Whether a head reads every token of a row, padding too: one that finds an answer takes a softmax over all."""
+    return "start_positions" in inspect.signature(type(model).forward).parameters
+
+
 def text_model(model: torch.nn.Module) -> torch.nn.Module:
     """The part of a ``PreTrainedModel`` that reads tokens: its text model, or itself."""
     from transformers import PreTrainedModel

@@ -64,12 +64,16 @@ def own_positions(model: torch.nn.Module, ids: torch.Tensor | None, mask: torch.
     Returns:
         int64 ``[B, S]``.
     """
-    first = first_position(model)
     cls: Any = type(model)
+    return counted(first_position(model), counts_mask(cls), ids, mask)
+
+
+def counted(first: int, by_mask: bool, ids: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+    """`own_positions` of a model of which `first_position` and `counts_mask` are known."""
     if first and ids is not None:
         real = ids.ne(first - 1).long()
         return real.cumsum(-1) * real + first - 1
-    if not first and counts_mask(cls):
+    if not first and by_mask:
         return ((mask != 0).cumsum(-1) - 1).clamp(min=0)
     return torch.arange(first, first + mask.shape[1], device=mask.device).expand(mask.shape)
 

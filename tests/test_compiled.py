@@ -15,6 +15,7 @@ from axattn.backends import ranking
 from axattn.backends.compiled import attention_op, over_documents
 from axattn.call import AttentionCall
 from axattn.masking import lazy_mask
+from tests.census import examine
 from tests.fakes.machine import hopper
 from tests.models import alone, build, positions, tokens
 from tests.operators import documents, inputs, padding
@@ -120,6 +121,61 @@ def test_other_documents_in_the_same_graph() -> None:
         found = compiled(tokens(1, 21), position_ids=positions(lengths), use_cache=False).logits
         assert torch.allclose(found, alone(build("llama"), tokens(1, 21), lengths), atol=1e-4)
     assert graphs == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("how", ["torch.compile", "its own compile"])
+def test_a_model_without_a_head_tells_its_graph_of_the_documents(family: str, how: str) -> None:
+    """Torch runs the hooks of the outermost module outside of the graph; what they found must reach it."""
+    model = axattn.apply(build(family).model, "varlen")
+    ids, lengths = tokens(2, 12), ((5, 7), (3, 9))
+    parts = [
+        torch.cat([model(part[None]).last_hidden_state[0] for part in ids[row].split(lengths[row])]) for row in (0, 1)
+    ]
+    compiled = model
+    if how == "torch.compile":
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+    else:
+        model.compile(backend="eager", fullgraph=True)
+    given = {"position_ids": positions(*lengths), "attention_mask": torch.ones_like(ids), "use_cache": False}
+    assert torch.allclose(compiled(ids, **given).last_hidden_state, torch.stack(parts), atol=1e-4)
+    assert {layer.compiled for layer in axattn.status(model).layers} == {"varlen"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("model_type", "head"), [("camembert", "masked"), ("opt", "causal"), ("gpt2", "causal")])
+@pytest.mark.parametrize("name", ["auto", "eager"])
+def test_padded_rows_keep_their_own_count_of_positions_in_a_graph(
+    model_type: str, head: str, side: str, name: str
+) -> None:
+    """While a graph is traced nobody knows whether rows are packed; those that are not must be numbered as ever."""
+    reference = examine.build(model_type, head)
+    batches = examine.Expected(reference, head)
+    model = axattn.apply(reference, name)
+    model.compile(backend="eager")  # GPT-2's loss logs, which breaks a graph
+    assert torch.allclose(batches.on(model, side), batches.rows[side], atol=1e-4)
+
+
+@torch.no_grad()
+def test_documents_numbered_in_the_mask_start_anew_in_a_graph() -> None:
+    model = examine.build("gpt2", "causal")
+    ids, lengths = tokens(1, 20), (9, 4, 7)
+    alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(lengths, 1)], 1)
+    numbers = torch.cat([torch.full((1, n), i + 1) for i, n in enumerate(lengths)], 1)
+    compiled = torch.compile(axattn.apply(model, "auto"), backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(ids, attention_mask=numbers, use_cache=False).logits, alone, atol=1e-4)
+    whole = compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    assert torch.allclose(whole, model(ids, use_cache=False).logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_routed_kernel_is_chosen_where_every_number_is_a_symbol() -> None:
+    model = axattn.apply(build("gemma2"), "auto")
+    expected = model(tokens(1, 9), use_cache=False).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    assert torch.allclose(compiled(tokens(1, 9), use_cache=False).logits, expected, atol=1e-4)
 
 
 @torch.no_grad()

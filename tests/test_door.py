@@ -279,7 +279,7 @@ def test_two_threads_do_not_see_each_others_documents(model: Any) -> None:
     ids, found = tokens(1, 10), []
     with torch.no_grad():
         expected = model(ids).logits
-        context.slot.context = context.Context(
+        context.slot().context = context.Context(
             None, (1, 10), False, (), model.model, None
         )  # as while a forward runs here
         try:
@@ -287,7 +287,7 @@ def test_two_threads_do_not_see_each_others_documents(model: Any) -> None:
             thread.start()
             thread.join()
         finally:
-            context.slot.context = None
+            context.slot().context = None
     assert found[0] is None
     assert torch.equal(found[1], expected)
 

@@ -15,8 +15,8 @@ from axattn.door import Door
 from axattn.errors import UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.guard import standing_reasons
-from axattn.mixing import classifies_rows, mixers, reads_first
-from axattn.numbering import first_position, unread_positions
+from axattn.mixing import classifies_rows, mixers, reads_first, reads_padding
+from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
 from axattn.sources import calls_interface, file_source, tree_of
 
@@ -43,7 +43,8 @@ def add_doors(
     for module in [m for m in modules if isinstance(m, PreTrainedModel)]:
         inside = [name for name, child in module.named_children() if isinstance(child, PreTrainedModel)]
         rows = classifies_rows(module)
-        if len(inside) == 1 and not rows and hands_on(type(module).forward, inside[0]):
+        everything = reads_padding(module)
+        if len(inside) == 1 and not rows and not everything and hands_on(type(module).forward, inside[0]):
             continue
         name = native.get(id(module.config), native.get(id(model.config)))
         flash = name is not None and names.is_flash(name)
@@ -51,6 +52,7 @@ def add_doors(
         if reasons:
             advice = 'Use attn_implementation="varlen" or "auto".'
             raise UnsupportedAttentionError(f"{name} can't serve {type(module).__name__}", reasons, advice)
+        cls: Any = type(module)
         facts = Facts(
             _positional(type(module).forward),
             native=name,
@@ -59,7 +61,9 @@ def add_doors(
             mixers=tuple(mixers(module)),
             unfit=(*unread_positions(module), *rows),
             reads_first=reads_first(module),
+            reads_padding=everything,
             first_position=first_position(module),
+            counts_mask=counts_mask(cls),
             flash=flash_guard.rules_of(module) if flash else None,
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
             position_planes=_planes(module),
