@@ -38,7 +38,7 @@ oldest: $(OLDEST_READY)
 conformance: $(READY)
 	$(BIN)/python -m tests.conformance --write
 
-# Every architecture of Transformers, also over two ranks (`make test` splits a fifth of them); writes docs/models.{json,md}.
+# Every architecture of Transformers, also over two ranks (`make test` splits an eighth of them); writes docs/models.{json,md}.
 census: $(READY)
 	$(BIN)/python -m tests.census --write
 

@@ -66,9 +66,17 @@ def reads_first(model: torch.nn.Module) -> bool:
     pooling = getattr(model.config, "classifier_pooling", getattr(model, "pooling", "cls"))
     if not cls.__name__.endswith(_ROW_HEADS) or pooling not in ("cls", "bos"):
         return False
-    last = any(word in source_of(cls.forward) for word in ("last_non_pad_token", "eos_mask", "pad_token_id"))
-    last = last or any(base.__name__.startswith("GenericFor") for base in cls.__mro__)  # the head that decoders share
+    last = reads_last(model) or any(word in source_of(cls.forward) for word in ("eos_mask", "pad_token_id"))
     return not last and "[:, 0" in file_source(cls.__module__)
+
+
+def reads_last(model: torch.nn.Module) -> bool:
+    """Whether a head reads the last real token of each row, found by its token id: those of decoders."""
+    cls: Any = type(model)
+    if not cls.__name__.endswith(_ROW_HEADS):
+        return False
+    shared = any(base.__name__.startswith("GenericFor") for base in cls.__mro__)
+    return shared or "last_non_pad_token" in source_of(cls.forward)
 
 
 def reads_padding(model: torch.nn.Module) -> bool:

@@ -15,7 +15,7 @@ from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
-from axattn.mixing import mixers, one_a_row
+from axattn.mixing import mixers, one_a_row, reads_first, reads_last
 from axattn.needs import sub_configs
 from axattn.numbering import counters, own_positions, unread_positions
 from axattn.patches.entrance import Forward, add_entrance, wants_cache
@@ -50,7 +50,13 @@ def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
         reasons.append(Reason("model", "it takes images or audio by row"))
     if any(entry.layer.need.bias for entry in decided.layers):
         reasons.append(Reason("bias", "its position bias is made for whole rows"))
-    return [*reasons, *one_a_row(model)]
+    return [*reasons, *one_a_row(inner_part(model))]
+
+
+def inner_part(model: torch.nn.Module) -> torch.nn.Module:
+    """What runs unpadded: the model, or what is under a head that reads one token of each padded row."""
+    inner = getattr(model, "base_model", model)
+    return inner if reads_first(model) or reads_last(model) else model
 
 
 def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> None:
@@ -62,7 +68,7 @@ def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> N
     reasons = reasons_against(model, decided)
     if reasons:
         raise UnsupportedAttentionError(f"unpad=True can't serve {type(model).__name__}", reasons, "Leave unpad out.")
-    add_entrance(patches, model, Unpad())
+    add_entrance(patches, inner_part(model), Unpad())
 
 
 class Unpad:

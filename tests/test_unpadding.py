@@ -14,6 +14,7 @@ import transformers as tf
 
 import axattn
 from axattn import unpadding
+from tests.census import examine
 from tests.e2e.test_trainer import corpus, padded, train
 from tests.models import CONFIGS, HYBRIDS, build, positions, tokens
 from tests.test_door import qwen_vl
@@ -173,7 +174,6 @@ def test_targets_that_padding_predicts_are_left_out_and_said(caplog: pytest.LogC
         (lambda: build("bamba"), "auto", "outside of attention"),
         (qwen_vl, "auto", "images or audio"),
         (lambda: build("llama4", no_rope_layers=[1, 0]), "auto", "counts positions"),
-        (lambda: tf.LlamaForSequenceClassification(CONFIGS["llama"]()), "auto", "one output a row"),
         (
             lambda: tf.BertModel(tf.BertConfig(**TINY)),
             "auto",
@@ -310,3 +310,41 @@ def test_without_a_head_rows_are_told_apart_too(name: str) -> None:
     expected = axattn.apply(build("llama").model, name)(**given, use_cache=False).last_hidden_state
     real = given["attention_mask"].bool()
     assert torch.allclose(model(**given, use_cache=False).last_hidden_state[real], expected[real], atol=1e-4)
+
+
+# ---- heads that read one token of a row ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "opt", "roberta", "distilbert"])
+def test_under_a_head_that_reads_one_token_of_each_row_all_else_is_unpadded(model_type: str, side: str) -> None:
+    reference, model = examine.build(model_type, "rows"), examine.build(model_type, "rows")
+    encoder = model_type in ("roberta", "distilbert")
+    axattn.apply(model, "auto", unpad=True)
+    seen: list[torch.Size] = []
+    norm = next(module for module in model.modules() if type(module).__name__.endswith("Norm"))
+    norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    given = batch(side, labels=False) | {"labels": torch.tensor([0, 1, 1])}
+    if side == "left" and encoder:
+        with pytest.raises(axattn.InvalidInputError, match="padded on the left"):
+            model(**given)
+        return
+    expected, found = reference(**given), model(**given)
+    assert seen[0][:2] == (1, sum(LENGTHS))
+    assert torch.allclose(found.logits, expected.logits, atol=1e-4)
+    expected.loss.backward()
+    found.loss.backward()
+    for (path, a), (_, b) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        if b.grad is not None:
+            assert torch.allclose(a.grad, b.grad, atol=1e-5 * max(b.grad.abs().max().item(), 1e-2)), path
+    axattn.restore(model)
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize(("model_type", "head"), [("bert", "rows"), ("modernbert", "rows"), ("llama", "questions")])
+def test_heads_that_read_more_than_that_stay_refused(model_type: str, head: str) -> None:
+    model = examine.build(model_type, head)
+    if model_type == "modernbert":
+        model.config.classifier_pooling = "mean"
+    with pytest.raises(axattn.UnsupportedAttentionError, match="one output a row, read at a fixed place"):
+        axattn.apply(model, "auto", unpad=True)

@@ -36,13 +36,13 @@ def _one(key: tuple[str, str]) -> Record:
     return examine(key[1], key[0])
 
 
-def _over_ranks(model_types: list[str]) -> dict[str, Finding]:
+def _over_ranks(keys: list[tuple[str, str]]) -> dict[tuple[str, str], Finding]:
     """What splitting the rows of decoders over two processes gives."""
     found = {}
-    for at in range(0, len(model_types), TOGETHER):
-        mine, other = distributed.run(RANKS, split.examine, model_types[at : at + TOGETHER])
+    for at in range(0, len(keys), TOGETHER):
+        mine, other = distributed.run(RANKS, split.examine, keys[at : at + TOGETHER])
         assert mine == other, "the ranks disagree"
-        found |= {record.model_type: split.summary(record) for record in mine if not record.skipped}
+        found |= {(record.head, record.model_type): split.summary(record) for record in mine if not record.skipped}
     return found
 
 
@@ -59,11 +59,11 @@ def main() -> int:
     context = multiprocessing.get_context("fork")
     with context.Pool(arguments.processes, _prepare, maxtasksperchild=16) as pool:
         records = list(tqdm(pool.imap(_one, keys), total=len(keys)))
-    decoders = [record.model_type for record in records if record.head == "causal" and not record.skipped]
-    parts = _over_ranks(decoders)
+    built = {(record.head, record.model_type) for record in records if not record.skipped}
+    parts = _over_ranks([key for key in split.decoders() if key in built])
     for at, record in enumerate(records):
-        if record.head == "causal" and record.model_type in parts:
-            findings = {**record.findings, "split: auto": parts[record.model_type]}
+        if (record.head, record.model_type) in parts:
+            findings = {**record.findings, "split: auto": parts[record.head, record.model_type]}
             records[at] = dataclasses.replace(record, findings=findings)
     console = rich.console.Console()
     bad = [(r, key, f) for r in records for key, f in r.findings.items() if f.status == "wrong"]

@@ -9,8 +9,14 @@ HEADS = {
     "masked": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
     "seq2seq": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "AutoModelForSeq2SeqLM"),
     "vision": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
+    "tokens": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "AutoModelForTokenClassification"),
+    "rows": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForSequenceClassification"),
+    "questions": ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "AutoModelForQuestionAnswering"),
+    "none": ("MODEL_MAPPING_NAMES", "AutoModel"),
 }
 """The heads of the census, by Transformers' mapping and its auto class."""
+FEWER = ("tokens", "rows", "questions", "none")
+"""Heads that are tried on fewer names."""
 
 _WIDTHS = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "hidden_dim", "word_embed_proj_dim"), 32),
@@ -113,6 +119,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
     "roc_bert": {"pronunciation_vocab_size": 97, "shape_vocab_size": 97},
+    "t5": {"decoder_start_token_id": 0},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 64},
     "zamba2": {"num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "mamba"], "hybrid_layer_ids": [1]},
@@ -136,8 +143,10 @@ def _config(cls: Any, head: str) -> Any:
     default = cls()
     values = default.to_dict()
     given = {name: value for name, value in SMALL.items() if _is_field(cls, values, name)}
-    if head in ("masked", "seq2seq"):
+    if head in ("masked", "seq2seq", *FEWER):
         given.pop("is_decoder", None)
+    if head in FEWER and hasattr(default, "use_cache"):
+        given["use_cache"] = False
     kv, all_heads = (values.get(name) for name in ("num_key_value_heads", "num_attention_heads"))
     if kv is not None and kv == all_heads and "num_key_value_heads" in given:
         given["num_key_value_heads"] = 4

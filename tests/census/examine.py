@@ -13,15 +13,19 @@ import torch
 
 import axattn
 from axattn.errors import AxattnError
-from tests.census.configs import HEADS, tiny
+from tests.census.configs import FEWER, HEADS, tiny
 from tests.fakes.machine import hopper
 from tests.models import amplify, positions
 
 LENGTHS = (7, 9, 4)
 LARGEST = 20_000_000
+END = 2
+"""``eos_token_id`` of the tiny configs."""
 FAKED = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers", "sage", "fp8")
 """Kernels that need a GPU: strict fakes stand in."""
 NAMES = ("auto", "varlen", *FAKED)
+ON_FEWER = ("auto", "varlen", "flash_attention_2", "eager", "sdpa")
+"""Of `NAMES` and those of Transformers: what is tried on heads that classify, and on models without a head."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,11 @@ def every() -> Iterator[tuple[str, str]]:
     """Every architecture of the installed Transformers: ``(head, model_type)``."""
     from transformers.models.auto import modeling_auto
 
-    for head, (mapping, _) in HEADS.items():
-        for model_type in getattr(modeling_auto, mapping):
+    types = {head: tuple(getattr(modeling_auto, mapping)) for head, (mapping, _) in HEADS.items()}
+    text = {*types["causal"], *types["masked"]}
+    types["none"] = tuple(name for name in types["none"] if name in text)
+    for head, names in types.items():
+        for model_type in names:
             yield head, model_type
 
 
@@ -96,6 +103,8 @@ def examine(model_type: str, head: str) -> Record:
         if scenario.heads and head not in scenario.heads:
             continue
         for name in scenario.names:
+            if head in FEWER and name not in ON_FEWER:
+                continue
             findings[f"{scenario.name}: {name}"] = _find(model, name, scenario, expected)
     return Record(model_type, head, type(model).__name__, findings=findings)
 
@@ -116,7 +125,7 @@ class Expected:
 
     def __init__(self, model: Any, head: str) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.options: dict[str, Any] = {} if head == "masked" else {"use_cache": False}
+        self.options: dict[str, Any] = {} if head in ("masked", *FEWER) else {"use_cache": False}
         self.head = head
         if head == "seq2seq" and not model.config.is_encoder_decoder:
             raise ValueError("no encoder-decoder")
@@ -126,38 +135,80 @@ class Expected:
         two = torch.randint(3, 60, (2, 12), generator=generator)
         self.masks = {"right": mask, "left": mask.flip(1)}
         self.padded = {side: two * m for side, m in self.masks.items()}  # pad_token_id 0
+        if head == "rows":  # BART reads the token that ends a row
+            self.ids[:, -1] = END
+            for side, ids in self.padded.items():
+                last = ids.shape[1] - 1 - self.masks[side].flip(1).argmax(-1, keepdim=True)
+                ids.scatter_(1, last, END)
         if head == "seq2seq":  # as many targets as source tokens: what a mask of one side must not do to the other
             self.options["decoder_input_ids"] = torch.randint(3, 60, (2, 12), generator=generator)
         with torch.no_grad():
-            self.rows = {side: self.on(model, side) for side in self.masks}
+            reference = _on_sdpa(model) if head == "questions" else model
+            self.rows = {side: self.on(reference, side) for side in self.masks}
             self.whole = self.dense(model)
             if model.config.model_type == "moshi":
                 _require_causal(model, self.ids, self.whole)
             self.alone = self.whole
             self.leak = 0.0
-            if head != "seq2seq":
-                parts = [model(input_ids=part, **self.options).logits for part in self.ids.split(LENGTHS, 1)]
+            if head not in ("seq2seq", "rows"):
+                parts = [self.logits(model, input_ids=part) for part in self.ids.split(LENGTHS, 1)]
                 self.alone = torch.cat(parts, 1)
                 self.leak = (self.whole - self.alone).abs().max().item()
 
+    def logits(self, model: Any, **inputs: Any) -> torch.Tensor:
+        """Logits ``[B, S, ...]``, of a head with one output a row ``[B, labels]``."""
+        return logits_of(model(**inputs, **self.options))
+
     def dense(self, model: Any) -> torch.Tensor:
         """Logits of whole rows."""
-        ids = self.ids if self.head != "seq2seq" else self.padded["right"].clamp(min=3)
-        out: torch.Tensor = model(input_ids=ids, **self.options).logits
-        return out
+        return self.logits(model, input_ids=self.ids if self.head != "seq2seq" else self.padded["right"].clamp(min=3))
 
     def on(self, model: Any, side: str) -> torch.Tensor:
         """The loss and the real tokens' logits of a padded batch; of an encoder-decoder, those of every target."""
         mask, ids = self.masks[side], self.padded[side]
         if self.head == "seq2seq":
-            out: torch.Tensor = model(input_ids=ids, attention_mask=mask, **self.options).logits
-            return out
-        target = mask * torch.nn.functional.pad(
-            mask[:, :-1], (1, 0), value=1
-        )  # what padding predicts is nobody's business
-        labels = ids.masked_fill(target == 0, -100)
-        made = model(input_ids=ids, attention_mask=mask, labels=labels, **self.options)
-        return torch.cat([made.loss.reshape(1), made.logits[mask.bool()].flatten()])
+            return self.logits(model, input_ids=ids, attention_mask=mask)
+        made = model(input_ids=ids, attention_mask=mask, **self._labels(ids, mask), **self.options)
+        logits = logits_of(made)
+        losses = [made.loss.reshape(1)] if "loss" in made else []
+        return torch.cat([*losses, (logits if self.head == "rows" else logits[mask.bool()]).flatten()])
+
+    def _labels(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.head == "none":
+            return {}
+        if self.head == "rows":
+            return {"labels": torch.tensor([0, 1])}
+        if self.head == "questions":
+            first = mask.argmax(-1)
+            return {"start_positions": first + 1, "end_positions": first + 3}
+        if self.head == "tokens":
+            return {"labels": (ids % 2).masked_fill(mask == 0, -100)}
+        # what padding predicts is nobody's business
+        target = mask * torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)
+        return {"labels": ids.masked_fill(target == 0, -100)}
+
+
+def _on_sdpa(model: Any) -> Any:
+    """A copy on Transformers' default, if it takes that.
+
+    Heads that find answers read padding, and a query that may see nothing is zero there; on eager it is the mean of all
+    values.
+    """
+    copied = copy.deepcopy(model)
+    if model._supports_sdpa:
+        copied.set_attn_implementation("sdpa")
+    return copied
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits of an output (of where an answer starts and ends as one tensor), without a head the hidden states."""
+    if "last_hidden_state" in output:
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], -1)
+    found: torch.Tensor = output.logits
+    return found
 
 
 def _require_causal(model: Any, ids: torch.Tensor, whole: torch.Tensor) -> None:
@@ -206,17 +257,19 @@ def _left(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _packed(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
-    out = model(input_ids=expected.ids, position_ids=positions(LENGTHS), **expected.options).logits
+    out = expected.logits(model, input_ids=expected.ids, position_ids=positions(LENGTHS))
+    if expected.head == "rows":
+        return out, torch.full_like(out, torch.inf)  # one output for several documents is wrong, whatever it is
     return out, expected.alone
 
 
 def _packed_from_1(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions as RoBERTa counts them where padding is token 0; on eager each document alone, with the same ones."""
     where = positions(LENGTHS) + 1
-    found = model(input_ids=expected.ids, position_ids=where, **expected.options).logits
+    found = expected.logits(model, input_ids=expected.ids, position_ids=where)
     axattn.restore(model)
     parts = zip(expected.ids.split(LENGTHS, 1), where.split(LENGTHS, 1), strict=True)
-    alone = [model(input_ids=ids, position_ids=at, **expected.options).logits for ids, at in parts]
+    alone = [expected.logits(model, input_ids=ids, position_ids=at) for ids, at in parts]
     return found, torch.cat(alone, 1)
 
 
@@ -257,8 +310,8 @@ SCENARIOS = (
     Scenario("dense", _dense),
     Scenario("right padding", _right),
     Scenario("left padding", _left),
-    Scenario("packed", _packed, (*NAMES, "eager", "sdpa"), _ONE_SIDED),
-    Scenario("packed, from position 1", _packed_from_1, ("auto",), ("masked",)),
+    Scenario("packed", _packed, (*NAMES, "eager", "sdpa"), (*_ONE_SIDED, *FEWER)),
+    Scenario("packed, from position 1", _packed_from_1, ("auto",), ("masked", "tokens", "questions", "none")),
     Scenario("packed, cu_seq_lens alone", _packed_by_lengths, ("auto", "flash_attention_2"), _ONE_SIDED),
     Scenario("packed gradients", _gradients, NAMES, _ONE_SIDED, gradients=True),
     Scenario("right padding, unpad", _right, ("auto",), unpad=True),

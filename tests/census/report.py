@@ -17,6 +17,10 @@ TITLES = {
     "masked": "Encoders",
     "seq2seq": "Encoder-decoders",
     "vision": "Vision-language models (text alone)",
+    "tokens": "Heads that classify tokens",
+    "rows": "Heads that classify rows",
+    "questions": "Heads that find answers",
+    "none": "Models without a head",
 }
 COLUMNS = {
     "whole rows": ("dense: auto", "right padding: auto", "left padding: auto"),

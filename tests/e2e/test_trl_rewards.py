@@ -86,23 +86,24 @@ def test_unpaired_preferences_follow_eager(tmp_path: Path, name: str, options: d
     follows(run(axattn.prepare_for_training(axattn.apply(build("llama"), name, **options))), expected)
 
 
-def test_a_reward_model_follows_eager(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "options"), NAMES)
+def test_a_reward_model_follows_eager(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     rows = [{"chosen": a, "rejected": b} for a, b in zip(WORDS[::2], WORDS[1::2], strict=True)]
 
-    def run(name: str) -> dict[str, list[float]]:
+    def run(name: str, **options: Any) -> dict[str, list[float]]:
         torch.manual_seed(0)
         config = build("llama").config
         config.num_labels, config.pad_token_id = 1, 0
         model = LlamaForSequenceClassification(config)
         model.set_attn_implementation("eager")
         if name != "eager":
-            axattn.apply(model, name)
+            axattn.apply(model, name, **options)
         settings = trl.RewardConfig(output_dir=str(tmp_path), **COMMON | {"max_length": 96})
         data = datasets.Dataset.from_list(rows)
         trainer = trl.RewardTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer())
         return history(trainer)
 
-    follows(run("auto"), run("eager"))
+    follows(run(name, **options), run("eager"))
 
 
 @pytest.mark.parametrize("name", ["auto", "varlen"])
