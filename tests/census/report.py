@@ -93,11 +93,12 @@ def render(records: list[Record], versions: dict[str, str]) -> str:
         "",
         "Made by `make census` from `docs/models.json`; do not edit.",
         "",
-        f"Every architecture of Transformers {versions['transformers']} with one of the heads below that can be made "
-        f"tiny: {len(tried)} of {len(records)}, with torch {versions['torch']} on a CPU (kernels that need a GPU are "
-        "strict fakes).",
+        f"Every architecture of Transformers {versions['transformers']} with each of the heads below, made tiny where "
+        f"it can be: {len(tried)} of {len(records)}, with torch {versions['torch']} on a CPU (kernels that need a GPU "
+        "are strict fakes).",
         f"{total:,} trials; **{wrong} wrong**. Right means: loss, logits, generated tokens' logits and gradients equal "
-        "those of Transformers' eager attention, packed rows those of each document alone.",
+        "those of Transformers' eager attention, packed rows those of each document alone; of heads that find answers, "
+        "which read padding, those of Transformers' `sdpa`.",
         "A number is a refusal (an error that says why), explained at the end; *upstream* is an error of "
         "Transformers' own.",
         "",
