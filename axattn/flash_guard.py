@@ -18,7 +18,7 @@ import torch
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.mixing import reads_padding
 from axattn.segments import Segments
-from axattn.sources import calls_interface, calls_of, file_source, source_of
+from axattn.sources import calls_interface, calls_of, code_of, file_source, signature_of, source_of
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _KINDS = ("token_type_ids", "mm_token_type_ids")
@@ -47,9 +47,9 @@ def rules_of(module: torch.nn.Module) -> FlashRules:
     config: Any = module.config
     text = config.get_text_config()
     windows = [getattr(c, name, None) for c in (config, text) for name in ("sliding_window", "local_attention")]
-    source = sys.modules.get(type(module).__module__)
+    source = sys.modules.get(code_of(module).__module__)
     mentions = source is not None and "block_sequence_ids" in file_source(source.__name__)
-    parameters = inspect.signature(type(module).forward).parameters
+    parameters = signature_of(module).parameters
     takes = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return FlashRules(
         windowed=any(isinstance(window, int) and window > 0 for window in windows),
@@ -72,7 +72,7 @@ def contradictions(model: torch.nn.Module) -> list[Reason]:
     silent = [type(module) for module in inner if not hasattr(module, "is_causal") and not _gives_causal(module)]
     if silent:
         return [Reason("causal", f"{silent[0].__name__} has no is_causal, which Transformers' flash path reads")]
-    source = source_of(type(model).forward)
+    source = source_of(code_of(model).forward)
     config: Any = model.config
     causal = "create_causal_mask" in source and getattr(config.get_text_config(), "is_causal", True)
     causal = causal and ("is_decoder" not in source or getattr(config, "is_decoder", False))
@@ -95,7 +95,7 @@ def _calls_interface(module: torch.nn.Module) -> bool:
 
 def _gives_causal(module: torch.nn.Module) -> bool:
     """Whether an attention module gives ``is_causal`` with the call."""
-    calls = calls_of(type(module).forward, "attention_interface")
+    calls = calls_of(code_of(module).forward, "attention_interface")
     return bool(calls) and all(any(keyword.arg == "is_causal" for keyword in call.keywords) for call in calls)
 
 
@@ -172,7 +172,7 @@ def require_reached(native: str, module: torch.nn.Module, kwargs: dict[str, Any]
     Raises:
         UnsupportedAttentionError: it has not, so they would leak (ModernBERT, Llama 4; transformers 5.23).
     """
-    cls: Any = type(module)
+    cls = code_of(module)
     lengths = all(kwargs.get(name) is not None for name in _LENGTHS)
     if not passes_keywords(cls) or not (lengths or not packed_reasons(native, kwargs, segments)):
         raise UnsupportedAttentionError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from axattn.sources import calls_of, source_of
+from axattn.sources import calls_of, code_of, is_named, source_of
 
 IGNORE_INDEX = -100
 
@@ -23,8 +23,8 @@ def predicts_next(model: Any) -> bool:
     ``GPT2LMHeadModel`` does so by the loss that Transformers gives it; ``WhisperForCausalLM`` compares each token with
     the label in its place. Where there is no source the name has to do.
     """
-    forward = type(model).forward
-    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    forward = code_of(model).forward
+    named = is_named(model, ("ForCausalLM", "LMHeadModel"))
     if calls_of(forward, "self.loss_function"):
         return named or getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
     source = source_of(forward)

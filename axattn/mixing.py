@@ -5,13 +5,12 @@ Such layers know nothing of documents: packed rows leak through them, and rows c
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 
 from axattn.errors import Reason
-from axattn.sources import calls_interface, file_source, source_of
+from axattn.sources import calls_interface, code_of, file_source, is_named, signature_of, source_of
 
 ATTENTION = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "moe", "sparse"}
@@ -47,24 +46,24 @@ def mixers(model: torch.nn.Module) -> list[Reason]:
 def one_a_row(model: torch.nn.Module) -> list[Reason]:
     """Heads that give one output a row, read at a fixed place of it: pooled or at the last token."""
     pooled = any(getattr(one, "pooler", None) is not None for one in (model, *model.children()))
-    if pooled or type(model).__name__.endswith((*_ROW_HEADS, "ForQuestionAnswering")):
+    if pooled or is_named(model, (*_ROW_HEADS, "ForQuestionAnswering")):
         return [Reason("model", "it gives one output a row, read at a fixed place")]
     return []
 
 
 def classifies_rows(model: torch.nn.Module) -> list[Reason]:
     """Heads whose one output a row, and one label, is that of its last document where rows are packed."""
-    by_question = "question_positions" in inspect.signature(type(model).forward).parameters  # Splinter
-    if by_question or type(model).__name__.endswith(_ROW_HEADS):
+    by_question = "question_positions" in signature_of(model).parameters  # Splinter
+    if by_question or is_named(model, _ROW_HEADS):
         return [Reason("model", "it gives one output a row, and packed rows hold several documents")]
     return []
 
 
 def reads_first(model: torch.nn.Module) -> bool:
     """Whether a head reads the first token of each row: those of encoders, unless they pool in another way."""
-    cls: Any = type(model)
+    cls = code_of(model)
     pooling = getattr(model.config, "classifier_pooling", getattr(model, "pooling", "cls"))
-    if not cls.__name__.endswith(_ROW_HEADS) or pooling not in ("cls", "bos"):
+    if not is_named(model, _ROW_HEADS) or pooling not in ("cls", "bos"):
         return False
     last = reads_last(model) or any(word in source_of(cls.forward) for word in ("eos_mask", "pad_token_id"))
     return not last and "[:, 0" in file_source(cls.__module__)
@@ -72,8 +71,8 @@ def reads_first(model: torch.nn.Module) -> bool:
 
 def reads_last(model: torch.nn.Module) -> bool:
     """Whether a head reads the last real token of each row, found by its token id: those of decoders."""
-    cls: Any = type(model)
-    if not cls.__name__.endswith(_ROW_HEADS):
+    cls = code_of(model)
+    if not is_named(model, _ROW_HEADS):
         return False
     shared = any(base.__name__.startswith("GenericFor") for base in cls.__mro__)
     return shared or "last_non_pad_token" in source_of(cls.forward)
@@ -81,7 +80,7 @@ def reads_last(model: torch.nn.Module) -> bool:
 
 def reads_padding(model: torch.nn.Module) -> bool:
     """Whether a head reads every token of a row, padding too: one that finds an answer takes a softmax over all."""
-    return "start_positions" in inspect.signature(type(model).forward).parameters
+    return "start_positions" in signature_of(model).parameters
 
 
 def text_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -100,4 +99,4 @@ def _shifts_tokens(module: torch.nn.Module) -> bool:
     """MobileBERT's embeddings are made of three neighbours each; RWKV's layers shift by a padding layer."""
     if isinstance(module, torch.nn.ZeroPad2d):
         return True
-    return bool(getattr(module, "trigram_input", False)) and "functional.pad(" in source_of(type(module).forward)
+    return bool(getattr(module, "trigram_input", False)) and "functional.pad(" in source_of(code_of(module).forward)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 from typing import Any
 
 import torch
 
 from axattn.errors import Reason
 from axattn.mixing import text_model
-from axattn.sources import calls_of, file_source, source_of
+from axattn.sources import calls_of, code_of, file_source, signature_of, source_of
 
 _OWN_COUNT = "create_position_ids_from_input_ids"
 """What Transformers calls fairseq's numbering: tokens that are not padding count from ``padding_idx + 1``."""
@@ -29,7 +28,7 @@ def unread_positions(model: torch.nn.Module) -> list[Reason]:
 
     text = text_model(model)
     inner = [module for module in text.modules() if isinstance(module, PreTrainedModel)]
-    if any("position_ids" in inspect.signature(type(one).forward).parameters for one in inner):
+    if any("position_ids" in signature_of(one).parameters for one in inner):
         return []
     if any(name.endswith("relative_attention_bias") for name, _ in text.named_modules()):
         return []
@@ -38,7 +37,7 @@ def unread_positions(model: torch.nn.Module) -> list[Reason]:
 
 def counters(model: torch.nn.Module) -> list[Reason]:
     """Layers that number the tokens they see themselves, whatever ``position_ids`` say (Llama 4's without RoPE)."""
-    kinds: dict[str, Any] = {name: type(module) for name, module in model.named_modules() if _uses_count(module)}
+    kinds: dict[str, Any] = {name: code_of(module) for name, module in model.named_modules() if _uses_count(module)}
     counting = [name for name, cls in kinds.items() if _counts_tokens(cls)]
     return [Reason("model", f"{name} counts positions among the tokens that it sees") for name in counting[:1]]
 
@@ -47,8 +46,7 @@ def first_position(model: torch.nn.Module) -> int:
     """The position of a row's first token: 0, or ``padding_idx + 1`` in the families of RoBERTa."""
     for module in text_model(model).modules():
         padding = getattr(module, "padding_idx", None)
-        cls: Any = type(module)
-        if isinstance(padding, int) and _OWN_COUNT in source_of(cls.forward):
+        if isinstance(padding, int) and _OWN_COUNT in source_of(code_of(module).forward):
             return padding + 1
     return 0
 
@@ -64,8 +62,7 @@ def own_positions(model: torch.nn.Module, ids: torch.Tensor | None, mask: torch.
     Returns:
         int64 ``[B, S]``.
     """
-    cls: Any = type(model)
-    return counted(first_position(model), counts_mask(cls), ids, mask)
+    return counted(first_position(model), counts_mask(code_of(model)), ids, mask)
 
 
 def counted(first: int, by_mask: bool, ids: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:

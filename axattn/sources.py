@@ -10,6 +10,41 @@ import textwrap
 from typing import Any
 
 
+def code_of(module: Any) -> Any:
+    """The class whose source says what a module does (`origin` of its own)."""
+    own: Any = type(module)
+    return origin(own)
+
+
+@functools.cache
+def origin(cls: Any) -> Any:
+    """What a class is made of: Transformers' own under one that only adds to it, else the class itself.
+
+    A user's subclass adds to it if its ``forward`` calls ``super()``, or if it has none; FSDP2 makes such a class too.
+    """
+    for one in cls.__mro__:
+        if one.__module__.startswith("transformers.models."):
+            return one
+        own = vars(one).get("forward")
+        if own is not None and "super()" not in source_of(own):
+            return one
+    return cls
+
+
+def is_named(module: Any, endings: tuple[str, ...]) -> bool:
+    """Whether the name of a module's class, or of one that it derives from, ends like this."""
+    return any(cls.__name__.endswith(endings) for cls in type(module).__mro__)
+
+
+def signature_of(module: Any) -> inspect.Signature:
+    """That of a module's ``forward``; of the one it hands ``*args`` on to, where it only does that."""
+    signature = inspect.signature(inspect.unwrap(type(module).forward))
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return inspect.signature(inspect.unwrap(code_of(module).forward))
+    return signature
+
+
 @functools.cache
 def source_of(function: Any) -> str:
     """The text of a function (of a class's ``forward``), under its decorators; "" where there is none to read."""
@@ -48,6 +83,7 @@ def calls_of(function: Any, name: str | None = None) -> list[ast.Call]:
 @functools.cache
 def calls_interface(cls: Any) -> bool:
     """Whether a module class calls Transformers' attention interface in its own ``forward``."""
+    cls = origin(cls)
     forward = cls.__dict__.get("forward") or getattr(cls, "forward", None)
     code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

@@ -22,6 +22,7 @@ from axattn.patches.entrance import Forward, add_entrance, wants_cache
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
 from axattn.segments import Segments
+from axattn.sources import code_of
 
 logger = logging.getLogger("axattn")
 
@@ -174,8 +175,7 @@ def _targets(
         _said.add("lost")
         logger.warning("axattn: unpad=True leaves out %d targets that padding would have predicted", lost)
     flat = _flatten(wanted, keep)
-    cls: Any = type(model)
-    if takes_keywords(cls):
+    if takes_keywords(code_of(model)):
         return {"labels": _flatten(labels, keep), "shift_labels": flat}
     before = torch.nn.functional.pad(flat[:, :-1], (1, 0), value=IGNORE_INDEX)  # the model shifts them back
     return {"labels": before}

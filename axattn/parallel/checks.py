@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from axattn.mixing import mixers, one_a_row
 from axattn.needs import sub_configs
 from axattn.numbering import counters
 from axattn.routes import ATTRIBUTE
+from axattn.sources import code_of, signature_of
 from axattn.state import state_of
 
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
@@ -56,8 +56,7 @@ def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
         reasons.append(Reason("model", text))
     if getattr(config, "output_router_logits", False):
         reasons.append(Reason("model", "output_router_logits: the balance of experts is taken over one rank's tokens"))
-    cls: Any = type(model)
-    reasons += _forward_reasons(cls)
+    reasons += _forward_reasons(model)
     return reasons
 
 
@@ -81,9 +80,9 @@ def _rope_types(config: Any) -> set[str]:
     return {str(one.get("rope_type", one.get("type"))) for one in inner}
 
 
-def _forward_reasons(cls: Any) -> list[Reason]:
+def _forward_reasons(model: torch.nn.Module) -> list[Reason]:
     """What the signature and source of a model's forward rule out."""
-    parameters = inspect.signature(inspect.unwrap(cls.forward)).parameters
+    parameters, cls = signature_of(model).parameters, code_of(model)
     if "position_ids" not in parameters:
         return [Reason("position_ids", f"{cls.__name__} takes no position_ids")]
     if "labels" not in parameters or takes_keywords(cls):

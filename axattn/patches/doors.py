@@ -18,7 +18,7 @@ from axattn.guard import standing_reasons
 from axattn.mixing import classifies_rows, mixers, reads_first, reads_padding
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
-from axattn.sources import calls_interface, file_source, tree_of
+from axattn.sources import calls_interface, code_of, file_source, signature_of, tree_of
 
 
 def add_doors(
@@ -44,7 +44,7 @@ def add_doors(
         inside = [name for name, child in module.named_children() if isinstance(child, PreTrainedModel)]
         rows = classifies_rows(module)
         everything = reads_padding(module)
-        if len(inside) == 1 and not rows and not everything and hands_on(type(module).forward, inside[0]):
+        if len(inside) == 1 and not rows and not everything and hands_on(code_of(module).forward, inside[0]):
             continue
         name = native.get(id(module.config), native.get(id(model.config)))
         flash = name is not None and names.is_flash(name)
@@ -52,9 +52,8 @@ def add_doors(
         if reasons:
             advice = 'Use attn_implementation="varlen" or "auto".'
             raise UnsupportedAttentionError(f"{name} can't serve {type(module).__name__}", reasons, advice)
-        cls: Any = type(module)
         facts = Facts(
-            _positional(type(module).forward),
+            _positional(signature_of(module)),
             native=name,
             standing=name is not None and bool(standing_reasons(module)),
             counted=_counted(module),
@@ -63,7 +62,7 @@ def add_doors(
             reads_first=reads_first(module),
             reads_padding=everything,
             first_position=first_position(module),
-            counts_mask=counts_mask(cls),
+            counts_mask=counts_mask(code_of(module)),
             flash=flash_guard.rules_of(module) if flash else None,
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
             position_planes=_planes(module),
@@ -88,12 +87,10 @@ def native_name(name: str | None, default: str | None) -> str | None:
     return running if running is not None and running not in names.ours() else None
 
 
-@functools.cache
-def _positional(forward: Any) -> tuple[str, ...]:
-    """Names of the positional parameters of a class's ``forward``, without ``self``."""
+def _positional(signature: inspect.Signature) -> tuple[str, ...]:
+    """Names of the positional parameters of a ``forward``, without ``self``."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(forward).parameters
-    return tuple(name for name, parameter in parameters.items() if parameter.kind in kinds)[1:]
+    return tuple(name for name, parameter in signature.parameters.items() if parameter.kind in kinds)[1:]
 
 
 READ = frozenset(
@@ -145,5 +142,5 @@ def _planes(module: torch.nn.Module) -> tuple[int, ...]:
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     if isinstance(parameters, dict) and "mrope_section" in parameters:
         return (3, 4)
-    files = {type(inner).__module__ for inner in module.modules() if hasattr(inner, "config_class")}
+    files = {code_of(inner).__module__ for inner in module.modules() if hasattr(inner, "config_class")}
     return (3, 4) if any("mrope_section" in file_source(name) for name in files) else ()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from axattn.patches.patchset import PatchSet
-from axattn.sources import source_of
+from axattn.sources import code_of, signature_of, source_of
 
 Forward = Callable[[dict[str, Any]], Any]
 Change = Callable[[torch.nn.Module, Forward, dict[str, Any]], Any]
@@ -52,7 +52,8 @@ class Entrance:
         """As the model's ``forward``."""
         inputs = dict(kwargs)
         if args:
-            inputs = {**self.__signature__.bind_partial(*args).arguments, **kwargs}
+            named = signature_of(self.model).bind_partial(self.model, *args).arguments
+            inputs = {**dict(list(named.items())[1:]), **kwargs}
         return self.change(self.model, self._run, inputs)
 
 
@@ -67,9 +68,9 @@ def wants_cache(model: Any, inputs: dict[str, Any]) -> bool:
         return bool(inputs.get("past_key_values") is not None or asked)
     if not getattr(model.config, "use_cache", False) or model.training or inputs.get("labels") is not None:
         return False
-    cls: Any = type(model)
-    base: Any = type(model.base_model)
-    return _may_return_cache(cls, base, bool(getattr(model.config, "is_decoder", False)))
+    return _may_return_cache(
+        code_of(model), code_of(model.base_model), bool(getattr(model.config, "is_decoder", False))
+    )
 
 
 @functools.cache
