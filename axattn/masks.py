@@ -133,8 +133,14 @@ class LazyMask(TensorLike):
             and not (self.crosses and self._padding is not None)
         )
 
+    def _settle(self) -> None:
+        """Read the documents of a mask that a broken graph has left to code that is not traced."""
+        if isinstance(self.segments, TracedSegments):
+            self.segments = self.segments.read()
+
     def layout(self) -> Layout | None:
         """The mask as spans, None when it has no such form. Computed once and shared by all layers of a forward."""
+        self._settle()
         if isinstance(self._layout, bool):
             self._layout = build_layout(self)
         return self._layout
@@ -145,6 +151,7 @@ class LazyMask(TensorLike):
         if torch.compiler.is_compiling():
             return self._read_plain()
         if self._plain == "unread":
+            self._settle()
             self._plain = self._read_plain()
         return self._plain
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from axattn import segments
 from axattn.errors import InvalidInputError
-from axattn.segments import document_changes
+from axattn.segments import Segments, document_changes
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class TracedSegments:
         index = torch.arange(self.length, device=ids.device).expand(self.rows, self.length)
         starts = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
         return index - torch.where(starts, index, 0).cummax(-1).values
+
+    def read(self) -> Segments | None:
+        """The same documents with their edges read on the host, None when every row is one; not while tracing."""
+        ids = self.document_ids
+        jumps = torch.arange(self.length, device=ids.device) + 2 * ids  # a jump at every document
+        found = segments.from_positions(jumps, None, self.rows, self.length)
+        return found if found is not None and found.packed else None
 
     def to(self, device: torch.device) -> TracedSegments:
         """The same documents on `device`."""

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 import axattn
-from tests.models import build, tokens
+from tests.models import build, positions, tokens
 from tests.parallel_jobs import compare, gradients, packed_batch
 
 
@@ -124,3 +124,26 @@ def test_masks_of_compiled_layers_are_freed_with_their_batch() -> None:
         assert held() is None  # by counting references: no cycle waits for the collector
     finally:
         gc.enable()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("described", ["packed", "padded", "numbered", "dense"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "llama4"])
+def test_a_graph_broken_between_the_masks_and_the_layers(family: str, described: str) -> None:
+    """The mask is made while a graph is traced, and read by layers that are not (checkpointing, hooks, printing)."""
+    model = axattn.apply(build(family), "auto")
+    ids, lengths = tokens(1, 21), (7, 11, 3)
+    given: dict[str, Any] = {"use_cache": False}
+    if described == "packed":
+        given["position_ids"] = positions(lengths)
+    elif described == "numbered":
+        given["attention_mask"] = torch.cat([torch.full((1, n), i + 1) for i, n in enumerate(lengths)], 1)
+    elif described == "padded":
+        given["attention_mask"] = torch.ones_like(ids)
+        given["attention_mask"][:, 15:] = 0
+    real = given.get("attention_mask", torch.ones_like(ids)).bool()
+    expected = model(ids, **given).logits[real]
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    found = torch.compile(model, backend="eager")(ids, **given).logits[real]
+    assert torch.allclose(found, expected, atol=1e-5)

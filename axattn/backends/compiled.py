@@ -18,7 +18,7 @@ from axattn.backends.masked_operator import masked_attention_op
 from axattn.call import AttentionCall
 from axattn.masks import LazyMask
 from axattn.patterns import Pattern
-from axattn.segments import from_positions
+from axattn.traced import TracedSegments
 
 
 def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> torch.Tensor:
@@ -102,14 +102,10 @@ def _build(
     device: torch.device,
 ) -> LazyMask:
     rows, length = shape
-    segments = None
-    if documents is not None:
-        jumps = torch.arange(length, device=documents.device) + 2 * documents  # a jump at every document
-        segments = from_positions(jumps, None, rows, length)
     return LazyMask(
         shape=(rows, 1, length, length),
         pattern=pattern,
-        segments=segments,
+        segments=None if documents is None else TracedSegments(documents, rows, length).read(),
         padding=None if padding is None else padding.clone(),  # the memo's key must not be held by its value
         materialise=_never,
         device=device,

@@ -46,6 +46,19 @@ def test_both_kinds_of_checkpointing_train_the_same(tmp_path: Path, reentrant: b
         assert torch.equal(a, b), path
 
 
+@pytest.mark.parametrize("checkpoint", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_a_compiled_run_trains_the_same(tmp_path: Path, checkpoint: dict[str, bool] | None) -> None:
+    torch._dynamo.reset()
+    plain = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen"))
+    _, expected = train(tmp_path / "a", plain)
+    model = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen"))
+    options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    if checkpoint is not None:
+        options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": checkpoint}
+    _, found = train(tmp_path / "b", model, **options)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_groups_by_length_and_workers_change_nothing_but_the_order(tmp_path: Path, workers: int) -> None:
     model = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen"))
