@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
+
+import torch
 
 from axattn.segments import Segments
 from axattn.shares import Share
@@ -27,6 +31,7 @@ class Context:
         share: the forward runs on this rank's share of its rows.
         crosses: the model also attends to another sequence (``encoder_hidden_states``).
         reads_padding: what padding attends to matters: a head of the model reads it.
+        caller: the frame in which the forward runs, None where nobody can tell (compiled frames).
     """
 
     segments: Segments | TracedSegments | None
@@ -38,6 +43,17 @@ class Context:
     share: Share | None = None
     crosses: bool = False
     reads_padding: bool = False
+    caller: FrameType | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the forward still runs. An interrupt (Ctrl-C in a notebook) ends one without its hooks."""
+        if self.caller is None:
+            return True
+        frame = inspect.currentframe()
+        while frame is not None and frame is not self.caller:
+            frame = frame.f_back
+        return frame is not None
 
 
 class _Slot:
@@ -69,7 +85,11 @@ def slot() -> _Slot:
 
 def current() -> Context | None:
     """The context of the innermost model that is running, None outside of any model with a door."""
-    return _threads.slot.context
+    here = _threads.slot
+    if not torch.compiler.is_compiling():
+        while here.context is not None and not here.context.running:
+            here.context = here.context.outer
+    return here.context
 
 
 @contextlib.contextmanager

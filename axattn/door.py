@@ -7,6 +7,8 @@ names the same door is a guard: packed input that Transformers would leak is ref
 
 from __future__ import annotations
 
+import inspect
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,8 +45,7 @@ class Door:
         given = {**dict(zip(facts.parameters, args, strict=False)), **kwargs} if args else kwargs
         if facts.shares_keys:
             guard.require_gradients_of_shared_keys(module)
-        here = slot()
-        outer = here.context
+        here, outer = slot(), current()
         if torch.nn.functional.scaled_dot_product_attention is not _SDPA and facts.native is None:
             guard.require_no_context_parallel(module)
         get = given.get
@@ -59,7 +60,8 @@ class Door:
                 'Use attn_implementation="auto" or "eager".',
             )
         if here.share is not None:
-            here.context = Context(None, inputs.token_shape(given), bool(weights), seen, self, outer, here.share)
+            shape = inputs.token_shape(given)
+            here.context = Context(None, shape, bool(weights), seen, self, outer, here.share, caller=_caller())
             return None
         told = here.told
         if told is not None:
@@ -69,7 +71,8 @@ class Door:
                     f"{type(module).__name__} has {shape} tokens where the unpadded row has {(told.rows, told.length)}",
                     advice="Leave unpad out.",
                 )
-            here.context = Context(told if told.packed else None, shape, bool(weights), seen, self, outer)
+            packed = told if told.packed else None
+            here.context = Context(packed, shape, bool(weights), seen, self, outer, caller=_caller())
             return None
         if (
             outer is not None
@@ -95,7 +98,15 @@ class Door:
         crosses = get("encoder_hidden_states") is not None
         reads_padding = facts.reads_padding or (outer is not None and outer.reads_padding)
         here.context = Context(
-            segments, shape, bool(weights), seen, self, outer, crosses=crosses, reads_padding=reads_padding
+            segments,
+            shape,
+            bool(weights),
+            seen,
+            self,
+            outer,
+            crosses=crosses,
+            reads_padding=reads_padding,
+            caller=_caller(),
         )
         return (args, {**kwargs, **added}) if added else None
 
@@ -230,6 +241,14 @@ class Door:
             single = (segments.document_ids == 0).all()
             torch._assert_async(single, "axattn: packed rows would leak here; run without torch.compile to see why")
         return segments
+
+
+def _caller() -> FrameType | None:
+    """The frame that calls the hook in which this is called: it runs the model's forward next."""
+    if torch.compiler.is_compiling():
+        return None
+    here = inspect.currentframe()
+    return here.f_back.f_back if here is not None and here.f_back is not None else None
 
 
 def _decodes(given: dict[str, Any]) -> bool:

@@ -206,6 +206,39 @@ def test_whether_a_model_hands_positions_on_is_read_from_its_source(family: str,
     assert guard.hands_positions_to_masks(build(family)) is answer
 
 
+# ---- interrupts ---------------------------------------------------------------------------------------------------
+
+
+def interrupted(model: Any, ids: torch.Tensor) -> None:
+    """A packed forward that ends as Ctrl-C ends it: torch runs no forward hook then, whatever it is asked."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids, position_ids=positions((4, 6)), use_cache=False)
+    handle.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("again", ["the same model", "its inner model", "another model", "one without a door"])
+def test_an_interrupted_forward_leaves_no_documents_to_the_next(again: str) -> None:
+    model, ids = axattn.apply(build("llama"), "varlen"), tokens(1, 10)
+    expected = model.model(ids, use_cache=False).last_hidden_state
+    interrupted(model, ids)
+    if again == "another model":
+        model = axattn.apply(build("llama"), "varlen")
+    elif again == "one without a door":
+        model = build("llama")
+        model.set_attn_implementation("varlen")
+    whole = again == "the same model"
+    found = model(ids, use_cache=False, output_hidden_states=True).hidden_states[-1] if whole else None
+    found = model.model(ids, use_cache=False).last_hidden_state if found is None else found
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert context.current() is None
+
+
 # ---- copies -------------------------------------------------------------------------------------------------------
 
 
