@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from axattn import guard
+from axattn import guard, names
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.segments import Segments, from_cu_seqlens
@@ -118,6 +118,30 @@ def require_first_is_real(module: torch.nn.Module, mask: torch.Tensor) -> None:
         raise InvalidInputError("rows are padded on the left", reasons, 'Set tokenizer.padding_side = "right".')
 
 
+def switched(facts: Facts, module: torch.nn.Module) -> str:
+    """The name of Transformers that a model was put on behind axattn (``model.set_attn_implementation``), or ``""``."""
+    config: Any = module.config
+    running = config._attn_implementation
+    return running if facts.native is None and isinstance(running, str) and names.is_native(running) else ""
+
+
+def require_ours(facts: Facts, module: torch.nn.Module) -> None:
+    """Raise where a model was `switched`: its door stands for our kernels, which keep documents and parts of rows
+    apart, and does not guard that name.
+
+    Raises:
+        UnsupportedAttentionError: it was.
+    """
+    running = switched(facts, module)
+    if running:
+        text = f"it was put on {running} after axattn had put it on another kernel"
+        advice = f'Use axattn.apply(model, "{running}"), or axattn.restore(model) first.'
+        name = type(module).__name__
+        raise UnsupportedAttentionError(
+            f"{name} can't run rows that are packed or split", [Reason("model", text)], advice
+        )
+
+
 def require_packable(
     facts: Facts, module: torch.nn.Module, inputs: dict[str, Any], segments: Segments, cache: Any, mask: Any
 ) -> None:
@@ -128,6 +152,7 @@ def require_packable(
         UnsupportedAttentionError: documents would leak, or be numbered wrong.
     """
     name = type(module).__name__
+    require_ours(facts, module)
     if facts.encoder_decoder:
         reasons = [Reason("segments", "its cross-attention has no document boundaries")]
         raise InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ALONE)

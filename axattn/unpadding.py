@@ -14,6 +14,7 @@ from axattn.context import Context, current, inside, reading
 from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
+from axattn.inputs import require_ours
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
 from axattn.mixing import mixers, one_a_row, reads_first, reads_last
 from axattn.needs import sub_configs
@@ -95,6 +96,7 @@ class Unpad:
         keep = (mask != 0).flatten().nonzero().flatten()  # [N]
         if keep.numel() in (0, mask.numel()):
             return forward(inputs)
+        require_ours(self.door.facts, model)
         _require_known(model, inputs)
         rows, length = mask.shape
         segments = self._flat_documents(model, inputs, keep, rows, length)

@@ -206,6 +206,29 @@ def test_whether_a_model_hands_positions_on_is_read_from_its_source(family: str,
     assert guard.hands_positions_to_masks(build(family)) is answer
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("native", ["sdpa", "eager"])
+@pytest.mark.parametrize("described", ["packed", "unpadded", "unpadded, without a head"])
+def test_a_model_switched_to_transformers_behind_our_back_takes_no_packed_rows(native: str, described: str) -> None:
+    made = build("llama")
+    model = axattn.apply(made.model if "head" in described else made, "varlen", unpad="unpadded" in described)
+    model.set_attn_implementation(native)
+    ids = tokens(2, 10)
+    given = {"position_ids": positions((4, 6), (7, 3)), "use_cache": False}
+    if described != "packed":
+        given = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        given["attention_mask"][0, 6:] = 0
+    with pytest.raises(UnsupportedAttentionError, match=f"it was put on {native} after axattn"):
+        model(ids, **given)
+    assert torch.isfinite(model(ids, use_cache=False)[0]).all()
+    if described == "packed":
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match="packed rows would leak"):
+            torch.compile(model, backend="eager")(ids, **given)
+    axattn.apply(model, "varlen", unpad="unpadded" in described)
+    assert torch.isfinite(model(ids, **given)[0]).all()
+
+
 # ---- interrupts ---------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from axattn.context import Context, current, inside, reading
 from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
+from axattn.inputs import require_ours
 from axattn.parallel import accelerate
 from axattn.parallel.checks import reasons_against
 from axattn.parallel.collectives import total
@@ -121,6 +122,7 @@ class Split:
                 [Reason("traced", "documents and lengths are agreed on between the ranks when it runs")],
                 "Compile its layers instead: for layer in model.model.layers: layer.compile().",
             )
+        require_ours(self.door.facts, model)
         accelerate.drop_context_parallel_hooks(self.patches, model)
         share, part, length = split(model, self.group, inputs, self.door)
         as_tuple = part.get("return_dict") is False
