@@ -12,23 +12,18 @@ from typing import Any
 import torch
 
 from axattn import backends, names, patterns, planning
+from axattn.by_path import nested
 from axattn.checkpoints import concrete_class, load_config, resolve_class
+from axattn.classes import around_towers, inner_model_classes, native_support_reasons, require_interface
 from axattn.environment import Environment
 from axattn.errors import UnsupportedAttentionError
-from axattn.needs import (
-    ModelNeeds,
-    inner_model_classes,
-    model_class_reasons,
-    model_needs,
-    native_support_reasons,
-    sub_configs,
-)
+from axattn.needs import ModelNeeds, model_needs, sub_configs
 from axattn.patches.cache import disable_cache
 from axattn.patches.doors import add_doors, native_name
 from axattn.patches.flash_slot import preload
 from axattn.patches.flex import add_compile_room
 from axattn.patches.patchset import PatchSet
-from axattn.patches.routes import add_routes, nested, set_names
+from axattn.patches.routes import add_routes, set_names
 from axattn.plans import Plan, Policy
 from axattn.registration import register
 from axattn.reporting import Status, read_status
@@ -261,13 +256,12 @@ def _decide(
 ) -> Plan:
     """The plan, after the model's classes are known to run through Transformers' attention interface."""
     needs: ModelNeeds = model_needs(config, cls.__name__ if cls is not None else "")
-    if any(name not in ("eager", "sdpa") for name in names.names_in(value)):
-        classes = [cls, *(inner_model_classes(config) if isinstance(value, str) else ())]
-        _require_interface(needs.model, classes)
+    spoken, notes = around_towers(config, cls, value, policy)
     machine = environment or Environment.current()
-    decided = planning.plan(needs, value, machine, policy)
-    classes = [cls, *inner_model_classes(config)] if isinstance(value, str) else []
+    decided = planning.plan(needs, spoken, machine, policy)
+    inner = inner_model_classes(config) if isinstance(value, str) else {}
     for path, name in decided.running.items():
+        classes = [*([cls] if path == "" else ()), *inner.get(path, ())]
         reasons = [reason for c in classes for reason in native_support_reasons(c, name)] if name else []
         if reasons and name != decided.asked[path]:  # an upgrade that the model does not take
             return _decide(config, cls, value, dataclasses.replace(policy, upgrade_flash=False), machine)
@@ -277,17 +271,7 @@ def _decide(
                 list(dict.fromkeys(reasons)),
                 'Use attn_implementation="auto", or "eager".',
             )
-    return decided
-
-
-def _require_interface(model: str, classes: list[type | None]) -> None:
-    reasons = list(dict.fromkeys(reason for cls in classes for reason in model_class_reasons(cls)))
-    if reasons:
-        raise UnsupportedAttentionError(
-            f"{model} can't take another attention kernel",
-            reasons,
-            'Use attn_implementation="eager" (or "sdpa"), or a dict that names only the sub-configs that can.',
-        )
+    return dataclasses.replace(decided, notes=(*decided.notes, *notes))
 
 
 def _attach(
@@ -306,7 +290,7 @@ def _attach(
         for m in modules.values()
         if isinstance(m, PreTrainedModel) and path_of.get(id(m.config), "") not in native_paths
     ]
-    _require_interface(decided.model, [type(module) for module in inner])
+    require_interface(decided.model, [type(module) for module in inner])
     for note in decided.notes:
         if note not in _said:
             _said.add(note)

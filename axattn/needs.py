@@ -10,9 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from axattn import names
 from axattn.capability import Need
-from axattn.errors import Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,45 +79,6 @@ def sub_configs(config: Any, path: str = "") -> list[tuple[str, Any]]:
         if inner is not None and hasattr(inner, "sub_configs"):
             found += sub_configs(inner, f"{path}.{key}" if path else key)
     return found
-
-
-def model_class_reasons(cls: type | None) -> list[Reason]:
-    """Why a model class does not run through Transformers' attention interface; empty when it does."""
-    if cls is None:
-        return []
-    settable = getattr(cls, "_can_set_attn_implementation", None)
-    if settable is None or settable():  # Transformers reads the same in the source of the class's file
-        return []
-    return [Reason("model", f"{cls.__name__} does not use Transformers' attention interface")]
-
-
-_SUPPORT = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
-
-
-def native_support_reasons(cls: type | None, name: str) -> list[Reason]:
-    """Why Transformers itself will not run a model class on a native name: it would raise, or take another kernel."""
-    flag = "_supports_flash_attn" if names.is_flash(name) else _SUPPORT.get(name.removeprefix("paged|"))
-    if cls is None or flag is None:
-        return []
-    if not getattr(cls, flag, True):
-        return [Reason("model", f"{cls.__name__} says that it does not support {name} ({flag} is False)")]
-    listed = getattr(cls, "_compatible_flash_implementations", None)
-    if names.is_flash(name) and listed and name not in listed:
-        text = f"Transformers would run {cls.__name__} on {listed[0]} in its place: it lists {', '.join(listed)}"
-        return [Reason("model", text)]
-    return []
-
-
-def inner_model_classes(config: Any) -> list[type]:
-    """The ``AutoModel`` classes of a config and of the configs inside it, as far as Transformers maps them."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    classes: list[type] = []
-    for _, inner in sub_configs(config):
-        if type(inner) in MODEL_MAPPING:
-            found = MODEL_MAPPING[type(inner)]
-            classes += list(found) if isinstance(found, tuple) else [found]
-    return classes
 
 
 def _layers(path: str, config: Any) -> list[LayerNeed]:

@@ -9,46 +9,14 @@ from typing import Any
 from axattn import backends, names
 from axattn.backends.base import Backend
 from axattn.backends.ranking import by_need, interned, ranking, usable
+from axattn.by_path import resolve_names
 from axattn.capability import Need, missing
 from axattn.environment import Environment
-from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError, UnsupportedAttentionError
+from axattn.errors import BackendUnavailableError, Reason, UnsupportedAttentionError
 from axattn.needs import LayerNeed, ModelNeeds
 from axattn.options import require_options
 from axattn.plans import LayerPlan, Plan, Policy, Rejected
 from axattn.routes import candidates, providers
-
-
-def resolve_names(value: names.AttentionNames, paths: tuple[str, ...]) -> dict[str, str | None]:
-    """Name by config path from a name or a (nested) dict; a path that no dict mentions keeps Transformers' default.
-
-    Raises:
-        UnknownAttentionError: a key is no sub-config of this model.
-    """
-    if isinstance(value, str):
-        return dict.fromkeys(paths, value)
-    resolved: dict[str, str | None] = dict.fromkeys(paths, None)
-    unknown: list[str] = []
-
-    def fill(inner: Mapping[str, Any], prefix: str) -> None:
-        for key, given in inner.items():
-            path = prefix if key == "" else (f"{prefix}.{key}" if prefix else key)
-            if path not in resolved:
-                unknown.append(path)
-            elif isinstance(given, Mapping):
-                fill(given, path)
-            else:
-                below = [p for p in paths if p == path or (key != "" and p.startswith(f"{path}."))]
-                resolved.update(dict.fromkeys(below, given))
-
-    fill(value, "")
-    if unknown:
-        keys = ", ".join(repr(p) for p in paths)
-        raise UnknownAttentionError(
-            "attn_implementation names sub-configs that this model does not have",
-            [Reason("name", f"unknown key {path!r}") for path in unknown],
-            f"Its keys are {keys}.",
-        )
-    return resolved
 
 
 def plan(

@@ -80,10 +80,15 @@ def calls_of(function: Any, name: str | None = None) -> list[ast.Call]:
     return [call for call in calls if name is None or ast.unparse(call.func) == name]
 
 
-@functools.cache
 def calls_interface(cls: Any) -> bool:
     """Whether a module class calls Transformers' attention interface in its own ``forward``."""
+    return "ALL_ATTENTION_FUNCTIONS" in used_in_forward(cls)
+
+
+@functools.cache
+def used_in_forward(cls: Any) -> frozenset[str]:
+    """The globals and attributes that the ``forward`` of a class uses by name."""
     cls = origin(cls)
     forward = cls.__dict__.get("forward") or getattr(cls, "forward", None)
     code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return frozenset() if code is None else frozenset(code.co_names)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import transformers as tf
 
-from axattn.needs import inner_model_classes, model_class_reasons, model_needs, sub_configs
-from tests.models import CONFIGS, LAYERS, REFUSED, SMALL, build
+from axattn.needs import model_needs, sub_configs
+from tests.models import CONFIGS, LAYERS, SMALL, build
 
 
 def needs_of(family: str) -> list[tuple[str, object]]:
@@ -63,20 +63,6 @@ def test_composite_models_are_read_by_sub_config() -> None:
     causal = {path: {layer.need.causal for layer in needs.layers if layer.path == path} for path in needs.paths}
     assert causal == {"": set(), "text_config": {True}, "vision_config": {False}}
     assert sub_configs(config)[0] == ("", config)
-
-
-@pytest.mark.parametrize("family", sorted(REFUSED))
-def test_models_outside_the_interface_have_a_reason(family: str) -> None:
-    cls = tf.AutoModelForCausalLM._model_mapping[type(REFUSED[family]())]
-    (reason,) = model_class_reasons(cls)
-    assert "does not use Transformers' attention interface" in reason.text
-
-
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_models_of_the_interface_have_none(family: str) -> None:
-    config = CONFIGS[family]()
-    cls = tf.AutoModelForCausalLM._model_mapping[type(config)]
-    assert [r for c in [cls, *inner_model_classes(config)] for r in model_class_reasons(c)] == []
 
 
 def test_an_unknown_config_is_checked_call_by_call() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from axattn import names
+from axattn.by_path import nested
 from axattn.needs import sub_configs
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
@@ -53,23 +54,6 @@ def set_names(
         if name is not None and not names.is_native(name):
             for config in (configs[path], *(copies if path == "" else ())):
                 setattr(config, _INTERNAL, name)
-
-
-def nested(by_path: dict[str, str | None]) -> dict[str, object]:
-    """``{"": a, "x": b, "x.y": c}`` in the nested form that Transformers takes; None is left out."""
-    result: dict[str, object] = {}
-    for path, name in by_path.items():
-        if name is None:
-            continue
-        *parents, last = path.split(".") if path else [""]
-        inner = result
-        for parent in parents:
-            below = inner.setdefault(parent, {})
-            if not isinstance(below, dict):
-                below = inner[parent] = {"": below}
-            inner = below
-        inner[last] = name
-    return result
 
 
 def add_routes(patches: PatchSet, model: torch.nn.Module, modules: dict[str, torch.nn.Module], plan: Plan) -> None:

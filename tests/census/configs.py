@@ -136,10 +136,11 @@ def tiny(model_type: str, head: str = "causal") -> Any:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return _config(CONFIG_MAPPING[model_type], head)
+    return of_class(CONFIG_MAPPING[model_type], head)
 
 
-def _config(cls: Any, head: str) -> Any:
+def of_class(cls: Any, head: str) -> Any:
+    """As `tiny`, for a config class."""
     default = cls()
     values = default.to_dict()
     given = {name: value for name, value in SMALL.items() if _is_field(cls, values, name)}
@@ -157,7 +158,7 @@ def _config(cls: Any, head: str) -> Any:
     for name in getattr(cls, "sub_configs", None) or {}:
         inner = getattr(default, name, None)
         if inner is not None and name not in OVERRIDES.get(cls.model_type, {}):
-            given[name] = _config(type(inner), head)
+            given[name] = of_class(type(inner), head)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if "mrope_section" in rope:
         half = int(8 * rope.get("partial_rotary_factor", 1.0)) // 2

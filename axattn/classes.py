@@ -1,0 +1,108 @@
+"""Model classes: which run through Transformers' attention interface, and which names Transformers takes for them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from axattn import names
+from axattn.by_path import nested
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.needs import sub_configs
+from axattn.plans import Policy
+from axattn.sources import calls_interface, used_in_forward
+
+_ADVICE = 'Use attn_implementation="eager" (or "sdpa"), or a dict that names only the sub-configs that can.'
+
+
+def model_class_reasons(cls: type | None) -> list[Reason]:
+    """Why a model class does not run through Transformers' attention interface; empty when it does."""
+    if cls is None:
+        return []
+    settable = getattr(cls, "_can_set_attn_implementation", None)
+    if (settable is None or settable()) and not _attends_itself(cls):  # `settable` reads the source of its whole file
+        return []
+    return [Reason("model", f"{cls.__name__} does not use Transformers' attention interface")]
+
+
+def _attends_itself(cls: Any) -> bool:
+    """Whether all attention modules that a model class records compute it themselves, in a file where others do not:
+    Gemma 4's audio tower, which makes its masks for eager attention only."""
+    recorded = (getattr(cls, "_can_record_outputs", None) or {}).get("attentions") or ()
+    found = [getattr(one, "target_class", one) for one in (recorded if isinstance(recorded, list) else [recorded])]
+    modules: list[Any] = [one for one in found if inspect.isclass(one)]
+    return bool(modules) and all(not calls_interface(one) and "softmax" in used_in_forward(one) for one in modules)
+
+
+_SUPPORT = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+
+
+def native_support_reasons(cls: type | None, name: str) -> list[Reason]:
+    """Why Transformers itself will not run a model class on a native name: it would raise, or take another kernel."""
+    flag = "_supports_flash_attn" if names.is_flash(name) else _SUPPORT.get(name.removeprefix("paged|"))
+    if cls is None or flag is None:
+        return []
+    if not getattr(cls, flag, True):
+        return [Reason("model", f"{cls.__name__} says that it does not support {name} ({flag} is False)")]
+    listed = getattr(cls, "_compatible_flash_implementations", None)
+    if names.is_flash(name) and listed and name not in listed:
+        text = f"Transformers would run {cls.__name__} on {listed[0]} in its place: it lists {', '.join(listed)}"
+        return [Reason("model", text)]
+    return []
+
+
+def inner_model_classes(config: Any) -> dict[str, list[type]]:
+    """The ``AutoModel`` classes of the configs inside a config, by path, as far as Transformers maps them."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    classes: dict[str, list[type]] = {}
+    for path, inner in sub_configs(config):
+        if type(inner) in MODEL_MAPPING:
+            found = MODEL_MAPPING[type(inner)]
+            classes[path] = list(found) if isinstance(found, tuple) else [found]
+    return classes
+
+
+def require_interface(model: str, classes: Iterable[type | None], advice: str = _ADVICE) -> None:
+    """Raise unless every class runs through Transformers' attention interface.
+
+    Raises:
+        UnsupportedAttentionError: with every class that does not.
+    """
+    reasons = list(dict.fromkeys(reason for cls in classes for reason in model_class_reasons(cls)))
+    if reasons:
+        raise UnsupportedAttentionError(f"{model} can't take another attention kernel", reasons, advice)
+
+
+def around_towers(
+    config: Any, cls: type | None, value: names.AttentionNames, policy: Policy
+) -> tuple[names.AttentionNames, list[str]]:
+    """The names asked for, with ``eager`` where an inner model computes attention in code of its own, and notes on it.
+
+    `auto`, and ``on_unsupported="route"``, leave such a tower (Gemma 4's for audio) as it is.
+
+    Raises:
+        UnsupportedAttentionError: the model itself is such a one, or one inside it is and the name has to hold
+            everywhere.
+    """
+    model = cls.__name__ if cls is not None else config.model_type
+    if all(name in ("eager", "sdpa") for name in names.names_in(value)):
+        return value, []
+    inner = inner_model_classes(config) if isinstance(value, str) else {}
+    require_interface(model, [cls, *inner.pop("", ())])
+    if not isinstance(value, str):  # the user has named each sub-config
+        return value, []
+    own = {path: found for path, found in inner.items() if any(map(model_class_reasons, found))}
+    if not own:
+        return value, []
+    paths = [path for path, _ in sub_configs(config)]
+    inside = {path for path in paths if any(f"{path}.".startswith(f"{tower}.") for tower in own)}
+    spoken = nested({path: "eager" if path in inside else value for path in paths})
+    if value != "auto" and policy.on_unsupported == "raise":
+        advice = f'Use attn_implementation={spoken}, or "auto".'
+        require_interface(model, [one for found in own.values() for one in found], advice)
+    return spoken, [
+        f"{path} runs on eager: {found[0].__name__} computes attention in code of its own"
+        for path, found in own.items()
+    ]
