@@ -84,6 +84,7 @@ class Capability:
         head_dim_pairs: (query, value) head dims served although they are above `max_head_dim`.
         value_dim_differs: value heads may have another size than query heads.
         value_dim_padded: smaller value heads are widened to the query heads' size, so only that is checked.
+        second_gradient: its gradient can be differentiated again; asked for in backward only (`axattn.derivatives`).
         inference_only: fields of `Need` that are honoured, but not together with ``gradient``.
         (others): True when the kernel honours the field of `Need` of that name.
     """
@@ -113,6 +114,7 @@ class Capability:
     segments: bool = False
     cross_lengths: bool = False
     gradient: bool = False
+    second_gradient: bool = False
     weights: bool = False
     traced: bool = False
     inference_only: frozenset[str] = frozenset()

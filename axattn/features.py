@@ -39,6 +39,7 @@ _LABELS = {
     "segments": "packed documents",
     "cross_lengths": "decoding, cross-attention",
     "gradient": "gradient",
+    "second_gradient": "its own gradient (`create_graph=True`)",
     "weights": "attention weights",
     "traced": "inside `torch.compile`",
 }

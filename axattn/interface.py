@@ -15,6 +15,7 @@ from axattn.call import AttentionCall
 from axattn.call_masks import read_mask, with_keyword_segments
 from axattn.context import current
 from axattn.decisions import decide
+from axattn.derivatives import require_first
 from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route, route_of
@@ -163,6 +164,8 @@ def attend(
     route.count(backend.name)
     if plain_key is not None and backend.plain:
         route.plain[plain_key] = backend.name
+    elif not backend.capability.second_gradient:
+        require_first(out, backend.name)
     return out.contiguous(), call.weights
 
 

@@ -19,7 +19,7 @@ from axattn.environment import Environment
 from axattn.errors import UnsupportedAttentionError
 from axattn.needs import ModelNeeds, model_needs, sub_configs
 from axattn.patches.cache import disable_cache
-from axattn.patches.doors import add_doors, native_name
+from axattn.patches.doors import add_doors, native_name, require_first_gradients
 from axattn.patches.flash_slot import preload
 from axattn.patches.flex import add_compile_room
 from axattn.patches.patchset import PatchSet
@@ -304,6 +304,7 @@ def _attach(
             for path, config in configs.items()
         }
         add_doors(patches, model, modules.values(), native)
+        require_first_gradients(patches, model, modules.values(), native)
         add_routes(patches, model, modules, decided)
         if "flex_attention" in decided.running.values():
             add_compile_room(patches, model)

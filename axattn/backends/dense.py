@@ -17,7 +17,11 @@ CAPABILITY = dataclasses.replace(
     bias=True,
     dropout=True,
     dense_mask=True,
-    notes={"segments": "through a dense S x S mask when called by axattn; the native name alone can't pack"},
+    second_gradient=True,
+    notes={
+        "segments": "through a dense S x S mask when called by axattn; the native name alone can't pack",
+        "second_gradient": "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); torch raises for its other kernels",
+    },
 )
 
 

@@ -23,6 +23,7 @@ CAPABILITY = dataclasses.replace(
     dropout=True,
     dense_mask=True,
     weights=True,
+    second_gradient=True,
     notes={"segments": "through a dense S x S mask when called by axattn; the native name alone can't pack"},
 )
 

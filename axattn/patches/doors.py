@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from axattn import flash_guard, names
+from axattn import backends, flash_guard, names
+from axattn.derivatives import require_first_of_module
 from axattn.door import Door
 from axattn.errors import UnsupportedAttentionError
 from axattn.facts import Facts
@@ -74,6 +75,18 @@ def add_doors(
         first = next((inner for inner in module.modules() if _is_attention(inner)), None)
         if flash and first is not None:
             patches.add_handle(first.register_forward_pre_hook(door.reached, with_kwargs=True))
+
+
+def require_first_gradients(
+    patches: PatchSet, model: torch.nn.Module, modules: Iterable[torch.nn.Module], native: dict[int, str | None]
+) -> None:
+    """Refuse second derivatives of kernels that Transformers calls and that have none; arguments as for `add_doors`."""
+    default = native.get(id(model.config))
+    for module in modules:
+        name = native.get(id(getattr(module, "config", None)), default)
+        if name is not None and _is_attention(module) and not backends.get(name).capability.second_gradient:
+            hook = functools.partial(require_first_of_module, name)
+            patches.add_handle(module.register_forward_hook(hook))
 
 
 def _is_attention(module: torch.nn.Module) -> bool:
