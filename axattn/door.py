@@ -193,7 +193,7 @@ class Door:
             positions = inputs.text_positions(positions, rows, length, facts.position_planes)
             if finished:  # a 4-D mask (the user's own, or one that `generate` built before) already says it all
                 return None, shape
-            inside = mask if mask is not None and mask.shape[-1] == length else None
+            inside = inputs.mask_of_tokens(mask, length, given.get("past_key_values"))
             if positions is not None and facts.first_position and not _decodes(given):
                 inputs.require_counted_from(facts.first_position, module, positions, inside)
             segments = None
@@ -226,7 +226,7 @@ class Door:
             positions = inputs.text_positions(positions, rows, length, facts.position_planes)
             if finished:
                 return None
-            inside = mask if mask is not None and mask.shape[-1] == length else None
+            inside = inputs.mask_of_tokens(mask, length, given.get("past_key_values"))
             if positions is not None and facts.first_position and not _decodes(given):
                 inputs.require_counted_from(facts.first_position, module, positions, inside)
             segments = traced.from_positions(positions, inside, rows, length)

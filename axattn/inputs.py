@@ -56,6 +56,25 @@ def documents_of_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segmen
     return found[0]
 
 
+def mask_of_tokens(mask: torch.Tensor | None, length: int, cache: Any) -> torch.Tensor | None:
+    """What a 2-D mask ``[B, T]`` says of this forward's own tokens ``[B, S]``, which stand behind those of a cache.
+
+    None where it says nothing of them: for one token (nothing to separate), or a cache whose length is not known while
+    tracing.
+    """
+    if mask is None or mask.shape[-1] == length:
+        return mask
+    if length < 2:
+        return None
+    held = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    if isinstance(held, torch.Tensor):
+        if torch.compiler.is_compiling():
+            return None
+        held = int(held)
+    own = mask[:, held : held + length]
+    return own if own.shape[-1] == length else None
+
+
 def text_positions(positions: Any, rows: int, length: int, planes: tuple[int, ...]) -> torch.Tensor | None:
     """The text positions ``[B or 1, S]`` in ``position_ids``, None when there are none to read documents from.
 

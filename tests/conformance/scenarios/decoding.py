@@ -35,6 +35,12 @@ def generate_static(case: Case) -> Any:
     return _generated(case, cache_implementation="static", disable_compile=True)
 
 
+@scenario("generate, prefill in chunks", DECODERS)
+def generate_chunks(case: Case) -> Any:
+    """A long prompt, left-padded, in parts: what is padding in a part stands behind the cache in the mask."""
+    return _generated(case, prefill_chunk_size=4)
+
+
 @scenario("prefill, then two chunks over the cache", DECODERS)
 def chunks_over_a_cache(case: Case) -> Any:
     """Several tokens at once over a filled cache (speculative decoding): bottom-right alignment."""
