@@ -17,6 +17,7 @@ from axattn import flash_guard, guard, inputs, traced
 from axattn.context import Context, current, slot
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
+from axattn.handed_on import require_handed_on
 from axattn.numbering import counted
 from axattn.segments import Segments, from_positions
 from axattn.traced import TracedSegments
@@ -177,6 +178,8 @@ class Door:
             raise InvalidInputError(
                 f"the batch is empty: {rows} rows of {length} tokens", advice="Give at least one row with one token."
             )
+        if positions is cu_q is cu_k is None and outer is None and length > 1 and not torch.compiler.is_compiling():
+            require_handed_on(module, rows)
         if positions is mask is cu_q is cu_k is None:
             return (outer.segments if outer is not None and outer.shape == shape else None), shape
         finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)

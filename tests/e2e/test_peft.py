@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import axattn
+from axattn.errors import AxattnError
 from tests.e2e.test_trainer import padded, train
 from tests.models import build, positions, tokens
 
@@ -104,6 +105,53 @@ def test_a_saved_adapter_loads_on_any_kernel(tmp_path: Path) -> None:
     assert "axattn" not in (tmp_path / "adapter_config.json").read_text()
     again = peft.PeftModel.from_pretrained(axattn.apply(build("llama"), "auto"), tmp_path)
     assert torch.allclose(packed(again), expected, atol=1e-4)
+
+
+PROMPTS = {
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+def prompted(kind: str, name: str | None) -> Any:
+    torch.manual_seed(1)
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    if name:
+        axattn.apply(model, name)
+    made = peft.get_peft_model(model, PROMPTS[kind]()).eval()
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
+    return made
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+@pytest.mark.parametrize("kind", PROMPTS)
+@torch.no_grad()
+def test_prompts_before_a_row_refuse_packed_documents(kind: str, name: str) -> None:
+    """PEFT drops the positions of a row that gets a prompt, with a warning; a prefix is a cache of no document."""
+    model = prompted(kind, name)
+    said = "packed rows can't continue from a cache" if kind == "prefix" else "did not hand them on"
+    ids, where = tokens(1, sum(LENGTHS)), positions(LENGTHS)
+    for inputs in ({}, {"attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(AxattnError, match=said):
+            model(input_ids=ids, position_ids=where, **inputs)
+    expected = prompted(kind, None)(input_ids=ids).logits
+    for inputs in ({}, {"position_ids": torch.arange(ids.shape[1])[None]}):  # one document is served
+        assert torch.allclose(model(input_ids=ids, **inputs).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+@torch.no_grad()
+def test_prompts_before_padded_rows_generate_what_eager_does(kind: str) -> None:
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :5] = 0
+    inputs = {"input_ids": tokens(2, 8) * mask, "attention_mask": mask}
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = prompted(kind, None).generate(**inputs, **greedy)
+    assert torch.equal(prompted(kind, "auto").generate(**inputs, **greedy), expected)
 
 
 class Linear8(torch.nn.Linear):

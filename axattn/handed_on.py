@@ -1,0 +1,65 @@
+"""Positions that a wrapper around a model was given and did not hand on: documents would leak, and nobody would know.
+
+PEFT's prompt tuning, p-tuning and CPT put their own tokens in front of a row and drop ``position_ids`` with a warning
+(peft 0.21). A model can't see what its wrapper was given, so this looks at the calls that lead to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.segments import from_positions
+
+_CALL = torch.nn.Module._call_impl.__code__
+"""The frame in which torch calls a module: its locals are ``self``, ``args`` and ``kwargs`` (torch 2.11 and 2.13)."""
+_FRAMES = 40
+
+
+def require_handed_on(module: torch.nn.Module, rows: int) -> None:
+    """Raise where a module around this one was given packed positions, and this one none.
+
+    Args:
+        module: a model that was given no positions and no lengths, in its forward pre-hook.
+        rows: B of its tokens. A wrapper that gives each document a row of its own changes it, and has done all there
+            is to do.
+
+    Raises:
+        UnsupportedAttentionError: it was.
+    """
+    for wrapper, tokens, given in _calls_around(module):
+        positions, mask = given.get("position_ids"), given.get("attention_mask")
+        if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
+            continue
+        if (positions.shape[0] if tokens is None else tokens.shape[0]) != rows:
+            continue
+        shape = (rows, positions.shape[1])
+        mask = mask if isinstance(mask, torch.Tensor) and mask.shape == shape else None
+        found = from_positions(positions, mask, *shape)
+        if found is not None and found.packed:
+            name = type(wrapper).__name__
+            raise UnsupportedAttentionError(
+                f"packed rows ({found.documents} documents in {rows} rows) would leak in {type(module).__name__}",
+                [Reason("position_ids", f"{name} was given position_ids and did not hand them on")],
+                "Give it one document a row, padded.",
+            )
+
+
+def _calls_around(module: torch.nn.Module) -> list[tuple[torch.nn.Module, torch.Tensor | None, dict[str, Any]]]:
+    """The modules whose calls lead to that of `module`, innermost first, with the tokens and the keywords of each."""
+    found = []
+    frame = inspect.currentframe()
+    for _ in range(_FRAMES):
+        if frame is None:
+            break
+        if frame.f_code is _CALL:
+            here = frame.f_locals
+            if here["self"] is not module:
+                given: dict[str, Any] = here["kwargs"]
+                first = given.get("input_ids", next(iter(here["args"]), None))
+                found.append((here["self"], first if isinstance(first, torch.Tensor) else None, given))
+        frame = frame.f_back
+    return found
