@@ -62,6 +62,9 @@ def s2(call: AttentionCall) -> torch.Tensor:
         for kind, count in (("query", heads), ("KV", kv_heads))
         if count % 2
     ]
+    everywhere = getattr(getattr(call.module, "config", None), "num_attention_heads", heads)
+    if heads != everywhere:  # which half shifts is counted over the whole model
+        reasons.append(Reason("heads", f"{heads} of its {everywhere} heads are here (tensor parallelism)"))
     layout = call.mask.layout() if isinstance(call.mask, LazyMask) else None
     if layout is None:
         reasons.append(Reason("dense_mask", "the mask has no compact form"))
