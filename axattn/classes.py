@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from axattn import names
@@ -64,13 +64,23 @@ def inner_model_classes(config: Any) -> dict[str, list[type]]:
     return classes
 
 
-def require_interface(model: str, classes: Iterable[type | None], advice: str = _ADVICE) -> None:
+def _reasons_on_sdpa(cls: type | None) -> list[Reason]:
+    """As `model_class_reasons` for ``sdpa``, which older models have in classes of their own."""
+    return model_class_reasons(cls) if cls is not None and _attends_itself(cls) else []
+
+
+def require_interface(
+    model: str,
+    classes: Iterable[type | None],
+    advice: str = _ADVICE,
+    reasons_of: Callable[[type | None], list[Reason]] = model_class_reasons,
+) -> None:
     """Raise unless every class runs through Transformers' attention interface.
 
     Raises:
         UnsupportedAttentionError: with every class that does not.
     """
-    reasons = list(dict.fromkeys(reason for cls in classes for reason in model_class_reasons(cls)))
+    reasons = list(dict.fromkeys(reason for cls in classes for reason in reasons_of(cls)))
     if reasons:
         raise UnsupportedAttentionError(f"{model} can't take another attention kernel", reasons, advice)
 
@@ -86,14 +96,16 @@ def around_towers(
         UnsupportedAttentionError: the model itself is such a one, or one inside it is and the name has to hold
             everywhere.
     """
-    model = cls.__name__ if cls is not None else config.model_type
-    if all(name in ("eager", "sdpa") for name in names.names_in(value)):
+    asked = set(names.names_in(value))
+    if asked <= {"eager"}:
         return value, []
+    reasons_of = _reasons_on_sdpa if asked <= {"eager", "sdpa"} else model_class_reasons
+    model = cls.__name__ if cls is not None else config.model_type
     inner = inner_model_classes(config) if isinstance(value, str) else {}
-    require_interface(model, [cls, *inner.pop("", ())])
+    require_interface(model, [cls, *inner.pop("", ())], reasons_of=reasons_of)
     if not isinstance(value, str):  # the user has named each sub-config
         return value, []
-    own = {path: found for path, found in inner.items() if any(map(model_class_reasons, found))}
+    own = {path: found for path, found in inner.items() if any(map(reasons_of, found))}
     if not own:
         return value, []
     paths = [path for path, _ in sub_configs(config)]
@@ -101,7 +113,7 @@ def around_towers(
     spoken = nested({path: "eager" if path in inside else value for path in paths})
     if value != "auto" and policy.on_unsupported == "raise":
         advice = f'Use attn_implementation={spoken}, or "auto".'
-        require_interface(model, [one for found in own.values() for one in found], advice)
+        require_interface(model, [one for found in own.values() for one in found], advice, reasons_of)
     return spoken, [
         f"{path} runs on eager: {found[0].__name__} computes attention in code of its own"
         for path, found in own.items()

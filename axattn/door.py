@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from axattn import flash_guard, guard, inputs, traced
+from axattn import flash_guard, guard, inputs, planes, traced
 from axattn.context import Context, current, slot
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
@@ -51,6 +51,11 @@ class Door:
             guard.require_no_context_parallel(module)
         get = given.get
         seen = (get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k"))  # `_READ`
+        unchanged: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        if outer is not None and _speaks_of(outer, seen[2]) and inputs.token_shape(given) is None:
+            # the lengths of the text, which a vision tower is given too (transformers 5.17)
+            kwargs = {name: value for name, value in kwargs.items() if name not in flash_guard.LENGTHS}
+            seen, unchanged = (*seen[:2], None, None), (args, kwargs)
         weights = get("output_attentions")
         if weights is None:  # a config's own attribute access costs a microsecond
             weights = module.config.__dict__.get("_output_attentions", False)
@@ -63,7 +68,7 @@ class Door:
         if here.share is not None:
             shape = inputs.token_shape(given)
             here.context = Context(None, shape, bool(weights), seen, self, outer, here.share, caller=_caller())
-            return None
+            return unchanged
         told = here.told
         if told is not None:
             shape = inputs.token_shape(given)
@@ -74,7 +79,7 @@ class Door:
                 )
             packed = told if told.packed else None
             here.context = Context(packed, shape, bool(weights), seen, self, outer, caller=_caller())
-            return None
+            return unchanged
         if (
             outer is not None
             and not weights
@@ -84,16 +89,25 @@ class Door:
             and (seen[0] is seen[1] is seen[2] is seen[3] is None)
             and get("encoder_hidden_states") is None
         ):
-            return None  # an inner model with nothing to read: the outer door has looked, and its context holds
+            return unchanged  # an inner model with nothing to read: the outer door has looked, and its context holds
         if outer is not None and _same(seen, outer.seen):
             segments, shape = outer.segments, outer.shape
         else:
             segments, shape = self._read(module, given, seen, outer)
         added: dict[str, Any] = {}
         if segments is not None:
-            if facts.flash is not None and facts.flash.takes_lengths and isinstance(segments, Segments):
-                added = flash_guard.lengths_of(segments)
-            if seen[0] is None and not facts.position_planes and "position_ids" in facts.parameters[len(args) :]:
+            lengths = None
+            if facts.takes_lengths and isinstance(segments, Segments):
+                lengths = flash_guard.lengths_of(segments)
+            if facts.flash is not None and lengths is not None:
+                added = lengths
+            if facts.position_planes and planes.lacks_planes(given):
+                if isinstance(segments, TracedSegments):
+                    planes.require_one_document(segments.document_ids)
+                else:
+                    args, added = planes.left_to_model(module, facts.parameters, args, lengths)
+                    seen = (None, seen[1], added["cu_seq_lens_q"], added["cu_seq_lens_k"])
+            elif seen[0] is None and not facts.position_planes and "position_ids" in facts.parameters[len(args) :]:
                 added["position_ids"] = self._positions(segments, given, seen)
                 seen = (added["position_ids"], *seen[1:])
         crosses = get("encoder_hidden_states") is not None
@@ -109,13 +123,13 @@ class Door:
             reads_padding=reads_padding,
             caller=_caller(),
         )
-        return (args, {**kwargs, **added}) if added else None
+        return (args, {**kwargs, **added}) if added else unchanged
 
     def reached(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of an attention module on a flash name: have the documents come this far, and as such?"""
         if self.facts.native is None:
             return
-        flash_guard.require_plain_positions(self.facts.native, module, kwargs)
+        flash_guard.require_plain_positions(self.facts.native, module, args, kwargs)
         context = current()
         if context is not None and isinstance(context.segments, Segments):
             flash_guard.require_reached(self.facts.native, module, kwargs, context.segments)
@@ -189,11 +203,11 @@ class Door:
         if facts.reads_first and mask is not None and facts.native not in ("eager", "sdpa"):
             inputs.require_first_is_real(module, mask)
         if torch.compiler.is_compiling():
-            return self._trace(module, given, seen, rows, length, finished), shape
+            return self._trace(module, given, seen, rows, length, finished, outer), shape
         if cu_q is not None or cu_k is not None:
             segments = inputs.documents_of_lengths(cu_q, cu_k, rows, length)
         else:
-            positions = inputs.text_positions(positions, rows, length, facts.position_planes)
+            positions = self._text_positions(positions, rows, length, outer)
             if finished:  # a 4-D mask (the user's own, or one that `generate` built before) already says it all
                 return None, shape
             inside = inputs.mask_of_tokens(mask, length, given.get("past_key_values"))
@@ -208,6 +222,13 @@ class Door:
             inputs.require_packable(facts, module, given, segments, cache, mask)
         return segments, shape
 
+    def _text_positions(self, positions: Any, rows: int, length: int, outer: Context | None) -> torch.Tensor | None:
+        """`inputs.text_positions`; of planes without one of text, if a user gives them, what tells the documents."""
+        text = inputs.text_positions(positions, rows, length, self.facts.position_planes)
+        if text is None and outer is None and isinstance(positions, torch.Tensor):
+            return planes.jumps(positions)
+        return text
+
     def _trace(
         self,
         module: torch.nn.Module,
@@ -216,6 +237,7 @@ class Door:
         rows: int,
         length: int,
         finished: bool,
+        outer: Context | None,
     ) -> TracedSegments | None:
         """The documents while a graph is traced; checks that need values run with the graph."""
         facts = self.facts
@@ -226,7 +248,7 @@ class Door:
             if cu_q is not None and cu_k is not None and cu_q is not cu_k:
                 torch._assert_async((cu_q == cu_k).all(), "axattn: cu_seq_lens_q and cu_seq_lens_k differ")
         else:
-            positions = inputs.text_positions(positions, rows, length, facts.position_planes)
+            positions = self._text_positions(positions, rows, length, outer)
             if finished:
                 return None
             inside = inputs.mask_of_tokens(mask, length, given.get("past_key_values"))
@@ -253,6 +275,11 @@ def _caller() -> FrameType | None:
         return None
     here = inspect.currentframe()
     return here.f_back.f_back if here is not None and here.f_back is not None else None
+
+
+def _speaks_of(context: Context, lengths: Any) -> bool:
+    """Whether these are the lengths that the model of a context was given for its own tokens."""
+    return lengths is not None and len(context.seen) > 2 and context.seen[2] is lengths
 
 
 def _decodes(given: dict[str, Any]) -> bool:

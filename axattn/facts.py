@@ -26,6 +26,7 @@ class Facts:
         first_position: of a row's first token (`axattn.numbering.first_position`).
         counts_mask: without positions it counts them from the mask (`axattn.numbering.counts_mask`).
         reads_first: a head reads the first token of each row (`axattn.mixing.reads_first`).
+        takes_lengths: its forward takes ``cu_seq_lens_*`` and ``max_length_*``, so the door can add them.
         reads_padding: a head reads padding too (`axattn.mixing.reads_padding`).
     """
 
@@ -42,4 +43,5 @@ class Facts:
     first_position: int = 0
     counts_mask: bool = False
     reads_first: bool = False
+    takes_lengths: bool = False
     reads_padding: bool = False

@@ -20,8 +20,10 @@ from axattn.mixing import reads_padding
 from axattn.segments import Segments
 from axattn.sources import calls_interface, calls_of, code_of, file_source, signature_of, source_of
 
-_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_KINDS = ("token_type_ids", "mm_token_type_ids")
+LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""The keywords that `lengths_of` gives."""
+KINDS = ("token_type_ids", "mm_token_type_ids")
+"""Inputs that say which tokens are of an image."""
 _ADVICE = 'Use attn_implementation="varlen" or "auto".'
 
 
@@ -32,13 +34,11 @@ class FlashRules:
     Attributes:
         windowed: some layers have a sliding window.
         overlays: its mask is more than causal and windowed where ``token_type_ids`` say so (image blocks).
-        takes_lengths: its forward takes ``cu_seq_lens_*`` and ``max_length_*``, so the door can add them.
         reads_padding: see `axattn.mixing.reads_padding`.
     """
 
     windowed: bool
     overlays: bool
-    takes_lengths: bool
     reads_padding: bool = False
 
 
@@ -47,16 +47,25 @@ def rules_of(module: torch.nn.Module) -> FlashRules:
     config: Any = module.config
     text = config.get_text_config()
     windows = [getattr(c, name, None) for c in (config, text) for name in ("sliding_window", "local_attention")]
-    source = sys.modules.get(code_of(module).__module__)
-    mentions = source is not None and "block_sequence_ids" in file_source(source.__name__)
-    parameters = signature_of(module).parameters
-    takes = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return FlashRules(
         windowed=any(isinstance(window, int) and window > 0 for window in windows),
-        overlays=mentions and bool(set(parameters) & set(_KINDS)),
-        takes_lengths=takes or set(_LENGTHS) <= set(parameters),
+        overlays=overlays(module),
         reads_padding=reads_padding(module),
     )
+
+
+def overlays(module: torch.nn.Module) -> bool:
+    """Whether a model lays blocks over its mask where ``token_type_ids`` say so."""
+    source = sys.modules.get(code_of(module).__module__)
+    mentions = source is not None and "block_sequence_ids" in file_source(source.__name__)
+    return mentions and bool(set(signature_of(module).parameters) & set(KINDS))
+
+
+def takes_lengths(module: torch.nn.Module) -> bool:
+    """Whether the forward of a model takes what `lengths_of` gives."""
+    parameters = signature_of(module).parameters
+    spread = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return spread or set(LENGTHS) <= set(parameters)
 
 
 def contradictions(model: torch.nn.Module) -> list[Reason]:
@@ -111,7 +120,7 @@ def require_served(native: str, module: torch.nn.Module, inputs: dict[str, Any],
         text = "as many targets as source tokens, some of them padding: the flash path takes both for one sequence"
         reasons.append(Reason("padding", text))
     if rules.overlays:
-        kinds = [inputs[name] for name in _KINDS if isinstance(inputs.get(name), torch.Tensor)]
+        kinds = [inputs[name] for name in KINDS if isinstance(inputs.get(name), torch.Tensor)]
         if any(bool(given.any()) for given in kinds):
             text = "tokens of an image attend to each other both ways, and the flash path is causal throughout"
             reasons.append(Reason("dense_mask", text))
@@ -153,16 +162,24 @@ def passes_keywords(cls: Any) -> bool:
     return bool(found) and all(any(kw.arg is None for kw in call.keywords) for call in found)
 
 
-def require_plain_positions(native: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raise for planes of positions handed to the flash path of a single row, which takes each plane for documents:
-    its cumulative lengths then reach past the tokens (GLM-4.5V; transformers 5.23).
+def require_plain_positions(
+    native: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise for positions handed to the flash path of a single row that are not one for each token: it looks for
+    documents in them, and its cumulative lengths then reach past the tokens.
+
+    Planes of positions (GLM-4.5V; transformers 5.23), heights and widths of patches (Pixtral; 5.17).
 
     Raises:
         UnsupportedAttentionError: this attention module gets such positions.
     """
-    positions = kwargs.get("position_ids")
-    if isinstance(positions, torch.Tensor) and positions.ndim == 3 and positions.shape[1] == 1:
-        text = f"{type(module).__name__} is given {positions.shape[0]} planes of positions, and would read past its row"
+    positions, hidden = kwargs.get("position_ids"), kwargs.get("hidden_states", next(iter(args), None))
+    if not isinstance(positions, torch.Tensor) or not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+        return
+    rows, length = hidden.shape[:2]
+    if rows == 1 and tuple(positions.shape) not in ((1, length), (length,)):
+        shape = "planes of positions" if positions.ndim == 3 else f"positions of shape {list(positions.shape)}"
+        text = f"{type(module).__name__} is given {shape} for {length} tokens, and would read past its row"
         raise UnsupportedAttentionError(f"{native} can't serve this batch", [Reason("position_ids", text)], _ADVICE)
 
 
@@ -173,7 +190,7 @@ def require_reached(native: str, module: torch.nn.Module, kwargs: dict[str, Any]
         UnsupportedAttentionError: it has not, so they would leak (ModernBERT, Llama 4; transformers 5.23).
     """
     cls = code_of(module)
-    lengths = all(kwargs.get(name) is not None for name in _LENGTHS)
+    lengths = all(kwargs.get(name) is not None for name in LENGTHS)
     if not passes_keywords(cls) or not (lengths or not packed_reasons(native, kwargs, segments)):
         raise UnsupportedAttentionError(
             f"packed rows would leak on {native}",
@@ -205,12 +222,12 @@ def packed_reasons(
         return [
             Reason("padding", "with padding the flash path reads the mask, and the lengths of the documents no more")
         ]
-    given = [name for name in _LENGTHS if inputs.get(name) is not None]
-    if lengths_follow or len(given) == len(_LENGTHS):
+    given = [name for name in LENGTHS if inputs.get(name) is not None]
+    if lengths_follow or len(given) == len(LENGTHS):
         return []
     reasons = []
     if given:
-        absent = ", ".join(name for name in _LENGTHS if name not in given)
+        absent = ", ".join(name for name in LENGTHS if name not in given)
         reasons.append(Reason("segments", f"Transformers reads the lengths only when all are given; missing: {absent}"))
     if segments.rows > 1:
         reasons.append(Reason("segments", "Transformers' flash path separates documents only when there is one row"))

@@ -152,6 +152,9 @@ def _mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.T
         starts = (positions[:, 1:] != positions[:, :-1] + 1).sum() + positions.shape[0]
         if int(starts) != segments_in(inputs):
             reasons.append(Reason("segments", "position_ids and cu_seq_lens_q describe different documents"))
+    kinds = [given for name in flash_guard.KINDS if isinstance(given := inputs.get(name), torch.Tensor)]
+    if flash_guard.overlays(module) and any(bool(given.any()) for given in kinds):
+        reasons.append(Reason("dense_mask", "Transformers lays image blocks over a packed row's mask in wrong places"))
     return [*reasons, *standing_reasons(module)]
 
 
@@ -180,6 +183,7 @@ def may_leak(native: str, module: torch.nn.Module, inputs: dict[str, Any], stand
         return True
     positions = inputs.get("position_ids")
     plain = isinstance(positions, torch.Tensor) and positions.ndim == 2 and inputs.get("attention_mask") is None
+    plain = plain and not (flash_guard.overlays(module) and any(inputs.get(k) is not None for k in flash_guard.KINDS))
     return standing or not plain or _caches(module, inputs)
 
 

@@ -193,5 +193,5 @@ def require_packable(
             f"Pack into rows of at most {facts.counted} tokens.",
         )
     if facts.native is not None:
-        follow = facts.flash is not None and facts.flash.takes_lengths
+        follow = facts.flash is not None and facts.takes_lengths
         guard.require_no_leak(facts.native, module, inputs, segments, mask, lengths_follow=follow)

@@ -10,6 +10,7 @@ import torch
 from axattn.context import Context, current
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
+from axattn.overlays import blocks_in_place, require_one_document
 from axattn.patterns import Pattern, known, recognise, recognise_traced
 from axattn.segments import Segments, from_positions
 from axattn.shares import Share, ShareMask
@@ -94,6 +95,11 @@ def lazy_mask(
         segments = _segments(pattern, batch_size, q_length, offset, kv_length, device)
     if pattern is not None and pattern.base is not None:
         function = pattern.base
+    elif pattern is None and segments is not None:
+        if isinstance(segments, TracedSegments) and use_vmap:
+            require_one_document(segments.document_ids)
+        elif not torch.compiler.is_compiling():
+            function = blocks_in_place(function)
     padding = _padding(attention_mask, kv_length, kv_offset)
     every_query = padding is not None and context is not None and context.reads_padding
 

@@ -43,6 +43,8 @@ class _Known:
     """The code objects of the closures in the installed ``transformers.masking_utils``."""
 
     and_mask: CodeType
+    or_mask: CodeType
+    blocks: CodeType
     window: CodeType
     window_both: CodeType
     chunk: CodeType
@@ -66,6 +68,8 @@ def _read() -> _Known:
     zero = torch.zeros(1, 1, dtype=torch.long)
     found = _Known(
         and_mask=mu.and_masks(mu.causal_mask_function).__code__,
+        or_mask=mu.or_masks(mu.causal_mask_function).__code__,
+        blocks=mu.blockwise_overlay(zero).__code__,
         window=mu.sliding_window_overlay(1).__code__,
         window_both=mu.sliding_window_bidirectional_overlay(1).__code__,
         chunk=mu.chunked_overlay(1, zero[0]).__code__,
@@ -83,7 +87,8 @@ def _remap_code(masking_utils: Any, positions: torch.Tensor) -> CodeType | None:
     return None if remap is None else remap(masking_utils.causal_mask_function, positions).__code__
 
 
-def _closure(function: MaskFunction) -> dict[str, Any]:
+def closure(function: MaskFunction) -> dict[str, Any]:
+    """What a function made inside another has kept of it, by name."""
     cells = function.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 
@@ -101,7 +106,7 @@ def recognise(function: MaskFunction) -> Pattern | None:
         return _packed(parts, codes, k)
     if len(parts) != 2:
         return None
-    first = _closure(parts[0]) if codes[0] in (k.window, k.window_both, k.chunk) else {}
+    first = closure(parts[0]) if codes[0] in (k.window, k.window_both, k.chunk) else {}
     if parts[1] is k.causal and codes[0] is k.window:
         return Pattern(causal=True, window=int(first["sliding_window"]), base=function)
     if parts[1] is k.causal and codes[0] is k.chunk:
@@ -142,7 +147,7 @@ def recognise_traced(
 def _flatten(function: MaskFunction, k: _Known) -> list[MaskFunction]:
     if getattr(function, "__code__", None) is not k.and_mask:
         return [function]
-    return list(_closure(function)["mask_functions"])
+    return list(closure(function)["mask_functions"])
 
 
 def _packed(parts: list[MaskFunction], codes: list[CodeType | None], k: _Known) -> Pattern | None:
@@ -152,7 +157,7 @@ def _packed(parts: list[MaskFunction], codes: list[CodeType | None], k: _Known) 
     at = codes.index(k.documents)
     base = parts[1 - at]
     if k.remap is not None and codes[1 - at] is k.remap:
-        base = _closure(base)["mask_function"]
+        base = closure(base)["mask_function"]
     inner = recognise(base)
     if inner is None or inner.packed:
         return None
@@ -162,7 +167,7 @@ def _packed(parts: list[MaskFunction], codes: list[CodeType | None], k: _Known) 
         chunk=inner.chunk,
         left_padding=inner.left_padding,
         packed=True,
-        document_ids=_closure(parts[at])["packed_sequence_mask"],
+        document_ids=closure(parts[at])["packed_sequence_mask"],
         base=base,
     )
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AttentionMaskInterface
 
-from axattn import door, flash_guard, guard, inputs, interface, layouts, masking, masks, traced
+from axattn import door, flash_guard, guard, inputs, interface, layouts, masking, masks, planes, traced
 from axattn.backends import eager, fp8, spans
 from axattn.call import AttentionCall
 from axattn.kernels import int8_operator
+from axattn.patterns import known
 from axattn.segments import Segments
 from tests.conformance.cases import Case
 from tests.conformance.cells import run
@@ -120,6 +121,18 @@ def a_users_mask_is_ignored(patch: Patch) -> None:
 @fault("auto", "gemma3_vl", "an image in the text")
 def image_blocks_are_taken_for_causal(patch: Patch) -> None:
     patch.setattr(masking, "recognise", lambda function: masks.Pattern(causal=True))
+
+
+@fault("auto", "qwen2_5_vl", "images in packed documents")
+def an_image_in_packed_rows_keeps_positions_of_one_plane(patch: Patch) -> None:
+    patch.setattr(planes, "lacks_planes", lambda inputs: False)
+
+
+if known().remap is not None:  # else Transformers looks them up in place
+
+    @fault("auto", "gemma3_vl", "images in packed documents")
+    def image_blocks_are_looked_up_within_documents(patch: Patch) -> None:
+        patch.setattr(masking, "blocks_in_place", lambda function: function)
 
 
 @fault("auto", "llama", "packed, many rows")

@@ -9,7 +9,7 @@ import torch
 
 from tests.conformance.cases import Case, Result, image_inputs, packed
 from tests.conformance.scenarios.base import ALL, LENGTHS, SELF, scenario
-from tests.models import tokens
+from tests.models import positions, tokens
 
 
 @scenario(
@@ -103,3 +103,32 @@ def image(case: Case) -> Any:
             return {"logits": model(ids, **inputs).logits[0]}
 
     return run(case.reference()), lambda: run(case.candidate())
+
+
+@scenario("images in packed documents", frozenset({"vision"}))
+def packed_images(case: Case) -> Any:
+    """Text, an image in text, text: positions of one plane start anew in each document."""
+    ids, inputs = image_inputs(case.family)
+    before, after = (tokens(1, n, seed=n).clamp(max=80) for n in (5, 7))  # no image's tokens
+    parts = [before, ids, after]
+    kinds = {name: inputs[name] for name in ("token_type_ids", "mm_token_type_ids") if name in inputs}
+    seen = {name: given for name, given in inputs.items() if name not in kinds}
+
+    def around(given: torch.Tensor) -> torch.Tensor:
+        return torch.cat([given if part is ids else torch.zeros_like(part) for part in parts], 1)
+
+    model = case.reference()
+    with torch.no_grad():
+        alone = [
+            model(part, **(inputs if part is ids else {k: torch.zeros_like(part) for k in kinds}), use_cache=False)
+            for part in parts
+        ]
+
+    def found() -> Result:
+        where = positions(tuple(part.shape[1] for part in parts))
+        given = {name: around(kind) for name, kind in kinds.items()}
+        with torch.no_grad():
+            out = case.candidate()(torch.cat(parts, 1), position_ids=where, **given, **seen, use_cache=False)
+        return {"logits": out.logits[0]}
+
+    return {"logits": torch.cat([out.logits[0] for out in alone])}, found

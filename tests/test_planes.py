@@ -1,0 +1,88 @@
+"""Positions of several planes: documents in them, and images among packed documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import axattn
+from axattn.errors import UnsupportedAttentionError
+from tests.conformance.cases import image_inputs
+from tests.conformance.families import FAMILIES
+from tests.models import positions, tokens
+
+FAMILY = FAMILIES["qwen2_5_vl"]
+IDS, IMAGE = image_inputs(FAMILY)
+PARTS = (tokens(1, 5, seed=5).clamp(max=80), IDS, tokens(1, 7, seed=6).clamp(max=80))  # no images in them
+LENGTHS = tuple(part.shape[1] for part in PARTS)
+KINDS = torch.cat([torch.zeros_like(PARTS[0]), IMAGE["mm_token_type_ids"], torch.zeros_like(PARTS[2])], 1)
+PACKED: dict[str, Any] = {**IMAGE, "input_ids": torch.cat(PARTS, 1), "mm_token_type_ids": KINDS, "use_cache": False}
+
+
+def model(name: str = "") -> Any:
+    made = FAMILY.make()
+    made.set_attn_implementation("eager")
+    return axattn.apply(made, name) if name else made
+
+
+def of(part: torch.Tensor) -> dict[str, Any]:
+    return IMAGE if part is IDS else {"mm_token_type_ids": torch.zeros_like(part)}
+
+
+@pytest.fixture(scope="module")
+def alone() -> torch.Tensor:
+    """Logits of each document by itself; the model counts positions."""
+    stock = model()
+    with torch.no_grad():
+        return torch.cat([stock(part, **of(part), use_cache=False).logits for part in PARTS], 1)
+
+
+def planes(text: bool) -> torch.Tensor:
+    """int64 ``[3, 1, S]``: the model's own count of each document; ``[4, 1, S]`` with a plane of text before it."""
+    stock = model().model
+    grid = {"image_grid_thw": IMAGE["image_grid_thw"]}
+    own = [stock.get_rope_index(p, of(p)["mm_token_type_ids"], **(grid if p is IDS else {}))[0] for p in PARTS]
+    found = torch.cat(own, 2)
+    return torch.cat([positions(LENGTHS)[None], found]) if text else found
+
+
+@pytest.mark.parametrize("name", ["auto", "varlen"])
+@pytest.mark.parametrize("kind", ["one plane", "[S]", "three planes", "four planes", "lengths"])
+@torch.no_grad()
+def test_an_image_among_packed_documents_is_where_it_is_alone(kind: str, name: str, alone: torch.Tensor) -> None:
+    edges = torch.tensor([0, 5, 5 + LENGTHS[1], sum(LENGTHS)], dtype=torch.int32)
+    given: dict[str, Any] = {
+        "one plane": {"position_ids": positions(LENGTHS)},
+        "[S]": {"position_ids": positions(LENGTHS)[0]},
+        "three planes": {"position_ids": planes(text=False)},
+        "four planes": {"position_ids": planes(text=True)},
+        "lengths": {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": 22, "max_length_k": 22},
+    }[kind]
+    found = model(name)(**PACKED, **given).logits
+    assert torch.allclose(found, alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_given_in_place_are_left_to_the_model_too(alone: torch.Tensor) -> None:
+    ours = model("varlen")
+    rest = {name: given for name, given in PACKED.items() if name != "input_ids"}
+    found = ours(PACKED["input_ids"], torch.ones_like(PACKED["input_ids"]), positions(LENGTHS), **rest).logits
+    assert torch.allclose(found, alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_document_keeps_the_positions_that_it_is_given() -> None:
+    """The user's own: not ours to change."""
+    where = {"position_ids": torch.arange(IDS.shape[1])[None], "use_cache": False}
+    assert torch.allclose(
+        model("varlen")(IDS, **IMAGE, **where).logits, model()(IDS, **IMAGE, **where).logits, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize("text", [False, True])
+def test_names_of_transformers_refuse_documents_in_planes(name: str, text: bool) -> None:
+    with pytest.raises(UnsupportedAttentionError, match=r"3 documents in 1 rows.* would leak"):
+        model(name)(**PACKED, position_ids=planes(text))
