@@ -34,6 +34,7 @@ HARMLESS: frozenset[str] = frozenset(
         "num_items_in_batch",
         "shift_labels",  # labels that a sequence-parallel trainer has shifted before it cut the row
         "labels",  # Gemma 4 hands them on
+        "grid_thw",  # sizes of images, which LFM3-VL's tower hands on; its attention is given them as lengths
         "seq_idx",
         "output_router_logits",
         "output_hidden_states",

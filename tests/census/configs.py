@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.census.images import shrink
+
 HEADS = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
     "masked": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
@@ -128,6 +130,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """What a family wants besides: sizes that must agree with each other."""
 
 
+ASKED_FOR = {("gemma4", "vision_config")}
+"""Parts that a family has only if they are asked for."""
+
+
 def tiny(model_type: str, head: str = "causal") -> Any:
     """The config of a tiny model.
 
@@ -136,7 +142,10 @@ def tiny(model_type: str, head: str = "causal") -> Any:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return of_class(CONFIG_MAPPING[model_type], head)
+    config = of_class(CONFIG_MAPPING[model_type], head)
+    if head == "vision":
+        shrink(config)
+    return config
 
 
 def of_class(cls: Any, head: str) -> Any:
@@ -157,6 +166,8 @@ def of_class(cls: Any, head: str) -> Any:
         given |= {"layer_types": (kinds * 2)[:count], "num_hidden_layers": count}
     for name in getattr(cls, "sub_configs", None) or {}:
         inner = getattr(default, name, None)
+        if inner is None and (cls.model_type, name) in ASKED_FOR:
+            inner = cls.sub_configs[name]()
         if inner is not None and name not in OVERRIDES.get(cls.model_type, {}):
             given[name] = of_class(type(inner), head)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}

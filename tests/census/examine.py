@@ -14,6 +14,7 @@ import torch
 import axattn
 from axattn.errors import AxattnError
 from tests.census.configs import FEWER, HEADS, tiny
+from tests.census.images import TEXT, Image, image_of
 from tests.fakes.machine import hopper
 from tests.models import amplify, positions
 
@@ -26,6 +27,8 @@ FAKED = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "xformer
 NAMES = ("auto", "varlen", *FAKED)
 ON_FEWER = ("auto", "varlen", "flash_attention_2", "eager", "sdpa")
 """Of `NAMES` and those of Transformers: what is tried on heads that classify, and on models without a head."""
+ON_IMAGES = ("auto", "varlen", "flash_attention_2", "sdpa")
+"""What is tried with an image in the text."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def examine(model_type: str, head: str) -> Record:
         return Record(model_type, head, skipped=first_line(failure))
     findings = {}
     for scenario in SCENARIOS:
-        if scenario.heads and head not in scenario.heads:
+        if (scenario.heads and head not in scenario.heads) or (scenario.image and expected.image is None):
             continue
         for name in scenario.names:
             if head in FEWER and name not in ON_FEWER:
@@ -150,6 +153,8 @@ class Expected:
                 _require_causal(model, self.ids, self.whole)
             self.alone = self.whole
             self.leak = 0.0
+            self.image = image_of(model) if head == "vision" else None
+            self.images = {} if self.image is None else self._with_images(model, self.image)
             if head not in ("seq2seq", "rows"):
                 parts = [self.logits(model, input_ids=part) for part in self.ids.split(LENGTHS, 1)]
                 self.alone = torch.cat(parts, 1)
@@ -158,6 +163,18 @@ class Expected:
     def logits(self, model: Any, **inputs: Any) -> torch.Tensor:
         """Logits ``[B, S, ...]``, of a head with one output a row ``[B, labels]``."""
         return logits_of(model(**inputs, **self.options))
+
+    def _with_images(self, model: Any, image: Image) -> dict[str, torch.Tensor]:
+        """Of documents with an image and without: alone, one behind the other in each order, in a padded batch."""
+        seen, text = (self.logits(model, **image.row(part)) for part in (image.ids, TEXT))
+        batch = image.padded()
+        padded = self.logits(model, **batch)[batch["attention_mask"].bool()]
+        return {
+            "alone": seen,
+            "first": torch.cat([seen, text], 1),
+            "last": torch.cat([text, seen], 1),
+            "padded": padded,
+        }
 
     def dense(self, model: Any) -> torch.Tensor:
         """Logits of whole rows."""
@@ -232,6 +249,7 @@ class Scenario:
         heads: only for these; for all when empty.
         unpad: with ``unpad=True``.
         gradients: run with gradients.
+        image: only where an image could be made for the model.
         tolerance: largest error, relative to the largest value.
     """
 
@@ -241,6 +259,7 @@ class Scenario:
     heads: tuple[str, ...] = ()
     unpad: bool = False
     gradients: bool = False
+    image: bool = False
     tolerance: float = 1e-4
 
 
@@ -305,6 +324,25 @@ def _generate(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tenso
     return found, run()
 
 
+def _image(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
+    assert expected.image is not None
+    return expected.logits(model, **expected.image.row(expected.image.ids)), expected.images["alone"]
+
+
+def _image_padded(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
+    assert expected.image is not None
+    batch = expected.image.padded()
+    return expected.logits(model, **batch)[batch["attention_mask"].bool()], expected.images["padded"]
+
+
+def _image_packed(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
+    """Before a document without one, and behind it."""
+    image = expected.image
+    assert image is not None
+    rows = [expected.logits(model, **image.packed(*parts)) for parts in ((image.ids, TEXT), (TEXT, image.ids))]
+    return torch.cat(rows, 1), torch.cat([expected.images["first"], expected.images["last"]], 1)
+
+
 _ONE_SIDED = ("causal", "masked", "vision")
 SCENARIOS = (
     Scenario("dense", _dense),
@@ -317,6 +355,9 @@ SCENARIOS = (
     Scenario("right padding, unpad", _right, ("auto",), unpad=True),
     Scenario("left padding, unpad", _left, ("auto",), unpad=True),
     Scenario("generate, left padding", _generate, ("auto",), ("causal", "vision")),
+    Scenario("image", _image, ON_IMAGES, ("vision",), image=True),
+    Scenario("image, left padding", _image_padded, ON_IMAGES, ("vision",), image=True),
+    Scenario("image, packed", _image_packed, ON_IMAGES, ("vision",), image=True),
 )
 
 

@@ -16,7 +16,7 @@ TITLES = {
     "causal": "Decoders",
     "masked": "Encoders",
     "seq2seq": "Encoder-decoders",
-    "vision": "Vision-language models (text alone)",
+    "vision": "Vision-language models",
     "tokens": "Heads that classify tokens",
     "rows": "Heads that classify rows",
     "questions": "Heads that find answers",
@@ -28,6 +28,7 @@ COLUMNS = {
     "packed": (*(f"packed{how}: auto" for how in ("", " gradients", ", cu_seq_lens alone", ", from position 1")),),
     "unpad": ("right padding, unpad: auto", "left padding, unpad: auto"),
     "over ranks": ("split: auto",),
+    "images": tuple(f"image{how}: auto" for how in ("", ", left padding", ", packed")),
     **{name: tuple(f"{scenario}: {name}" for scenario in ("dense", "packed")) for name in ("varlen", *FAKED)},
 }
 """Columns of the tables, by the findings that they sum up."""
@@ -105,6 +106,7 @@ def render(records: list[Record], versions: dict[str, str]) -> str:
         "- *whole rows*: dense, padded on the right, padded on the left, on `auto`; *generate* behind left padding",
         "- *packed*: rows of three documents, and their gradients; *unpad*: padded batches with `unpad=True`",
         "- *over ranks*: `axattn.sequence_parallel` over two processes: dense, packed, padded; loss and gradients",
+        "- *images*: an image in the text: alone, in a padded batch, among packed documents; empty: text alone tried",
         "- the other columns: dense / packed on that name",
     ]
     numbers: dict[str, int] = {}
