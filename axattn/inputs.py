@@ -56,6 +56,15 @@ def documents_of_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segmen
     return found[0]
 
 
+def reasons_of_noise(module: torch.nn.Module) -> list[Reason]:
+    """Why a training batch can't run in rows of another length: NEFTune's noise (arXiv:2310.05914), which Trainer puts
+    on the embeddings, is divided by the root of a row's length."""
+    embeddings: Any = getattr(module, "get_input_embeddings", lambda: None)()
+    if module.training and getattr(embeddings, "neftune_noise_alpha", None):
+        return [Reason("noise", "NEFTune scales its noise by the length of a row, which would be another")]
+    return []
+
+
 def mask_of_tokens(mask: torch.Tensor | None, length: int, cache: Any) -> torch.Tensor | None:
     """What a 2-D mask ``[B, T]`` says of this forward's own tokens ``[B, S]``, which stand behind those of a cache.
 

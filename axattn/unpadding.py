@@ -14,7 +14,7 @@ from axattn.context import Context, current, inside, reading
 from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
-from axattn.inputs import require_ours
+from axattn.inputs import reasons_of_noise, require_ours
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
 from axattn.mixing import mixers, one_a_row, reads_first, reads_last
 from axattn.needs import sub_configs
@@ -190,6 +190,7 @@ def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         for key, value in inputs.items()
         if key not in known and (isinstance(value, torch.Tensor) or bool(value))
     ]
+    reasons += reasons_of_noise(model)
     if inputs.get("output_attentions"):
         reasons.append(Reason("weights", "output_attentions=True (the weights would be those of the flat row)"))
     keep = inputs.get("logits_to_keep")

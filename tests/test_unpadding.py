@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 import axattn
 from axattn import unpadding
@@ -348,3 +349,17 @@ def test_heads_that_read_more_than_that_stay_refused(model_type: str, head: str)
         model.config.classifier_pooling = "mean"
     with pytest.raises(axattn.UnsupportedAttentionError, match="one output a row, read at a fixed place"):
         axattn.apply(model, "auto", unpad=True)
+
+
+def test_noise_that_depends_on_the_length_of_a_row_is_refused() -> None:
+    """NEFTune: the flat row is longer than each of its rows, and would get less noise."""
+    model = axattn.apply(build("llama"), "varlen", unpad=True).train()
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5.0
+    handle = embeddings.register_forward_hook(neftune_post_forward_hook)
+    with pytest.raises(axattn.InvalidInputError, match="NEFTune scales its noise"):
+        model(**batch("right"))
+    assert model.eval()(**batch("right")).loss.isfinite()  # no noise in evaluation
+    del embeddings.neftune_noise_alpha
+    handle.remove()
+    assert model.train()(**batch("right")).loss.isfinite()

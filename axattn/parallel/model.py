@@ -123,6 +123,8 @@ class Split:
                 "Compile its layers instead: for layer in model.model.layers: layer.compile().",
             )
         require_ours(self.door.facts, model)
+        if self.mean:
+            _require_own_loss(model, inputs)
         accelerate.drop_context_parallel_hooks(self.patches, model)
         share, part, length = split(model, self.group, inputs, self.door)
         as_tuple = part.get("return_dict") is False
@@ -138,3 +140,22 @@ class Split:
         if wanted:
             join(output, share, length)
         return output.to_tuple() if as_tuple else output
+
+
+def _require_own_loss(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+    """Raise where Trainer will compute the loss of a training step outside of the model: it takes the labels away, and
+    leaves ``num_items_in_batch`` (transformers 5.17 and 5.23).
+
+    Raises:
+        UnsupportedAttentionError: it will. Every rank would hold the whole loss, which Trainer multiplies by all ranks.
+    """
+    training = model.training and torch.is_grad_enabled()
+    if training and inputs.get("labels") is None and inputs.get("num_items_in_batch") is not None:
+        text = (
+            "a loss computed outside of the model (label smoothing, compute_loss_func) would count once for each rank"
+        )
+        raise UnsupportedAttentionError(
+            f"{type(model).__name__} can't train in Trainer with its rows split over ranks",
+            [Reason("labels", text)],
+            "Leave label_smoothing_factor and compute_loss_func out.",
+        )

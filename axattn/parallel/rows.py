@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.inputs import reasons_of_noise
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted
 from axattn.numbering import own_positions
 from axattn.parallel.collectives import gather
@@ -137,6 +138,7 @@ def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         for key, value in inputs.items()
         if key not in known and key not in _REFUSED and _given(value)
     ]
+    reasons += reasons_of_noise(model)
     keep = inputs.get("logits_to_keep")
     if isinstance(keep, torch.Tensor) or keep:
         reasons.append(Reason("logits_to_keep", "logits_to_keep counts from the end of the whole row"))

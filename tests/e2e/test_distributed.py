@@ -38,6 +38,17 @@ def test_accumulation_over_split_rows_follows_one_process(tmp_path: Path) -> Non
         assert all(torch.allclose(mine[name], weights[name], atol=1e-6) for name in weights)
 
 
+def test_a_loss_outside_of_the_model_is_refused_over_split_rows(tmp_path: Path) -> None:
+    """It would be as many times too large as there are ranks: 9.14 for 4.57."""
+    with pytest.raises(AssertionError, match="would count once for each rank"):
+        run(2, jobs.trained, str(tmp_path), "rows", {"label_smoothing_factor": 0.1, "max_steps": 1})
+
+
+def test_noise_that_depends_on_the_length_of_a_row_is_refused_over_split_rows(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="NEFTune scales its noise"):
+        run(2, jobs.trained, str(tmp_path), "rows", {"neftune_noise_alpha": 5.0, "max_steps": 1})
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_fsdp_from_the_meta_device_takes_patches_before_and_after_wrapping(order: str) -> None:
     for found in run(2, jobs.from_meta, order):
