@@ -27,8 +27,10 @@ def model_class_reasons(cls: type | None) -> list[Reason]:
 
 
 def _attends_itself(cls: Any) -> bool:
-    """Whether all attention modules that a model class records compute it themselves, in a file where others do not:
-    Gemma 4's audio tower, which makes its masks for eager attention only."""
+    """Whether a model class makes masks for attention modules that all compute it themselves, in a file where others do
+    not: Gemma 4's audio tower, whose masks are those of eager attention."""
+    if not any(name.startswith("create_") and name.endswith("_mask") for name in used_in_forward(cls)):
+        return False
     recorded = (getattr(cls, "_can_record_outputs", None) or {}).get("attentions") or ()
     found = [getattr(one, "target_class", one) for one in (recorded if isinstance(recorded, list) else [recorded])]
     modules: list[Any] = [one for one in found if inspect.isclass(one)]

@@ -260,7 +260,7 @@ class Door:
         cache = given.get("past_key_values")
         length_so_far = 0 if cache is None else cache.get_seq_length()
         filled = isinstance(length_so_far, torch.Tensor) or length_so_far > 0
-        leaks = facts.native is not None and guard.may_leak(facts.native, module, given, facts.standing)
+        leaks = facts.native is not None and guard.may_leak(facts.native, module, given, facts.standing, facts.overlays)
         leaks = leaks or bool(inputs.switched(facts, module))
         counted = facts.counted is not None and length > facts.counted
         if facts.encoder_decoder or filled or leaks or counted or facts.mixers or facts.unfit:

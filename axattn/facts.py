@@ -27,6 +27,7 @@ class Facts:
         counts_mask: without positions it counts them from the mask (`axattn.numbering.counts_mask`).
         reads_first: a head reads the first token of each row (`axattn.mixing.reads_first`).
         takes_lengths: its forward takes ``cu_seq_lens_*`` and ``max_length_*``, so the door can add them.
+        overlays: it lays image blocks over its masks (`axattn.flash_guard.overlays`).
         reads_padding: a head reads padding too (`axattn.mixing.reads_padding`).
     """
 
@@ -44,4 +45,5 @@ class Facts:
     counts_mask: bool = False
     reads_first: bool = False
     takes_lengths: bool = False
+    overlays: bool = False
     reads_padding: bool = False

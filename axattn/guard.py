@@ -170,7 +170,7 @@ def standing_reasons(module: torch.nn.Module) -> list[Reason]:
     return reasons
 
 
-def may_leak(native: str, module: torch.nn.Module, inputs: dict[str, Any], standing: bool) -> bool:
+def may_leak(native: str, module: torch.nn.Module, inputs: dict[str, Any], standing: bool, overlays: bool) -> bool:
     """`require_no_leak` while ``torch.compile`` traces: whether a packed call would leak; in doubt, yes.
 
     Args:
@@ -178,12 +178,13 @@ def may_leak(native: str, module: torch.nn.Module, inputs: dict[str, Any], stand
         module: the model.
         inputs: of its forward.
         standing: whether there are `standing_reasons`.
+        overlays: see `flash_guard.overlays`.
     """
     if names.is_flash(native) or inputs.get("cu_seq_lens_q") is not None or inputs.get("cu_seq_lens_k") is not None:
         return True
     positions = inputs.get("position_ids")
     plain = isinstance(positions, torch.Tensor) and positions.ndim == 2 and inputs.get("attention_mask") is None
-    plain = plain and not (flash_guard.overlays(module) and any(inputs.get(k) is not None for k in flash_guard.KINDS))
+    plain = plain and not (overlays and any(inputs.get(name) is not None for name in flash_guard.KINDS))
     return standing or not plain or _caches(module, inputs)
 
 

@@ -62,6 +62,7 @@ def add_doors(
             unfit=(*unread_positions(module), *rows),
             reads_first=reads_first(module),
             takes_lengths=flash_guard.takes_lengths(module),
+            overlays=flash_guard.overlays(module),
             reads_padding=everything,
             first_position=first_position(module),
             counts_mask=counts_mask(code_of(module)),
