@@ -96,12 +96,11 @@ class Door:
             segments, shape = self._read(module, given, seen, outer)
         added: dict[str, Any] = {}
         if segments is not None:
+            flattened = bool(facts.position_planes) and planes.lacks_planes(given)
             lengths = None
-            if facts.takes_lengths and isinstance(segments, Segments):
-                lengths = flash_guard.lengths_of(segments)
-            if facts.flash is not None and lengths is not None:
-                added = lengths
-            if facts.position_planes and planes.lacks_planes(given):
+            if (flattened or facts.flash is not None) and facts.takes_lengths and isinstance(segments, Segments):
+                lengths = added = flash_guard.lengths_of(segments)
+            if flattened:
                 if isinstance(segments, TracedSegments):
                     planes.require_one_document(segments.document_ids)
                 else:
