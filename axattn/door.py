@@ -100,12 +100,13 @@ class Door:
             lengths = None
             if (flattened or facts.flash is not None) and facts.takes_lengths and isinstance(segments, Segments):
                 lengths = added = flash_guard.lengths_of(segments)
+                seen = (*seen[:2], lengths["cu_seq_lens_q"], lengths["cu_seq_lens_k"])
             if flattened:
                 if isinstance(segments, TracedSegments):
                     planes.require_one_document(segments.document_ids)
                 else:
                     args, added = planes.left_to_model(module, facts.parameters, args, lengths)
-                    seen = (None, seen[1], added["cu_seq_lens_q"], added["cu_seq_lens_k"])
+                    seen = (None, *seen[1:])
             elif seen[0] is None and not facts.position_planes and "position_ids" in facts.parameters[len(args) :]:
                 added["position_ids"] = self._positions(segments, given, seen)
                 seen = (added["position_ids"], *seen[1:])

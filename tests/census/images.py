@@ -84,11 +84,21 @@ def image_of(model: Any) -> Image | None:
             marks = [MARKS["image_token_id"]] * _tokens(features(**seen))
             ids = torch.tensor([[5, 6, MARKS["vision_start_token_id"], *marks, MARKS["vision_end_token_id"], 7, 8, 9]])
             image = Image(ids, seen, kind)
-            model(**image.row(ids), use_cache=False)
+            last = model(**image.row(ids), use_cache=False).logits[:, -1]
         except Exception:  # another form, whatever it raises
             continue
-        return image if ids.shape[1] > TEXT.shape[1] else None
+        # eager takes what is behind the image for another document (Cosmos3 Edge, transformers 5.17): no reference
+        others = [model(**row, use_cache=False).logits[:, -1] for row in _others(image)]
+        seen_behind = any(not torch.equal(last, other) for other in others)
+        return image if seen_behind and ids.shape[1] > TEXT.shape[1] else None
     return None
+
+
+def _others(image: Image) -> Iterator[dict[str, torch.Tensor]]:
+    """Documents that differ from this one before its end: in the image, in the first token."""
+    row = image.row(image.ids)
+    yield row | {"pixel_values": -row["pixel_values"]}
+    yield row | {"input_ids": torch.cat([TEXT[:, :1], image.ids[:, 1:]], 1)}
 
 
 def _tokens(features: Any) -> int:
