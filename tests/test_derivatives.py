@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import axattn
 from axattn.errors import UnsupportedAttentionError
 from tests.census.examine import FAKED
+from tests.conformance.families import FAMILIES
 from tests.fakes.machine import hopper
 from tests.models import build, positions, tokens
 
@@ -57,6 +60,16 @@ def test_the_refusal_goes_with_restore() -> None:
         assert any(module._forward_hooks for module in model.modules())
         axattn.restore(model)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_names_that_others_have_registered_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        monkeypatch.setitem(registry._global_mapping, "theirs", registry["sdpa"])
+    model = FAMILIES["qwen2_5_vl"].make()
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "theirs"})
+    axattn.apply(model, {"text_config": "varlen"})
+    assert model.config.vision_config._attn_implementation == "theirs"
+    axattn.apply(build("llama"), "paged|eager")
 
 
 @pytest.mark.parametrize("name", ["auto", "eager"])

@@ -82,11 +82,15 @@ def add_doors(
 def require_first_gradients(
     patches: PatchSet, model: torch.nn.Module, modules: Iterable[torch.nn.Module], native: dict[int, str | None]
 ) -> None:
-    """Refuse second derivatives of kernels that Transformers calls and that have none; arguments as for `add_doors`."""
+    """Refuse second derivatives of kernels that Transformers calls and that have none; arguments as for `add_doors`.
+
+    Of a name that somebody else has registered nothing is known, and nothing is said.
+    """
     default = native.get(id(model.config))
     for module in modules:
-        name = native.get(id(getattr(module, "config", None)), default)
-        if name is not None and _is_attention(module) and not backends.get(name).capability.second_gradient:
+        name = (native.get(id(getattr(module, "config", None)), default) or "").removeprefix("paged|")
+        known = names.is_native(name) and _is_attention(module)
+        if known and not backends.get(name).capability.second_gradient:
             hook = functools.partial(require_first_of_module, name)
             patches.add_handle(module.register_forward_hook(hook))
 
