@@ -252,6 +252,21 @@ def test_twenty_steps_of_training_follow_the_exact_run(kernel: str, lora: bool, 
     assert losses[kernel] == pytest.approx(losses["varlen"], rel=5e-2 if kernel in LOSSY else 2e-2)
 
 
+def test_second_derivatives_are_refused(kernel: str) -> None:
+    """By axattn, or (``sdpa``) by torch's own kernels."""
+    model = model_of("llama", kernel)
+    embeds = model.get_input_embeddings()(tokens(1, 256).to(DEVICE)).detach().requires_grad_()
+    where = positions(LENGTHS[0]).to(DEVICE)
+    loss = model(inputs_embeds=embeds, position_ids=where, use_cache=False).logits.float().square().mean()
+
+    def penalty() -> Any:
+        (gradient,) = torch.autograd.grad(loss, embeds, create_graph=True)
+        return torch.autograd.grad(gradient.float().square().sum(), embeds)
+
+    with pytest.raises((axattn.UnsupportedAttentionError, RuntimeError), match=r"create_graph=True|not implemented"):
+        penalty()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers"])
 def test_gemma_4_in_a_mixed_plan(name: str) -> None:
