@@ -16,6 +16,7 @@ from axattn.backends.compiled import attention_op, over_documents
 from axattn.call import AttentionCall
 from axattn.masking import lazy_mask
 from tests.census import examine
+from tests.census.expected import Expected
 from tests.fakes.machine import hopper
 from tests.models import alone, build, positions, tokens
 from tests.operators import documents, inputs, padding
@@ -152,7 +153,7 @@ def test_padded_rows_keep_their_own_count_of_positions_in_a_graph(
 ) -> None:
     """While a graph is traced nobody knows whether rows are packed; those that are not must be numbered as ever."""
     reference = examine.build(model_type, head)
-    batches = examine.Expected(reference, head)
+    batches = Expected(reference, head)
     model = axattn.apply(reference, name)
     model.compile(backend="eager")  # GPT-2's loss logs, which breaks a graph
     assert torch.allclose(batches.on(model, side), batches.rows[side], atol=1e-4)

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import axattn
 from axattn.errors import UnsupportedAttentionError
-from tests.census.examine import FAKED
+from tests.census.scenarios import FAKED
 from tests.conformance.families import FAMILIES
 from tests.fakes.machine import hopper
 from tests.models import build, positions, tokens

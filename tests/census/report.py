@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.census.examine import FAKED, Finding, Record
+from tests.census.examine import Finding, Record
+from tests.census.scenarios import FAKED
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RECORD, PAGE = DOCS / "models.json", DOCS / "models.md"

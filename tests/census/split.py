@@ -11,7 +11,8 @@ import axattn
 from axattn.errors import AxattnError
 from axattn.losses import shifted
 from axattn.parallel import average_gradients
-from tests.census.examine import LENGTHS, Finding, Record, build, every, first_line, logits_of
+from tests.census.examine import Finding, Record, build, every, first_line
+from tests.census.expected import LENGTHS, logits_of
 from tests.models import positions
 
 
