@@ -103,7 +103,7 @@ class Door:
                 seen = (*seen[:2], lengths["cu_seq_lens_q"], lengths["cu_seq_lens_k"])
             if flattened:
                 if isinstance(segments, TracedSegments):
-                    planes.require_one_document(segments.document_ids)
+                    segments.require_single("packed rows with images need position_ids of 3 or 4 planes in a graph")
                 else:
                     args, added = planes.left_to_model(module, facts.parameters, args, lengths)
                     seen = (None, *seen[1:])
@@ -226,7 +226,7 @@ class Door:
         """`inputs.text_positions`; of planes without one of text, if a user gives them, what tells the documents."""
         text = inputs.text_positions(positions, rows, length, self.facts.position_planes)
         if text is None and outer is None and isinstance(positions, torch.Tensor):
-            return planes.jumps(positions)
+            return planes.text_positions(positions)
         return text
 
     def _trace(
@@ -264,8 +264,7 @@ class Door:
         leaks = leaks or bool(inputs.switched(facts, module))
         counted = facts.counted is not None and length > facts.counted
         if facts.encoder_decoder or filled or leaks or counted or facts.mixers or facts.unfit:
-            single = (segments.document_ids == 0).all()
-            torch._assert_async(single, "axattn: packed rows would leak here; run without torch.compile to see why")
+            segments.require_single("packed rows would leak here; run without torch.compile to see why")
         return segments
 
 

@@ -12,7 +12,7 @@ from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.masks import LazyMask
 from axattn.overlays import blocks_in_place, require_one_document
 from axattn.patterns import Pattern, known, recognise, recognise_traced
-from axattn.segments import Segments, from_positions
+from axattn.segments import Segments, from_positions, jumps
 from axattn.shares import Share, ShareMask
 from axattn.traced import TracedSegments
 
@@ -97,7 +97,7 @@ def lazy_mask(
         function = pattern.base
     elif pattern is None and segments is not None:
         if isinstance(segments, TracedSegments) and use_vmap:
-            require_one_document(segments.document_ids)
+            require_one_document(segments)
         elif not torch.compiler.is_compiling():
             function = blocks_in_place(function)
     padding = _padding(attention_mask, kv_length, kv_offset)
@@ -256,8 +256,7 @@ def _segments(
     if pattern is None or pattern.document_ids is None:
         return None
     ids = pattern.document_ids
-    positions = torch.arange(q_length, device=ids.device).expand_as(ids) + 2 * ids  # a jump at every document
-    return from_positions(positions, None, rows, q_length)
+    return from_positions(jumps(ids), None, rows, q_length)
 
 
 def _padding(attention_mask: torch.Tensor | None, kv_length: int, kv_offset: int) -> torch.Tensor | None:

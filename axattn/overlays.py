@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from axattn.patterns import MaskFunction, closure, known
+from axattn.traced import TracedSegments
 
 
 def blocks_in_place(function: MaskFunction) -> MaskFunction:
@@ -23,11 +24,10 @@ def blocks_in_place(function: MaskFunction) -> MaskFunction:
     return _pushed_down(function, None) if _looks_up(function, False) else function
 
 
-def require_one_document(documents: torch.Tensor) -> None:
-    """Assert in a compiled graph that rows under an overlay are not packed (document numbers ``[B, S]``)."""
+def require_one_document(segments: TracedSegments) -> None:
+    """Assert in a compiled graph that rows under an overlay are not packed."""
     if known().remap is not None:
-        text = "axattn: packed rows under an overlay of the mask (image blocks) can't be compiled"
-        torch._assert_async((documents == 0).all(), text)
+        segments.require_single("packed rows under an overlay of the mask (image blocks) can't be compiled")
 
 
 def _looks_up(function: MaskFunction, remapped: bool) -> bool:

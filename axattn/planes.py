@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.segments import jumps
 
 _SEEN = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
 _POSITIONS = "position_ids"
 
 
-def jumps(positions: torch.Tensor) -> torch.Tensor:
+def text_positions(positions: torch.Tensor) -> torch.Tensor:
     """int64 ``[B or 1, S]`` that jump where a document starts, from planes ``[3, B or 1, S]`` without one of text.
 
     A document starts where all planes are zero; no later token of it is there.
     """
-    starts = (positions == 0).all(0)
-    return torch.arange(positions.shape[-1], device=positions.device) + 2 * starts.cumsum(-1)
+    return jumps((positions == 0).all(0).cumsum(-1))
 
 
 def lacks_planes(inputs: dict[str, Any]) -> bool:
@@ -30,12 +30,6 @@ def lacks_planes(inputs: dict[str, Any]) -> bool:
     positions = inputs.get(_POSITIONS)
     one = isinstance(positions, torch.Tensor) and positions.ndim < 3
     return one and any(inputs.get(name) is not None for name in _SEEN)
-
-
-def require_one_document(documents: torch.Tensor) -> None:
-    """Assert in a compiled graph that rows which `lacks_planes` are not packed (document numbers ``[B, S]``)."""
-    text = "axattn: packed rows with images need position_ids of 3 or 4 planes inside torch.compile"
-    torch._assert_async((documents == 0).all(), text)
 
 
 def left_to_model(

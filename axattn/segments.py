@@ -161,6 +161,11 @@ def from_positions(
     return Segments(tuple((*row, length) for row in per_row), device)
 
 
+def jumps(document_ids: torch.Tensor) -> torch.Tensor:
+    """Positions ``[B, S]`` from document numbers of that shape, for `from_positions`: they jump at every document."""
+    return torch.arange(document_ids.shape[-1], device=document_ids.device) + 2 * document_ids
+
+
 def document_changes(numbers: torch.Tensor) -> torch.Tensor:
     """bool ``[B, S - 1]``: where a mask of document numbers starts another document, padding in between or not."""
     before, after = numbers[:, :-1], numbers[:, 1:]

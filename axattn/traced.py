@@ -42,10 +42,12 @@ class TracedSegments:
 
     def read(self) -> Segments | None:
         """The same documents with their edges read on the host, None when every row is one; not while tracing."""
-        ids = self.document_ids
-        jumps = torch.arange(self.length, device=ids.device) + 2 * ids  # a jump at every document
-        found = segments.from_positions(jumps, None, self.rows, self.length)
+        found = segments.from_positions(segments.jumps(self.document_ids), None, self.rows, self.length)
         return found if found is not None and found.packed else None
+
+    def require_single(self, text: str) -> None:
+        """Assert, when the graph runs, that every row is one document; `text` says why it has to be."""
+        torch._assert_async((self.document_ids == 0).all(), f"axattn: {text}")
 
     def to(self, device: torch.device) -> TracedSegments:
         """The same documents on `device`."""

@@ -12,6 +12,7 @@ import axattn
 from axattn.errors import UnsupportedAttentionError
 from axattn.overlays import blocks_in_place, require_one_document
 from axattn.patterns import known
+from axattn.traced import TracedSegments
 from tests.conformance.families import FAMILIES, IMAGE
 from tests.models import positions
 
@@ -77,7 +78,7 @@ def test_only_the_look_up_of_blocks_changes() -> None:
 @pytest.mark.skipif(known().remap is None, reason="nothing to assert before transformers 5.18")
 def test_a_compiled_graph_asserts_that_rows_under_an_overlay_are_not_packed() -> None:
     def run(documents: torch.Tensor) -> torch.Tensor:
-        require_one_document(documents)
+        require_one_document(TracedSegments(documents, 1, 4))
         return documents.sum()
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
