@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from axattn.errors import Reason
-from axattn.flash_guard import FlashRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +17,8 @@ class Facts:
         encoder_decoder: it is an encoder-decoder, whose rows can't be packed.
         position_planes: how many leading planes ``position_ids`` may have (Qwen-VL: 3 or 4), () for none.
         shares_keys: some layers read the keys and values of another one.
-        flash: what to look for on a flash name, None on others.
+        on_flash: its native name is a flash name.
+        windowed: some layers have a sliding window.
         standing: on this native name no packed call is right (`axattn.guard.standing_reasons`).
         mixers: layers that mix tokens outside of attention (`axattn.mixing`): documents would leak through them.
         counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
@@ -36,7 +36,8 @@ class Facts:
     encoder_decoder: bool = False
     position_planes: tuple[int, ...] = ()
     shares_keys: bool = False
-    flash: FlashRules | None = None
+    on_flash: bool = False
+    windowed: bool = False
     standing: bool = False
     mixers: tuple[Reason, ...] = ()
     counted: int | None = None

@@ -9,14 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
-from axattn.mixing import reads_padding
 from axattn.segments import Segments
 from axattn.sources import calls_interface, calls_of, code_of, file_source, signature_of, source_of
 
@@ -27,31 +25,12 @@ KINDS = ("token_type_ids", "mm_token_type_ids")
 _ADVICE = 'Use attn_implementation="varlen" or "auto".'
 
 
-@dataclass(frozen=True)
-class FlashRules:
-    """What of a model its flash path can't be given.
-
-    Attributes:
-        windowed: some layers have a sliding window.
-        overlays: its mask is more than causal and windowed where ``token_type_ids`` say so (image blocks).
-        reads_padding: see `axattn.mixing.reads_padding`.
-    """
-
-    windowed: bool
-    overlays: bool
-    reads_padding: bool = False
-
-
-def rules_of(module: torch.nn.Module) -> FlashRules:
-    """Read them from a model's config and source."""
+def windowed(module: torch.nn.Module) -> bool:
+    """Whether some layers of a model have a sliding window (read in its config)."""
     config: Any = module.config
     text = config.get_text_config()
     windows = [getattr(c, name, None) for c in (config, text) for name in ("sliding_window", "local_attention")]
-    return FlashRules(
-        windowed=any(isinstance(window, int) and window > 0 for window in windows),
-        overlays=overlays(module),
-        reads_padding=reads_padding(module),
-    )
+    return any(isinstance(window, int) and window > 0 for window in windows)
 
 
 def overlays(module: torch.nn.Module) -> bool:
@@ -108,8 +87,8 @@ def _gives_causal(module: torch.nn.Module) -> bool:
     return bool(calls) and all(any(keyword.arg == "is_causal" for keyword in call.keywords) for call in calls)
 
 
-def require_served(native: str, module: torch.nn.Module, inputs: dict[str, Any], rules: FlashRules) -> None:
-    """Raise for inputs whose meaning the flash path would drop.
+def require_served(native: str, inputs: dict[str, Any], windowed: bool, *, overlays: bool, reads_padding: bool) -> None:
+    """Raise for inputs whose meaning the flash path would drop; of the model it takes what `axattn.facts.Facts` hold.
 
     Raises:
         UnsupportedAttentionError: image blocks, padding with holes in front of a sliding window, padding that a head
@@ -119,21 +98,25 @@ def require_served(native: str, module: torch.nn.Module, inputs: dict[str, Any],
     if _crosses_padding(inputs):
         text = "as many targets as source tokens, some of them padding: the flash path takes both for one sequence"
         reasons.append(Reason("padding", text))
-    if rules.overlays:
-        kinds = [inputs[name] for name in KINDS if isinstance(inputs.get(name), torch.Tensor)]
-        if any(bool(given.any()) for given in kinds):
-            text = "tokens of an image attend to each other both ways, and the flash path is causal throughout"
-            reasons.append(Reason("dense_mask", text))
+    if overlays and has_kinds(inputs):
+        text = "tokens of an image attend to each other both ways, and the flash path is causal throughout"
+        reasons.append(Reason("dense_mask", text))
     mask = inputs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        if rules.reads_padding and not bool((mask != 0).all()):
+        if reads_padding and not bool((mask != 0).all()):
             text = "its head reads padding too, for which the flash path computes no attention"
             reasons.append(Reason("padding", text))
-        if rules.windowed and _has_holes(mask):
+        if windowed and _has_holes(mask):
             text = "padding between real tokens: the flash path takes it out, and the window then reaches too far"
             reasons.append(Reason("padding", text))
     if reasons:
         raise UnsupportedAttentionError(f"{native} can't serve this batch", reasons, _ADVICE)
+
+
+def has_kinds(inputs: dict[str, Any]) -> bool:
+    """Whether some tokens are said to be of an image."""
+    kinds = [given for name in KINDS if isinstance(given := inputs.get(name), torch.Tensor)]
+    return any(bool(given.any()) for given in kinds)
 
 
 def _crosses_padding(inputs: dict[str, Any]) -> bool:

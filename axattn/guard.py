@@ -28,6 +28,7 @@ def require_no_leak(
     mask: torch.Tensor | None,
     *,
     lengths_follow: bool = False,
+    overlays: bool = False,
 ) -> None:
     """Raise unless Transformers keeps the documents of this call apart on `native`.
 
@@ -38,6 +39,7 @@ def require_no_leak(
         segments: the documents.
         mask: the 2-D mask, or None.
         lengths_follow: on a flash name: the door adds the lengths of the documents to the inputs.
+        overlays: see `flash_guard.overlays`.
 
     Raises:
         UnsupportedAttentionError: with every reason, and the names that are right.
@@ -45,7 +47,7 @@ def require_no_leak(
     reasons = (
         flash_guard.packed_reasons(native, inputs, segments, lengths_follow=lengths_follow)
         if names.is_flash(native)
-        else _mask_reasons(module, inputs, mask)
+        else _mask_reasons(module, inputs, mask, overlays)
     )
     if reasons:
         raise UnsupportedAttentionError(
@@ -137,7 +139,9 @@ def require_no_context_parallel(module: torch.nn.Module) -> None:
         )
 
 
-def _mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor | None) -> list[Reason]:
+def _mask_reasons(
+    module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor | None, overlays: bool
+) -> list[Reason]:
     """eager, sdpa, flex_attention: right only when Transformers itself finds the documents in position_ids."""
     reasons = []
     if mask is not None:
@@ -152,8 +156,7 @@ def _mask_reasons(module: torch.nn.Module, inputs: dict[str, Any], mask: torch.T
         starts = (positions[:, 1:] != positions[:, :-1] + 1).sum() + positions.shape[0]
         if int(starts) != segments_in(inputs):
             reasons.append(Reason("segments", "position_ids and cu_seq_lens_q describe different documents"))
-    kinds = [given for name in flash_guard.KINDS if isinstance(given := inputs.get(name), torch.Tensor)]
-    if flash_guard.overlays(module) and any(bool(given.any()) for given in kinds):
+    if overlays and flash_guard.has_kinds(inputs):
         reasons.append(Reason("dense_mask", "Transformers lays image blocks over a packed row's mask in wrong places"))
     return [*reasons, *standing_reasons(module)]
 

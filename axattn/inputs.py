@@ -202,5 +202,7 @@ def require_packable(
             f"Pack into rows of at most {facts.counted} tokens.",
         )
     if facts.native is not None:
-        follow = facts.flash is not None and facts.takes_lengths
-        guard.require_no_leak(facts.native, module, inputs, segments, mask, lengths_follow=follow)
+        follow = facts.on_flash and facts.takes_lengths
+        guard.require_no_leak(
+            facts.native, module, inputs, segments, mask, lengths_follow=follow, overlays=facts.overlays
+        )

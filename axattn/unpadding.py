@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from axattn.context import Context, current, inside, reading
-from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.inputs import reasons_of_noise, require_ours
@@ -22,6 +21,7 @@ from axattn.numbering import counters, own_positions, unread_positions
 from axattn.patches.entrance import Forward, add_entrance, wants_cache
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
+from axattn.reading import documents
 from axattn.segments import Segments
 from axattn.sources import code_of
 
@@ -77,7 +77,7 @@ class Unpad:
     """The change around a model's ``forward``: its real tokens in as one row, whole padded rows out."""
 
     def __init__(self) -> None:
-        self.door = Door(Facts())
+        self.facts = Facts()
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
         """Run one forward; returns the model's output. Batches without padding, and those that read a cache or whose
@@ -96,7 +96,7 @@ class Unpad:
         keep = (mask != 0).flatten().nonzero().flatten()  # [N]
         if keep.numel() in (0, mask.numel()):
             return forward(inputs)
-        require_ours(self.door.facts, model)
+        require_ours(self.facts, model)
         _require_known(model, inputs)
         rows, length = mask.shape
         segments = self._flat_documents(model, inputs, keep, rows, length)
@@ -124,7 +124,7 @@ class Unpad:
     ) -> Segments | None:
         """The documents of the flat row: each row's own, without its padding. None for padding inside a document:
         without it, its tokens would be nearer to each other than a window or chunk counts."""
-        packed = self.door.documents(model, inputs)
+        packed = documents(self.facts, model, inputs)
         starts = {row * length for row in range(rows)}
         if packed is not None:
             starts |= {row * length + at for row, edges in enumerate(packed.boundaries) for at in edges[:-1]}

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from axattn.context import Context, current, inside, reading
-from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.inputs import require_ours
@@ -110,7 +109,7 @@ class Split:
         self.gather = gather
         self.patches = patches
         self.mean = mean
-        self.door = Door(Facts())
+        self.facts = Facts()
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
         """Run one forward; returns the model's output."""
@@ -122,11 +121,11 @@ class Split:
                 [Reason("traced", "documents and lengths are agreed on between the ranks when it runs")],
                 "Compile its layers instead: for layer in model.model.layers: layer.compile().",
             )
-        require_ours(self.door.facts, model)
+        require_ours(self.facts, model)
         if self.mean:
             _require_own_loss(model, inputs)
         accelerate.drop_context_parallel_hooks(self.patches, model)
-        share, part, length = split(model, self.group, inputs, self.door)
+        share, part, length = split(model, self.group, inputs, self.facts)
         as_tuple = part.get("return_dict") is False
         own = Context(None, (share.rows, share.part), False, (), self, current(), share)
         with inside(share=share), reading(own):  # doors inside take the share; a model without one inside reads its own

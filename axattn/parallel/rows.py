@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from axattn.door import Door
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.facts import Facts
 from axattn.inputs import reasons_of_noise
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted
 from axattn.numbering import own_positions
 from axattn.parallel.collectives import gather
+from axattn.reading import documents
 from axattn.segments import Segments
 from axattn.shares import Share
 
@@ -60,7 +61,7 @@ class Group:
 
 
 def split(
-    model: torch.nn.Module, group: Group, inputs: dict[str, Any], door: Door
+    model: torch.nn.Module, group: Group, inputs: dict[str, Any], facts: Facts
 ) -> tuple[Share, dict[str, Any], int]:
     """This rank's part of a batch that every rank of the group holds whole.
 
@@ -71,7 +72,7 @@ def split(
         model: the model.
         group: of the ranks.
         inputs: of its forward, by name.
-        door: reads the documents.
+        facts: about the model.
 
     Returns:
         The share, the inputs of this rank, and S before padding.
@@ -86,7 +87,7 @@ def split(
         raise InvalidInputError("there is nothing to split", [Reason("input_ids", "no input_ids and no inputs_embeds")])
     rows, length = tokens.shape[:2]
     _require_same(group, inputs, rows, length)
-    segments = door.documents(model, inputs)
+    segments = documents(facts, model, inputs)
     mask = inputs.get("attention_mask")
     P = group.ranks
     extra = -length % P

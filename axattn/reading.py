@@ -1,0 +1,136 @@
+"""What the inputs of a model's forward say of its documents, read once by its door; in a graph, while it is traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from axattn import flash_guard, guard, inputs, planes, traced
+from axattn.context import Context
+from axattn.errors import InvalidInputError, Reason
+from axattn.facts import Facts
+from axattn.handed_on import require_handed_on
+from axattn.segments import Segments, from_positions
+from axattn.traced import TracedSegments
+
+
+def described(given: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """The inputs that say which tokens belong together: positions, mask, and cumulative lengths of queries and keys."""
+    get = given.get
+    return get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k")
+
+
+def documents(facts: Facts, module: torch.nn.Module, given: dict[str, Any]) -> Segments | None:
+    """The documents that a model's inputs describe, None when every row is one; checks as `read` does."""
+    segments, _ = read(facts, module, given, described(given), None)
+    return segments if isinstance(segments, Segments) else None
+
+
+def read(
+    facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: tuple[Any, ...], outer: Context | None
+) -> tuple[Segments | TracedSegments | None, tuple[int, int] | None]:
+    """The documents of a forward, None when every row is one, and (B, S) of its tokens, None when it has none.
+
+    Args:
+        facts: about the model.
+        module: the model.
+        given: its inputs, by name.
+        seen: what `described` finds in them.
+        outer: what the door around this one found.
+
+    Raises:
+        InvalidInputError: inputs that can't be read, or say two things.
+        UnsupportedAttentionError: what they mean would be lost on the way to this model's kernels.
+    """
+    positions, mask, cu_q, cu_k = seen
+    cache = given.get("past_key_values")
+    if inputs.is_packed(cache):
+        raise InvalidInputError(
+            "this cache was filled by a row of several documents",
+            [Reason("segments", "a token decoded from it would attend to all of them")],
+            "Prefill each document in a row of its own (left-padded) before decoding.",
+        )
+    shape = inputs.token_shape(given)
+    if shape is None:
+        return None, None
+    if facts.on_flash and facts.native is not None:
+        flash_guard.require_served(
+            facts.native, given, facts.windowed, overlays=facts.overlays, reads_padding=facts.reads_padding
+        )
+    if facts.native == "flex_attention":
+        guard.require_flex_on_cpu(module, given, inputs.cache_length(cache))
+    rows, length = shape
+    if rows == 0 or length == 0:
+        raise InvalidInputError(
+            f"the batch is empty: {rows} rows of {length} tokens", advice="Give at least one row with one token."
+        )
+    if positions is cu_q is cu_k is None and outer is None and length > 1 and not torch.compiler.is_compiling():
+        require_handed_on(module, rows)
+    if positions is mask is cu_q is cu_k is None:
+        return (outer.segments if outer is not None and outer.shape == shape else None), shape
+    finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+    if finished and facts.native is not None and isinstance(mask, torch.Tensor):
+        guard.require_mask_is_read(facts.native, module, mask)
+    mask = None if finished else mask
+    if facts.reads_first and mask is not None and facts.native not in ("eager", "sdpa"):
+        inputs.require_first_is_real(module, mask)
+    lengths = cu_q is not None or cu_k is not None
+    if not lengths:
+        positions = _text_positions(facts, positions, rows, length, outer)
+        if finished:  # a 4-D mask (the user's own, or one that `generate` built before) already says it all
+            return None, shape
+        mask = inputs.mask_of_tokens(mask, length, cache)
+        if positions is not None and facts.first_position and not _decodes(given):
+            inputs.require_counted_from(facts.first_position, module, positions, mask)
+    if torch.compiler.is_compiling():
+        if lengths:
+            in_graph: TracedSegments | None = _traced_lengths(cu_q, cu_k, rows, length)
+        else:
+            in_graph = traced.from_positions(positions, mask, rows, length)
+        if in_graph is not None and not _packable_in_graph(facts, module, given, length):
+            in_graph.require_single("packed rows would leak here; run without torch.compile to see why")
+        return in_graph, shape
+    segments = None
+    if lengths:
+        segments = inputs.documents_of_lengths(cu_q, cu_k, rows, length)
+    elif positions is not None or mask is not None:
+        segments = from_positions(positions, mask, rows, length)
+    if segments is None or not segments.packed:
+        return None, shape
+    inputs.require_packable(facts, module, given, segments, cache, None if finished else seen[1])
+    return segments, shape
+
+
+def _text_positions(facts: Facts, positions: Any, rows: int, length: int, outer: Context | None) -> torch.Tensor | None:
+    """`inputs.text_positions`; of planes without one of text, if a user gives them, what tells the documents."""
+    text = inputs.text_positions(positions, rows, length, facts.position_planes)
+    if text is None and outer is None and isinstance(positions, torch.Tensor):
+        return planes.text_positions(positions)
+    return text
+
+
+def _decodes(given: dict[str, Any]) -> bool:
+    """Whether the forward may be a step of ``generate``, which counts positions from 0 in any model."""
+    return given.get("past_key_values") is not None or bool(given.get("use_cache"))
+
+
+def _traced_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> TracedSegments:
+    """As `inputs.documents_of_lengths`, while a graph is traced: that they are equal is asserted when it runs."""
+    if cu_q is not None and cu_k is not None and cu_q is not cu_k:
+        torch._assert_async((cu_q == cu_k).all(), "axattn: cu_seq_lens_q and cu_seq_lens_k differ")
+    return traced.from_cu_seqlens(cu_q if cu_q is not None else cu_k, rows, length, "cu_seq_lens_q")
+
+
+def _packable_in_graph(facts: Facts, module: torch.nn.Module, given: dict[str, Any], length: int) -> bool:
+    """Whether packed rows are right in this graph: what `inputs.require_packable` asks, without reading a value."""
+    if facts.encoder_decoder or facts.mixers or facts.unfit or inputs.switched(facts, module):
+        return False
+    if facts.counted is not None and length > facts.counted:
+        return False
+    cache = given.get("past_key_values")
+    held = 0 if cache is None else cache.get_seq_length()
+    if isinstance(held, torch.Tensor) or held > 0:
+        return False
+    leaks = facts.native is not None and guard.may_leak(facts.native, module, given, facts.standing, facts.overlays)
+    return not leaks
