@@ -54,7 +54,7 @@ SERVED: frozenset[str] = frozenset(
 )
 PLAIN = HARMLESS | {"dropout", "scaling", "is_causal", "sliding_window"}
 """With a `LazyMask.plain` mask these change nothing but the scale: the mask says what is causal and windowed."""
-SPARSE: frozenset[str] = frozenset({"indices"})
+SPARSE: frozenset[str] = frozenset({"indices", "block_indices"})
 
 
 def attend(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable, keep_nan
+from axattn.backends.selection import only_selected, selected
 from axattn.call import AttentionCall
 from axattn.masks import LazyMask
 
@@ -17,6 +18,7 @@ CAPABILITY = dataclasses.replace(
     bias=True,
     dropout=True,
     dense_mask=True,
+    sparse=True,
     second_gradient=True,
     notes={
         "segments": "through a dense S x S mask when called by axattn; the native name alone can't pack",
@@ -29,7 +31,9 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
     """Attention through ``F.scaled_dot_product_attention``; returns ``[B, S, H, Dv]``."""
     plain = call.mask.plain if isinstance(call.mask, LazyMask) else None
     query, key, value = call.query, call.key, call.value
-    if call.bias is None and plain is not None:
+    if selected(call) is not None:
+        mask, causal = _with_bias(only_selected(call, call.dense_mask()), call.bias, query.dtype), False
+    elif call.bias is None and plain is not None:
         mask, causal = None, plain == "causal"
     elif call.bias is None and call.mask is None and call.window is None:
         mask, causal = None, call.causal and query.shape[2] > 1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
+from axattn.backends.selection import only_selected
 from axattn.call import AttentionCall
 from axattn.errors import Reason, UnsupportedAttentionError
 
@@ -52,10 +53,7 @@ def eager(call: AttentionCall) -> torch.Tensor:
             f"{type(call.module).__name__} has no eager attention function to fall back to",
             [Reason("model", f"{type(call.module).__module__} defines no eager_attention_forward")],
         )
-    mask = call.dense_mask()
-    indices = call.extras.get("indices")
-    if isinstance(indices, torch.Tensor):
-        mask = _only_selected(mask, indices, call.key.shape[2])
+    mask = only_selected(call, call.dense_mask())
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(call.query.dtype).min
         mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill_(~mask, lowest)
@@ -73,17 +71,6 @@ def eager(call: AttentionCall) -> torch.Tensor:
     if call.want_weights:
         call.weights = weights
     return out
-
-
-def _only_selected(mask: torch.Tensor | None, indices: torch.Tensor, keys: int) -> torch.Tensor:
-    """Keep the keys an indexer selected (``indices``: int ``[B, S, topk]``); the eager functions ignore the keyword."""
-    selected = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
-    selected = selected.scatter(-1, indices.long(), True)[:, None]
-    if mask is None:
-        return selected
-    if mask.dtype == torch.bool:
-        return mask & selected
-    return mask.masked_fill(~selected, torch.finfo(mask.dtype).min)
 
 
 BACKENDS = (Backend("eager", "the model's own eager function", CAPABILITY, always_usable, eager),)

@@ -20,6 +20,7 @@ _PER_HEAD = ("s_aux", "sinks")
 _REFUSED = {
     "position_bias": "the model computes its position bias from the tokens of one rank",
     "indices": "the model selects keys among the tokens of one rank",
+    "block_indices": "the model selects blocks of keys among the tokens of one rank",
 }
 
 
