@@ -164,6 +164,9 @@ def _mask_reasons(
 def standing_reasons(module: torch.nn.Module) -> list[Reason]:
     """Why no packed call of this model is right on a name whose masks Transformers builds, whatever the inputs."""
     reasons = []
+    if not is_causal(module):
+        text = "config.is_causal is False: Transformers' masks are then bidirectional, and made without the documents"
+        reasons.append(Reason("segments", text))
     if _has_chunks(module) and not _chunks_restart():
         reasons.append(Reason("chunk", "this version of Transformers counts chunks from the row's start"))
     if not hands_positions_to_masks(module):
@@ -205,6 +208,12 @@ def _caches(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
     config = getattr(module, "config", None)
     text = config.get_text_config() if config is not None else None
     return bool(getattr(config, "use_cache", False) or getattr(text, "use_cache", False))
+
+
+def is_causal(module: torch.nn.Module) -> bool:
+    """What ``config.is_causal`` says, which turns a decoder into an encoder (transformers 5.18 and newer)."""
+    config: Any = module.config
+    return bool(getattr(config.get_text_config(), "is_causal", True))
 
 
 def _has_chunks(module: torch.nn.Module) -> bool:

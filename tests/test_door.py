@@ -169,6 +169,19 @@ def test_models_that_never_hand_positions_to_their_masks_are_refused_packed(fami
         model(tokens(1, 10), **PACKED, use_cache=False)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("native", ["sdpa", "eager"])
+def test_a_decoder_made_bidirectional_packs_on_our_names_alone(native: str) -> None:
+    """``config.is_causal = False``, as embedding models have it: Transformers' masks then know no documents."""
+    model = build("llama", is_causal=False)
+    expected = alone(model, tokens(1, 10), (4, 6))
+    axattn.apply(model, native)
+    with pytest.raises(UnsupportedAttentionError, match=r"config\.is_causal is False"):
+        model(tokens(1, 10), **PACKED, use_cache=False)
+    axattn.apply(model, "varlen")
+    assert torch.allclose(model(tokens(1, 10), **PACKED, use_cache=False).logits, expected, atol=1e-5)
+
+
 def test_padded_batches_are_not_taken_for_packed_ones() -> None:
     model = axattn.apply(build("llama"), "sdpa")
     mask = torch.tensor([[0] * 4 + [1] * 6])

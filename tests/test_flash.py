@@ -420,6 +420,15 @@ def test_a_flash_library_that_fails_to_import_leaves_no_trace(
         ("pegasus_x", tf.AutoModelForSeq2SeqLM, "seq2seq", "is_causal is False"),
         ("paligemma", tf.AutoModelForImageTextToText, "vision", "would attend to later tokens"),
         ("t5gemma", tf.AutoModelForSeq2SeqLM, "seq2seq", "reaches 6 tokens to each side, .* flash path 5"),
+        (
+            "mistral, is_causal=False",
+            tf.AutoModelForCausalLM,
+            "causal",
+            "reaches 6 tokens to each side, .* flash path 5",
+        ),
+        ("gemma4_text, bidirectional", tf.AutoModel, "none", "reaches 4 tokens to each side, .* flash path 3"),
+        ("phimoe, sliding window", tf.AutoModelForCausalLM, "causal", "PhimoeAttention does not hand its window of 6"),
+        ("qwen2_moe, sliding window", tf.AutoModelForCausalLM, "causal", "does not hand its window of 6"),
     ],
 )
 def test_models_whose_attention_modules_say_otherwise_than_their_masks_are_refused(
