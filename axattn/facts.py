@@ -22,10 +22,11 @@ class Facts:
         standing: on this native name no packed call is right (`axattn.guard.standing_reasons`).
         mixers: layers that mix tokens outside of attention (`axattn.mixing`): documents would leak through them.
         counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
+        stretched_from: the longest document whose rotary frequencies are its own (`axattn.rope`), None for any length.
         unfit: why packed rows can't be what is meant: positions that do not reach the model, one output a row.
         first_position: of a row's first token (`axattn.numbering.first_position`).
         counts_mask: without positions it counts them from the mask (`axattn.numbering.counts_mask`).
-        reads_first: a head reads the first token of each row (`axattn.mixing.reads_first`).
+        first_must_be_real: why rows can't be padded on the left (`axattn.mixing.first_must_be_real`), "" if they can.
         takes_lengths: its forward takes ``cu_seq_lens_*`` and ``max_length_*``, so the door can add them.
         overlays: it lays image blocks over its masks (`axattn.flash_guard.overlays`).
         reads_padding: a head reads padding too (`axattn.mixing.reads_padding`).
@@ -41,10 +42,11 @@ class Facts:
     standing: bool = False
     mixers: tuple[Reason, ...] = ()
     counted: int | None = None
+    stretched_from: int | None = None
     unfit: tuple[Reason, ...] = ()
     first_position: int = 0
     counts_mask: bool = False
-    reads_first: bool = False
+    first_must_be_real: str = ""
     takes_lengths: bool = False
     overlays: bool = False
     reads_padding: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -132,18 +133,17 @@ def require_counted_from(first: int, module: torch.nn.Module, positions: torch.T
         )
 
 
-def require_first_is_real(module: torch.nn.Module, mask: torch.Tensor) -> None:
-    """What a kernel gives for padding is not what eager attention gives; a head must not read it.
+def require_first_is_real(text: str, mask: torch.Tensor) -> None:
+    """What a kernel gives for padding is not what eager attention gives; nothing must read it.
 
     Raises:
         InvalidInputError: a row starts with padding.
     """
-    text = f"{type(module).__name__} reads the first token of each row"
     if torch.compiler.is_compiling():
         torch._assert_async((mask[:, 0] != 0).all(), f"axattn: {text}, and rows are padded on the left")
     elif not bool((mask[:, 0] != 0).all()):
-        reasons = [Reason("padding", f"{text}, which is padding")]
-        raise InvalidInputError("rows are padded on the left", reasons, 'Set tokenizer.padding_side = "right".')
+        advice = 'Set tokenizer.padding_side = "right", or use attn_implementation="eager".'
+        raise InvalidInputError("rows are padded on the left", [Reason("padding", text)], advice)
 
 
 def switched(facts: Facts, module: torch.nn.Module) -> str:
@@ -200,6 +200,14 @@ def require_packable(
             f"{name} can't take packed rows of {segments.length} tokens",
             [Reason("segments", text)],
             f"Pack into rows of at most {facts.counted} tokens.",
+        )
+    longest = max(b - a for row in segments.boundaries for a, b in pairwise(row))
+    if facts.stretched_from is not None and longest > facts.stretched_from:
+        text = f"its rotary embedding (dynamic) is stretched by the longest document, of {longest} tokens"
+        raise UnsupportedAttentionError(
+            f"{name} can't take packed rows with documents of over {facts.stretched_from} tokens",
+            [Reason("segments", text)],
+            _ALONE,
         )
     if facts.native is not None:
         follow = facts.on_flash and facts.takes_lengths

@@ -69,6 +69,23 @@ def reads_first(model: torch.nn.Module) -> bool:
     return not last and "[:, 0" in file_source(cls.__module__)
 
 
+def first_must_be_real(model: torch.nn.Module, native: str | None) -> str:
+    """Why rows can't be padded on the left, ``""`` where they can: something reads padding, for which this kernel gives
+    other values than eager attention.
+
+    Args:
+        model: a ``PreTrainedModel``.
+        native: the native name that serves it, None for our names.
+    """
+    name = type(model).__name__
+    config: Any = model.config
+    if reads_first(model) and native not in ("eager", "sdpa"):
+        return f"{name} reads the first token of each row, which is padding"
+    if native != "eager" and "minimax_m3_sparse" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        return f"{name} selects blocks of keys counted from the row's start, and may select padding alone"
+    return ""
+
+
 def reads_last(model: torch.nn.Module) -> bool:
     """Whether a head reads the last real token of each row, found by its token id: those of decoders."""
     cls = code_of(model)

@@ -21,8 +21,9 @@ def described(given: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     return get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k")
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # traced by itself it would find nothing to read
 def documents(facts: Facts, module: torch.nn.Module, given: dict[str, Any]) -> Segments | None:
-    """The documents that a model's inputs describe, None when every row is one; checks as `read` does."""
+    """The documents that a model's inputs describe, None when every row is one; checks as `read` does. Never traced."""
     segments, _ = read(facts, module, given, described(given), None)
     return segments if isinstance(segments, Segments) else None
 
@@ -73,8 +74,8 @@ def read(
     if finished and facts.native is not None and isinstance(mask, torch.Tensor):
         guard.require_mask_is_read(facts.native, module, mask)
     mask = None if finished else mask
-    if facts.reads_first and mask is not None and facts.native not in ("eager", "sdpa"):
-        inputs.require_first_is_real(module, mask)
+    if facts.first_must_be_real and mask is not None:
+        inputs.require_first_is_real(facts.first_must_be_real, mask)
     lengths = cu_q is not None or cu_k is not None
     if not lengths:
         positions = _text_positions(facts, positions, rows, length, outer)
@@ -127,6 +128,8 @@ def _packable_in_graph(facts: Facts, module: torch.nn.Module, given: dict[str, A
     if facts.encoder_decoder or facts.mixers or facts.unfit or inputs.switched(facts, module):
         return False
     if facts.counted is not None and length > facts.counted:
+        return False
+    if facts.stretched_from is not None and length > facts.stretched_from:
         return False
     cache = given.get("past_key_values")
     held = 0 if cache is None else cache.get_seq_length()

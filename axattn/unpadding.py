@@ -22,6 +22,7 @@ from axattn.patches.entrance import Forward, add_entrance, wants_cache
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
 from axattn.reading import documents
+from axattn.rope import limits
 from axattn.segments import Segments
 from axattn.sources import code_of
 
@@ -70,14 +71,19 @@ def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> N
     reasons = reasons_against(model, decided)
     if reasons:
         raise UnsupportedAttentionError(f"unpad=True can't serve {type(model).__name__}", reasons, "Leave unpad out.")
-    add_entrance(patches, inner_part(model), Unpad())
+    add_entrance(patches, inner_part(model), Unpad(limits(model)))
 
 
 class Unpad:
-    """The change around a model's ``forward``: its real tokens in as one row, whole padded rows out."""
+    """The change around a model's ``forward``: its real tokens in as one row, whole padded rows out.
 
-    def __init__(self) -> None:
+    Args:
+        limits: lengths from which its rotary frequencies follow the longest row (`axattn.rope`).
+    """
+
+    def __init__(self, limits: list[int]) -> None:
         self.facts = Facts()
+        self.limits = limits
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
         """Run one forward; returns the model's output. Batches without padding, and those that read a cache or whose
@@ -107,6 +113,8 @@ class Unpad:
             if inputs.get(key) is not None:
                 given[key] = _flatten(inputs[key], keep)
         given["position_ids"] = _positions(model, inputs, mask, keep)
+        if self.limits and self._stretches(inputs, given["position_ids"], segments, rows, length):
+            return forward(inputs)
         if inputs.get("labels") is not None:
             given |= _targets(model, inputs, mask, keep)
         flat = Context(segments if segments.packed else None, (1, keep.numel()), False, (), self, current())
@@ -118,6 +126,16 @@ class Unpad:
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(_restore(x, keep, rows, length) for x in output["hidden_states"])
         return output.to_tuple() if inputs.get("return_dict") is False else output
+
+    def _stretches(
+        self, inputs: dict[str, Any], positions: torch.Tensor, segments: Segments, rows: int, length: int
+    ) -> bool:
+        """Whether rotary frequencies would be others than in the padded batch: chosen by its longest position, or there
+        by document."""
+        whole = inputs.get("position_ids")
+        padded = length if whole is None else int(whole.max()) + 1
+        flat = int(positions.max()) + 1
+        return any(limit < padded and (flat <= limit or segments.documents != rows) for limit in self.limits)
 
     def _flat_documents(
         self, model: torch.nn.Module, inputs: dict[str, Any], keep: torch.Tensor, rows: int, length: int

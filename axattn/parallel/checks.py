@@ -12,11 +12,10 @@ from axattn.losses import takes_keywords
 from axattn.mixing import mixers, one_a_row
 from axattn.needs import sub_configs
 from axattn.numbering import counters
+from axattn.rope import by_length
 from axattn.routes import ATTRIBUTE
 from axattn.sources import code_of, signature_of
 from axattn.state import state_of
-
-_ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
 def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
@@ -50,9 +49,9 @@ def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
         reasons.append(Reason("sparse", "it selects keys among the tokens of one rank"))
     grouped = [name for name in dict.fromkeys(n for n in state.plan.running.values() if n) if _splits_heads(name)]
     reasons += [Reason("heads", f"{name} treats the halves of the heads differently") for name in grouped]
-    rope = _rope_types(config) & set(_ROPE_BY_LENGTH)
-    if rope:
-        text = f"its rotary embedding ({', '.join(sorted(rope))}) depends on the longest position on a rank"
+    stretching = by_length(config)
+    if stretching:
+        text = f"its rotary embedding ({', '.join(stretching)}) depends on the longest position on a rank"
         reasons.append(Reason("model", text))
     if getattr(config, "output_router_logits", False):
         reasons.append(Reason("model", "output_router_logits: the balance of experts is taken over one rank's tokens"))
@@ -72,12 +71,6 @@ def _layer_reasons(model: torch.nn.Module, config: Any) -> list[Reason]:
     if isinstance(layers, int) and routed < layers and not reasons:
         reasons.append(Reason("model", f"{layers - routed} of its {layers} layers have no attention of axattn's"))
     return reasons
-
-
-def _rope_types(config: Any) -> set[str]:
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    inner = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return {str(one.get("rope_type", one.get("type"))) for one in inner}
 
 
 def _forward_reasons(model: torch.nn.Module) -> list[Reason]:

@@ -1,0 +1,52 @@
+"""Patch: LongRoPE in packed rows, where each document takes the factors that it would take alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from axattn import rope
+from axattn.context import current, slot
+from axattn.patches.patchset import PatchSet
+from axattn.segments import Segments
+
+
+def add_rope_by_document(patches: PatchSet, model: torch.nn.Module) -> None:
+    """Hook the rotary embeddings of a model that compute LongRoPE.
+
+    Args:
+        patches: takes the hooks over.
+        model: the whole model.
+    """
+    for module in rope.longropes(model):
+        patches.add_handle(module.register_forward_hook(_by_document, with_kwargs=True))
+
+
+def _by_document(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a rotary embedding: ``cos`` and ``sin`` ``[B, S, D]``, each document's by its own length.
+
+    The module chooses by the longest position that it is given, for all: it is asked once more, with positions that are
+    short. Rows without padding (``unpad=True``) stay as they are: there the padded batch is what they have to equal.
+    """
+    context = current()
+    segments = None if context is None or slot().told is not None else context.segments
+    given = {**dict(zip(("x", "position_ids", "layer_type"), args, strict=False)), **kwargs}
+    positions, layer = given["position_ids"], given.get("layer_type")
+    if context is None or segments is None or rope.kind(module, layer) != rope.LONGROPE:
+        return None
+    if positions.shape[-1] != segments.length:
+        return None
+    limit = rope.limit(module, layer)
+    if isinstance(segments, Segments) and all(b - a <= limit for row in segments.boundaries for a, b in pairwise(row)):
+        return None
+    ids = segments.document_ids.to(positions.device)
+    at = positions.reshape(-1, positions.shape[-1]).to(ids.dtype).expand(ids.shape)
+    mask = context.seen[1]
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        at = at.masked_fill(mask.to(at.device) == 0, -1)
+    last = torch.full_like(ids, -1).scatter_reduce(1, ids, at, "amax").gather(1, ids)
+    long = (last >= limit)[..., None]  # [B, S, 1]
+    short = module.forward(**{**given, "position_ids": positions.clamp(max=limit - 1)})
+    return tuple(torch.where(long, whole, part) for whole, part in zip(output, short, strict=True))

@@ -1,0 +1,77 @@
+"""Rotary embeddings whose frequencies follow the longest position in a batch: read from a model's config and modules.
+
+LongRoPE (arXiv:2402.13753; Phi-3, Phi-4) takes its long factors once any row is longer than
+``original_max_position_embeddings``; dynamic NTK scales by the longest length that it has met (``dynamic_rope_update``,
+transformers 5.17 and 5.23). In a packed row that would be the length of another document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+LONGROPE = "longrope"
+DYNAMIC = "dynamic"
+
+
+def by_length(config: Any) -> list[str]:
+    """The kinds of such embeddings that a config asks for, of all layers or of a kind of layers; sorted."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each = [found, *(value for value in found.values() if isinstance(value, dict))]
+    kinds = {_plain(one.get("rope_type", one.get("type", ""))) for one in each}
+    return sorted(kinds & {LONGROPE, DYNAMIC})
+
+
+def limits(model: torch.nn.Module) -> list[int]:
+    """The lengths from which frequencies are no more the original ones; empty for most models."""
+    return sorted({limit(module, layer) for module, layer in _embeddings(model)})
+
+
+def stretched_from(model: torch.nn.Module) -> int | None:
+    """The longest document whose frequencies are its own under dynamic NTK, None for other models."""
+    found = [limit(module, layer) for module, layer in _embeddings(model) if kind(module, layer) == DYNAMIC]
+    return min(found, default=None)
+
+
+def longropes(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that compute LongRoPE."""
+    found = {id(module): module for module, layer in _embeddings(model) if kind(module, layer) == LONGROPE}
+    return list(found.values())
+
+
+def kind(module: torch.nn.Module, layer: str | None) -> str:
+    """The ``rope_type`` of a rotary embedding.
+
+    Args:
+        module: the embedding.
+        layer: the kind of layers, None where it has one set of frequencies for all.
+    """
+    rope_type: Any = getattr(module, "rope_type", "")
+    return _plain(rope_type.get(layer, "") if isinstance(rope_type, dict) else rope_type)
+
+
+def limit(module: torch.nn.Module, layer: str | None) -> int:
+    """The length up to which the frequencies of an embedding are the original ones; arguments as for `kind`."""
+    config: Any = module.config
+    if kind(module, layer) == LONGROPE:
+        parameters = config.rope_parameters if layer is None else config.rope_parameters[layer]
+        return int(parameters["original_max_position_embeddings"])
+    length: Any = getattr(module, "original_max_seq_len", config.max_position_embeddings)
+    return int(length)
+
+
+def _embeddings(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str | None]]:
+    """The embeddings by length of a model, each with every kind of layers that it tells apart."""
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        if rope_type is None or not hasattr(module, "config"):
+            continue
+        for layer in list(rope_type) if isinstance(rope_type, dict) else [None]:
+            if kind(module, layer) in (LONGROPE, DYNAMIC):
+                yield module, layer
+
+
+def _plain(rope_type: Any) -> str:
+    return DYNAMIC if DYNAMIC in str(rope_type) else str(rope_type)

@@ -1,0 +1,136 @@
+"""Rotary embeddings that follow the longest position: a document in a packed row has the frequencies it has alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+import axattn
+from axattn import rope
+from tests.models import alone, build, positions, tokens
+
+LIMIT = 6
+LENGTHS = (9, 4, 6, 5)
+"""Documents on both sides of `LIMIT`, and one at it."""
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": LIMIT,
+    "factor": 8.0,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+def long(family: str = "llama") -> Any:
+    """A tiny model under LongRoPE; its heads have 8 channels, so 4 frequencies."""
+    model = build(family, head_dim=8, rope_parameters=LONGROPE)
+    assert rope.limits(model) == [LIMIT]
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["auto", "varlen", "eager", "sdpa"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (4, 5, 3), (9, 8)], ids=["both", "short", "long"])
+def test_documents_have_the_factors_that_they_have_alone(name: str, lengths: tuple[int, ...]) -> None:
+    model = long()
+    ids = tokens(1, sum(lengths))
+    expected = alone(model, ids, lengths)
+    axattn.apply(model, name)
+    found = model(input_ids=ids, position_ids=positions(lengths), use_cache=False).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    axattn.restore(model)
+    whole = model(input_ids=ids, position_ids=positions(lengths), use_cache=False).logits
+    assert torch.allclose(whole, expected, atol=1e-5) is (len({length > LIMIT for length in lengths}) == 1), "no hook"
+
+
+@torch.no_grad()
+def test_padding_behind_a_document_does_not_make_it_long() -> None:
+    model = long()
+    ids, mask = tokens(1, 20), torch.ones(1, 20, dtype=torch.long)
+    mask[:, 14:] = 0
+    rows = torch.cat([positions((9, 5)), torch.arange(5, 11)[None]], -1)  # padding goes on from the last document
+    expected = alone(model, ids[:, :14], (9, 5))
+    axattn.apply(model, "auto")
+    found = model(input_ids=ids, position_ids=rows, attention_mask=mask, use_cache=False).logits[:, :14]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_gradients_and_checkpointing() -> None:
+    model = long()
+    ids = tokens(1, sum(LENGTHS))
+    for part in ids.split(LENGTHS, 1):
+        model(input_ids=part, use_cache=False).logits.square().sum().backward()
+    table = model.get_input_embeddings().weight
+    expected, table.grad = table.grad, None
+    axattn.apply(model, "auto").train()
+    model.gradient_checkpointing_enable()
+    model(input_ids=ids, position_ids=positions(LENGTHS), use_cache=False).logits.square().sum().backward()
+    assert torch.allclose(table.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_in_a_compiled_graph() -> None:
+    model = long()
+    expected = {lengths: alone(model, tokens(1, sum(lengths)), lengths) for lengths in (LENGTHS, (3, 5, 4, 12))}
+    axattn.apply(model, "varlen")
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    for lengths, wanted in expected.items():
+        found = compiled(input_ids=tokens(1, sum(lengths)), position_ids=positions(lengths), use_cache=False).logits
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="5.17 can't run such a config at all")
+@torch.no_grad()
+def test_layers_of_two_kinds_with_one_longrope() -> None:
+    each = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": LONGROPE}
+    model = build("gemma3", head_dim=8, rope_parameters=each)
+    assert rope.limits(model) == [LIMIT]
+    ids = tokens(1, sum(LENGTHS))
+    expected = alone(model, ids, LENGTHS)
+    axattn.apply(model, "auto")
+    found = model(input_ids=ids, position_ids=positions(LENGTHS), use_cache=False).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("real", [4, 7], ids=["only the padding is long", "long"])
+def test_unpadded_rows_equal_the_padded_batch_whose_longest_row_decides(side: str, real: int) -> None:
+    model = long()
+    ids, mask = tokens(3, 9), torch.zeros(3, 9, dtype=torch.long)
+    for row, length in enumerate((real, 3, 2)):
+        mask[row, slice(0, length) if side == "right" else slice(9 - length, 9)] = 1
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    axattn.apply(model, "auto", unpad=True)
+    found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["auto", "eager"])
+def test_dynamic_ntk_depends_on_the_longest_document_and_is_refused(name: str) -> None:
+    model = build("llama", rope_parameters=DYNAMIC, max_position_embeddings=LIMIT)
+    short = (5, 6, 3)
+    expected = alone(model, tokens(1, sum(short)), short)
+    axattn.apply(model, name)
+    found = model(input_ids=tokens(1, sum(short)), position_ids=positions(short), use_cache=False).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    given = {"input_ids": tokens(1, sum(LENGTHS)), "position_ids": positions(LENGTHS), "use_cache": False}
+    with pytest.raises(axattn.UnsupportedAttentionError, match="longest document, of 9 tokens"):
+        model(**given)
+    with pytest.raises(RuntimeError, match="packed rows would leak here"):
+        torch.compile(model, backend="eager")(**given)
+
+
+def test_what_a_config_asks_for() -> None:
+    assert rope.by_length(long().config) == ["longrope"]
+    assert rope.by_length(build("llama", rope_parameters=DYNAMIC).config) == ["dynamic"]
+    assert rope.by_length(build("llama").config) == []
+    assert rope.stretched_from(long()) is None
+    assert rope.stretched_from(build("llama", rope_parameters=DYNAMIC, max_position_embeddings=9)) == 9
