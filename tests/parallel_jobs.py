@@ -272,9 +272,26 @@ def refusals() -> dict[str, str]:
     tried("mask", lambda: ready(tokens(1, 8), attention_mask=torch.ones(1, 1, 8, 8), use_cache=False))
     tried("keep", lambda: ready(**inputs, logits_to_keep=1))
     tried("pickle", lambda: pickle.dumps(ready))
-    tried("compile", lambda: torch.compile(ready, backend="eager")(**inputs))
     tried("after all that", lambda: ready(**inputs))
     tried("a copy", lambda: copy.deepcopy(ready)(**inputs))
+    return found
+
+
+def compiled() -> dict[str, float]:
+    """The whole model, the model inside it, or its layers compiled, on packed rows of two lengths: loss, gradients."""
+    found = {}
+    batches = [packed_batch(1), packed_batch(2, 30)]
+    loss, wanted = reference(batches)
+    for part in ("whole", "inner", "layers"):
+        torch._dynamo.reset()
+        model = axattn.apply(build("llama"), "varlen").train()
+        axattn.sequence_parallel(model, dist.group.WORLD)
+        for each in {"whole": [model], "inner": [model.model], "layers": list(model.model.layers)}[part]:
+            each.compile(backend="eager")
+        losses = [model(**batch, use_cache=False).loss for batch in batches]
+        (sum(losses) / len(batches)).backward()
+        axattn.parallel.average_gradients(model, dist.group.WORLD)
+        found[part] = max(abs(float(sum(losses)) / len(batches) - loss), compare(gradients(model), wanted))
     return found
 
 

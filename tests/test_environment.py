@@ -14,7 +14,7 @@ from tests.environments import CPU, HOPPER, ROCM6, machine
 def test_this_machine_is_probed_once_and_as_it_is() -> None:
     here = Environment.current()
     assert here is Environment.current()
-    assert here.libraries["torch"] == torch.__version__
+    assert here.libraries["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a wheel may name its CUDA alone
     assert here.libraries["transformers"] == transformers.__version__
     assert (here.torch_device == "cuda") == torch.cuda.is_available()
 
