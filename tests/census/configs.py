@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.census.images import shrink
+from tests.census.variants import VARIANTS
 
 HEADS = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
@@ -51,8 +52,10 @@ _DIMS = {
     **dict.fromkeys(("index_head_dim", "index_n_heads", "block_size", "chunk_size", "mamba_chunk_size"), 16),
     **dict.fromkeys(("q_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("index_topk", "attention_chunk_size", "rotary_dim", "conv_kernel", "global_rope_head_dim"), 4),
-    **dict.fromkeys(("sliding_window", "local_attention"), 6),
-    "attention_window_size": 64,
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "local_attention", "attention_window_size"), 6),
+    **dict.fromkeys(("keep_window_size", "local_attention_window_len", "rel_extent"), 6),
+    **dict.fromkeys(("index_block_size", "log_scaling_n_floor"), 4),
+    "index_topk_blocks": 2,
     "rotary_pct": 0.5,
 }
 _TOKENS = {
@@ -89,11 +92,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1},
     },
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1},
     "emu3": {"vocabulary_map": {"<image>": 90}},
     "esm": {"vocab_size": 97},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gpt_neo": {"window_size": 6, "attention_types": [[["global", "local"], 1]]},
+    "gemma4_text": {"global_head_dim": 8},
     "glm4v_moe_text": {"rope_parameters": _MROPE["rope_parameters"] | _HALF_MROPE},
     "glm4v_text": _MROPE,
     "glm_ocr_text": _MROPE,
@@ -103,6 +108,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "luke": {"entity_vocab_size": 97, "entity_emb_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
     "nemotron": {"head_dim": 8},
     "paddleocr_vl_text": _MROPE,
@@ -137,19 +143,24 @@ ASKED_FOR = {("gemma4", "vision_config")}
 def tiny(model_type: str, head: str = "causal") -> Any:
     """The config of a tiny model.
 
+    Args:
+        model_type: Transformers' name of the architecture, or one of `VARIANTS`.
+        head: as in `HEADS`.
+
     Raises:
         Exception: whatever Transformers raises where the small sizes do not fit together.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = of_class(CONFIG_MAPPING[model_type], head)
+    model_type, values = VARIANTS.get(model_type, (model_type, {}))
+    config = of_class(CONFIG_MAPPING[model_type], head, values)
     if head == "vision":
         shrink(config)
     return config
 
 
-def of_class(cls: Any, head: str) -> Any:
-    """As `tiny`, for a config class."""
+def of_class(cls: Any, head: str, asked: dict[str, Any] | None = None) -> Any:
+    """As `tiny`, for a config class, with the values asked for."""
     default = cls()
     values = default.to_dict()
     given = {name: value for name, value in SMALL.items() if _is_field(cls, values, name)}
@@ -174,7 +185,7 @@ def of_class(cls: Any, head: str) -> Any:
     if "mrope_section" in rope:
         half = int(8 * rope.get("partial_rotary_factor", 1.0)) // 2
         given["rope_parameters"] = rope | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
-    given |= OVERRIDES.get(cls.model_type, {})
+    given |= OVERRIDES.get(cls.model_type, {}) | (asked or {})
     return cls(**{name: value for name, value in given.items() if value is not ...})
 
 

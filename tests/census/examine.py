@@ -15,6 +15,7 @@ from axattn.errors import AxattnError
 from tests.census.configs import FEWER, HEADS, tiny
 from tests.census.expected import Expected
 from tests.census.scenarios import FAKED, ON_FEWER, SCENARIOS, Scenario
+from tests.census.variants import with_head
 from tests.fakes.machine import hopper
 from tests.models import amplify
 
@@ -39,7 +40,7 @@ class Record:
     """One architecture.
 
     Attributes:
-        model_type: Transformers' name of it.
+        model_type: Transformers' name of it, or that of a variant.
         head: as in `HEADS`.
         model: the class, "" when none could be built.
         skipped: why it could not be tried, "" when it was.
@@ -54,19 +55,20 @@ class Record:
 
 
 def every() -> Iterator[tuple[str, str]]:
-    """Every architecture of the installed Transformers: ``(head, model_type)``."""
+    """Every architecture of the installed Transformers, then its variants: ``(head, model_type)``."""
     from transformers.models.auto import modeling_auto
 
     types = {head: tuple(getattr(modeling_auto, mapping)) for head, (mapping, _) in HEADS.items()}
     text = {*types["causal"], *types["masked"]}
     types["none"] = tuple(name for name in types["none"] if name in text)
     for head, names in types.items():
-        for model_type in names:
+        for model_type in (*names, *with_head(names, head)):
             yield head, model_type
 
 
 def build(model_type: str, head: str) -> Any:
-    """A tiny seeded model on eager attention, with weights large enough that attention moves the logits.
+    """A tiny seeded model on eager attention, with weights large enough that attention moves the logits, and none at
+    zero: Doge's gates would all be equal.
 
     Raises:
         ValueError: it would not be tiny.
@@ -81,6 +83,9 @@ def build(model_type: str, head: str) -> Any:
     torch.manual_seed(0)
     model = auto.from_config(tiny(model_type, head), attn_implementation="eager")
     amplify(model)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
     return model.float().eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,15 +102,14 @@ def _gradients(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tens
 def _generate(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
     """Six more tokens behind rows padded on the left, from the logits at each step."""
 
-    def run() -> torch.Tensor:
+    def run(model: Any) -> torch.Tensor:
         inputs = {"input_ids": expected.padded["left"], "attention_mask": expected.masks["left"]}
         greedy = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None}
         made = model.generate(**inputs, **greedy, output_logits=True, return_dict_in_generate=True)
         return torch.stack(made.logits)
 
-    found = run()
-    axattn.restore(model)
-    return found, run()
+    eager = axattn.restore(copy.deepcopy(model))  # dynamic NTK remembers the longest row
+    return run(model), run(eager)
 
 
 def _image(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
