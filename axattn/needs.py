@@ -129,9 +129,17 @@ def _layer_need(config: Any, kind: str, words: _Words) -> Need | None:
         softcap=_first(config, "attn_logit_softcapping") if "softcap" in words.keywords else None,
         sinks=bool({"s_aux", "sinks"} & words.keywords),
         bias="position_bias" in words.keywords,
-        sparse=bool({"indices", "block_indices"} & words.keywords),
+        sparse=_selects(config, kind, words),
         dropout=_dropout(config),
     )
+
+
+def _selects(config: Any, kind: str, words: _Words) -> bool:
+    """Whether an indexer selects the keys of a layer; where kinds of layers tell, only those that have one do."""
+    if "block_indices" in words.keywords:
+        return kind == "minimax_m3_sparse"
+    kinds = getattr(config, "layer_types", None) or ()
+    return "indices" in words.keywords and (kind == "indexed_attention" or "indexed_attention" not in kinds)
 
 
 def _default_kind(config: Any) -> str:

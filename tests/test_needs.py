@@ -4,11 +4,25 @@ import pytest
 import transformers as tf
 
 from axattn.needs import model_needs, sub_configs
+from tests.census.configs import tiny
 from tests.models import CONFIGS, LAYERS, SMALL, build
 
 
 def needs_of(family: str) -> list[tuple[str, object]]:
     return [(layer.kind, layer.need) for layer in model_needs(CONFIGS[family]()).layers]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sparse"),
+    [
+        ("minimax_m3_vl_text", [False, True]),
+        ("minimax_m3_vl_text, full attention alone", [False, False]),
+        ("deepseek_v32", [True, True]),
+        ("llama", [False, False]),
+    ],
+)
+def test_only_layers_with_an_indexer_select_keys(model_type: str, sparse: list[bool]) -> None:
+    assert [layer.need.sparse for layer in model_needs(tiny(model_type)).layers] == sparse
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))

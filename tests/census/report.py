@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from tests.census.examine import Finding, Record
 from tests.census.scenarios import FAKED
+from tests.census.variants import VARIANTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RECORD, PAGE = DOCS / "models.json", DOCS / "models.md"
@@ -88,6 +89,7 @@ def read(text: str) -> tuple[list[Record], dict[str, str]]:
 def render(records: list[Record], versions: dict[str, str]) -> str:
     """The page."""
     tried = [record for record in records if not record.skipped]
+    plain, settings = _counts(records, VARIANTS.__contains__)
     wrong = sum(finding.status == "wrong" for record in tried for finding in record.findings.values())
     total = sum(len(record.findings) for record in tried)
     lines = [
@@ -96,8 +98,8 @@ def render(records: list[Record], versions: dict[str, str]) -> str:
         "Made by `make census` from `docs/models.json`; do not edit.",
         "",
         f"Every architecture of Transformers {versions['transformers']} with each of the heads below, made tiny where "
-        f"it can be: {len(tried)} of {len(records)}, with torch {versions['torch']} on a CPU (kernels that need a GPU "
-        "are strict fakes).",
+        f"it can be: {plain}, with torch {versions['torch']} on a CPU (kernels that need a GPU are strict fakes). "
+        f"Then {settings} settings beyond an architecture's defaults (`llama, LongRoPE`).",
         f"{total:,} trials; **{wrong} wrong**. Right means: loss, logits, generated tokens' logits and gradients equal "
         "those of Transformers' eager attention, packed rows those of each document alone; of heads that find answers, "
         "which read padding, those of Transformers' `sdpa`.",
@@ -132,6 +134,13 @@ def render(records: list[Record], versions: dict[str, str]) -> str:
     lines += ["", "## Not tried", ""]
     lines += [f"- {r.model_type} ({TITLES[r.head].lower()}): {r.skipped}" for r in records if r.skipped]
     return "\n".join(lines) + "\n"
+
+
+def _counts(records: list[Record], variant: Callable[[str], bool]) -> tuple[str, str]:
+    """How many are tried, as "N of M": of architectures, and of variants."""
+    parts = [[r for r in records if variant(r.model_type) is kind] for kind in (False, True)]
+    first, second = (f"{sum(not r.skipped for r in part)} of {len(part)}" for part in parts)
+    return first, second
 
 
 def _present(record: Record, column: str) -> list[str]:

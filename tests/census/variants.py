@@ -77,7 +77,12 @@ _BY_SETTING: dict[str, dict[str, Values]] = {
     "scaled by layer, upcast": _each("gpt2", scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True),
     "every head its keys": _each("gpt_bigcode", multi_query=False),
     "keys for values": _each("gemma4_text", attention_k_eq_v=True),
-    "shared keys": _each("gemma4_text", num_kv_shared_layers=1),
+    "shared keys": _each(
+        "gemma4_text",
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+    ),
     "halves rotated": _each("deepseek_v3", "glm4_moe_lite", "youtu", rope_interleave=False),
 }
 VARIANTS: dict[str, tuple[str, Values]] = {
