@@ -34,6 +34,15 @@ oldest: $(OLDEST_READY)
 	    loading.py needs.py planning.py training.py s2.py flash.py fp8.py ranking.py compiled.py numbering.py mixing.py losses.py rope.py) \
 	    tests/conformance tests/census tests/e2e
 
+# Every test on another torch, laid over the same environment: `make torch-2.11.0`. The registry's builds are gigabytes.
+torch-%: $(READY)
+	$(BIN)/python -m venv build/$@
+	build/$@/bin/python -m pip install -q --upgrade pip
+	build/$@/bin/python -m pip install -q "torch==$*"
+	build/$@/bin/python -c "import pathlib; next(pathlib.Path('build/$@').glob('lib/python*/site-packages')).joinpath('ours.pth') \
+	.write_text('import site; site.addsitedir(%r)\n' % '$(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" 2>/dev/null)')"
+	build/$@/bin/python -m pytest -n 2 -q tests
+
 # The whole matrix (`make test` runs a sample of it); writes docs/conformance.json and docs/conformance.md.
 conformance: $(READY)
 	$(BIN)/python -m tests.conformance --write

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
+import importlib.metadata
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from packaging.version import Version
 
 from axattn.environment import Environment
 
-INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+
+def _interprets() -> bool:
+    """Whether there is an interpreter to use: triton 3.6's fails with NumPy 2.4."""
+    try:
+        return Version(importlib.metadata.version("triton")) >= Version("3.7")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+INTERPRETED = _interprets() and not torch.cuda.is_available()
 """Whether our kernels run in the interpreter here."""
 
 

@@ -16,7 +16,9 @@ from axattn.backends.tiles import attention_over_tiles
 from axattn.layouts import Layout, Span
 from tests.interpreter import INTERPRETED
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off (no triton, or a GPU is there)")
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="Triton's interpreter is off (no triton from 3.7 on, or a GPU is there)"
+)
 FORWARD, GRADIENT = 0.015, 0.02
 EVERYTHING = os.environ.get("AXATTN_INT8") == "all"
 

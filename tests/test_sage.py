@@ -29,7 +29,7 @@ from tests.interpreter import INTERPRETED, interpreting
 from tests.models import alone, build, positions, tokens
 
 needs_interpreter = pytest.mark.skipif(
-    not INTERPRETED, reason="Triton's interpreter is off (no triton, or a GPU is there)"
+    not INTERPRETED, reason="Triton's interpreter is off (no triton from 3.7 on, or a GPU is there)"
 )
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import axattn
-from axattn import door, masking, masks
+from axattn import masking, masks, reading
 from axattn.backends import dense, spans, varlen
 from axattn.cli import app
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
@@ -82,7 +82,7 @@ def test_what_transformers_leaks_is_refused_not_wrong(folders: Any) -> None:
 
 
 def _no_documents(patch: Patch) -> None:
-    patch.setattr(door, "from_positions", lambda *_: None)
+    patch.setattr(reading, "from_positions", lambda *_: None)
 
 
 def _no_padding(patch: Patch) -> None:

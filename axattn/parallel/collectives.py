@@ -1,4 +1,7 @@
-"""Collectives with gradients on ``torch.distributed``: exchange, sum, gather; on gloo and NCCL alike."""
+"""Collectives with gradients on ``torch.distributed``: exchange, sum, gather; on gloo and NCCL alike.
+
+They are never traced: torch 2.11 loses the gradient of a sum that is (its all-reduce works in place).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def exchange(x: torch.Tensor, group: Any) -> torch.Tensor:
     """All-to-all: block p of `x` goes to rank p, whose block for this rank comes back in its place.
 
@@ -40,6 +44,7 @@ def _all_to_all(x: torch.Tensor, group: Any) -> torch.Tensor:
     return out
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def total(x: torch.Tensor, group: Any) -> torch.Tensor:
     """The sum of `x` over the ranks, on every rank.
 
@@ -63,6 +68,7 @@ class _Total(torch.autograd.Function):
         return total(grad.contiguous(), ctx.group), None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def gather(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
     """The ranks' tensors side by side along `dim`, on every rank; gradients as for `total`."""
     result: torch.Tensor = _Gather.apply(x, dim, group)  # type: ignore[no-untyped-call]  # torch declares no types here

@@ -60,6 +60,7 @@ class Group:
         )
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads values, and asks the other ranks
 def split(
     model: torch.nn.Module, group: Group, inputs: dict[str, Any], facts: Facts
 ) -> tuple[Share, dict[str, Any], int]:
@@ -115,6 +116,7 @@ def split(
     return share, given, length
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def join(output: Any, share: Share, length: int) -> None:
     """Whole rows in an output that holds this rank's: logits, last hidden state, hidden states."""
     for key in ("logits", "last_hidden_state"):

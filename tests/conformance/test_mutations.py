@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AttentionMaskInterface
 
-from axattn import door, flash_guard, guard, inputs, interface, layouts, masking, masks, planes, traced
-from axattn.backends import eager, fp8, spans
+from axattn import door, flash_guard, guard, inputs, interface, layouts, masking, masks, planes, reading, traced
+from axattn.backends import dense, fp8, spans
 from axattn.call import AttentionCall
 from axattn.kernels import int8_operator
 from axattn.patterns import known
@@ -95,7 +95,7 @@ def position_bias_is_ignored(patch: Patch) -> None:
 
 @fault("auto", "deepseek_v32", "longer than window and chunk")
 def sparse_indices_are_ignored(patch: Patch) -> None:
-    patch.setattr(eager, "_only_selected", lambda mask, indices, keys: mask)
+    patch.setattr(dense, "selected", lambda call: None)
 
 
 @fault("auto", "llama", "dropout")
@@ -137,7 +137,7 @@ if known().remap is not None:  # else Transformers looks them up in place
 
 @fault("auto", "llama", "packed, many rows")
 def only_the_first_row_has_documents(patch: Patch) -> None:
-    real = door.from_positions
+    real = reading.from_positions
 
     def first(*given: Any) -> Segments | None:
         found = real(*given)
@@ -146,12 +146,12 @@ def only_the_first_row_has_documents(patch: Patch) -> None:
         whole = (0, found.length)
         return Segments((found.boundaries[0], *[whole] * (found.rows - 1)), found.device)
 
-    patch.setattr(door, "from_positions", first)
+    patch.setattr(reading, "from_positions", first)
 
 
 @fault("auto", "llama", "no leak between documents")
 def a_boundary_is_off_by_one(patch: Patch) -> None:
-    real = door.from_positions
+    real = reading.from_positions
 
     def late(*given: Any) -> Segments | None:
         found = real(*given)
@@ -160,7 +160,7 @@ def a_boundary_is_off_by_one(patch: Patch) -> None:
         rows = [(0, *(edge + 1 for edge in row[1:-1]), row[-1]) for row in found.boundaries]
         return Segments(tuple(rows), found.device)
 
-    patch.setattr(door, "from_positions", late)
+    patch.setattr(reading, "from_positions", late)
 
 
 @fault("auto", "llama", "packed, cu_seq_lens")
