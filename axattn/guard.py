@@ -211,7 +211,7 @@ def _caches(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
 
 
 def is_causal(module: torch.nn.Module) -> bool:
-    """What ``config.is_causal`` says, which turns a decoder into an encoder (transformers 5.18 and newer)."""
+    """What ``config.is_causal`` says, which turns a decoder into an encoder (transformers 5.17 and 5.23)."""
     config: Any = module.config
     return bool(getattr(config.get_text_config(), "is_causal", True))
 

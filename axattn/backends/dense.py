@@ -31,8 +31,9 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
     """Attention through ``F.scaled_dot_product_attention``; returns ``[B, S, H, Dv]``."""
     plain = call.mask.plain if isinstance(call.mask, LazyMask) else None
     query, key, value = call.query, call.key, call.value
-    if selected(call) is not None:
-        mask, causal = _with_bias(only_selected(call, call.dense_mask()), call.bias, query.dtype), False
+    kept = selected(call)
+    if kept is not None:
+        mask, causal = _with_bias(only_selected(call.dense_mask(), kept), call.bias, query.dtype), False
     elif call.bias is None and plain is not None:
         mask, causal = None, plain == "causal"
     elif call.bias is None and call.mask is None and call.window is None:

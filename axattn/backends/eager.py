@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
-from axattn.backends.selection import only_selected
+from axattn.backends.selection import only_selected, selected
 from axattn.call import AttentionCall
 from axattn.errors import Reason, UnsupportedAttentionError
 
@@ -53,7 +53,9 @@ def eager(call: AttentionCall) -> torch.Tensor:
             f"{type(call.module).__name__} has no eager attention function to fall back to",
             [Reason("model", f"{type(call.module).__module__} defines no eager_attention_forward")],
         )
-    mask = only_selected(call, call.dense_mask())
+    mask, kept = call.dense_mask(), selected(call)
+    if kept is not None:  # the eager functions ignore the keywords that say which keys are selected
+        mask = only_selected(mask, kept)
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(call.query.dtype).min
         mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill_(~mask, lowest)

@@ -35,11 +35,10 @@ def selected(call: AttentionCall) -> torch.Tensor | None:
     return None
 
 
-def only_selected(call: AttentionCall, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask (True: attended to; or additive) without the keys that are not `selected`."""
-    kept = selected(call)
-    if kept is None or mask is None:
-        return mask if kept is None else kept
+def only_selected(mask: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor:
+    """A mask (True: attended to; or additive) without the keys that are not in `kept`, which is `selected`'s."""
+    if mask is None:
+        return kept
     if mask.dtype == torch.bool:
         return mask & kept
     return mask.masked_fill(~kept, torch.finfo(mask.dtype).min)
