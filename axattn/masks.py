@@ -37,6 +37,7 @@ class LazyMask(TensorLike):
         "_dense",
         "_layout",
         "_materialise",
+        "_moved",
         "_padding",
         "_padding_checked",
         "_plain",
@@ -86,6 +87,7 @@ class LazyMask(TensorLike):
         self._layout: Layout | bool | None = False
         self._signature: tuple[Any, ...] | None = None
         self._plain: str | None = "unread"
+        self._moved: dict[torch.device, LazyMask] = {}
         self.handle = None if torch.compiler.is_compiling() else self._new_handle()
 
     @property
@@ -187,6 +189,32 @@ class LazyMask(TensorLike):
             self.segments is not None,
             pattern is None,
         )
+
+    def on(self, device: torch.device) -> LazyMask:
+        """The same mask for layers on another device (accelerate's ``device_map``), one for all layers there."""
+        if torch.compiler.is_compiling():
+            return self._on(device)
+        if device not in self._moved:
+            self._moved[device] = self._on(device)
+        return self._moved[device]
+
+    def _on(self, device: torch.device) -> LazyMask:
+        materialise, padding = self._materialise, self.padding  # not `self`: no cycle, see `of_handle`
+        there = LazyMask(
+            shape=tuple(self.shape),
+            pattern=self.pattern,
+            segments=None if self.segments is None else self.segments.to(device),
+            padding=None if padding is None else padding.to(device),
+            materialise=lambda: materialise().to(device),
+            q_offset=self.q_offset,
+            kv_offset=self.kv_offset,
+            device=device,
+            guarded=self.guarded,
+            weights=self.weights,
+            crosses=self.crosses,
+        )
+        there._padding_checked = self._padding_checked
+        return there
 
     def with_segments(self, segments: Segments) -> LazyMask:
         """The same mask with documents separated (for models without a door)."""

@@ -5,6 +5,7 @@ Value types that the door, the mask function and the interface know; the collect
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,10 @@ class ShareMask(LazyMask):
         )
         self.share = share
         self.whole_rows = whole_rows
+
+    def _on(self, device: torch.device) -> ShareMask:
+        padding = None if self.share.padding is None else self.share.padding.to(device)
+        return ShareMask(dataclasses.replace(self.share, padding=padding), self.whole_rows.on(device))
 
 
 def _no_dense_form() -> torch.Tensor:

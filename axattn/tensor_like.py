@@ -50,11 +50,19 @@ class TensorLike:
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Itself when only its own device is asked for, else the dense tensor, moved or cast."""
+        """Itself on the device that is asked for; another dtype makes it dense."""
         wanted = [a for a in (*args, kwargs.get("device"), kwargs.get("dtype")) if a is not None]
-        if all(_same_place(value, self.device) for value in wanted if not isinstance(value, bool)):
-            return self
-        return self.dense().to(*args, **kwargs)
+        for given in wanted:
+            if isinstance(given, torch.Tensor) or (isinstance(given, torch.dtype) and given != torch.bool):
+                return self.dense().to(*args, **kwargs)
+        places = [
+            torch.device(a) for a in wanted if isinstance(a, str | torch.device | int) and not isinstance(a, bool)
+        ]
+        return self if not places or _same(places[0], self.device) else self.on(places[0])
+
+    def on(self, device: torch.device) -> Any:
+        """The same on another device."""
+        return self.dense().to(device)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -88,10 +96,11 @@ class TensorLike:
         return func(*tree_map(densify, args), **tree_map(densify, kwargs or {}))
 
 
-def _same_place(value: Any, device: torch.device) -> bool:
-    if isinstance(value, torch.dtype):
-        return value == torch.bool
-    return isinstance(value, str | torch.device | int) and torch.device(value) == device
+def _same(asked: torch.device, own: torch.device) -> bool:
+    """Whether `asked` is the device `own`: ``cuda`` is the current one of them."""
+    return asked == own or (
+        asked.type == own.type and asked.index is None and torch.empty(0, device=asked).device == own
+    )
 
 
 _SUMS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_})

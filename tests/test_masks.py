@@ -13,8 +13,8 @@ from axattn.errors import UnsupportedAttentionError
 from axattn.layouts import Layout
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
-from axattn.patterns import recognise
-from axattn.segments import from_positions
+from axattn.patterns import Pattern, recognise
+from axattn.segments import Segments, from_positions
 from tests.models import positions
 
 
@@ -218,6 +218,38 @@ def test_an_untouched_mask_stays_lazy() -> None:
     assert not hasattr(mask, "__cuda_array_interface__")
     assert mask._dense is None
     assert "LazyMask" in repr(mask)
+
+
+def test_a_mask_moves_to_another_device_without_becoming_dense() -> None:
+    mask = make()
+    there = mask.to("meta", non_blocking=True)
+    assert isinstance(there, LazyMask)
+    assert there.device == torch.device("meta")
+    assert mask.to(torch.device("meta")) is there  # for every layer there
+    assert (mask._dense, there._dense) == (None, None)
+    assert (there.shape, there.pattern, there.q_offset, there.guarded) == (
+        mask.shape,
+        mask.pattern,
+        mask.q_offset,
+        mask.guarded,
+    )
+    assert there.dense().device == torch.device("meta")
+    assert isinstance(mask.to("meta", torch.float32), torch.Tensor)
+
+
+def test_documents_and_padding_move_with_their_mask() -> None:
+    real = torch.tensor([[True] * 3 + [False], [True] * 4])
+    mask = LazyMask(
+        shape=(2, 1, 4, 4),
+        pattern=Pattern(causal=True),
+        segments=Segments(((0, 2, 4), (0, 4)), torch.device("cpu")),
+        padding=real,
+        materialise=lambda: real[:, None, None].expand(2, 1, 4, 4),
+        device=torch.device("cpu"),
+    )
+    there = mask.to("meta")
+    assert there.segments.boundaries == mask.segments.boundaries
+    assert there.segments.document_ids.device == there.padding.device == torch.device("meta")
 
 
 def test_the_plain_causal_mask_is_one_object_until_it_is_made_dense() -> None:
