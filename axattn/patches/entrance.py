@@ -34,6 +34,10 @@ class Entrance:
         self.change = change
         self.inner = inner
 
+    def of(self, model: torch.nn.Module) -> Entrance:
+        """The same change around the ``forward`` of another copy of the model."""
+        return Entrance(model, self.change, self.inner.of(model) if isinstance(self.inner, Entrance) else self.inner)
+
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the ``forward`` inside: Trainer reads it to know which columns of a data set to keep."""
@@ -82,6 +86,28 @@ def _may_return_cache(cls: Any, base: Any, is_decoder: bool) -> bool:
     return is_decoder or not any("is_decoder" in source_of(forward) for forward in forwards)
 
 
+class _Replicate:
+    """A model's ``_replicate_for_data_parallel``: each replica gets an `Entrance` of its own.
+
+    ``nn.DataParallel``, which Trainer uses with several GPUs in one process, copies the original's, which would run the
+    original's weights.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> torch.nn.Module:
+        """A replica, still without its parameters."""
+        cls: Any = type(self.model)
+        replica: torch.nn.Module = cls._replicate_for_data_parallel(self.model)
+        entrance: Any = self.model.forward
+        replica.forward = entrance.of(replica)
+        return replica
+
+
 def add_entrance(patches: PatchSet, model: torch.nn.Module, change: Change) -> None:
     """Put a change around a model's ``forward``."""
-    patches.set_attribute(model, "forward", Entrance(model, change, vars(model).get("forward")))
+    before = vars(model).get("forward")
+    patches.set_attribute(model, "forward", Entrance(model, change, before))
+    if not isinstance(before, Entrance):
+        patches.set_attribute(model, "_replicate_for_data_parallel", _Replicate(model))
