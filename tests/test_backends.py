@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from axattn import backends
 from axattn.backends.hub import hub_backend
+from axattn.backends.spans import packed_index
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, UnknownAttentionError
+from axattn.layouts import Layout, Span
 from axattn.names import CANONICAL, HubPath
 from axattn.planning import require_available, usable_exact
 from tests.environments import AMPERE, HOPPER, machine
@@ -76,3 +79,14 @@ def test_the_kernels_window_follows_transformers() -> None:
 def test_an_unknown_backend_is_an_error() -> None:
     with pytest.raises(UnknownAttentionError, match="no backend named"):
         backends.get("nonsense")
+
+
+def test_packed_queries_and_keys_of_one_length_share_one_tensor_of_lengths() -> None:
+    """torch 2.15 takes cuDNN's kernel for causal rows only then (``torch.nn.attention.varlen``)."""
+    square = Layout((Span(0, 1, 0, 3, 0, 3), Span(0, 1, 3, 8, 3, 8)), True, None, 1, 8, 8)
+    index = packed_index(square, torch.device("cpu"))
+    assert index.cu_q is index.cu_k
+    assert index.cu_q.tolist() == [0, 3, 8]
+    longer = Layout((Span(0, 1, 0, 3, 0, 5),), True, None, 1, 3, 5)
+    index = packed_index(longer, torch.device("cpu"))
+    assert (index.cu_q.tolist(), index.cu_k.tolist()) == ([0, 3], [0, 5])

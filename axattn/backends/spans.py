@@ -181,9 +181,11 @@ def _packed_index(layout: Layout, device: torch.device) -> PackedIndex:
         return torch.cat([torch.arange(a, b) for a, b in ranges]).to(device)
 
     S, T = layout.q_length, layout.kv_length
+    cu_q = cumulative(q_lengths)
     return PackedIndex(
-        cumulative(q_lengths),
-        cumulative(k_lengths),
+        cu_q,
+        # one tensor where both are equal: torch 2.15 then takes cuDNN's kernel for causal rows on Hopper and Blackwell
+        cu_q if k_lengths == q_lengths else cumulative(k_lengths),
         max(q_lengths, default=0),
         max(k_lengths, default=0),
         index([(row * S + q0, row * S + q1) for row, q0, q1, _, _ in spans], layout.rows * S),
