@@ -9,12 +9,12 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test lint types unit oldest conformance census docs bench clean setup
+.PHONY: demo test lint types unit pretend oldest conformance census docs bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
 
-test: lint types unit oldest
+test: lint types unit pretend oldest
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest -n 2 -q tests
+
+# Two GPUs pretended on the CPU, in a process that knows of them before torch is imported.
+pretend: $(READY)
+	$(BIN)/python -m pytest -n 2 -q -p tests.pretend.plugin tests/pretend
 
 # The oldest supported Transformers, laid over the same environment: every test that touches Transformers again.
 oldest: $(OLDEST_READY)

@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from tests import interpreter
+from tests.pretend import machine
 
 torch.set_num_threads(1)
 interpreter.choose()
+collect_ignore = [] if machine.loaded() or machine.WHY_NOT else ["pretend"]  # `make pretend`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if machine.WHY_NOT and item.path.parent.name == "pretend":
+            item.add_marker(pytest.mark.skip(reason=machine.WHY_NOT))
     if torch.cuda.is_available() or "AXATTN_GPU_TESTS_ON" in os.environ:
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU; this machine has none")

@@ -79,9 +79,9 @@ def _with_logsumexp(
     logits = torch.einsum("shd,thd->hst", q.float(), k.float()) * (D**-0.5 if scale is None else scale)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    rows = torch.arange(S)[:, None] + T - S
-    columns = torch.arange(T)
-    seen = torch.ones(S, T, dtype=torch.bool)
+    rows = torch.arange(S, device=q.device)[:, None] + T - S
+    columns = torch.arange(T, device=q.device)
+    seen = torch.ones(S, T, dtype=torch.bool, device=q.device)
     left, right = window
     if causal:
         right = 0

@@ -1,0 +1,127 @@
+"""Models on one GPU, with their layers over two in turn, and copied to both by ``nn.DataParallel``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import axattn
+from axattn import masks
+from tests.conformance.cases import Batch, packed, padded
+from tests.models import build
+from tests.pretend import matrix
+from tests.pretend.data_parallel import data_parallel
+from tests.pretend.machine import two_gpus
+from tests.pretend.tensors import State
+
+BATCHES = {
+    "packed": packed((7, 11, 3), (5, 9), (4, 4), (20,), pad=2),
+    "right": padded(12, 7, 9, 5, side="right"),
+    "left": padded(12, 7, 9, 5, side="left"),
+}
+
+
+@pytest.fixture(autouse=True)
+def gpus() -> Iterator[None]:
+    with two_gpus(), matrix.kernels():
+        yield
+
+
+def given(kind: str) -> dict[str, torch.Tensor]:
+    batch = BATCHES[kind]
+    return {"position_ids": batch.positions} if kind == "packed" else {"attention_mask": batch.mask}
+
+
+def step(model: Any, batch: Batch, **inputs: Any) -> dict[str, torch.Tensor]:
+    """Logits of the documents, and every gradient, on the CPU."""
+    ids = inputs.pop("input_ids", batch.ids)
+    out = model(ids, use_cache=False, **inputs).logits.cpu()
+    real = torch.cat([out[row, a:b] for row, a, b in batch.documents])
+    (real * torch.randn(real.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    return {"logits": real.detach(), **{n: p.grad.cpu() for n, p in model.named_parameters()}}
+
+
+def alone(family: str, batch: Batch) -> dict[str, torch.Tensor]:
+    model = build(family)
+    parts = [model(batch.ids[row : row + 1, a:b], use_cache=False).logits[0] for row, a, b in batch.documents]
+    real = torch.cat(parts)
+    (real * torch.randn(real.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    return {"logits": real.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def require_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    floor = 1e-3 * max(x.norm().item() for name, x in expected.items() if name != "logits")
+    for name, wanted in expected.items():
+        got = found[name.removeprefix("module.")] if name in found else found[f"module.{name}"]
+        assert ((got - wanted).norm() / (wanted.norm() + floor)).item() < 2e-5, name
+
+
+@pytest.mark.parametrize("place", matrix.PLACES)
+@pytest.mark.parametrize("kind", ["right", "left"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_unpadded_batches(family: str, kind: str, place: str) -> None:
+    model = matrix.on_gpus(axattn.apply(build(family), "auto", unpad=True), place)
+    require_equal(step(model, BATCHES[kind], **given(kind)), alone(family, BATCHES[kind]))
+
+
+@pytest.mark.parametrize("unpad", [False, True], ids=["", "unpad"])
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("name", ["auto", "varlen", "sdpa"])
+def test_copies_of_data_parallel(name: str, kind: str, unpad: bool) -> None:
+    if unpad and name == "sdpa":
+        pytest.skip("refused: tests/test_unpadding.py")
+    model = axattn.apply(build("llama"), name, unpad=unpad).to("cuda")
+    inputs = {key: x.to("cuda") for key, x in {"input_ids": BATCHES[kind].ids, **given(kind)}.items()}
+    with data_parallel():
+        copies = torch.nn.DataParallel(model)
+        found = step(copies, BATCHES[kind], **inputs)
+    require_equal(found, alone("llama", BATCHES[kind]))
+
+
+def test_restore_gives_data_parallel_its_own_copies_back() -> None:
+    model = axattn.apply(build("llama"), "auto", unpad=True)
+    assert "_replicate_for_data_parallel" in vars(model)
+    axattn.restore(model)
+    assert "_replicate_for_data_parallel" not in vars(model)
+
+
+def test_layers_on_another_device_share_one_mask_and_none_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = masks.LazyMask.on
+
+    def counted(self: Any, device: torch.device) -> Any:
+        found = real(self, device)
+        made.append(found)
+        return found
+
+    def never(self: Any) -> Any:
+        raise AssertionError("a dense mask of a packed row")
+
+    monkeypatch.setattr(masks.LazyMask, "on", counted)
+    monkeypatch.setattr(masks.LazyMask, "dense", never)
+    model = matrix.on_gpus(axattn.apply(build("llama", num_hidden_layers=6), "varlen"), "two")
+    batch = BATCHES["packed"]
+    model(batch.ids, position_ids=batch.positions, use_cache=False)
+    assert len(made) == 3  # three of six layers are on the other GPU than the embeddings
+    assert len({id(mask) for mask in made}) == 1
+
+
+@pytest.mark.parametrize("place", matrix.PLACES)
+@pytest.mark.parametrize("kind", BATCHES)
+def test_a_layer_more_does_not_wait_for_the_gpu(kind: str, place: str) -> None:
+    def waits(layers: int) -> int:
+        model = axattn.apply(build("llama", num_hidden_layers=layers), "varlen")
+        model = matrix.on_gpus(model, place)
+        ids = BATCHES[kind].ids.to("cuda")
+        inputs = {key: x.to("cuda") for key, x in given(kind).items()}
+        model(ids, **inputs, use_cache=False)
+        State.waits.clear()
+        model(ids, **inputs, use_cache=False)
+        return sum(State.waits.values())
+
+    few, many = waits(2), waits(6)
+    assert few == many
+    assert few <= 12
