@@ -23,6 +23,7 @@ from axattn.patches.doors import add_doors, native_name, require_first_gradients
 from axattn.patches.flash_slot import preload
 from axattn.patches.flex import add_compile_room
 from axattn.patches.patchset import PatchSet
+from axattn.patches.recurrent import add_document_runs
 from axattn.patches.rope import add_rope_by_document
 from axattn.patches.routes import add_routes, set_names
 from axattn.plans import Plan, Policy
@@ -307,6 +308,7 @@ def _attach(
         add_doors(patches, model, modules.values(), native)
         require_first_gradients(patches, model, modules.values(), native)
         add_rope_by_document(patches, model)
+        add_document_runs(patches, model)
         add_routes(patches, model, modules, decided)
         if "flex_attention" in decided.running.values():
             add_compile_room(patches, model)

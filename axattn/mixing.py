@@ -10,37 +10,56 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason
+from axattn.recurrent import recurrent
 from axattn.sources import calls_interface, code_of, file_source, is_named, signature_of, source_of
 
 ATTENTION = frozenset(
-    {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "moe", "sparse"}
+    {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "moe", "sparse", "mlp"}
 )
-"""Transformers' layer types that mix tokens in attention alone (the last three say what follows it)."""
+"""Transformers' layer types that mix tokens in attention alone (the last four say what follows it)."""
 _ROW_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "RewardModel")
 
 
-def mixers(model: torch.nn.Module) -> list[Reason]:
+def mixers(model: torch.nn.Module, *, by_document: bool = False) -> list[Reason]:
     """Layers of a text model that mix tokens elsewhere than in attention: state spaces, convolutions, linear attention.
 
     Args:
         model: a ``PreTrainedModel``; of a composite one its text model is read.
+        by_document: leave out those that run document by document (`axattn.recurrent`).
     """
     text = text_model(model)
-    config: Any = text.config
-    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()) - ATTENTION
-    kinds = {k for k in map(str, kinds) if "attention" not in k or "linear" in k or "compressed" in k}
+    apart = [one.name for one in recurrent(text)] if by_document else []
+    kinds = _other_kinds(text, apart)
     if kinds:
         return [Reason("model", f"its layers of type {', '.join(sorted(kinds))} mix tokens outside of attention")]
     named: list[tuple[str, Any]] = [(name, type(module)) for name, module in text.named_modules()]
-    convolutions = [name for name, cls in named if issubclass(cls, torch.nn.Conv1d)]
+    convolutions = [
+        name
+        for name, cls in named
+        if issubclass(cls, torch.nn.Conv1d) and not any(name.startswith(f"{one}.") for one in apart)
+    ]
     if convolutions:
         return [Reason("model", f"{convolutions[0]} (a convolution) mixes neighbouring tokens")]
     shifts = [name for name, module in text.named_modules() if _shifts_tokens(module)]
     if shifts:
         return [Reason("model", f"{shifts[0]} puts neighbouring tokens together")]
-    if not any(calls_interface(cls) for _, cls in named):
+    if not apart and not any(calls_interface(cls) for _, cls in named):
         return [Reason("model", f"{type(text).__name__} mixes tokens in layers of its own, not in attention")]
     return []
+
+
+def _other_kinds(text: torch.nn.Module, apart: list[str]) -> set[str]:
+    """Types of layers that mix tokens outside of attention, but for layers that have a module named in `apart`."""
+    config: Any = text.config
+    every = list(map(str, getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()))
+    lists = [name for name, m in text.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == len(every)]
+    return {
+        kind
+        for number, kind in enumerate(every)
+        if kind not in ATTENTION
+        and ("attention" not in kind or "linear" in kind or "compressed" in kind)
+        and not any(one.startswith(f"{name}.{number}.") for name in lists[:1] for one in apart)
+    }
 
 
 def one_a_row(model: torch.nn.Module) -> list[Reason]:

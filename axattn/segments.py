@@ -7,9 +7,10 @@ numbers. Everything that reads tensor values does so in one transfer to the host
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -23,10 +24,12 @@ class Segments:
     Attributes:
         boundaries: per row, the document boundaries ``(0, ..., S)``: n documents have n + 1 boundaries.
         device: where the tensors below live.
+        memo: what is derived from the documents once for all layers of a forward.
     """
 
     boundaries: tuple[tuple[int, ...], ...]
     device: torch.device
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rows(self) -> int:

@@ -40,7 +40,7 @@ def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
     from axattn import names
 
     config: Any = model.config
-    reasons = [*mixers(model), *counters(model), *unread_positions(model)]
+    reasons = [*mixers(model, by_document=True), *counters(model), *unread_positions(model)]
     native = sorted({name for name in decided.running.values() if name is not None and names.is_native(name)})
     if native:
         text = f"{', '.join(native)} is called by Transformers, which would leak the rows into each other"

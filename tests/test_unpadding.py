@@ -172,7 +172,7 @@ def test_targets_that_padding_predicts_are_left_out_and_said(caplog: pytest.LogC
     [
         (lambda: build("llama"), "sdpa", "is called by Transformers"),
         (lambda: build("llama"), "s2", "s2 does not pack"),
-        (lambda: build("bamba"), "auto", "outside of attention"),
+        (lambda: build("minimax"), "auto", "outside of attention"),
         (qwen_vl, "auto", "images or audio"),
         (lambda: build("llama4", no_rope_layers=[1, 0]), "auto", "counts positions"),
         (

@@ -16,9 +16,10 @@ from axattn.door import Door
 from axattn.errors import UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.guard import standing_reasons
-from axattn.mixing import classifies_rows, first_must_be_real, mixers, reads_padding
+from axattn.mixing import classifies_rows, first_must_be_real, mixers, reads_padding, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
+from axattn.recurrent import recurrent
 from axattn.rope import stretched_from
 from axattn.sources import calls_interface, code_of, file_source, signature_of, tree_of
 
@@ -60,7 +61,8 @@ def add_doors(
             standing=name is not None and bool(standing_reasons(module)),
             counted=_counted(module),
             stretched_from=stretched_from(module),
-            mixers=tuple(mixers(module)),
+            mixers=tuple(mixers(module, by_document=True)),
+            by_document=any(True for _ in recurrent(text_model(module))),
             unfit=(*unread_positions(module), *rows),
             first_must_be_real=first_must_be_real(module, name),
             takes_lengths=flash_guard.takes_lengths(module),

@@ -67,6 +67,18 @@ def test_unpadded_batches(family: str, kind: str, place: str) -> None:
     require_equal(step(model, BATCHES[kind], **given(kind)), alone(family, BATCHES[kind]))
 
 
+@pytest.mark.parametrize("place", [*matrix.PLACES, "copies"])
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba"])
+def test_layers_that_run_document_by_document(family: str, place: str) -> None:
+    model, batch = axattn.apply(build(family), "auto"), BATCHES["packed"]
+    if place != "copies":
+        require_equal(step(matrix.on_gpus(model, place), batch, **given("packed")), alone(family, batch))
+        return
+    inputs = {key: x.to("cuda") for key, x in {"input_ids": batch.ids, **given("packed")}.items()}
+    with data_parallel():
+        require_equal(step(torch.nn.DataParallel(model.to("cuda")), batch, **inputs), alone(family, batch))
+
+
 @pytest.mark.parametrize("unpad", [False, True], ids=["", "unpad"])
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("name", ["auto", "varlen", "sdpa"])
