@@ -154,7 +154,10 @@ def test_restore_copy_and_pickle() -> None:
     assert all(isinstance(layer.module.forward, Entrance) for layer in layers)
     batch = packed((7, 11, 3))
     model(batch.ids, position_ids=batch.positions, use_cache=False)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    copies = [copy.deepcopy(model)]
+    if not OLD:  # 5.17 puts functions of `kernels` into models, which can't be pickled
+        copies.append(pickle.loads(pickle.dumps(model)))
+    for other in copies:
         found = other(batch.ids, position_ids=batch.positions, use_cache=False).logits[0]
         assert torch.allclose(found, alone_logits("qwen3_next", batch), atol=1e-5)
     axattn.restore(model)
