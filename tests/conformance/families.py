@@ -97,6 +97,14 @@ def _deepseek_v32(**given: Any) -> Any:
     return _of(tf.AutoModelForCausalLM, config)
 
 
+def _qwen3_next(**given: Any) -> Any:
+    own = {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "num_experts": 2}
+    own |= {"num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    own |= {f"linear_{side}_head_dim": 8 for side in ("key", "value")}
+    own |= {f"linear_num_{side}_heads": 2 for side in ("key", "value")}
+    return _of(tf.AutoModelForCausalLM, tf.Qwen3NextConfig(**{**SMALL, **own, **given}))
+
+
 def _qwen2_5_vl(**given: Any) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "in_channels": 3, "patch_size": 4}
@@ -164,6 +172,7 @@ FAMILIES: dict[str, Family] = {
         *_decoders(),
         Family("gemma4", "decoder", _gemma4, frozenset({"window", "two head dims", "shared keys", "grouped heads"})),
         Family("deepseek_v32", "decoder", _deepseek_v32, frozenset({"sparse", "value dim"}), experts=True),
+        Family("qwen3_next", "decoder", _qwen3_next, frozenset({"grouped heads"}), experts=True),
         Family("bert", "encoder", _bert, frozenset({"bidirectional"}), dropout="attention_probs_dropout_prob"),
         Family("modernbert", "encoder", _modernbert, frozenset({"bidirectional", "window"})),
         Family("t5", "encoder-decoder", _t5, frozenset({"bias", "bidirectional"}), lengths=False, dropout=""),

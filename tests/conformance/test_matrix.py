@@ -37,7 +37,9 @@ def test_auto_is_right_wherever_eager_serves_the_documents_alone() -> None:
     }
     own_code = {(name, "dense") for name in ("bloom", "falcon", "gpt_neo")}
     # eager drops the gradients of shared keys as well: see `axattn.guard.require_gradients_of_shared_keys`
-    assert refused == own_code | {("gemma4", "packed gradients, reentrant checkpointing")}
+    shared_keys = {("gemma4", "packed gradients, reentrant checkpointing")}
+    state = {("qwen3_next", "compiled, fullgraph")}  # lengths of documents are not known while a graph is traced
+    assert refused == own_code | shared_keys | state
 
 
 def test_nothing_in_the_record_is_wrong() -> None:

@@ -14,6 +14,7 @@ from axattn import door, flash_guard, guard, inputs, interface, layouts, masking
 from axattn.backends import dense, fp8, spans
 from axattn.call import AttentionCall
 from axattn.kernels import int8_operator
+from axattn.patches import recurrent
 from axattn.patterns import known
 from axattn.segments import Segments
 from tests.conformance.cases import Case
@@ -133,6 +134,22 @@ if known().remap is not None:  # else Transformers looks them up in place
     @fault("auto", "gemma3_vl", "images in packed documents")
     def image_blocks_are_looked_up_within_documents(patch: Patch) -> None:
         patch.setattr(masking, "blocks_in_place", lambda function: function)
+
+
+@fault("auto", "qwen3_next", "packed, many rows")
+def a_state_runs_on_into_the_next_document(patch: Patch) -> None:
+    patch.setattr(recurrent._HandOn, "_documents", lambda self, kwargs: [None])
+
+
+@fault("auto", "qwen3_next", "packed gradients")
+def tokens_of_a_document_come_back_in_another_place(patch: Patch) -> None:
+    real = recurrent.as_rows
+
+    def moved(*given: Any) -> Any:
+        found = real(*given)
+        return found._replace(back=found.back.roll(1))
+
+    patch.setattr(recurrent, "as_rows", moved)
 
 
 @fault("auto", "llama", "packed, many rows")
