@@ -89,7 +89,9 @@ def read(
             in_graph: TracedSegments | None = _traced_lengths(cu_q, cu_k, rows, length)
         else:
             in_graph = traced.from_positions(positions, mask, rows, length)
-        if in_graph is not None and not _packable_in_graph(facts, module, given, length):
+        if in_graph is not None and facts.by_document:
+            in_graph.require_single("packed rows can't run document by document in a graph; run without torch.compile")
+        elif in_graph is not None and not _packable_in_graph(facts, module, given, length):
             in_graph.require_single("packed rows would leak here; run without torch.compile to see why")
         return in_graph, shape
     segments = None
@@ -125,7 +127,7 @@ def _traced_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> TracedSegme
 
 def _packable_in_graph(facts: Facts, module: torch.nn.Module, given: dict[str, Any], length: int) -> bool:
     """Whether packed rows are right in this graph: what `inputs.require_packable` asks, without reading a value."""
-    if facts.encoder_decoder or facts.mixers or facts.by_document or facts.unfit or inputs.switched(facts, module):
+    if facts.encoder_decoder or facts.mixers or facts.unfit or inputs.switched(facts, module):
         return False
     if facts.counted is not None and length > facts.counted:
         return False

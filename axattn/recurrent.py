@@ -47,10 +47,14 @@ class Recurrent:
 def recurrent(model: torch.nn.Module) -> Iterator[Recurrent]:
     """Every such layer of a model.
 
-    Read in the source: a causal convolution in it, a ``forward`` of hidden states, a cache and a 2-D mask and nothing
-    else, and a parent that hands on its own mask.
+    Read in the source: a convolution in it, a ``forward`` of hidden states, a cache (so it is causal) and a 2-D mask
+    and nothing else, and a decoder layer that hands on its own mask. A part of such a layer is none.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     for path, parent in model.named_modules():
+        if not isinstance(parent, GradientCheckpointingLayer):
+            continue
         for name, child in parent.named_children():
             if _carries(child):
                 mask = _mask_of(code_of(parent).forward, name)

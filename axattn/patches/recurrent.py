@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from axattn.context import current
@@ -62,17 +61,17 @@ class _HandOn:
     def __reduce__(self) -> Any:
         return _HandOn, (self.parameter,)  # a copy has seen nothing yet
 
-    def _documents(self, kwargs: dict[str, Any]) -> list[Segments | None]:
+    def _documents(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> list[Segments | None]:
         """What is known of the rows, in a list; empty if nothing is."""
         context = current()
-        tensors = [x for x in tree_flatten(kwargs)[0] if isinstance(x, torch.Tensor)]
         if context is not None:
             found = context.segments
             assert not isinstance(found, TracedSegments)
-            for x in tensors:
-                self.known[x] = [found] if self.known.get(x, [found]) == [found] else []
+            if module.training:
+                for x in _tensors(kwargs):
+                    self.known[x] = [found] if self.known.get(x, [found]) == [found] else []
             return [found]
-        said = [self.known[x] for x in tensors if self.known.get(x)]
+        said = [self.known[x] for x in _tensors(kwargs) if self.known.get(x)]
         return said[0] if said and all(one == said[0] for one in said) else []
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,7 +83,7 @@ class _HandOn:
             return None
         if context is not None and isinstance(context.segments, TracedSegments):
             return None
-        documents = self._documents(kwargs)
+        documents = self._documents(module, kwargs)
         if not documents:
             return None
         given = dict(kwargs)
@@ -96,6 +95,12 @@ class _HandOn:
                 return (*args[:at], mask, *args[at + 1 :]), kwargs
         given[self.parameter] = DocumentMask(_plain(kwargs.get(self.parameter)), documents[0])
         return args, given
+
+
+def _tensors(kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors among keywords, and in tuples there (``position_embeddings``); not those inside of a cache."""
+    some = [x if isinstance(x, tuple) else (x,) for x in kwargs.values()]
+    return [x for several in some for x in several if isinstance(x, torch.Tensor)]
 
 
 def _plain(mask: Any) -> Any:

@@ -138,7 +138,7 @@ if known().remap is not None:  # else Transformers looks them up in place
 
 @fault("auto", "qwen3_next", "packed, many rows")
 def a_state_runs_on_into_the_next_document(patch: Patch) -> None:
-    patch.setattr(recurrent._HandOn, "_documents", lambda self, kwargs: [None])
+    patch.setattr(recurrent._HandOn, "_documents", lambda *given: [None])
 
 
 @fault("auto", "qwen3_next", "packed gradients")
