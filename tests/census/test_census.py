@@ -13,7 +13,15 @@ from tests.census.configs import tiny
 from tests.census.examine import every, examine
 
 RECORDS, VERSIONS = report.load()
-EVERY = sorted(every())
+WHOLE = transformers.__version__ == VERSIONS["transformers"]
+"""Whether the record is of this version. On the oldest, heads that only classify are tried in a quarter of cases."""
+
+
+def _sampled(key: tuple[str, str]) -> bool:
+    return WHOLE or key[0] in ("causal", "masked", "vision") or zlib.crc32("".join(key).encode()) % 4 == 0
+
+
+EVERY = sorted(filter(_sampled, every()))
 
 
 @pytest.mark.parametrize(("head", "model_type"), EVERY, ids=lambda part: part)
@@ -21,7 +29,7 @@ def test_an_architecture_is_right_or_refused(head: str, model_type: str) -> None
     record = examine(model_type, head)
     wrong = {key: finding.detail for key, finding in record.findings.items() if finding.status == "wrong"}
     assert not wrong
-    if transformers.__version__ != VERSIONS["transformers"]:
+    if not WHOLE:
         return
     recorded = next(one for one in RECORDS if (one.head, one.model_type) == (head, model_type))
     if recorded.skipped:  # an optional library (timm) may be there
@@ -48,7 +56,7 @@ def test_the_page_is_made_of_the_record() -> None:
 
 def test_the_record_reads_back() -> None:
     assert report.read(report.dump(RECORDS, VERSIONS)) == (RECORDS, VERSIONS)
-    if transformers.__version__ == VERSIONS["transformers"]:
+    if WHOLE:
         assert [(record.head, record.model_type) for record in RECORDS] == list(every())
 
 

@@ -76,7 +76,7 @@ def every_key() -> Iterator[tuple[str, str, str]]:
                     yield backend, family.name, scenario.name
 
 
-SHARE = {"auto": 1, "varlen": 4, "s2": 8, "eager": 4, "sdpa": 4, "flex_attention": 40}  # the fakes: 6
+SHARE = {"auto": 1, "varlen": 4, "s2": 8, "eager": 4, "sdpa": 4, "flex_attention": 40}  # the fakes: 12
 
 
 def sampled(key: tuple[str, str, str]) -> bool:
@@ -84,7 +84,7 @@ def sampled(key: tuple[str, str, str]) -> bool:
     backend, family, scenario = key
     if scenario == "compiled, fullgraph":  # seconds each
         return backend == "auto" and family in ("llama", "gemma3", "gpt_oss")
-    return zlib.crc32("/".join(key).encode()) % SHARE.get(backend, 6) == 0
+    return zlib.crc32("/".join(key).encode()) % SHARE.get(backend, 12) == 0
 
 
 def error(found: Result, expected: Result) -> tuple[float, str]:
