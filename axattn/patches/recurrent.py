@@ -126,10 +126,15 @@ class _ByDocument:
                 self._require_nothing_lost()
             return forward(inputs)
         hidden = inputs["hidden_states"]
+        plain = mask.mask
+        if isinstance(
+            plain, torch.Tensor
+        ):  # the layer may lie on another device, and nobody moves what a `DocumentMask` holds
+            plain = plain.to(hidden.device)
         if mask.segments is None or hidden.shape[1] == 1:
-            return forward({**inputs, "attention_mask": mask.mask})
+            return forward({**inputs, "attention_mask": plain})
         self.packed = True
-        return _run(forward, hidden, mask.mask, mask.segments)
+        return _run(forward, hidden, plain, mask.segments)
 
     def _require_nothing_lost(self) -> None:
         """Raise where packed rows may run here without their documents.
@@ -175,7 +180,7 @@ def _group(forward: Forward, flat: torch.Tensor, mask: torch.Tensor | None, grou
     index = group.tokens.flatten()
     given: dict[str, Any] = {"hidden_states": flat.index_select(0, index).view(n, longest, -1)}
     if mask is not None:
-        real = mask.to(index.device).flatten().index_select(0, index).view(n, longest)
+        real = mask.flatten().index_select(0, index).view(n, longest)
         given["attention_mask"] = real * group.real
 
     def real_tokens(x: Any) -> Any:
