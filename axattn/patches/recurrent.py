@@ -127,9 +127,8 @@ class _ByDocument:
             return forward(inputs)
         hidden = inputs["hidden_states"]
         plain = mask.mask
-        if isinstance(
-            plain, torch.Tensor
-        ):  # the layer may lie on another device, and nobody moves what a `DocumentMask` holds
+        if isinstance(plain, torch.Tensor):
+            # the layer may lie on another device, and nobody moves what a `DocumentMask` holds
             plain = plain.to(hidden.device)
         if mask.segments is None or hidden.shape[1] == 1:
             return forward({**inputs, "attention_mask": plain})
