@@ -35,8 +35,8 @@ pretend: $(READY)
 # The oldest supported Transformers, laid over the same environment: every test that touches Transformers again.
 oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,registration.py segments.py masks.py interface.py door.py \
-	    loading.py needs.py planning.py training.py s2.py flash.py fp8.py ranking.py compiled.py numbering.py mixing.py losses.py rope.py recurrent.py) \
-	    tests/conformance tests/census tests/e2e
+	    loading.py needs.py planning.py training.py s2.py flash.py fp8.py ranking.py compiled.py numbering.py numbered.py \
+	    mixing.py losses.py rope.py recurrent.py token_dropout.py) tests/conformance tests/census tests/e2e
 
 # Every test on another torch, laid over the same environment: `make torch-2.11.0`. The registry's builds are gigabytes.
 torch-%: $(READY)

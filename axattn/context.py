@@ -26,6 +26,7 @@ class Context:
         shape: (B, S) of the tokens, None when the model takes no tokens (a vision tower).
         weights: the attention weights are asked for (``output_attentions``).
         seen: the objects it was computed from, to reuse it in inner models that get the same ones.
+        plain: the mask of 0 and 1 that the model is given in the place of one, in `seen`, that numbers documents.
         door: whose forward is running.
         outer: the context to go back to.
         share: the forward runs on this rank's share of its rows.
@@ -44,6 +45,7 @@ class Context:
     crosses: bool = False
     reads_padding: bool = False
     caller: FrameType | None = None
+    plain: torch.Tensor | None = None
 
     @property
     def running(self) -> bool:

@@ -18,7 +18,7 @@ from axattn.context import Context, current, slot
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.numbering import counted
-from axattn.reading import described, read
+from axattn.reading import described, plain, read
 from axattn.segments import Segments
 from axattn.traced import TracedSegments
 
@@ -39,11 +39,12 @@ class Door:
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook (``with_kwargs=True``). Packed rows get what they lack: on a flash name the lengths of their
-        documents, which Transformers' flash path reads at any batch size; positions that start anew in each."""
+        documents, which Transformers' flash path reads at any batch size; positions that start anew in each. Of a mask
+        that numbers them the model gets a plain one."""
         given = {**dict(zip(self.facts.parameters, args, strict=False)), **kwargs} if args else kwargs
         here, outer = slot(), current()
         weights = self._require_allowed(module, given)
-        seen = described(given)
+        seen = described(given, outer)
         unchanged: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         if outer is not None and _speaks_of(outer, seen[2]) and inputs.token_shape(given) is None:
             # the lengths of the text, which a vision tower is given too (transformers 5.17)
@@ -63,10 +64,15 @@ class Door:
             and given.get("encoder_hidden_states") is None
         ):
             return unchanged  # an inner model with nothing to read: the outer door has looked, and its context holds
+        masked = outer.plain if outer is not None and seen[1] is outer.seen[1] else None
         if outer is not None and _same(seen, outer.seen):
             segments, shape = outer.segments, outer.shape
         else:
-            segments, shape = read(self.facts, module, given, seen, outer)
+            segments, shape, numbered = read(self.facts, module, given, seen, outer)
+            if numbered and masked is None:
+                masked = plain(seen[1])
+        if masked is not None and masked is not given.get("attention_mask"):
+            args, kwargs = unchanged = self._masked(args, kwargs, masked)
         if segments is not None:
             completed, seen = self._complete(module, args, kwargs, given, seen, segments)
             unchanged = completed or unchanged
@@ -80,6 +86,7 @@ class Door:
             crosses=given.get("encoder_hidden_states") is not None,
             reads_padding=self.facts.reads_padding or (outer is not None and outer.reads_padding),
             caller=_caller(),
+            plain=masked,
         )
         return unchanged
 
@@ -125,6 +132,15 @@ class Door:
                 'Use attn_implementation="auto" or "eager".',
             )
         return bool(weights)
+
+    def _masked(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: torch.Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs with another 2-D mask."""
+        if "attention_mask" in kwargs:
+            return args, {**kwargs, "attention_mask": mask}
+        at = self.facts.parameters.index("attention_mask")
+        return (*args[:at], mask, *args[at + 1 :]), kwargs
 
     def _told(
         self, module: torch.nn.Module, given: dict[str, Any], told: Segments | None

@@ -19,33 +19,44 @@ _CALL = torch.nn.Module._call_impl.__code__
 _FRAMES = 40
 
 
-def require_handed_on(module: torch.nn.Module, rows: int) -> None:
-    """Raise where a module around this one was given packed positions, and this one none.
+def require_handed_on(module: torch.nn.Module, rows: int, length: int) -> None:
+    """Raise where a module around this one was given packed positions, and this one none; or documents numbered in the
+    mask, and rows of another length: tokens that it put in front are the first document's alone.
 
     Args:
         module: a model that was given no positions and no lengths, in its forward pre-hook.
         rows: B of its tokens. A wrapper that gives each document a row of its own changes it, and has done all there
             is to do.
+        length: S of its tokens.
 
     Raises:
         UnsupportedAttentionError: it was.
     """
     for wrapper, tokens, given in _calls_around(module):
         positions, mask = given.get("position_ids"), given.get("attention_mask")
-        if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
+        positions = positions if _is_2d(positions) else None
+        mask = mask if _is_2d(mask) else None
+        told = positions if positions is not None else mask
+        if told is None or (told.shape[0] if tokens is None else tokens.shape[0]) != rows:
             continue
-        if (positions.shape[0] if tokens is None else tokens.shape[0]) != rows:
+        shape = (rows, told.shape[1])
+        if positions is None and shape[1] == length:
             continue
-        shape = (rows, positions.shape[1])
-        mask = mask if isinstance(mask, torch.Tensor) and mask.shape == shape else None
-        found = from_positions(positions, mask, *shape)
+        found = from_positions(positions, mask if mask is not None and mask.shape == shape else None, *shape)
         if found is not None and found.packed:
             name = type(wrapper).__name__
+            text = f"{name} was given position_ids and did not hand them on"
+            if positions is None:
+                text = f"{name} was given rows of {shape[1]} tokens and made rows of {length} of them"
             raise UnsupportedAttentionError(
                 f"packed rows ({found.documents} documents in {rows} rows) would leak in {type(module).__name__}",
-                [Reason("position_ids", f"{name} was given position_ids and did not hand them on")],
+                [Reason("position_ids", text)],
                 "Give it one document a row, padded.",
             )
+
+
+def _is_2d(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.ndim == 2
 
 
 def _calls_around(module: torch.nn.Module) -> list[tuple[torch.nn.Module, torch.Tensor | None, dict[str, Any]]]:

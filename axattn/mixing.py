@@ -25,7 +25,7 @@ def mixers(model: torch.nn.Module, *, by_document: bool = False) -> list[Reason]
 
     Args:
         model: a ``PreTrainedModel``; of a composite one its text model is read.
-        by_document: leave out those that run document by document (`axattn.recurrent`).
+        by_document: leave out those that run document by document (`axattn.recurrent`, `scaled_by_share`).
     """
     text = text_model(model)
     apart = [one.name for one in recurrent(text)] if by_document else []
@@ -43,9 +43,21 @@ def mixers(model: torch.nn.Module, *, by_document: bool = False) -> list[Reason]
     shifts = [name for name, module in text.named_modules() if _shifts_tokens(module)]
     if shifts:
         return [Reason("model", f"{shifts[0]} puts neighbouring tokens together")]
+    shares = [] if by_document else [name for name, _ in scaled_by_share(text)]
+    if shares:
+        return [Reason("model", f"{shares[0]} scales a row by its share of masked tokens (token_dropout)")]
     if not apart and not any(calls_interface(cls) for _, cls in named):
         return [Reason("model", f"{type(text).__name__} mixes tokens in layers of its own, not in attention")]
     return []
+
+
+def scaled_by_share(text: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """Embeddings that are scaled by the share of masked tokens in a row (ESM's token dropout), by name."""
+    return [
+        (name, module)
+        for name, module in text.named_modules()
+        if getattr(module, "token_dropout", False) is True and "mask_token_id" in source_of(code_of(module).forward)
+    ]
 
 
 def _other_kinds(text: torch.nn.Module, apart: list[str]) -> set[str]:

@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from axattn import flash_guard, guard, inputs, planes, traced
-from axattn.context import Context
+from axattn.context import Context, current
 from axattn.errors import InvalidInputError, Reason
 from axattn.facts import Facts
 from axattn.handed_on import require_handed_on
-from axattn.segments import Segments, from_positions
+from axattn.segments import Segments, from_positions, has_numbers
 from axattn.traced import TracedSegments
 
 
-def described(given: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """The inputs that say which tokens belong together: positions, mask, and cumulative lengths of queries and keys."""
+class Found(NamedTuple):
+    """What the inputs of a forward say.
+
+    Attributes:
+        segments: the documents, None when every row is one.
+        shape: (B, S) of the tokens, None when there are none.
+        numbered: their 2-D mask numbers documents (in a graph: it may).
+    """
+
+    segments: Segments | TracedSegments | None
+    shape: tuple[int, int] | None
+    numbered: bool = False
+
+
+def described(given: dict[str, Any], outer: Context | None) -> tuple[Any, Any, Any, Any]:
+    """The inputs that say which tokens belong together: positions, mask, and cumulative lengths of queries and keys.
+
+    Args:
+        given: the inputs, by name.
+        outer: what the door around this one found: where it put a plain mask in the place of one that numbers
+            documents, the latter is meant.
+    """
     get = given.get
-    return get("position_ids"), get("attention_mask"), get("cu_seq_lens_q"), get("cu_seq_lens_k")
+    mask = get("attention_mask")
+    if mask is not None and outer is not None and mask is outer.plain:
+        mask = outer.seen[1]
+    return get("position_ids"), mask, get("cu_seq_lens_q"), get("cu_seq_lens_k")
+
+
+def plain(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of 0 and 1 for one that numbers documents: models multiply by its values (layers with a state, ESM's
+    embeddings, the loss that balances experts), and take sums of it for lengths."""
+    return (mask != 0).to(mask.dtype)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced by itself it would find nothing to read
 def documents(facts: Facts, module: torch.nn.Module, given: dict[str, Any]) -> Segments | None:
     """The documents that a model's inputs describe, None when every row is one; checks as `read` does. Never traced."""
-    segments, _ = read(facts, module, given, described(given), None)
+    segments = read(facts, module, given, described(given, current()), None).segments
     return segments if isinstance(segments, Segments) else None
 
 
 def read(
     facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: tuple[Any, ...], outer: Context | None
-) -> tuple[Segments | TracedSegments | None, tuple[int, int] | None]:
-    """The documents of a forward, None when every row is one, and (B, S) of its tokens, None when it has none.
+) -> Found:
+    """The documents of a forward, read in its inputs.
 
     Args:
         facts: about the model.
@@ -54,7 +83,7 @@ def read(
         )
     shape = inputs.token_shape(given)
     if shape is None:
-        return None, None
+        return Found(None, None)
     if facts.on_flash and facts.native is not None:
         flash_guard.require_served(
             facts.native, given, facts.windowed, overlays=facts.overlays, reads_padding=facts.reads_padding
@@ -67,9 +96,9 @@ def read(
             f"the batch is empty: {rows} rows of {length} tokens", advice="Give at least one row with one token."
         )
     if positions is cu_q is cu_k is None and outer is None and length > 1 and not torch.compiler.is_compiling():
-        require_handed_on(module, rows)
+        require_handed_on(module, rows, length)
     if positions is mask is cu_q is cu_k is None:
-        return (outer.segments if outer is not None and outer.shape == shape else None), shape
+        return Found(outer.segments if outer is not None and outer.shape == shape else None, shape)
     finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
     if finished and facts.native is not None and isinstance(mask, torch.Tensor):
         guard.require_mask_is_read(facts.native, module, mask)
@@ -80,11 +109,16 @@ def read(
     if not lengths:
         positions = _text_positions(facts, positions, rows, length, outer)
         if finished:  # a 4-D mask (the user's own, or one that `generate` built before) already says it all
-            return None, shape
+            return Found(None, shape)
         mask = inputs.mask_of_tokens(mask, length, cache)
         if positions is not None and facts.first_position and not _decodes(given):
             inputs.require_counted_from(facts.first_position, module, positions, mask)
+    # inside of a model that was given numbers for these tokens, a mask that is made of theirs has them no more
+    numbers = outer if outer is not None and outer.plain is not None and outer.shape == shape else None
+    numbered = mask is not None and length > 1 and (torch.compiler.is_compiling() or has_numbers(seen[1]))
     if torch.compiler.is_compiling():
+        if numbers is not None:
+            return Found(numbers.segments, shape, numbered)
         if lengths:
             in_graph: TracedSegments | None = _traced_lengths(cu_q, cu_k, rows, length)
         else:
@@ -93,16 +127,19 @@ def read(
             in_graph.require_single("packed rows can't run document by document in a graph; run without torch.compile")
         elif in_graph is not None and not _packable_in_graph(facts, module, given, length):
             in_graph.require_single("packed rows would leak here; run without torch.compile to see why")
-        return in_graph, shape
-    segments = None
+        return Found(in_graph, shape, numbered)
+    segments: Segments | None = None
     if lengths:
         segments = inputs.documents_of_lengths(cu_q, cu_k, rows, length)
     elif positions is not None or mask is not None:
-        segments = from_positions(positions, mask, rows, length)
+        segments = from_positions(positions, mask, rows, length, numbered)
+    if (segments is None or not segments.packed) and numbers is not None:
+        above = numbers.segments
+        segments = above.read() if isinstance(above, TracedSegments) else above
     if segments is None or not segments.packed:
-        return None, shape
+        return Found(None, shape, numbered)
     inputs.require_packable(facts, module, given, segments, cache, None if finished else seen[1])
-    return segments, shape
+    return Found(segments, shape, numbered)
 
 
 def _text_positions(facts: Facts, positions: Any, rows: int, length: int, outer: Context | None) -> torch.Tensor | None:

@@ -120,8 +120,17 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str 
     return Segments(tuple(boundaries), cu_seqlens.device)
 
 
+def has_numbers(attention_mask: torch.Tensor) -> bool:
+    """Whether a 2-D mask ``[B, S]`` numbers documents: a value above 1. Reads the value."""
+    return attention_mask.dtype is not torch.bool and attention_mask.numel() > 0 and bool(attention_mask.max() > 1)
+
+
 def from_positions(
-    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int, length: int
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    rows: int,
+    length: int,
+    numbered: bool | None = None,
 ) -> Segments | None:
     """Documents from positions and a 2-D mask; None when every row is one document.
 
@@ -130,9 +139,13 @@ def from_positions(
 
     Args:
         position_ids: integer ``[B, S]``, ``[1, S]`` or ``[S]``, or None.
-        attention_mask: bool or integer ``[B, S]``, or None. Integers above 1 are document numbers.
+        attention_mask: ``[B, S]``, or None. Numbers above 1 are those of documents.
         rows: B.
         length: S.
+        numbered: what `has_numbers` says of the mask, where it is known.
+
+    Raises:
+        InvalidInputError: positions start anew, or jump, inside a document that the mask numbers.
     """
     if length < 2:
         return None
@@ -143,13 +156,13 @@ def from_positions(
         starts = positions[:, 1:] != positions[:, :-1] + 1
         device = positions.device
     if attention_mask is not None:
-        numbered = attention_mask.dtype not in (torch.bool, torch.float32) and int(attention_mask.max()) > 1
-        if numbered:
+        if has_numbers(attention_mask) if numbered is None else numbered:
             changed = document_changes(attention_mask)
-            starts = changed if starts is None else starts | changed.to(starts.device)
+            if starts is not None:
+                _require_agreement(starts, changed.to(starts.device), attention_mask)
+            starts = changed
         if starts is not None:
-            real = (attention_mask != 0).to(starts.device)
-            starts = starts & real[:, 1:] & (real.cumsum(-1)[:, :-1] > 0)
+            starts = starts & between_real(attention_mask).to(starts.device)
             device = starts.device
     if starts is None:
         return None
@@ -162,6 +175,28 @@ def from_positions(
     for row, at in found:
         per_row[row].append(at + 1)
     return Segments(tuple((*row, length) for row in per_row), device)
+
+
+def between_real(mask: torch.Tensor) -> torch.Tensor:
+    """bool ``[B, S - 1]``: where the second of two neighbours is a real token, and some token before it is one."""
+    real = mask != 0
+    return real[:, 1:] & (real.cumsum(-1)[:, :-1] > 0)
+
+
+def _require_agreement(starts: torch.Tensor, changed: torch.Tensor, numbers: torch.Tensor) -> None:
+    against = starts & ~changed & between_real(numbers).to(starts.device)
+    if bool(against.any()):
+        row, at = against.nonzero()[0].tolist()
+        number = int(numbers[row, at + 1])
+        raise InvalidInputError(
+            "position_ids and attention_mask describe different documents",
+            [
+                Reason(
+                    "position_ids", f"row {row}: they jump at token {at + 1}, inside of document {number} of the mask"
+                )
+            ],
+            "Give a mask of 0 and 1 with position_ids, or one of document numbers alone.",
+        )
 
 
 def jumps(document_ids: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from axattn import segments
 from axattn.errors import InvalidInputError
-from axattn.segments import Segments, document_changes
+from axattn.segments import Segments, between_real, document_changes
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,18 @@ def from_positions(
         positions = position_ids.reshape(-1, length)
         starts = positions[:, 1:] != positions[:, :-1] + 1
     if attention_mask is not None:
-        if attention_mask.dtype not in (torch.bool, torch.float32):
+        if attention_mask.dtype is not torch.bool:
             changed = document_changes(attention_mask)  # none in a mask of 0 and 1
-            starts = changed if starts is None else starts | changed.to(starts.device)
+            if starts is not None:
+                changed = changed.to(starts.device)
+                agreed = (attention_mask.max() <= 1).to(starts.device) | changed | ~starts
+                agreed = agreed | ~between_real(attention_mask).to(starts.device)
+                torch._assert_async(
+                    agreed.all(), "axattn: position_ids and attention_mask describe different documents"
+                )
+            starts = changed if starts is None else starts | changed
         if starts is not None:
-            real = (attention_mask != 0).to(starts.device)
-            starts = starts & real[:, 1:] & (real.cumsum(-1)[:, :-1] > 0)
+            starts = starts & between_real(attention_mask).to(starts.device)
     if starts is None:
         return None
     ids = torch.nn.functional.pad(starts.cumsum(-1), (1, 0))

@@ -302,7 +302,7 @@ def test_a_copied_model_keeps_its_documents_apart_and_is_restored_by_itself(clon
     [
         ("LlamaForCausalLM", True),
         ("Gemma2ForCausalLM", True),
-        ("GptOssForCausalLM", True),
+        ("GptOssForCausalLM", False),  # the loss that balances its experts reads the mask
         ("OPTForCausalLM", False),
         ("LlamaForSequenceClassification", False),
     ],

@@ -16,7 +16,7 @@ from axattn.door import Door
 from axattn.errors import UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.guard import standing_reasons
-from axattn.mixing import classifies_rows, first_must_be_real, mixers, reads_padding, text_model
+from axattn.mixing import classifies_rows, first_must_be_real, mixers, reads_padding, scaled_by_share, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
 from axattn.recurrent import recurrent
@@ -45,7 +45,7 @@ def add_doors(
 
     for module in [m for m in modules if isinstance(m, PreTrainedModel)]:
         inside = [name for name, child in module.named_children() if isinstance(child, PreTrainedModel)]
-        rows = classifies_rows(module)
+        text, rows = text_model(module), classifies_rows(module)
         everything = reads_padding(module)
         if len(inside) == 1 and not rows and not everything and hands_on(code_of(module).forward, inside[0]):
             continue
@@ -62,7 +62,7 @@ def add_doors(
             counted=_counted(module),
             stretched_from=stretched_from(module),
             mixers=tuple(mixers(module, by_document=True)),
-            by_document=any(True for _ in recurrent(text_model(module))),
+            by_document=bool(scaled_by_share(text) or next(recurrent(text), None)),
             unfit=(*unread_positions(module), *rows),
             first_must_be_real=first_must_be_real(module, name),
             takes_lengths=flash_guard.takes_lengths(module),
@@ -129,8 +129,9 @@ READ = frozenset(
 def hands_on(forward: Any, child: str) -> bool:
     """Whether a ``forward`` method hands every input that a door reads on to ``self.<child>``, as it got them.
 
-    Read in its source: one call of the child, each such parameter passed by its own name, ``**kwargs`` passed on, and
-    none of these names assigned anywhere. Unreadable source counts as no.
+    Read in its source: one call of the child, each such parameter passed by its own name, ``**kwargs`` passed on, none
+    of these names assigned anywhere, and the mask used for nothing else (a loss that balances experts multiplies by it,
+    and must not get numbers of documents). Unreadable source counts as no.
     """
     function = tree_of(forward)
     if function is None:
@@ -141,7 +142,8 @@ def hands_on(forward: Any, child: str) -> bool:
     nodes = list(ast.walk(function))
     stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{child}"]
-    if not spread or len(calls) != 1 or calls[0].args or stored & {*read, *spread}:
+    masked = [node for node in nodes if isinstance(node, ast.Name) and node.id == "attention_mask"]
+    if not spread or len(calls) != 1 or calls[0].args or stored & {*read, *spread} or len(masked) > 1:
         return False
     given = {kw.arg: kw.value.id for kw in calls[0].keywords if isinstance(kw.value, ast.Name)}
     changed = any(f"{spread[0]}{how}" in ast.unparse(function) for how in (".pop(", ".update(", "[", ".setdefault("))

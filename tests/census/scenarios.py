@@ -71,6 +71,15 @@ def _packed(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]
     return out, expected.alone
 
 
+def _packed_by_numbers(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
+    """No positions: the mask numbers the documents."""
+    numbers = torch.tensor([[number + 1 for number, length in enumerate(LENGTHS) for _ in range(length)]])
+    out = expected.logits(model, input_ids=expected.ids, attention_mask=numbers)
+    if expected.head == "rows":
+        return out, torch.full_like(out, torch.inf)
+    return out, expected.alone
+
+
 def _packed_from_1(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions as RoBERTa counts them where padding is token 0; on eager each document alone, with the same ones."""
     where = positions(LENGTHS) + 1
@@ -138,6 +147,7 @@ SCENARIOS = (
     Scenario("left padding", _left),
     Scenario("packed", _packed, (*NAMES, "eager", "sdpa"), (*_ONE_SIDED, *FEWER)),
     Scenario("packed, from position 1", _packed_from_1, ("auto",), ("masked", "tokens", "questions", "none")),
+    Scenario("packed, numbered in the mask", _packed_by_numbers, ("auto",), (*_ONE_SIDED, *FEWER)),
     Scenario("packed, cu_seq_lens alone", _packed_by_lengths, ("auto", "flash_attention_2"), _ONE_SIDED),
     Scenario("packed gradients", _gradients, NAMES, _ONE_SIDED, gradients=True),
     Scenario("right padding, unpad", _right, ("auto",), unpad=True),

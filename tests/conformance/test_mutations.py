@@ -136,6 +136,11 @@ if known().remap is not None:  # else Transformers looks them up in place
         patch.setattr(masking, "blocks_in_place", lambda function: function)
 
 
+@fault("auto", "qwen3_next", "packed, numbered in the mask")
+def the_model_gets_the_numbers_of_its_documents(patch: Patch) -> None:
+    patch.setattr(door, "plain", lambda mask: mask)
+
+
 @fault("auto", "qwen3_next", "packed, many rows")
 def a_state_runs_on_into_the_next_document(patch: Patch) -> None:
     patch.setattr(recurrent._HandOn, "_documents", lambda *given: [None])

@@ -100,6 +100,16 @@ def packed_padded(case: Case) -> Any:
     return _documents(case, batch, position_ids=case.positions(batch.positions), attention_mask=batch.mask)
 
 
+@scenario("packed, numbered in the mask", SELF)
+def packed_numbered(case: Case) -> Any:
+    """Nothing else says where a document ends; the last row is one document whose number is not 1."""
+    batch = packed(LENGTHS, (5, 16), (21,))
+    numbers = torch.zeros_like(batch.ids)
+    for number, (row, a, b) in zip((1, 2, 3, 1, 2, 2), batch.documents, strict=True):
+        numbers[row, a:b] = number
+    return _documents(case, batch, attention_mask=numbers)
+
+
 @scenario("packed, documents not from position 0", SELF)
 def packed_shifted(case: Case) -> Any:
     batch = packed(LENGTHS)

@@ -1,0 +1,127 @@
+"""Documents numbered in a 2-D mask: they are kept apart, and nothing in a model multiplies by their numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import axattn
+from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionError
+from tests.census import examine
+from tests.conformance.cases import Batch, packed
+from tests.models import HYBRIDS, build, positions, tokens
+
+ROWS = packed((7, 11, 3), (5, 9), pad=2)
+FAMILIES = ("llama", "qwen3_next", "bamba", "falcon_h1", "jamba", "kimi_linear")
+
+
+def made(family: str) -> Any:
+    return build(family) if family == "llama" or family in HYBRIDS else examine.build(family, "causal")
+
+
+def numbers(batch: Batch, first: int = 1) -> torch.Tensor:
+    """int64 ``[B, S]``: documents from `first` on in each row, 0 for padding."""
+    found = torch.zeros_like(batch.ids)
+    for row, a, b in batch.documents:
+        found[row, a:b] = found[row].max().clamp(min=first - 1) + 1
+    return found
+
+
+def alone(model: Any, batch: Batch) -> torch.Tensor:
+    return torch.cat([model(batch.ids[row : row + 1, a:b], use_cache=False).logits[0] for row, a, b in batch.documents])
+
+
+def cut(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+    return torch.cat([logits[row, a:b] for row, a, b in batch.documents])
+
+
+@pytest.mark.parametrize("unpad", [False, True], ids=["", "unpad"])
+@pytest.mark.parametrize("rows", ["packed", "one document a row"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_documents_equal_those_alone_whatever_their_numbers(family: str, rows: str, unpad: bool) -> None:
+    """Layers with a state multiply by the mask: a second document would be scaled by two."""
+    batch = ROWS if rows == "packed" else packed((12,), (7,))
+    expected = alone(made(family), batch)
+    model = axattn.apply(made(family), "auto", unpad=unpad)
+    found = cut(batch, model(batch.ids, attention_mask=numbers(batch, 2), use_cache=False).logits)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_numbers_of_any_dtype_separate_documents(dtype: torch.dtype) -> None:
+    model = axattn.apply(build("llama"), "auto")
+    found = model(ROWS.ids, numbers(ROWS).to(dtype), use_cache=False).logits  # by place, not by name
+    assert torch.allclose(cut(ROWS, found), alone(build("llama"), ROWS), atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@torch.no_grad()
+def test_the_loss_that_balances_experts_does_not_weigh_documents_by_their_numbers(compiled: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = transformers.MixtralConfig(**sizes, **heads, output_router_logits=True, router_aux_loss_coef=1.0)
+    model = axattn.apply(transformers.MixtralForCausalLM(config).eval(), "auto")
+    batch = packed((4, 6))
+    expected = model(batch.ids, position_ids=batch.positions, labels=batch.ids, use_cache=False)
+    run = torch.compile(model, backend="eager") if compiled else model
+    found = run(batch.ids, attention_mask=numbers(batch), labels=batch.ids, use_cache=False)
+    assert torch.allclose(found.aux_loss, expected.aux_loss, atol=1e-6)
+    assert torch.allclose(found.loss, expected.loss, atol=1e-5)
+
+
+class Masked(transformers.LlamaForCausalLM):
+    """A model that makes a mask of its own of the one that it is given."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, **inputs: Any) -> Any:
+        return super().forward(input_ids, attention_mask=attention_mask * 1, **inputs)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@torch.no_grad()
+def test_a_model_inside_that_gets_another_mask_still_knows_the_documents(compiled: bool) -> None:
+    model = build("llama")
+    expected = alone(model, ROWS)
+    model.__class__ = Masked
+    axattn.apply(model, "auto")
+    run = torch.compile(model, backend="eager") if compiled else model
+    found = run(ROWS.ids, attention_mask=numbers(ROWS), use_cache=False).logits
+    assert torch.allclose(cut(ROWS, found), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", [positions((4, 2, 4)), torch.arange(10)[None] * 2])
+@torch.no_grad()
+def test_positions_that_jump_inside_of_a_numbered_document_are_refused(where: torch.Tensor) -> None:
+    torch._dynamo.reset()
+    model, batch = axattn.apply(build("llama"), "auto"), packed((4, 6))
+    with pytest.raises(InvalidInputError, match=r"inside of document \d of the mask"):
+        model(batch.ids, attention_mask=numbers(batch, 2), position_ids=where)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises((AxattnError, RuntimeError), match="describe different documents"):
+        compiled(batch.ids, attention_mask=numbers(batch, 2), position_ids=where)
+    agreed = {"attention_mask": numbers(batch, 2), "position_ids": batch.positions, "use_cache": False}
+    assert torch.allclose(compiled(batch.ids, **agreed).logits[0], alone(build("llama"), batch), atol=1e-4)
+
+
+def test_generate_counts_positions_from_a_mask_and_is_refused_with_numbers_in_it() -> None:
+    model, ids = axattn.apply(build("llama"), "auto"), tokens(1, 8)
+    with pytest.raises(InvalidInputError, match="describe different documents"):
+        model.generate(ids, attention_mask=torch.full_like(ids, 2), max_new_tokens=1)
+
+
+@torch.no_grad()
+def test_a_prompt_in_front_of_numbered_documents_is_refused() -> None:
+    """It would be the first document's alone."""
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(axattn.apply(build("llama"), "auto"), config)
+    batch = packed((4, 6))
+    with pytest.raises(UnsupportedAttentionError, match="made rows of 13 of them"):
+        model(batch.ids, attention_mask=numbers(batch))
+    model(batch.ids, attention_mask=torch.ones_like(batch.ids))
