@@ -21,7 +21,7 @@ class Facts:
         windowed: some layers have a sliding window.
         standing: on this native name no packed call is right (`axattn.guard.standing_reasons`).
         mixers: layers that mix tokens outside of attention (`axattn.mixing`): documents would leak through them.
-        by_document: some layers carry a state along a row, and run document by document (`axattn.recurrent`).
+        by_document: some of its layers run document by document (`axattn.recurrent`, `axattn.mixing.scaled_by_share`).
         counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
         stretched_from: the longest document whose rotary frequencies are its own (`axattn.rope`), None for any length.
         unfit: why packed rows can't be what is meant: positions that do not reach the model, one output a row.

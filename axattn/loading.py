@@ -26,6 +26,7 @@ from axattn.patches.patchset import PatchSet
 from axattn.patches.recurrent import add_document_runs
 from axattn.patches.rope import add_rope_by_document
 from axattn.patches.routes import add_routes, set_names
+from axattn.patches.token_dropout import add_shares_by_document
 from axattn.plans import Plan, Policy
 from axattn.registration import register
 from axattn.reporting import Status, read_status
@@ -309,6 +310,7 @@ def _attach(
         require_first_gradients(patches, model, modules.values(), native)
         add_rope_by_document(patches, model)
         add_document_runs(patches, model)
+        add_shares_by_document(patches, model)
         add_routes(patches, model, modules, decided)
         if "flex_attention" in decided.running.values():
             add_compile_room(patches, model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 Values = dict[str, Any]
+MASKED = 17
+"""A token that is in some of the batches' documents."""
 
 
 def _each(*model_types: str, **values: Any) -> dict[str, Values]:
@@ -83,6 +85,7 @@ _BY_SETTING: dict[str, dict[str, Values]] = {
         layer_types=["sliding_attention", "full_attention"] * 2,
         num_kv_shared_layers=2,
     ),
+    "token dropout": _each("esm", token_dropout=True, mask_token_id=MASKED),
     "halves rotated": _each("deepseek_v3", "glm4_moe_lite", "youtu", rope_interleave=False),
 }
 VARIANTS: dict[str, tuple[str, Values]] = {
@@ -99,7 +102,7 @@ def with_head(types: tuple[str, ...], head: str) -> list[str]:
     found = []
     for name, (model_type, _) in VARIANTS.items():
         setting = name.partition(", ")[2]
-        wide = setting in ("is_causal=False", "bidirectional") or model_type == "mistral4"
+        wide = setting in ("is_causal=False", "bidirectional", "token dropout") or model_type == "mistral4"
         if model_type in types and (head == "causal" or (wide and head in ("none", "tokens"))):
             found.append(name)
     return found

@@ -1,0 +1,43 @@
+"""Patch: ESM's "token dropout" in packed rows, by document.
+
+Its embeddings are scaled by the share of masked tokens in a row (ESM-2 was trained so, and its checkpoints ask for it;
+transformers 5.23, ``EsmEmbeddings``): in a packed row each document would be scaled by the share of all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from axattn.context import current
+from axattn.mixing import scaled_by_share, text_model
+from axattn.patches.entrance import Forward, add_entrance
+from axattn.patches.patchset import PatchSet
+from axattn.recurrent import as_rows
+from axattn.segments import Segments
+
+
+def add_shares_by_document(patches: PatchSet, model: torch.nn.Module) -> None:
+    """Let embeddings that are scaled by a row's share of masked tokens take that of each document."""
+    for _, embeddings in scaled_by_share(text_model(model)):
+        add_entrance(patches, embeddings, _by_document)
+
+
+def _by_document(module: Any, forward: Forward, inputs: dict[str, Any]) -> Any:
+    """One forward of the embeddings: documents as rows, and back in their places."""
+    context, ids = current(), inputs.get("input_ids")
+    segments = None if context is None else context.segments
+    if not isinstance(segments, Segments) or ids is None or ids.shape != (segments.rows, segments.length):
+        return forward(inputs)
+    documents = as_rows(segments, ids.device)
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    other = int(module.mask_token_id == 0)  # any token that is not masked
+    parts = []
+    for group in documents.groups:
+        real = group.real if mask is None else group.real & (mask.flatten()[group.tokens] != 0)
+        given = {"input_ids": ids.flatten()[group.tokens].masked_fill(~real, other), "attention_mask": real.long()}
+        if positions is not None:
+            given["position_ids"] = positions.expand(ids.shape).flatten()[group.tokens]
+        parts.append(forward({**inputs, **given}).flatten(0, 1).index_select(0, group.places))
+    return torch.cat(parts).index_select(0, documents.back).view(*ids.shape, -1)
