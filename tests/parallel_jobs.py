@@ -131,6 +131,28 @@ def shard(model: Any, mesh: Any) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def hybrid_in_packed_rows(family: str, how: str) -> float:
+    """The largest error of logits and gradients of a sharded or copied hybrid with checkpointed layers, against one
+    process without checkpoints. Every rank has the same rows."""
+    given = {"input_ids": tokens(2, 21), "position_ids": positions((7, 11, 3), (5, 16)), "use_cache": False}
+
+    def step(model: Any) -> dict[str, torch.Tensor]:
+        logits = model(**given).logits
+        logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)))
+        return {"logits": logits.detach(), **gradients(model)}
+
+    wanted = step(axattn.apply(build(family), "auto").train())
+    model = axattn.apply(build(family), "auto").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if how == "FSDP2":
+        shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    else:
+        model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    found = step(model)
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    return worst((found[name], wanted[name]) for name in wanted)
+
+
 def two_dimensions(order: str) -> tuple[float, float]:
     """FSDP2 over all four ranks, rows split over two: errors of loss and gradients."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))

@@ -23,6 +23,7 @@ from axattn.patches import recurrent as patch
 from axattn.patches.entrance import Entrance
 from axattn.recurrent import as_rows, recurrent
 from axattn.segments import Segments
+from tests import distributed, parallel_jobs
 from tests.census import examine
 from tests.conformance.cases import Batch, packed, padded
 from tests.models import HYBRIDS, build, positions, tokens
@@ -79,6 +80,12 @@ def test_a_layer_that_runs_again_in_backward_knows_its_documents(family: str, ki
         model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
         model.enable_input_require_grads()
     require_equal(together(model, ROWS, position_ids=ROWS.positions), alone(family, ROWS))
+
+
+@pytest.mark.parametrize(("family", "how"), [("qwen3_next", "FSDP2"), ("bamba", "DDP")])
+def test_layers_that_are_sharded_or_copied_over_processes(family: str, how: str) -> None:
+    for error in distributed.run(2, parallel_jobs.hybrid_in_packed_rows, family, how):
+        assert error < 1e-4
 
 
 def test_a_checkpoint_that_keeps_nothing_is_refused() -> None:
