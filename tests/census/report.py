@@ -27,7 +27,10 @@ TITLES = {
 COLUMNS = {
     "whole rows": ("dense: auto", "right padding: auto", "left padding: auto"),
     "generate": ("generate, left padding: auto",),
-    "packed": (*(f"packed{how}: auto" for how in ("", " gradients", ", cu_seq_lens alone", ", from position 1")),),
+    "packed": (
+        *(f"packed{how}: auto" for how in ("", " gradients", ", cu_seq_lens alone", ", from position 1")),
+        "packed, numbered in the mask: auto",
+    ),
     "unpad": ("right padding, unpad: auto", "left padding, unpad: auto"),
     "over ranks": ("split: auto",),
     "images": tuple(f"image{how}: auto" for how in ("", ", left padding", ", packed")),
@@ -107,7 +110,8 @@ def render(records: list[Record], versions: dict[str, str]) -> str:
         "Transformers' own.",
         "",
         "- *whole rows*: dense, padded on the right, padded on the left, on `auto`; *generate* behind left padding",
-        "- *packed*: rows of three documents, and their gradients; *unpad*: padded batches with `unpad=True`",
+        "- *packed*: rows of three documents, however they are told, and their gradients; *unpad*: padded batches with "
+        "`unpad=True`",
         "- *over ranks*: `axattn.sequence_parallel` over two processes: dense, packed, padded; loss and gradients",
         "- *images*: an image in the text: alone, in a padded batch, among packed documents; empty: text alone tried",
         "- the other columns: dense / packed on that name",
