@@ -15,14 +15,15 @@ import axattn
 from tests.fakes.machine import hopper
 from tests.models import CONFIGS, build, positions, tokens
 
-SCENARIOS = ("dense", "packed", "packed uneven", "right padded", "left padded", "uneven", "many rows", "checkpointed")
+_PACKED = ("packed", "packed uneven", "numbered in the mask")
+SCENARIOS = ("dense", *_PACKED, "right padded", "left padded", "uneven", "many rows", "checkpointed")
 
 
 def batch(scenario: str) -> dict[str, Any]:
     """A batch of `scenario` with labels, the same on every rank."""
     if scenario in ("packed", "checkpointed"):
         ids, where = tokens(1, 24), positions((5, 11, 8))
-    elif scenario == "packed uneven":
+    elif scenario in ("packed uneven", "numbered in the mask"):
         ids, where = tokens(2, 21), positions((5, 9, 7), (20, 1))
     elif scenario == "uneven":
         ids, where = tokens(1, 21), None
@@ -34,6 +35,8 @@ def batch(scenario: str) -> dict[str, Any]:
     if where is not None:
         given["position_ids"] = where
         given["labels"][where == 0] = -100
+    if scenario == "numbered in the mask":
+        given["attention_mask"] = (given.pop("position_ids") == 0).cumsum(-1)
     if "padded" in scenario:
         mask = torch.ones_like(ids)
         if scenario == "right padded":
