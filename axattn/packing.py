@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from axattn.errors import InvalidInputError, Reason
@@ -83,7 +83,8 @@ class PackingCollator:
 
     A batch holds ``input_ids``, ``position_ids`` (from `first_position` in every document), ``labels`` (no loss across
     a boundary: the first token of a document is no target), and ``cu_seq_lens_q/k``, ``max_length_q/k`` over the
-    flattened tokens. Padding behind a row is a document of its own, with no loss; there is no attention mask.
+    flattened tokens. Padding behind a row is a document of its own, with no loss; there is no attention mask unless you
+    ask for it.
 
     Args:
         max_length: tokens in a row. None puts all documents of a batch into one row.
@@ -96,6 +97,9 @@ class PackingCollator:
             them (documents are then found in ``position_ids``).
         first_position: position of a document's first token: 0, but ``padding_idx + 1`` (2) in the families of RoBERTa,
             which count so themselves.
+        return_mask: emit an ``attention_mask`` too, 0 for padding behind a row. The loss that balances the experts of a
+            mixture (``output_router_logits=True``) counts padding without one. Flash names refuse it where there is
+            padding.
 
     Attributes:
         stats: `PackingStats` so far.
@@ -114,6 +118,7 @@ class PackingCollator:
         pad_to_multiple_of: int | None = None,
         return_lengths: bool = True,
         first_position: int = 0,
+        return_mask: bool = False,
     ) -> None:
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length={max_length}: a row needs at least two tokens to have one target")
@@ -132,6 +137,7 @@ class PackingCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.return_lengths = return_lengths
         self.first_position = first_position
+        self.return_mask = return_mask
         self.stats = PackingStats()
 
     def __call__(self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
@@ -139,8 +145,8 @@ class PackingCollator:
 
         Args:
             features: one mapping per example: ``input_ids`` and any other per-token lists. ``attention_mask`` zeros are
-                removed; ``position_ids`` or ``seq_lengths`` that mark several documents in an example are honoured;
-                ``completion_mask`` and ``assistant_masks`` turn into labels.
+                removed; ``position_ids``, ``seq_lengths`` or numbers in the ``attention_mask`` that mark several
+                documents in an example are honoured; ``completion_mask`` and ``assistant_masks`` turn into labels.
             return_tensors: ``"pt"`` or None; there is nothing else.
 
         Returns:
@@ -202,6 +208,8 @@ class PackingCollator:
         self.stats.tokens += sum(used)
         self.stats.padding += size * len(rows) - sum(used)
         batch: dict[str, Any] = {key: torch.tensor(values, dtype=torch.long) for key, values in columns.items()}
+        if self.return_mask:
+            batch["attention_mask"] = torch.tensor([[1] * real + [0] * (size - real) for real in used])
         if self.return_lengths:
             cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
             batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = cumulative
@@ -232,8 +240,8 @@ def _documents(feature: Mapping[str, Any], at: int) -> list[Document]:
     for key in ("completion_mask", "assistant_masks"):
         if key in columns:
             labels = [label if kept else IGNORE_INDEX for label, kept in zip(labels, columns[key], strict=True)]
-    starts = _starts(columns.get("position_ids"), lengths, count)
     kept = columns.get("attention_mask", [1] * count)
+    starts = sorted({*_starts(columns.get("position_ids"), lengths, count), *_changes(kept)})
     columns = {key: values for key, values in columns.items() if key not in _CONSUMED} | {"labels": labels}
     documents = []
     for a, b in zip(starts, [*starts[1:], count], strict=True):
@@ -254,6 +262,12 @@ def _starts(positions: list[int] | None, lengths: list[int] | None, count: int) 
     if positions is None:
         return [0]
     return [i for i in range(count) if i == 0 or positions[i] != positions[i - 1] + 1]
+
+
+def _changes(mask: list[int]) -> list[int]:
+    """Where a mask of document numbers (1, 2, 3, ..., and 0 for padding) goes on to another document."""
+    real = [i for i, number in enumerate(mask) if number]
+    return [i for before, i in pairwise(real) if mask[i] != mask[before]]
 
 
 def _ints(values: Any, key: str, at: int) -> list[int]:

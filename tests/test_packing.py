@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+import axattn
 from axattn.errors import InvalidInputError
 from axattn.packing import IGNORE_INDEX, PackingCollator, first_fit_decreasing
 from axattn.segments import from_cu_seqlens, from_positions
@@ -89,7 +91,9 @@ def test_padding_of_an_example_is_removed() -> None:
 def test_examples_that_hold_several_documents_stay_apart() -> None:
     by_positions = {"input_ids": [1, 2, 3, 4, 5], "position_ids": [0, 1, 0, 1, 2]}
     by_lengths = {"input_ids": [1, 2, 3, 4, 5], "seq_lengths": [2, 3]}
-    for example in (by_positions, by_lengths):
+    by_numbers = {"input_ids": [1, 2, 3, 4, 5], "attention_mask": [1, 1, 2, 2, 2]}
+    padded = {"input_ids": [0, 1, 2, 0, 3, 4, 5, 0], "attention_mask": [0, 2, 2, 0, 1, 1, 1, 0]}
+    for example in (by_positions, by_lengths, by_numbers, padded):
         batch = PackingCollator()([example])
         assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
         assert batch["labels"].tolist() == [[IGNORE_INDEX, 2, IGNORE_INDEX, 4, 5]]
@@ -113,6 +117,28 @@ def test_other_token_features_travel_along_and_tensors_are_fine() -> None:
 def test_lengths_can_be_left_out() -> None:
     batch = PackingCollator(return_lengths=False)(examples(2, 3))
     assert set(batch) == {"input_ids", "position_ids", "labels"}
+
+
+def test_a_mask_says_what_is_padding_if_asked_for() -> None:
+    batch = PackingCollator(5, return_mask=True)(examples(2, 2, 3))
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2, 5, 7, 10]
+
+
+@torch.no_grad()
+def test_with_a_mask_the_loss_that_balances_experts_leaves_padding_out() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True}
+    model = axattn.apply(transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval(), "auto")
+    documents = [{"input_ids": list(range(3, 3 + length))} for length in (9, 5)]
+    expected, padded, masked = (
+        model(**PackingCollator(None if full else 32, pad_rows=not full, return_mask=mask)(documents), use_cache=False)
+        for full, mask in ((True, False), (False, False), (False, True))
+    )
+    assert torch.allclose(masked.aux_loss, expected.aux_loss, atol=1e-6)
+    assert not torch.allclose(padded.aux_loss, expected.aux_loss, atol=1e-3)
+    assert torch.allclose(masked.loss, expected.loss, atol=1e-5)
 
 
 def test_rows_can_be_a_multiple_of_something() -> None:
