@@ -8,13 +8,35 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from axattn.segments import Segments
 from axattn.shares import Share
 from axattn.traced import TracedSegments
+
+
+class Seen(NamedTuple):
+    """The inputs of a forward that say which tokens belong together, None where they are not given."""
+
+    positions: Any = None
+    mask: Any = None
+    cu_q: Any = None
+    cu_k: Any = None
+    index: Any = None
+
+    @property
+    def nothing(self) -> bool:
+        """None of them is given."""
+        return self.positions is self.mask is self.cu_q is self.cu_k is self.index is None
+
+    def same(self, other: Seen) -> bool:
+        """Whether both are the same objects, and there is one."""
+        for x, y in zip(self, other, strict=True):
+            if x is not y:
+                return False
+        return not self.nothing
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +60,7 @@ class Context:
     segments: Segments | TracedSegments | None
     shape: tuple[int, int] | None
     weights: bool
-    seen: tuple[Any, ...]
+    seen: Seen
     door: object
     outer: Context | None
     share: Share | None = None

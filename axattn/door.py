@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from axattn import flash_guard, guard, inputs, planes
-from axattn.context import Context, current, slot
+from axattn.context import Context, Seen, current, slot
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.numbering import counted
@@ -46,10 +46,10 @@ class Door:
         weights = self._require_allowed(module, given)
         seen = described(given, outer)
         unchanged: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        if outer is not None and _speaks_of(outer, seen[2]) and inputs.token_shape(given) is None:
+        if outer is not None and _speaks_of(outer, seen.cu_q) and inputs.token_shape(given) is None:
             # the lengths of the text, which a vision tower is given too (transformers 5.17)
             kwargs = {name: value for name, value in kwargs.items() if name not in flash_guard.LENGTHS}
-            seen, unchanged = (*seen[:2], None, None), (args, kwargs)
+            seen, unchanged = seen._replace(cu_q=None, cu_k=None), (args, kwargs)
         if here.share is not None or here.told is not None:
             segments, shape = self._told(module, given, here.told)
             here.context = Context(segments, shape, weights, seen, self, outer, here.share, caller=_caller())
@@ -60,17 +60,17 @@ class Door:
             and outer.segments is None
             and outer.door is not self
             and not inputs.is_packed(given.get("past_key_values"))
-            and (seen[0] is seen[1] is seen[2] is seen[3] is None)
+            and seen.nothing
             and given.get("encoder_hidden_states") is None
         ):
             return unchanged  # an inner model with nothing to read: the outer door has looked, and its context holds
-        masked = outer.plain if outer is not None and seen[1] is outer.seen[1] else None
-        if outer is not None and _same(seen, outer.seen):
+        masked = outer.plain if outer is not None and seen.mask is outer.seen.mask else None
+        if outer is not None and seen.same(outer.seen):
             segments, shape = outer.segments, outer.shape
         else:
             segments, shape, numbered = read(self.facts, module, given, seen, outer)
             if numbered and masked is None:
-                masked = plain(seen[1])
+                masked = plain(seen.mask)
         if masked is not None and masked is not given.get("attention_mask"):
             args, kwargs = unchanged = self._masked(args, kwargs, masked)
         if segments is not None:
@@ -161,9 +161,9 @@ class Door:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         given: dict[str, Any],
-        seen: tuple[Any, ...],
+        seen: Seen,
         segments: Segments | TracedSegments,
-    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, tuple[Any, ...]]:
+    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Seen]:
         """The inputs with what packed rows lack, None when they lack nothing; and what is seen of them then."""
         facts = self.facts
         flattened = bool(facts.position_planes) and planes.lacks_planes(given)
@@ -171,28 +171,27 @@ class Door:
         lengths = None
         if (flattened or facts.on_flash) and facts.takes_lengths and isinstance(segments, Segments):
             lengths = added = flash_guard.lengths_of(segments)
-            seen = (*seen[:2], lengths["cu_seq_lens_q"], lengths["cu_seq_lens_k"])
+            seen = seen._replace(cu_q=lengths["cu_seq_lens_q"], cu_k=lengths["cu_seq_lens_k"])
         if flattened:
             if isinstance(segments, TracedSegments):
                 segments.require_single("packed rows with images need position_ids of 3 or 4 planes in a graph")
             else:
                 args, added = planes.left_to_model(module, facts.parameters, args, lengths)
-                seen = (None, *seen[1:])
-        elif seen[0] is None and not facts.position_planes and "position_ids" in facts.parameters[len(args) :]:
+                seen = seen._replace(positions=None)
+        elif seen.positions is None and not facts.position_planes and "position_ids" in facts.parameters[len(args) :]:
             added["position_ids"] = self._positions(segments, given, seen)
-            seen = (added["position_ids"], *seen[1:])
+            seen = seen._replace(positions=added["position_ids"])
         return ((args, {**kwargs, **added}) if added else None), seen
 
-    def _positions(
-        self, segments: Segments | TracedSegments, given: dict[str, Any], seen: tuple[Any, ...]
-    ) -> torch.Tensor:
+    def _positions(self, segments: Segments | TracedSegments, given: dict[str, Any], seen: Seen) -> torch.Tensor:
         """int64 ``[B, S]`` that start anew in each document; in a graph that may not be packed at all, else the model's
         own count."""
         facts = self.facts
         anew: torch.Tensor = segments.positions + facts.first_position
-        if isinstance(segments, Segments) or seen[2] is not None or seen[3] is not None:
+        if isinstance(segments, Segments) or seen.cu_q is not None or seen.cu_k is not None:
             return anew
-        own = counted(facts.first_position, facts.counts_mask, given.get("input_ids"), seen[1])
+        mask = torch.ones_like(segments.document_ids) if seen.mask is None else seen.mask
+        own = counted(facts.first_position, facts.counts_mask, given.get("input_ids"), mask)
         return torch.where((segments.document_ids[:, -1] > 0).any(), anew, own)
 
 
@@ -206,13 +205,4 @@ def _caller() -> FrameType | None:
 
 def _speaks_of(context: Context, lengths: Any) -> bool:
     """Whether these are the lengths that the model of a context was given for its own tokens."""
-    return lengths is not None and len(context.seen) > 2 and context.seen[2] is lengths
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    some = False
-    for x, y in zip(a, b, strict=True):
-        if x is not y:
-            return False
-        some = some or x is not None
-    return some
+    return lengths is not None and context.seen.cu_q is lengths

@@ -17,6 +17,8 @@ from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.segments import Segments
 from axattn.sources import tree_of
 
+_APART = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+"""What tells documents besides positions."""
 _MASK_BUILDERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
 
@@ -47,7 +49,7 @@ def require_no_leak(
     reasons = (
         flash_guard.packed_reasons(native, inputs, segments, lengths_follow=lengths_follow)
         if names.is_flash(native)
-        else _mask_reasons(module, inputs, mask, overlays)
+        else _mask_reasons(module, inputs, segments, mask, overlays)
     )
     if reasons:
         raise UnsupportedAttentionError(
@@ -140,7 +142,7 @@ def require_no_context_parallel(module: torch.nn.Module) -> None:
 
 
 def _mask_reasons(
-    module: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor | None, overlays: bool
+    module: torch.nn.Module, inputs: dict[str, Any], segments: Segments, mask: torch.Tensor | None, overlays: bool
 ) -> list[Reason]:
     """eager, sdpa, flex_attention: right only when Transformers itself finds the documents in position_ids."""
     reasons = []
@@ -151,11 +153,12 @@ def _mask_reasons(
     positions = inputs.get("position_ids")
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
         reasons.append(Reason("segments", "the mask is built from position_ids, and none were given"))
-    elif inputs.get("cu_seq_lens_q") is not None:
-        # the two descriptions must agree: Transformers reads the positions here, and ignores the lengths
-        starts = (positions[:, 1:] != positions[:, :-1] + 1).sum() + positions.shape[0]
-        if int(starts) != segments_in(inputs):
-            reasons.append(Reason("segments", "position_ids and cu_seq_lens_q describe different documents"))
+    elif any(inputs.get(name) is not None for name in _APART):
+        # the two descriptions must agree: Transformers reads the positions here, and nothing else
+        starts = torch.nn.functional.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0), value=True)
+        if not torch.equal(starts.expand(segments.rows, -1), (segments.positions == 0).to(starts.device)):
+            given = " and ".join(name for name in _APART if inputs.get(name) is not None)
+            reasons.append(Reason("segments", f"position_ids and {given} describe different documents"))
     if overlays and flash_guard.has_kinds(inputs):
         reasons.append(Reason("dense_mask", "Transformers lays image blocks over a packed row's mask in wrong places"))
     return [*reasons, *standing_reasons(module)]
@@ -186,17 +189,12 @@ def may_leak(native: str, module: torch.nn.Module, inputs: dict[str, Any], stand
         standing: whether there are `standing_reasons`.
         overlays: see `flash_guard.overlays`.
     """
-    if names.is_flash(native) or inputs.get("cu_seq_lens_q") is not None or inputs.get("cu_seq_lens_k") is not None:
+    if names.is_flash(native) or any(inputs.get(name) is not None for name in _APART):
         return True
     positions = inputs.get("position_ids")
     plain = isinstance(positions, torch.Tensor) and positions.ndim == 2 and inputs.get("attention_mask") is None
     plain = plain and not (overlays and any(inputs.get(name) is not None for name in flash_guard.KINDS))
     return standing or not plain or _caches(module, inputs)
-
-
-def segments_in(inputs: dict[str, Any]) -> int:
-    """How many documents ``cu_seq_lens_q`` describes."""
-    return int(inputs["cu_seq_lens_q"].numel()) - 1
 
 
 def _caches(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:

@@ -85,6 +85,33 @@ def mask_of_tokens(mask: torch.Tensor | None, length: int, cache: Any) -> torch.
     return own if own.shape[-1] == length else None
 
 
+def numbers_of(index: Any, mask: torch.Tensor | None, rows: int, length: int) -> torch.Tensor:
+    """int64 ``[B, S]``: numbers of documents from 1 on, 0 for padding, from ``seq_idx`` and a 2-D mask.
+
+    Args:
+        index: the document of each token, ``[B or 1, S]`` (``DataCollatorWithFlattening(return_seq_idx=True)``).
+        mask: ``[B, S]``, 0 for padding; it may number documents too. None where no token is padding.
+        rows: B.
+        length: S.
+
+    Raises:
+        InvalidInputError: `index` has another shape or dtype.
+    """
+    fits = isinstance(index, torch.Tensor) and index.ndim == 2 and index.shape[0] in (1, rows)
+    if not fits or index.shape[1] != length or index.is_floating_point():
+        shown = f"shape {list(index.shape)}, {index.dtype}" if isinstance(index, torch.Tensor) else repr(index)
+        raise InvalidInputError(
+            f"seq_idx is {shown}, but the batch has {rows} rows of {length} tokens",
+            advice=f"Give the number of each token's document, int32 [{rows}, {length}], or leave it out.",
+        )
+    numbers: torch.Tensor = (index.long() - index.min() + 1).expand(rows, length)
+    if mask is None:
+        return numbers
+    real = (mask != 0).to(numbers.device)
+    numbers = numbers * (mask.max().long() + 1).to(numbers.device) + mask.to(numbers.device, torch.long)
+    return numbers * real
+
+
 def text_positions(positions: Any, rows: int, length: int, planes: tuple[int, ...]) -> torch.Tensor | None:
     """The text positions ``[B or 1, S]`` in ``position_ids``, None when there are none to read documents from.
 

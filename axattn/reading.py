@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from axattn import flash_guard, guard, inputs, planes, traced
-from axattn.context import Context, current
+from axattn.context import Context, Seen, current
 from axattn.errors import InvalidInputError, Reason
 from axattn.facts import Facts
 from axattn.handed_on import require_handed_on
@@ -29,8 +29,8 @@ class Found(NamedTuple):
     numbered: bool = False
 
 
-def described(given: dict[str, Any], outer: Context | None) -> tuple[Any, Any, Any, Any]:
-    """The inputs that say which tokens belong together: positions, mask, and cumulative lengths of queries and keys.
+def described(given: dict[str, Any], outer: Context | None) -> Seen:
+    """The inputs that say which tokens belong together.
 
     Args:
         given: the inputs, by name.
@@ -40,8 +40,8 @@ def described(given: dict[str, Any], outer: Context | None) -> tuple[Any, Any, A
     get = given.get
     mask = get("attention_mask")
     if mask is not None and outer is not None and mask is outer.plain:
-        mask = outer.seen[1]
-    return get("position_ids"), mask, get("cu_seq_lens_q"), get("cu_seq_lens_k")
+        mask = outer.seen.mask
+    return Seen(get("position_ids"), mask, get("cu_seq_lens_q"), get("cu_seq_lens_k"), get("seq_idx"))
 
 
 def plain(mask: torch.Tensor) -> torch.Tensor:
@@ -57,9 +57,7 @@ def documents(facts: Facts, module: torch.nn.Module, given: dict[str, Any]) -> S
     return segments if isinstance(segments, Segments) else None
 
 
-def read(
-    facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: tuple[Any, ...], outer: Context | None
-) -> Found:
+def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: Seen, outer: Context | None) -> Found:
     """The documents of a forward, read in its inputs.
 
     Args:
@@ -73,7 +71,7 @@ def read(
         InvalidInputError: inputs that can't be read, or say two things.
         UnsupportedAttentionError: what they mean would be lost on the way to this model's kernels.
     """
-    positions, mask, cu_q, cu_k = seen
+    positions, mask, cu_q, cu_k, index = seen
     cache = given.get("past_key_values")
     if inputs.is_packed(cache):
         raise InvalidInputError(
@@ -97,7 +95,7 @@ def read(
         )
     if positions is cu_q is cu_k is None and outer is None and length > 1 and not torch.compiler.is_compiling():
         require_handed_on(module, rows, length)
-    if positions is mask is cu_q is cu_k is None:
+    if seen.nothing:
         return Found(outer.segments if outer is not None and outer.shape == shape else None, shape)
     finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
     if finished and facts.native is not None and isinstance(mask, torch.Tensor):
@@ -111,11 +109,14 @@ def read(
         if finished:  # a 4-D mask (the user's own, or one that `generate` built before) already says it all
             return Found(None, shape)
         mask = inputs.mask_of_tokens(mask, length, cache)
+        if index is not None:
+            mask = inputs.numbers_of(index, mask, rows, length)
         if positions is not None and facts.first_position and not _decodes(given):
             inputs.require_counted_from(facts.first_position, module, positions, mask)
     # inside of a model that was given numbers for these tokens, a mask that is made of theirs has them no more
     numbers = outer if outer is not None and outer.plain is not None and outer.shape == shape else None
-    numbered = mask is not None and length > 1 and (torch.compiler.is_compiling() or has_numbers(seen[1]))
+    given_mask = None if finished or length == 1 else seen.mask
+    numbered = given_mask is not None and (torch.compiler.is_compiling() or has_numbers(given_mask))
     if torch.compiler.is_compiling():
         if numbers is not None:
             return Found(numbers.segments, shape, numbered)
@@ -132,13 +133,13 @@ def read(
     if lengths:
         segments = inputs.documents_of_lengths(cu_q, cu_k, rows, length)
     elif positions is not None or mask is not None:
-        segments = from_positions(positions, mask, rows, length, numbered)
+        segments = from_positions(positions, mask, rows, length, numbered if index is None else None)
     if (segments is None or not segments.packed) and numbers is not None:
         above = numbers.segments
         segments = above.read() if isinstance(above, TracedSegments) else above
     if segments is None or not segments.packed:
         return Found(None, shape, numbered)
-    inputs.require_packable(facts, module, given, segments, cache, None if finished else seen[1])
+    inputs.require_packable(facts, module, given, segments, cache, None if finished else seen.mask)
     return Found(segments, shape, numbered)
 
 

@@ -189,13 +189,9 @@ def _require_agreement(starts: torch.Tensor, changed: torch.Tensor, numbers: tor
         row, at = against.nonzero()[0].tolist()
         number = int(numbers[row, at + 1])
         raise InvalidInputError(
-            "position_ids and attention_mask describe different documents",
-            [
-                Reason(
-                    "position_ids", f"row {row}: they jump at token {at + 1}, inside of document {number} of the mask"
-                )
-            ],
-            "Give a mask of 0 and 1 with position_ids, or one of document numbers alone.",
+            "position_ids and the numbers of documents (attention_mask, seq_idx) do not agree",
+            [Reason("position_ids", f"row {row}: they jump at token {at + 1}, inside of document {number}")],
+            "Give a mask of 0 and 1 with position_ids, or numbers of documents alone.",
         )
 
 

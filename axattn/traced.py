@@ -89,9 +89,8 @@ def from_positions(
                 changed = changed.to(starts.device)
                 agreed = (attention_mask.max() <= 1).to(starts.device) | changed | ~starts
                 agreed = agreed | ~between_real(attention_mask).to(starts.device)
-                torch._assert_async(
-                    agreed.all(), "axattn: position_ids and attention_mask describe different documents"
-                )
+                text = "axattn: position_ids and the numbers of documents do not agree"
+                torch._assert_async(agreed.all(), text)
             starts = changed if starts is None else starts | changed
         if starts is not None:
             starts = starts & between_real(attention_mask).to(starts.device)

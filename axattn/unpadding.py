@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from axattn.context import Context, current, inside, reading
+from axattn.context import Context, Seen, current, inside, reading
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.inputs import reasons_of_noise, require_ours
@@ -117,7 +117,7 @@ class Unpad:
             return forward(inputs)
         if inputs.get("labels") is not None:
             given |= _targets(model, inputs, mask, keep)
-        flat = Context(segments if segments.packed else None, (1, keep.numel()), False, (), self, current())
+        flat = Context(segments if segments.packed else None, (1, keep.numel()), False, Seen(), self, current())
         with inside(told=segments), reading(flat):  # a door inside is told; a model without one inside reads its own
             output = forward(given)
         for key in _OUTPUTS:

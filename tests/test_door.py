@@ -349,7 +349,7 @@ def test_two_threads_do_not_see_each_others_documents(model: Any) -> None:
     with torch.no_grad():
         expected = model(ids).logits
         context.slot().context = context.Context(
-            None, (1, 10), False, (), model.model, None
+            None, (1, 10), False, context.Seen(), model.model, None
         )  # as while a forward runs here
         try:
             thread = threading.Thread(target=lambda: found.extend([context.current(), model(ids).logits]))

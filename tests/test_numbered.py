@@ -99,10 +99,10 @@ def test_a_model_inside_that_gets_another_mask_still_knows_the_documents(compile
 def test_positions_that_jump_inside_of_a_numbered_document_are_refused(where: torch.Tensor) -> None:
     torch._dynamo.reset()
     model, batch = axattn.apply(build("llama"), "auto"), packed((4, 6))
-    with pytest.raises(InvalidInputError, match=r"inside of document \d of the mask"):
+    with pytest.raises(InvalidInputError, match=r"inside of document \d"):
         model(batch.ids, attention_mask=numbers(batch, 2), position_ids=where)
     compiled = torch.compile(model, backend="eager")
-    with pytest.raises((AxattnError, RuntimeError), match="describe different documents"):
+    with pytest.raises((AxattnError, RuntimeError), match="the numbers of documents"):
         compiled(batch.ids, attention_mask=numbers(batch, 2), position_ids=where)
     agreed = {"attention_mask": numbers(batch, 2), "position_ids": batch.positions, "use_cache": False}
     assert torch.allclose(compiled(batch.ids, **agreed).logits[0], alone(build("llama"), batch), atol=1e-4)
@@ -110,7 +110,7 @@ def test_positions_that_jump_inside_of_a_numbered_document_are_refused(where: to
 
 def test_generate_counts_positions_from_a_mask_and_is_refused_with_numbers_in_it() -> None:
     model, ids = axattn.apply(build("llama"), "auto"), tokens(1, 8)
-    with pytest.raises(InvalidInputError, match="describe different documents"):
+    with pytest.raises(InvalidInputError, match="the numbers of documents"):
         model.generate(ids, attention_mask=torch.full_like(ids, 2), max_new_tokens=1)
 
 
@@ -125,3 +125,57 @@ def test_a_prompt_in_front_of_numbered_documents_is_refused() -> None:
     with pytest.raises(UnsupportedAttentionError, match="made rows of 13 of them"):
         model(batch.ids, attention_mask=numbers(batch))
     model(batch.ids, attention_mask=torch.ones_like(batch.ids))
+
+
+# ---- seq_idx, Transformers' own numbers -----------------------------------------------------------------------------
+
+
+def indexed(batch: Batch) -> torch.Tensor:
+    """int32 ``[B, S]`` from 0, as ``DataCollatorWithFlattening(return_seq_idx=True)`` gives it."""
+    return (numbers(batch) - 1).int()
+
+
+@pytest.mark.parametrize("name", ["auto", "varlen"])
+@pytest.mark.parametrize("family", ["llama", "bamba"])
+@torch.no_grad()
+def test_documents_known_by_their_index_alone_equal_those_alone(family: str, name: str) -> None:
+    """Transformers hands it to kernels of layers with a state, and its attention does not read it."""
+    batch = packed((7, 11, 3), (5, 16))
+    model, expected = axattn.apply(made(family), name), alone(made(family), batch)
+    for given in ({}, {"attention_mask": torch.ones_like(batch.ids)}, {"position_ids": batch.positions}):
+        found = cut(batch, model(batch.ids, seq_idx=indexed(batch), use_cache=False, **given).logits)
+        assert torch.allclose(found, expected, atol=1e-4)
+    padding = packed((7, 11), pad=3)
+    index = torch.tensor([[0] * 7 + [1] * 14], dtype=torch.int32)
+    found = cut(padding, model(padding.ids, seq_idx=index, attention_mask=padding.mask, use_cache=False).logits)
+    assert torch.allclose(found, alone(made(family), padding), atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_index_in_a_compiled_graph() -> None:
+    torch._dynamo.reset()
+    model, batch = build("llama"), packed((7, 11, 3))
+    expected = alone(model, batch)
+    run = torch.compile(axattn.apply(model, "auto"), backend="eager", fullgraph=True)
+    assert torch.allclose(run(batch.ids, seq_idx=indexed(batch), use_cache=False).logits[0], expected, atol=1e-4)
+    whole = run(batch.ids, seq_idx=torch.zeros_like(indexed(batch)), use_cache=False).logits
+    assert torch.allclose(whole, build("llama")(batch.ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@torch.no_grad()
+def test_names_that_read_positions_alone_refuse_another_index(name: str) -> None:
+    model, batch = axattn.apply(build("llama"), name), packed((7, 11, 3))
+    given = {"seq_idx": indexed(batch), "use_cache": False}
+    found = model(batch.ids, position_ids=batch.positions, **given).logits[0]
+    assert torch.allclose(found, alone(build("llama"), batch), atol=1e-4)
+    for where in ({}, {"position_ids": torch.arange(21)[None]}):
+        with pytest.raises(UnsupportedAttentionError, match=r"none were given|seq_idx describe different documents"):
+            model(batch.ids, **where, **given)
+
+
+@pytest.mark.parametrize("index", [torch.zeros(1, 9, dtype=torch.int32), torch.zeros(1, 10), "0"])
+def test_an_index_that_can_not_be_read_is_refused(index: Any) -> None:
+    model = axattn.apply(build("llama"), "auto")
+    with pytest.raises(InvalidInputError, match="1 rows of 10 tokens"):
+        model(tokens(1, 10), seq_idx=index)

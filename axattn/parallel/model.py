@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from axattn.context import Context, current, inside, reading
+from axattn.context import Context, Seen, current, inside, reading
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.inputs import require_ours
@@ -123,7 +123,7 @@ class Split:
         accelerate.drop_context_parallel_hooks(self.patches, model)
         share, part, length = split(model, self.group, inputs, self.facts)
         as_tuple = part.get("return_dict") is False
-        own = Context(None, (share.rows, share.part), False, (), self, current(), share)
+        own = Context(None, (share.rows, share.part), False, Seen(), self, current(), share)
         with inside(share=share), reading(own):  # doors inside take the share; a model without one inside reads its own
             output = forward({**part, "return_dict": True})
         if output.get("loss") is not None:

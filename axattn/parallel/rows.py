@@ -19,7 +19,7 @@ from axattn.segments import Segments
 from axattn.shares import Share
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "labels", "shift_labels")
-_COMPARED = ("input_ids", "position_ids", "labels", "attention_mask", "cu_seq_lens_q")
+_COMPARED = ("input_ids", "position_ids", "labels", "attention_mask", "cu_seq_lens_q", "seq_idx")
 _READ = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """What the share says in their place."""
 _FREE = ("num_items_in_batch", "use_cache", "return_dict", "logits_to_keep", "output_hidden_states", "past_key_values")

@@ -43,7 +43,7 @@ def _by_document(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
         return None
     ids = segments.document_ids.to(positions.device)
     at = positions.reshape(-1, positions.shape[-1]).to(ids.dtype).expand(ids.shape)
-    mask = context.seen[1]
+    mask = context.seen.mask
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         at = at.masked_fill(mask.to(at.device) == 0, -1)
     last = torch.full_like(ids, -1).scatter_reduce(1, ids, at, "amax").gather(1, ids)
