@@ -142,8 +142,13 @@ def test_planes_of_multimodal_positions_are_legal_and_packed_ones_kept_apart() -
         ({"use_cache": False, "position_ids": None, "cu_seq_lens_q": int32(0, 4, 10)}, "none were given"),
         (
             {"use_cache": False, "position_ids": torch.arange(10)[None], "cu_seq_lens_q": int32(0, 4, 10)},
-            "describe different documents",
+            "position_ids and cu_seq_lens_q describe different documents",
         ),
+        (
+            {"use_cache": False, "position_ids": torch.arange(10)[None], "cu_seq_lens_k": int32(0, 4, 10)},
+            "position_ids and cu_seq_lens_k describe different documents",
+        ),
+        ({"use_cache": False, "cu_seq_lens_q": int32(0, 6, 10)}, "describe different documents"),
     ],
 )
 def test_packed_input_that_transformers_would_leak_is_refused(native: str, inputs: dict[str, Any], part: str) -> None:
