@@ -77,15 +77,20 @@ def test_varlen_equals_fp32_attention_on_each_document_forward_and_backward(
         assert relative(a, b) < 2 * budget
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "llama4"])
+FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "llama4", "qwen3_next", "bamba")
+
+
+@pytest.mark.parametrize("told", ["positions", "numbers"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_rows_equal_their_documents_alone(family: str, dtype: torch.dtype) -> None:
+def test_packed_rows_equal_their_documents_alone(family: str, dtype: torch.dtype, told: str) -> None:
     model = build(family).to(DEVICE).to(dtype)
     axattn.apply(model, "auto")
     ids = tokens(2, 21).to(DEVICE)
     where = positions((7, 11, 3), (5, 9, 7)).to(DEVICE)
     with torch.no_grad():
-        packed = model(ids, position_ids=where).logits
+        given = {"position_ids": where} if told == "positions" else {"attention_mask": (where == 0).cumsum(-1)}
+        packed = model(ids, **given).logits
         rows = [
             torch.cat([model(ids[r : r + 1, a:b]).logits for a, b in pairwise(edges)], 1)
             for r, edges in enumerate(((0, 7, 18, 21), (0, 5, 14, 21)))
