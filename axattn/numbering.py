@@ -46,6 +46,8 @@ def first_position(model: torch.nn.Module) -> int:
     """The position of a row's first token: 0, or ``padding_idx + 1`` in the families of RoBERTa."""
     for module in text_model(model).modules():
         padding = getattr(module, "padding_idx", None)
+        if getattr(module, "position_embedding_type", "") == "rotary":  # ESM-2: only differences of positions are seen
+            continue
         if isinstance(padding, int) and _OWN_COUNT in source_of(code_of(module).forward):
             return padding + 1
     return 0
