@@ -51,7 +51,8 @@ torch-%: $(READY)
 conformance: $(READY)
 	$(BIN)/python -m tests.conformance --write
 
-# Every architecture of Transformers, also over two ranks (`make test` splits an eighth of them); writes docs/models.{json,md}.
+# Every architecture of Transformers, also over two ranks; writes docs/models.{json,md}. `make test` tries all whose head
+# predicts tokens and a quarter of the others, and splits an eighth of the decoders.
 census: $(READY)
 	$(BIN)/python -m tests.census --write
 
