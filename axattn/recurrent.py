@@ -96,6 +96,10 @@ class Group(NamedTuple):
     real: torch.Tensor
     places: torch.Tensor
 
+    def real_ones(self, x: torch.Tensor) -> torch.Tensor:
+        """The real tokens of what the rows gave: ``[documents, longest, ...]`` → ``[N, ...]``."""
+        return x.flatten(0, 1).index_select(0, self.places)
+
 
 class Documents(NamedTuple):
     """The documents of packed rows as rows of their own.
@@ -107,6 +111,10 @@ class Documents(NamedTuple):
 
     groups: tuple[Group, ...]
     back: torch.Tensor
+
+    def in_place(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The real tokens of each group, ``[N, ...]``, where they are in the rows: ``[B * S, ...]``."""
+        return torch.cat(parts).index_select(0, self.back)
 
 
 def as_rows(segments: Segments, device: torch.device) -> Documents:
