@@ -11,13 +11,12 @@ import torch
 
 from axattn.errors import Reason
 from axattn.recurrent import recurrent
-from axattn.sources import calls_interface, code_of, file_source, is_named, signature_of, source_of
+from axattn.sources import calls_interface, code_of, source_of
 
 ATTENTION = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "moe", "sparse", "mlp"}
 )
 """Transformers' layer types that mix tokens in attention alone (the last four say what follows it)."""
-_ROW_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "RewardModel")
 
 
 def mixers(model: torch.nn.Module, *, by_document: bool = False) -> list[Reason]:
@@ -72,63 +71,6 @@ def _other_kinds(text: torch.nn.Module, apart: list[str]) -> set[str]:
         and ("attention" not in kind or "linear" in kind or "compressed" in kind)
         and not any(one.startswith(f"{name}.{number}.") for name in lists[:1] for one in apart)
     }
-
-
-def one_a_row(model: torch.nn.Module) -> list[Reason]:
-    """Heads that give one output a row, read at a fixed place of it: pooled or at the last token."""
-    pooled = any(getattr(one, "pooler", None) is not None for one in (model, *model.children()))
-    if pooled or is_named(model, (*_ROW_HEADS, "ForQuestionAnswering")):
-        return [Reason("model", "it gives one output a row, read at a fixed place")]
-    return []
-
-
-def classifies_rows(model: torch.nn.Module) -> list[Reason]:
-    """Heads whose one output a row, and one label, is that of its last document where rows are packed."""
-    by_question = "question_positions" in signature_of(model).parameters  # Splinter
-    if by_question or is_named(model, _ROW_HEADS):
-        return [Reason("model", "it gives one output a row, and packed rows hold several documents")]
-    return []
-
-
-def reads_first(model: torch.nn.Module) -> bool:
-    """Whether a head reads the first token of each row: those of encoders, unless they pool in another way."""
-    cls = code_of(model)
-    pooling = getattr(model.config, "classifier_pooling", getattr(model, "pooling", "cls"))
-    if not is_named(model, _ROW_HEADS) or pooling not in ("cls", "bos"):
-        return False
-    last = reads_last(model) or any(word in source_of(cls.forward) for word in ("eos_mask", "pad_token_id"))
-    return not last and "[:, 0" in file_source(cls.__module__)
-
-
-def first_must_be_real(model: torch.nn.Module, native: str | None) -> str:
-    """Why rows can't be padded on the left, ``""`` where they can: something reads padding, for which this kernel gives
-    other values than eager attention.
-
-    Args:
-        model: a ``PreTrainedModel``.
-        native: the native name that serves it, None for our names.
-    """
-    name = type(model).__name__
-    config: Any = model.config
-    if reads_first(model) and native not in ("eager", "sdpa"):
-        return f"{name} reads the first token of each row, which is padding"
-    if native != "eager" and "minimax_m3_sparse" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        return f"{name} selects blocks of keys counted from the row's start, and may select padding alone"
-    return ""
-
-
-def reads_last(model: torch.nn.Module) -> bool:
-    """Whether a head reads the last real token of each row, found by its token id: those of decoders."""
-    cls = code_of(model)
-    if not is_named(model, _ROW_HEADS):
-        return False
-    shared = any(base.__name__.startswith("GenericFor") for base in cls.__mro__)
-    return shared or "last_non_pad_token" in source_of(cls.forward)
-
-
-def reads_padding(model: torch.nn.Module) -> bool:
-    """Whether a head reads every token of a row, padding too: one that finds an answer takes a softmax over all."""
-    return "start_positions" in signature_of(model).parameters
 
 
 def text_model(model: torch.nn.Module) -> torch.nn.Module:

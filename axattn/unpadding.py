@@ -15,12 +15,13 @@ from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.inputs import reasons_of_noise, require_ours
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
-from axattn.mixing import mixers, one_a_row, reads_first, reads_last
+from axattn.mixing import mixers
 from axattn.needs import sub_configs
 from axattn.numbering import counters, own_positions, unread_positions
 from axattn.patches.entrance import Forward, add_entrance, wants_cache
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
+from axattn.pooling import one_a_row, reads_first, reads_last
 from axattn.reading import documents
 from axattn.rope import limits
 from axattn.segments import Segments

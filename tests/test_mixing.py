@@ -8,7 +8,8 @@ import transformers as tf
 
 import axattn
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
-from axattn.mixing import mixers, reads_first
+from axattn.mixing import mixers
+from axattn.pooling import reads_first
 from tests.census.configs import tiny
 from tests.fakes.machine import hopper
 from tests.models import positions, tokens

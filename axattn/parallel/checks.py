@@ -9,9 +9,10 @@ import torch
 from axattn import backends, names
 from axattn.errors import Reason
 from axattn.losses import takes_keywords
-from axattn.mixing import mixers, one_a_row
+from axattn.mixing import mixers
 from axattn.needs import sub_configs
 from axattn.numbering import counters
+from axattn.pooling import one_a_row
 from axattn.rope import by_length
 from axattn.routes import ATTRIBUTE
 from axattn.sources import code_of, signature_of

@@ -16,9 +16,10 @@ from axattn.door import Door
 from axattn.errors import UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.guard import standing_reasons
-from axattn.mixing import classifies_rows, first_must_be_real, mixers, reads_padding, scaled_by_share, text_model
+from axattn.mixing import mixers, scaled_by_share, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
+from axattn.pooling import classifies_rows, first_must_be_real, reads_padding
 from axattn.recurrent import recurrent
 from axattn.rope import stretched_from
 from axattn.sources import calls_interface, code_of, file_source, signature_of, tree_of
