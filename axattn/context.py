@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from axattn.flat_row import FlatRow
 from axattn.segments import Segments
 from axattn.shares import Share
 from axattn.traced import TracedSegments
@@ -54,6 +55,7 @@ class Context:
         share: the forward runs on this rank's share of its rows.
         crosses: the model also attends to another sequence (``encoder_hidden_states``).
         reads_padding: what padding attends to matters: a head of the model reads it.
+        flat: where the tokens of an unpadded row stand in its batch.
         caller: the frame in which the forward runs, None where nobody can tell (compiled frames).
     """
 
@@ -68,6 +70,7 @@ class Context:
     reads_padding: bool = False
     caller: FrameType | None = None
     plain: torch.Tensor | None = None
+    flat: FlatRow | None = None
 
     @property
     def running(self) -> bool:

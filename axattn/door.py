@@ -18,6 +18,7 @@ from axattn.context import Context, Seen, current, slot
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.numbering import counted
+from axattn.pooling import padding_is_read
 from axattn.reading import described, plain, read
 from axattn.segments import Segments
 from axattn.traced import TracedSegments
@@ -64,6 +65,9 @@ class Door:
             and given.get("encoder_hidden_states") is None
         ):
             return unchanged  # an inner model with nothing to read: the outer door has looked, and its context holds
+        reads_padding = outer is not None and outer.reads_padding
+        if self.facts.reads and not reads_padding:
+            reads_padding = padding_is_read(self.facts, module, given)
         masked = outer.plain if outer is not None and seen.mask is outer.seen.mask else None
         if outer is not None and seen.same(outer.seen):
             segments, shape = outer.segments, outer.shape
@@ -84,7 +88,7 @@ class Door:
             self,
             outer,
             crosses=given.get("encoder_hidden_states") is not None,
-            reads_padding=self.facts.reads_padding or (outer is not None and outer.reads_padding),
+            reads_padding=reads_padding,
             caller=_caller(),
             plain=masked,
         )

@@ -30,7 +30,7 @@ class Facts:
         first_must_be_real: why rows can't be padded on the left (`axattn.pooling.first_must_be_real`), "" if they can.
         takes_lengths: its forward takes ``cu_seq_lens_*`` and ``max_length_*``, so the door can add them.
         overlays: it lays image blocks over its masks (`axattn.flash_guard.overlays`).
-        reads_padding: a head reads padding too (`axattn.pooling.reads_padding`).
+        reads: where its outputs are read from, padding or not (`axattn.pooling.read_at`).
     """
 
     parameters: tuple[str, ...] = ()
@@ -51,4 +51,4 @@ class Facts:
     first_must_be_real: str = ""
     takes_lengths: bool = False
     overlays: bool = False
-    reads_padding: bool = False
+    reads: frozenset[str] = frozenset()

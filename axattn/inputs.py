@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from axattn import guard, names
+from axattn.by_row import reasons_by_document
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.segments import Segments, from_cu_seqlens
@@ -55,15 +56,6 @@ def documents_of_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segmen
             advice="In self-attention over packed rows they are the same tensor.",
         )
     return found[0]
-
-
-def reasons_of_noise(module: torch.nn.Module) -> list[Reason]:
-    """Why a training batch can't run in rows of another length: NEFTune's noise (arXiv:2310.05914), which Trainer puts
-    on the embeddings, is divided by the root of a row's length."""
-    embeddings: Any = getattr(module, "get_input_embeddings", lambda: None)()
-    if module.training and getattr(embeddings, "neftune_noise_alpha", None):
-        return [Reason("noise", "NEFTune scales its noise by the length of a row, which would be another")]
-    return []
 
 
 def mask_of_tokens(mask: torch.Tensor | None, length: int, cache: Any) -> torch.Tensor | None:
@@ -219,8 +211,9 @@ def require_packable(
         )
     if facts.mixers:
         raise UnsupportedAttentionError(f"packed rows would leak in {name}", facts.mixers, _ALONE)
-    if facts.unfit:
-        raise UnsupportedAttentionError(f"packed rows can't run in {name}", facts.unfit, _ALONE)
+    unfit = [*facts.unfit, *reasons_by_document(module)]
+    if unfit:
+        raise UnsupportedAttentionError(f"packed rows can't run in {name}", unfit, _ALONE)
     if facts.counted is not None and segments.length > facts.counted:
         text = f"its layers without RoPE scale queries by their position in the row, from {facts.counted} on"
         raise UnsupportedAttentionError(

@@ -10,14 +10,15 @@ import torch
 
 from axattn.errors import Reason
 from axattn.mixing import text_model
-from axattn.sources import calls_of, code_of, file_source, signature_of, source_of
+from axattn.sources import calls_of, code_of, file_source, signature_of, source_of, tree_of
 
 _OWN_COUNT = "create_position_ids_from_input_ids"
 """What Transformers calls fairseq's numbering: tokens that are not padding count from ``padding_idx + 1``."""
 
 
 def unread_positions(model: torch.nn.Module) -> list[Reason]:
-    """Why ``position_ids`` can't tell a model where a document starts: no forward in it takes them (BART's decoder).
+    """Why ``position_ids`` can't tell a model where a document starts: no forward in it takes them (BART's decoder), or
+    one ignores them (CSM's depth decoder, which also chooses weights by a token's place in the row).
 
     Relative position biases (T5) need none: they are the same in every document.
 
@@ -28,6 +29,9 @@ def unread_positions(model: torch.nn.Module) -> list[Reason]:
 
     text = text_model(model)
     inner = [module for module in text.modules() if isinstance(module, PreTrainedModel)]
+    dropping = [type(one).__name__ for one in inner if _drops_positions(code_of(one).forward)]
+    if dropping:
+        return [Reason("position_ids", f"{dropping[0]} ignores position_ids, and counts along the whole row")]
     if any("position_ids" in signature_of(one).parameters for one in inner):
         return []
     if any(name.endswith("relative_attention_bias") for name, _ in text.named_modules()):
@@ -75,6 +79,18 @@ def counted(first: int, by_mask: bool, ids: torch.Tensor | None, mask: torch.Ten
     if not first and by_mask:
         return ((mask != 0).cumsum(-1) - 1).clamp(min=0)
     return torch.arange(first, first + mask.shape[1], device=mask.device).expand(mask.shape)
+
+
+@functools.cache
+def _drops_positions(forward: Any) -> bool:
+    """Whether a forward sets ``position_ids`` to None where they are given."""
+    tree = tree_of(forward)
+    given = [
+        node
+        for node in (() if tree is None else ast.walk(tree))
+        if isinstance(node, ast.If) and ast.unparse(node.test).startswith("position_ids is not None")
+    ]
+    return any(ast.unparse(line) == "position_ids = None" for node in given for line in node.body)
 
 
 @functools.cache

@@ -84,7 +84,7 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         return Found(None, None)
     if facts.on_flash and facts.native is not None:
         flash_guard.require_served(
-            facts.native, given, facts.windowed, overlays=facts.overlays, reads_padding=facts.reads_padding
+            facts.native, given, facts.windowed, overlays=facts.overlays, reads_padding="every" in facts.reads
         )
     if facts.native == "flex_attention":
         guard.require_flex_on_cpu(module, given, inputs.cache_length(cache))

@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 
+from axattn.by_row import reasons_by_row
 from axattn.context import Context, Seen, current, inside, reading
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
-from axattn.inputs import reasons_of_noise, require_ours
+from axattn.flat_row import FlatRow
+from axattn.inputs import require_ours
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
 from axattn.mixing import mixers
 from axattn.needs import sub_configs
 from axattn.numbering import counters, own_positions, unread_positions
 from axattn.patches.entrance import Forward, add_entrance, wants_cache
 from axattn.patches.patchset import PatchSet
+from axattn.patches.pooler import add_whole_rows
 from axattn.plans import Plan
-from axattn.pooling import one_a_row, reads_first, reads_last
+from axattn.pooling import one_a_row, pools, read_at, reads_first, reads_last
 from axattn.reading import documents
 from axattn.rope import limits
 from axattn.segments import Segments
@@ -32,7 +35,9 @@ logger = logging.getLogger("axattn")
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "labels", "shift_labels")
 _READ = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _FREE = ("num_items_in_batch", "return_dict", "output_hidden_states", "output_router_logits")
-_OUTPUTS = ("logits", "last_hidden_state")
+_OUTPUTS = ("logits", "last_hidden_state", "prediction_logits")
+_WHOLE = ("pooler_output", "router_logits", "loss")
+"""Outputs that are right as they are."""
 _said: set[str] = set()
 
 
@@ -54,13 +59,13 @@ def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
         reasons.append(Reason("model", "it takes images or audio by row"))
     if any(entry.layer.need.bias for entry in decided.layers):
         reasons.append(Reason("bias", "its position bias is made for whole rows"))
-    return [*reasons, *one_a_row(inner_part(model))]
+    return [*reasons, *one_a_row(inner_part(model), but=True)]
 
 
 def inner_part(model: torch.nn.Module) -> torch.nn.Module:
     """What runs unpadded: the model, or what is under a head that reads one token of each padded row."""
-    inner = getattr(model, "base_model", model)
-    return inner if reads_first(model) or reads_last(model) else model
+    inner: torch.nn.Module = getattr(model, "base_model", model)
+    return inner if reads_first(model) or reads_last(model) or pools(inner) else model
 
 
 def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> None:
@@ -72,7 +77,9 @@ def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> N
     reasons = reasons_against(model, decided)
     if reasons:
         raise UnsupportedAttentionError(f"unpad=True can't serve {type(model).__name__}", reasons, "Leave unpad out.")
-    add_entrance(patches, inner_part(model), Unpad(limits(model)))
+    inner = inner_part(model)
+    add_whole_rows(patches, inner)
+    add_entrance(patches, inner, Unpad(limits(model), "first" in read_at(model) | read_at(inner)))
 
 
 class Unpad:
@@ -80,15 +87,18 @@ class Unpad:
 
     Args:
         limits: lengths from which its rotary frequencies follow the longest row (`axattn.rope`).
+        reads_first: the first token of each padded row is read, by a head or a pooler.
     """
 
-    def __init__(self, limits: list[int]) -> None:
+    def __init__(self, limits: list[int], reads_first: bool) -> None:
         self.facts = Facts()
         self.limits = limits
+        self.reads_first = reads_first
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
-        """Run one forward; returns the model's output. Batches without padding, and those that read a cache or whose
-        caller may go on from theirs, run as they are; so does everything inside a compiled graph."""
+        """Run one forward; returns the model's output. Batches without padding, those where something reads padding,
+        and those that read a cache or whose caller may go on from theirs, run as they are; so does everything inside a
+        compiled graph."""
         mask = inputs.get("attention_mask")
         if (
             not isinstance(mask, torch.Tensor)
@@ -101,31 +111,29 @@ class Unpad:
         if not isinstance(tokens, torch.Tensor) or mask.shape != tokens.shape[:2]:
             return forward(inputs)
         keep = (mask != 0).flatten().nonzero().flatten()  # [N]
-        if keep.numel() in (0, mask.numel()):
+        if keep.numel() in (0, mask.numel()) or (self.reads_first and not bool((mask[:, 0] != 0).all())):
             return forward(inputs)
         require_ours(self.facts, model)
         _require_known(model, inputs)
         rows, length = mask.shape
+        flat = FlatRow(keep, rows, length)
         segments = self._flat_documents(model, inputs, keep, rows, length)
         if segments is None:
             return forward(inputs)
         given = {key: inputs[key] for key in _FREE if key in inputs} | {"use_cache": False, "return_dict": True}
         for key in _PER_TOKEN:
             if inputs.get(key) is not None:
-                given[key] = _flatten(inputs[key], keep)
-        given["position_ids"] = _positions(model, inputs, mask, keep)
+                given[key] = flat.flatten(inputs[key])
+        given["position_ids"] = _positions(model, inputs, mask, flat)
         if self.limits and self._stretches(inputs, given["position_ids"], segments, rows, length):
             return forward(inputs)
         if inputs.get("labels") is not None:
-            given |= _targets(model, inputs, mask, keep)
-        flat = Context(segments if segments.packed else None, (1, keep.numel()), False, Seen(), self, current())
-        with inside(told=segments), reading(flat):  # a door inside is told; a model without one inside reads its own
+            given |= _targets(model, inputs, mask, flat)
+        packed = segments if segments.packed else None
+        context = Context(packed, (1, keep.numel()), False, Seen(), self, current(), flat=flat)
+        with inside(told=segments), reading(context):  # a door inside is told; a model without one reads its own
             output = forward(given)
-        for key in _OUTPUTS:
-            if output.get(key) is not None:
-                output[key] = _restore(output[key], keep, rows, length)
-        if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(_restore(x, keep, rows, length) for x in output["hidden_states"])
+        _restore(model, output, flat)
         return output.to_tuple() if inputs.get("return_dict") is False else output
 
     def _stretches(
@@ -160,28 +168,36 @@ class Unpad:
         return Segments((tuple(ends),), keep.device)
 
 
-def _flatten(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """``[B, S, ...]`` → ``[1, N, ...]``."""
-    return x.flatten(0, 1).index_select(0, keep)[None]
+def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
+    """Padding back in its places, in every output that has a value for each token.
+
+    Raises:
+        UnsupportedAttentionError: an output has another shape than the one that is known of it.
+    """
+    reasons = []
+    for key, value in output.items():
+        if key == "hidden_states" and value is not None:
+            output[key] = tuple(flat.restore(x) for x in value)
+        elif isinstance(value, torch.Tensor) and value.ndim and key not in _WHOLE:
+            if key in _OUTPUTS and flat.holds(value):
+                output[key] = flat.restore(value)
+            else:
+                reasons.append(Reason("model", f"nobody declared how to put padding back in its output {key}"))
+    if reasons:
+        raise UnsupportedAttentionError(f"{type(model).__name__} can't run unpadded", reasons, "Leave unpad out.")
 
 
-def _restore(x: torch.Tensor, keep: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """``[1, N, ...]`` → ``[B, S, ...]``, zeros where padding is."""
-    whole = x.new_zeros(rows * length, *x.shape[2:])
-    return whole.index_copy(0, keep, x[0]).view(rows, length, *x.shape[2:])
-
-
-def _positions(model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def _positions(model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, flat: FlatRow) -> torch.Tensor:
     """The positions that the padded run has: as given, else counted as the model counts them."""
     given = inputs.get("position_ids")
     rows, length = mask.shape
     if given is None:
         given = own_positions(model, inputs.get("input_ids"), mask)
-    return _flatten(given.reshape(-1, length).expand(rows, length), keep)
+    return flat.flatten(given.reshape(-1, length).expand(rows, length))
 
 
 def _targets(
-    model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, keep: torch.Tensor
+    model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, flat: FlatRow
 ) -> dict[str, torch.Tensor]:
     """Labels of the flat row: what each real token predicts in its own row.
 
@@ -189,16 +205,16 @@ def _targets(
     """
     labels = inputs["labels"]
     if not predicts_next(model):
-        return {"labels": _flatten(labels, keep)}
+        return {"labels": flat.flatten(labels)}
     wanted = shifted(labels) if inputs.get("shift_labels") is None else inputs["shift_labels"]
     lost = int(((wanted != IGNORE_INDEX) & (mask == 0)).sum())
     if lost and "lost" not in _said:
         _said.add("lost")
         logger.warning("axattn: unpad=True leaves out %d targets that padding would have predicted", lost)
-    flat = _flatten(wanted, keep)
+    targets = flat.flatten(wanted)
     if takes_keywords(code_of(model)):
-        return {"labels": _flatten(labels, keep), "shift_labels": flat}
-    before = torch.nn.functional.pad(flat[:, :-1], (1, 0), value=IGNORE_INDEX)  # the model shifts them back
+        return {"labels": flat.flatten(labels), "shift_labels": targets}
+    before = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=IGNORE_INDEX)  # the model shifts them back
     return {"labels": before}
 
 
@@ -209,7 +225,7 @@ def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         for key, value in inputs.items()
         if key not in known and (isinstance(value, torch.Tensor) or bool(value))
     ]
-    reasons += reasons_of_noise(model)
+    reasons += reasons_by_row(model)
     if inputs.get("output_attentions"):
         reasons.append(Reason("weights", "output_attentions=True (the weights would be those of the flat row)"))
     keep = inputs.get("logits_to_keep")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from axattn.by_row import reasons_by_row
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
-from axattn.inputs import reasons_of_noise
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted
 from axattn.numbering import own_positions
 from axattn.parallel.collectives import gather
@@ -141,7 +141,7 @@ def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         for key, value in inputs.items()
         if key not in known and key not in _REFUSED and _given(value)
     ]
-    reasons += reasons_of_noise(model)
+    reasons += reasons_by_row(model, rows_stay=True)
     keep = inputs.get("logits_to_keep")
     if isinstance(keep, torch.Tensor) or keep:
         reasons.append(Reason("logits_to_keep", "logits_to_keep counts from the end of the whole row"))

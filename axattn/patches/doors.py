@@ -19,7 +19,7 @@ from axattn.guard import standing_reasons
 from axattn.mixing import mixers, scaled_by_share, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
-from axattn.pooling import classifies_rows, first_must_be_real, reads_padding
+from axattn.pooling import classifies_rows, first_must_be_real, read_at
 from axattn.recurrent import recurrent
 from axattn.rope import stretched_from
 from axattn.sources import calls_interface, code_of, file_source, signature_of, tree_of
@@ -47,8 +47,8 @@ def add_doors(
     for module in [m for m in modules if isinstance(m, PreTrainedModel)]:
         inside = [name for name, child in module.named_children() if isinstance(child, PreTrainedModel)]
         text, rows = text_model(module), classifies_rows(module)
-        everything = reads_padding(module)
-        if len(inside) == 1 and not rows and not everything and hands_on(code_of(module).forward, inside[0]):
+        reads = read_at(module)
+        if len(inside) == 1 and not rows and not reads and hands_on(code_of(module).forward, inside[0]):
             continue
         name = native.get(id(module.config), native.get(id(model.config)))
         flash = name is not None and names.is_flash(name)
@@ -68,7 +68,7 @@ def add_doors(
             first_must_be_real=first_must_be_real(module, name),
             takes_lengths=flash_guard.takes_lengths(module),
             overlays=flash_guard.overlays(module),
-            reads_padding=everything,
+            reads=reads,
             first_position=first_position(module),
             counts_mask=counts_mask(code_of(module)),
             on_flash=flash,

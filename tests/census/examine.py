@@ -59,7 +59,7 @@ def every() -> Iterator[tuple[str, str]]:
     from transformers.models.auto import modeling_auto
 
     types = {head: tuple(getattr(modeling_auto, mapping)) for head, (mapping, _) in HEADS.items()}
-    text = {*types["causal"], *types["masked"]}
+    text = {*types["causal"], *types["masked"], *modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES}
     types["none"] = tuple(name for name in types["none"] if name in text)
     for head, names in types.items():
         for model_type in (*names, *with_head(names, head)):

@@ -78,14 +78,15 @@ class Expected:
         return self.logits(model, input_ids=self.ids if self.head != "seq2seq" else self.padded["right"].clamp(min=3))
 
     def on(self, model: Any, side: str) -> torch.Tensor:
-        """The loss and the real tokens' logits of a padded batch; of an encoder-decoder, those of every target."""
+        """The loss, each row's pooled output and the real tokens' logits of a padded batch; of an encoder-decoder, the
+        logits of every target."""
         mask, ids = self.masks[side], self.padded[side]
         if self.head == "seq2seq":
             return self.logits(model, input_ids=ids, attention_mask=mask)
         made = model(input_ids=ids, attention_mask=mask, **self._labels(ids, mask), **self.options)
         logits = logits_of(made)
-        losses = [made.loss.reshape(1)] if "loss" in made else []
-        return torch.cat([*losses, (logits if self.head == "rows" else logits[mask.bool()]).flatten()])
+        others = [made[key].flatten() for key in ("loss", "pooler_output") if made.get(key) is not None]
+        return torch.cat([*others, (logits if self.head == "rows" else logits[mask.bool()]).flatten()])
 
     def _labels(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.head == "none":

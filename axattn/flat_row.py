@@ -1,0 +1,35 @@
+"""`FlatRow`: where the tokens of an unpadded row stand in its padded batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatRow:
+    """A padded batch without its padding, as one row.
+
+    Attributes:
+        keep: int64 ``[N]``, the places of its tokens in the batch, counted along its rows.
+        rows: B of the batch.
+        length: S of the batch.
+    """
+
+    keep: torch.Tensor
+    rows: int
+    length: int
+
+    def flatten(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, S, ...]`` → ``[1, N, ...]``."""
+        return x.flatten(0, 1).index_select(0, self.keep)[None]
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether `x` has a value for each of its tokens, ``[1, N, ...]``."""
+        return x.shape[:2] == (1, self.keep.numel())
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """``[1, N, ...]`` → ``[B, S, ...]``, zeros where padding is."""
+        whole = x.new_zeros(self.rows * self.length, *x.shape[2:])
+        return whole.index_copy(0, self.keep, x[0]).view(self.rows, self.length, *x.shape[2:])
