@@ -42,6 +42,8 @@ class Door:
         """Forward pre-hook (``with_kwargs=True``). Packed rows get what they lack: on a flash name the lengths of their
         documents, which Transformers' flash path reads at any batch size; positions that start anew in each. Of a mask
         that numbers them the model gets a plain one."""
+        if _is_paged(kwargs) and self.facts.native is not None:
+            return None
         given = {**dict(zip(self.facts.parameters, args, strict=False)), **kwargs} if args else kwargs
         here, outer = slot(), current()
         weights = self._require_allowed(module, given)
@@ -96,7 +98,7 @@ class Door:
 
     def reached(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of an attention module on a flash name: have the documents come this far, and as such?"""
-        if self.facts.native is None:
+        if self.facts.native is None or _is_paged(kwargs):
             return
         flash_guard.require_plain_positions(self.facts.native, module, args, kwargs)
         context = current()
@@ -205,6 +207,11 @@ def _caller() -> FrameType | None:
         return None
     here = inspect.currentframe()
     return here.f_back.f_back if here is not None and here.f_back is not None else None
+
+
+def _is_paged(kwargs: dict[str, Any]) -> bool:
+    """Whether this is a step of Transformers' continuous batching, which keeps its requests apart itself."""
+    return "write_index" in kwargs and "cache" in kwargs
 
 
 def _speaks_of(context: Context, lengths: Any) -> bool:

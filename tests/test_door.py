@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import axattn
 from axattn import context, guard
@@ -426,3 +427,26 @@ def test_a_mask_with_documents_that_is_taken_away_is_missed(model: Any) -> None:
         assert model(ids, use_cache=False).logits.isfinite().all()  # one document: causal is all there is
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_continuous_batching_is_transformers_own(name: str) -> None:
+    """It gives lengths of keys by layer type, and keeps its requests apart itself (TRL's GRPO generates so)."""
+    prompts = [ids.tolist() for ids in tokens(1, 14)[0].split((4, 3, 7))]
+    greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # else it takes what memory there is
+
+    def run(model: Any) -> list[list[int]]:
+        made = model.generate_batch(prompts, tf.GenerationConfig(**greedy), small, warmup=False)
+        return [made[key].generated_tokens for key in sorted(made)]
+
+    model = build("llama")
+    expected = [model.generate(torch.tensor([ids]), **greedy)[0, len(ids) :].tolist() for ids in prompts]
+    assert run(axattn.apply(model, name)) == expected
+
+
+def test_continuous_batching_on_our_names_says_what_to_use() -> None:
+    model = axattn.apply(build("llama"), "varlen")
+    with pytest.raises((ValueError, axattn.AxattnError), match=r"continuous batching|paged"):
+        model.generate_batch([[3, 4, 5]], generation_config=tf.GenerationConfig(max_new_tokens=2))
