@@ -35,6 +35,8 @@ def read_at(model: torch.nn.Module) -> frozenset[Place]:
         return frozenset({"every"})
     if is_named(model, _ROW_HEADS):
         return frozenset({"first"}) if reads_first(model) else frozenset()
+    if getattr(model, "pooler", model) is None:  # `add_pooling_layer=False`
+        return frozenset()
     parts = list(_own_parts(model))
     if any(getattr(part, "summary_type", "") == "mean" for part in parts):  # GPT-2 with two heads
         return frozenset({"every"})
@@ -129,7 +131,8 @@ def one_a_row(model: torch.nn.Module, *, but: bool = False) -> list[Reason]:
     """
     from transformers import PreTrainedModel
 
-    inner = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
+    every = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
+    inner = [one for one in every if "input_ids" in signature_of(one).parameters]  # no vision tower
     pooled = any(pools(one) and not (but and first_token_pooler(one) is not None) for one in inner)
     if pooled or is_named(model, (*_ROW_HEADS, "ForQuestionAnswering")):
         return [Reason("model", "it gives one output a row, read at a fixed place")]

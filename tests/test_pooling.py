@@ -168,7 +168,7 @@ def test_a_pooler_reads_whole_rows_while_they_run_unpadded(cls: Any, side: str) 
         if b.grad is not None:
             assert torch.allclose(a.grad, b.grad, atol=1e-5 * max(b.grad.abs().max().item(), 1e-2)), path
     handle.remove()
-    again = pickle.loads(pickle.dumps(model))
+    again = pickle.loads(pickle.dumps(model)) if cls is tf.BertModel else copy.deepcopy(model)
     assert torch.equal(again(**given)[last[0]], found[last[0]])
     axattn.restore(model)
     assert not [module for module in model.modules() if "forward" in vars(module)]
@@ -205,6 +205,7 @@ def test_labels_of_a_row_take_no_packed_rows() -> None:
     [
         (tf.BertModel, {"first"}),
         (tf.BertForMaskedLM, set()),
+        (tf.AlbertModel, {"first"}),
         (tf.LlamaForCausalLM, set()),
         (tf.CLIPTextModel, set()),  # at the token that ends a text, where that stands
         (tf.SiglipTextModel, {"last"}),
@@ -215,6 +216,11 @@ def test_labels_of_a_row_take_no_packed_rows() -> None:
 )
 def test_where_outputs_are_read_is_found_in_the_source(cls: Any, places: set[str]) -> None:
     assert read_at(tiny_of(cls)) == places
+
+
+def test_a_model_without_its_pooler_reads_no_token_in_particular() -> None:
+    """ALBERT picks the token in its own forward."""
+    assert read_at(tiny_of(tf.AlbertForMaskedLM).albert) == set()
 
 
 def test_a_summary_of_the_mean_reads_every_token() -> None:
