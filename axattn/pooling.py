@@ -82,7 +82,7 @@ def padding_is_read(facts: Facts, model: torch.nn.Module, given: dict[str, Any])
 def first_token_pooler(model: torch.nn.Module) -> torch.nn.Module | None:
     """The part of a model that is handed whole rows ``[B, S, D]`` and reads the first token of each (BERT's pooler)."""
     pooler = getattr(model, "pooler", None)
-    if not isinstance(pooler, torch.nn.Module) or _picked(code_of(pooler).forward) != {0}:
+    if not isinstance(pooler, torch.nn.Module) or _picked(code_of(_unwrapped(pooler)).forward) != {0}:
         return None
     calls = calls_of(code_of(model).forward, "self.pooler")
     handed = len(calls) == 1 and len(calls[0].args) == 1 and isinstance(calls[0].args[0], ast.Name)
@@ -102,7 +102,16 @@ def _own_parts(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     yield model
     for part in model.children():
         if not isinstance(part, PreTrainedModel):
-            yield part
+            yield _unwrapped(part)
+
+
+def _unwrapped(part: torch.nn.Module) -> torch.nn.Module:
+    """What a wrapper holds: PEFT's of ``modules_to_save``, torch's of compiled and checkpointed modules."""
+    for name in ("original_module", "_orig_mod", "_checkpoint_wrapped_module"):
+        inner = getattr(part, name, None)
+        if isinstance(inner, torch.nn.Module):
+            return _unwrapped(inner)
+    return part
 
 
 @functools.cache
@@ -122,18 +131,18 @@ def _picked(function: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def one_a_row(model: torch.nn.Module, *, but: bool = False) -> list[Reason]:
+def one_a_row(model: torch.nn.Module, *, unless_first: bool = False) -> list[Reason]:
     """Heads that give one output a row, read at a fixed place of it: pooled or at the last token.
 
     Args:
         model: a ``PreTrainedModel``.
-        but: leave out those of a `first_token_pooler`.
+        unless_first: leave out what a `first_token_pooler` gives.
     """
     from transformers import PreTrainedModel
 
     every = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
     inner = [one for one in every if "input_ids" in signature_of(one).parameters]  # no vision tower
-    pooled = any(pools(one) and not (but and first_token_pooler(one) is not None) for one in inner)
+    pooled = any(pools(one) and not (unless_first and first_token_pooler(one) is not None) for one in inner)
     if pooled or is_named(model, (*_ROW_HEADS, "ForQuestionAnswering")):
         return [Reason("model", "it gives one output a row, read at a fixed place")]
     return []

@@ -36,7 +36,7 @@ _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "labels", "shift_l
 _READ = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _FREE = ("num_items_in_batch", "return_dict", "output_hidden_states", "output_router_logits")
 _OUTPUTS = ("logits", "last_hidden_state", "prediction_logits")
-_WHOLE = ("pooler_output", "router_logits", "loss")
+_FREE_OUTPUTS = ("loss", "router_logits", "past_key_values")
 """Outputs that are right as they are."""
 _said: set[str] = set()
 
@@ -59,7 +59,7 @@ def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
         reasons.append(Reason("model", "it takes images or audio by row"))
     if any(entry.layer.need.bias for entry in decided.layers):
         reasons.append(Reason("bias", "its position bias is made for whole rows"))
-    return [*reasons, *one_a_row(inner_part(model), but=True)]
+    return [*reasons, *one_a_row(inner_part(model), unless_first=True)]
 
 
 def inner_part(model: torch.nn.Module) -> torch.nn.Module:
@@ -176,13 +176,15 @@ def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
     """
     reasons = []
     for key, value in output.items():
-        if key == "hidden_states" and value is not None:
-            output[key] = tuple(flat.restore(x) for x in value)
-        elif isinstance(value, torch.Tensor) and value.ndim and key not in _WHOLE:
-            if key in _OUTPUTS and flat.holds(value):
-                output[key] = flat.restore(value)
-            else:
-                reasons.append(Reason("model", f"nobody declared how to put padding back in its output {key}"))
+        every = value if isinstance(value, tuple) else (value,)
+        if key in _FREE_OUTPUTS or not any(isinstance(x, torch.Tensor) and x.ndim for x in every):
+            continue
+        if key == "hidden_states":
+            output[key] = tuple(map(flat.restore, value))
+        elif key in _OUTPUTS and flat.holds(value):
+            output[key] = flat.restore(value)
+        elif key != "pooler_output" or len(value) != flat.rows:  # one that a pooler read in whole rows
+            reasons.append(Reason("model", f"nobody declared how to put padding back in its output {key}"))
     if reasons:
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run unpadded", reasons, "Leave unpad out.")
 

@@ -86,9 +86,12 @@ def test_a_sharded_model_counts_its_positions_as_before(unpad: bool) -> None:
 
 @torch.no_grad()
 def test_a_sharded_classifier_still_reads_the_first_token() -> None:
-    model = axattn.apply(sharded(examine.build("roberta", "rows")), "auto")
-    with pytest.raises(axattn.InvalidInputError, match="padded on the left"):
-        model(**batch("left", labels=False))
+    for model_type in ("roberta", "bert"):
+        reference = examine.build(model_type, "rows")
+        model = axattn.apply(sharded(reference), "auto", unpad=True)
+        for side in ("left", "right"):
+            given = batch(side, labels=False)
+            assert torch.allclose(model(**given).logits, reference(**given).logits, atol=1e-5)
 
 
 @torch.no_grad()
