@@ -9,7 +9,7 @@ import transformers as tf
 import axattn
 from axattn import numbering
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
-from tests.census.configs import tiny
+from tests.census.configs import of_class, tiny
 from tests.census.examine import build as census
 from tests.models import amplify, build, positions, tokens
 
@@ -128,3 +128,15 @@ def test_encoders_run_unpadded_outside_training_too(model_type: str, unpadded: b
     mask[0, 6:] = 0
     logits = model(tokens(2, 10).clamp(min=3), attention_mask=mask).logits
     assert bool((logits[0, 6:] == 0).all()) is unpadded
+
+
+def test_positions_that_a_model_drops_number_no_documents() -> None:
+    """CSM's depth decoder sets them to None, and chooses weights by a token's place in the row."""
+    config = of_class(tf.CsmDepthDecoderConfig, "none")
+    model = tf.CsmDepthDecoderModel._from_config(config, attn_implementation="eager")
+    assert ["ignores position_ids" in reason.text for reason in numbering.unread_positions(model)] == [True]
+    with pytest.raises(UnsupportedAttentionError, match="ignores position_ids, and counts along the whole row"):
+        axattn.apply(model, "auto", unpad=True)
+    axattn.apply(model, "auto")
+    with pytest.raises(UnsupportedAttentionError, match="ignores position_ids"):
+        model(tokens(1, 9), position_ids=positions((4, 5)), use_cache=False)
