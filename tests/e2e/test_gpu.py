@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 
 import axattn
 from axattn.interface import attend
@@ -126,6 +127,26 @@ def test_padded_batches_and_generation_equal_eager(side: str) -> None:
         ours = model.generate(ids, attention_mask=mask, **options)
         with axattn.using(model, "eager"):
             assert torch.equal(ours, model.generate(ids, attention_mask=mask, **options))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pooler_reads_what_eager_gives_it(side: str, dtype: torch.dtype, unpad: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = tf.BertModel(tf.BertConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=4)).eval()
+    model = model.to(DEVICE, dtype)
+    ids, mask = tokens(4, 60).to(DEVICE), torch.ones(4, 60, dtype=torch.long, device=DEVICE)
+    for row, padding in enumerate((0, 20, 45, 7)):
+        mask[row, slice(60 - padding, 60) if side == "right" else slice(0, padding)] = 0
+    model.set_attn_implementation("eager")
+    expected = model(input_ids=ids, attention_mask=mask)
+    found = axattn.apply(model, "auto", unpad=unpad)(input_ids=ids, attention_mask=mask)
+    budget = 1e-5 if dtype is torch.float32 else 2e-2
+    assert relative(found.pooler_output, expected.pooler_output) < budget
+    real = mask.bool()
+    assert relative(found.last_hidden_state[real], expected.last_hidden_state[real]) < budget
 
 
 def test_a_packed_training_run_follows_the_eager_run(tmp_path: Any) -> None:
