@@ -27,7 +27,7 @@ class Facts:
         unfit: why packed rows can't be what is meant: positions that do not reach the model, one output a row.
         first_position: of a row's first token (`axattn.numbering.first_position`).
         counts_mask: without positions it counts them from the mask (`axattn.numbering.counts_mask`).
-        first_must_be_real: why rows can't be padded on the left (`axattn.pooling.first_must_be_real`), "" if they can.
+        first_must_be_real: why rows can't be padded on the left (sparse layers that count blocks), "" if they can.
         takes_lengths: its forward takes ``cu_seq_lens_*`` and ``max_length_*``, so the door can add them.
         overlays: it lays image blocks over its masks (`axattn.flash_guard.overlays`).
         reads: where its outputs are read from, padding or not (`axattn.pooling.read_at`).

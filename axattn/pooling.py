@@ -143,9 +143,14 @@ def one_a_row(model: torch.nn.Module, *, unless_first: bool = False) -> list[Rea
     every = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
     inner = [one for one in every if "input_ids" in signature_of(one).parameters]  # no vision tower
     pooled = any(pools(one) and not (unless_first and first_token_pooler(one) is not None) for one in inner)
-    if pooled or is_named(model, (*_ROW_HEADS, "ForQuestionAnswering")):
+    if pooled or reads_rows(model):
         return [Reason("model", "it gives one output a row, read at a fixed place")]
     return []
+
+
+def reads_rows(model: torch.nn.Module) -> bool:
+    """Whether a head, by its name, makes its output of whole rows: it classifies them, or finds an answer in each."""
+    return is_named(model, (*_ROW_HEADS, "ForQuestionAnswering"))
 
 
 def classifies_rows(model: torch.nn.Module) -> list[Reason]:
@@ -165,20 +170,6 @@ def reads_first(model: torch.nn.Module) -> bool:
         return False
     last = reads_last(model) or any(word in source_of(cls.forward) for word in ("eos_mask", "pad_token_id"))
     return not last and "[:, 0" in file_source(cls.__module__)
-
-
-def first_must_be_real(model: torch.nn.Module, native: str | None) -> str:
-    """Why rows can't be padded on the left, ``""`` where they can: padding changes what real tokens attend to.
-
-    Args:
-        model: a ``PreTrainedModel``.
-        native: the native name that serves it, None for our names.
-    """
-    config: Any = model.config
-    if native != "eager" and "minimax_m3_sparse" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        name = type(model).__name__
-        return f"{name} selects blocks of keys counted from the row's start, and may select padding alone"
-    return ""
 
 
 def reads_last(model: torch.nn.Module) -> bool:

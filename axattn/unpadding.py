@@ -24,7 +24,7 @@ from axattn.patches.entrance import Forward, add_entrance, wants_cache
 from axattn.patches.patchset import PatchSet
 from axattn.patches.pooler import add_whole_rows
 from axattn.plans import Plan
-from axattn.pooling import one_a_row, pools, read_at, reads_first, reads_last
+from axattn.pooling import one_a_row, pools, read_at, reads_first, reads_last, reads_rows
 from axattn.reading import documents
 from axattn.rope import limits
 from axattn.segments import Segments
@@ -63,9 +63,10 @@ def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
 
 
 def inner_part(model: torch.nn.Module) -> torch.nn.Module:
-    """What runs unpadded: the model, or what is under a head that reads one token of each padded row."""
+    """What runs unpadded: the model, or what is under a head that reads one token of each padded row, or beside one."""
     inner: torch.nn.Module = getattr(model, "base_model", model)
-    return inner if reads_first(model) or reads_last(model) or pools(inner) else model
+    one_token = reads_first(model) or reads_last(model) or (pools(inner) and not reads_rows(model))
+    return inner if one_token else model
 
 
 def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> None:

@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 
 import axattn
+from axattn.context import current
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from axattn.pooling import read_at, reads_first
 from tests.census.configs import of_class
@@ -74,17 +75,21 @@ def test_padding_that_an_output_is_read_from_is_what_eager_makes_of_it(
     model = tiny_of(cls, **options)
     expected = {way: model(**padded(way), return_dict=True) for way in ("left", "right")}
     axattn.apply(model, name)
+    norm = next(module for module in model.modules() if isinstance(module, torch.nn.LayerNorm))
+    seen: list[bool] = []
+    norm.register_forward_pre_hook(lambda *_: seen.append(current().reads_padding))
+    read = {}
     for way, wanted in expected.items():
         found = model(**padded(way), return_dict=True)
+        read[way] = seen[-1]
         real = padded(way)["attention_mask"].bool()
         for key, value in wanted.items():
             if isinstance(value, torch.Tensor):
                 pair = (found[key][real], value[real]) if value.shape[:2] == (2, 12) else (found[key], value)
                 assert torch.allclose(*pair, atol=2e-5), (way, key)
-    layers = axattn.status(model).layers
     other = {"left": "right", "right": "left"}[side]
-    model(**padded(other))
-    assert name != "varlen" or {kernel for layer in layers for kernel in layer.served} == {"varlen"}
+    assert read[side]
+    assert not read[other] or cls is tf.GPT2DoubleHeadsModel  # its summary may be told to read either end
 
 
 @torch.no_grad()
@@ -182,6 +187,14 @@ def test_a_row_s_output_that_is_read_in_another_way_is_refused_unpadded(cls: Any
     """CLIP's was that of the whole flat row: ``[1, D]`` for two texts."""
     with pytest.raises(UnsupportedAttentionError, match="one output a row, read at a fixed place"):
         axattn.apply(tiny_of(cls), "auto", unpad=True)
+
+
+def test_a_head_that_reads_whole_rows_is_refused_over_a_pooler_too() -> None:
+    """No head of Transformers that finds answers has one below: it would take its softmax over zeros for padding."""
+    model = tiny_of(tf.BertForQuestionAnswering)
+    model.bert = tiny_of(tf.BertModel)
+    with pytest.raises(UnsupportedAttentionError, match="one output a row, read at a fixed place"):
+        axattn.apply(model, "auto", unpad=True)
 
 
 def test_an_output_of_which_nobody_knows_the_shape_is_refused_unpadded() -> None:

@@ -19,7 +19,7 @@ from axattn.guard import standing_reasons
 from axattn.mixing import mixers, scaled_by_share, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
-from axattn.pooling import classifies_rows, first_must_be_real, read_at
+from axattn.pooling import classifies_rows, read_at
 from axattn.recurrent import recurrent
 from axattn.rope import stretched_from
 from axattn.sources import calls_interface, code_of, file_source, signature_of, tree_of
@@ -65,7 +65,7 @@ def add_doors(
             mixers=tuple(mixers(module, by_document=True)),
             by_document=bool(scaled_by_share(text) or next(recurrent(text), None)),
             unfit=(*unread_positions(module), *rows),
-            first_must_be_real=first_must_be_real(module, name),
+            first_must_be_real=_first_must_be_real(module, name),
             takes_lengths=flash_guard.takes_lengths(module),
             overlays=flash_guard.overlays(module),
             reads=reads,
@@ -160,6 +160,15 @@ def _counted(model: torch.nn.Module) -> int | None:
         m for m in model.modules() if getattr(m, "attn_temperature_tuning", False) and not getattr(m, "use_rope", 1)
     ]
     return min((int(getattr(m, "floor_scale", 0)) - 1 for m in scaled), default=None)
+
+
+def _first_must_be_real(module: torch.nn.Module, native: str | None) -> str:
+    """Why rows can't be padded on the left, ``""`` where they can: padding changes what real tokens attend to."""
+    config: Any = module.config
+    if native != "eager" and "minimax_m3_sparse" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        name = type(module).__name__
+        return f"{name} selects blocks of keys counted from the row's start, and may select padding alone"
+    return ""
 
 
 def _planes(module: torch.nn.Module) -> tuple[int, ...]:
