@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from axattn.errors import InvalidInputError, Reason
+from axattn.hf.mask_functions import Pattern
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
-from axattn.patterns import Pattern
 from axattn.segments import Segments, from_cu_seqlens, from_positions
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from axattn import names
 from axattn.by_path import nested
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.source_inspection import calls_interface, used_in_forward
 from axattn.needs import sub_configs
 from axattn.plans import Policy
-from axattn.sources import calls_interface, used_in_forward
 
 _ADVICE = 'Use attn_implementation="eager" (or "sdpa"), or a dict that names only the sub-configs that can.'
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.source_inspection import calls_interface, calls_of, code_of, file_source, signature_of, source_of
 from axattn.segments import Segments
-from axattn.sources import calls_interface, calls_of, code_of, file_source, signature_of, source_of
 
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """The keywords that `lengths_of` gives."""

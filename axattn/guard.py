@@ -14,8 +14,8 @@ import torch
 
 from axattn import flash_guard, names
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.source_inspection import tree_of
 from axattn.segments import Segments
-from axattn.sources import tree_of
 
 _APART = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """What tells documents besides positions."""

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from axattn import backends, names, patterns, planning
+from axattn import backends, names, planning
 from axattn.by_path import nested
-from axattn.checkpoints import concrete_class, load_config, resolve_class
 from axattn.classes import around_towers, inner_model_classes, native_support_reasons, require_interface
 from axattn.environment import Environment
 from axattn.errors import UnsupportedAttentionError
+from axattn.hf import mask_functions
+from axattn.hf.checkpoints import concrete_class, load_config, resolve_class
 from axattn.needs import ModelNeeds, model_needs, sub_configs
 from axattn.patches.cache import disable_cache
 from axattn.patches.doors import add_doors, native_name, require_first_gradients
@@ -283,7 +284,7 @@ def _attach(
     """Patch a loaded model to run as planned; on any error the model is as it was."""
     from transformers import PreTrainedModel
 
-    patterns.known()  # read now: a first reading inside torch.compile would cost a second graph
+    mask_functions.known()  # read now: a first reading inside torch.compile would cost a second graph
     configs = dict(sub_configs(model.config))
     modules = dict(model.named_modules())
     native_paths = {p for p, name in decided.running.items() if name is None or names.is_native(name)}

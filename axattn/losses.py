@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from axattn.sources import calls_of, code_of, is_named, source_of
+from axattn.hf.source_inspection import calls_of, code_of, is_named, source_of
 
 IGNORE_INDEX = -100
 

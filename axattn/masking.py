@@ -9,9 +9,9 @@ import torch
 
 from axattn.context import Context, current
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.mask_functions import Pattern, known, recognise, recognise_traced
 from axattn.masks import LazyMask
 from axattn.overlays import blocks_in_place, require_one_document
-from axattn.patterns import Pattern, known, recognise, recognise_traced
 from axattn.segments import Segments, from_positions, jumps
 from axattn.shares import Share, ShareMask
 from axattn.traced import TracedSegments

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from axattn.hf.mask_functions import Pattern
 from axattn.layouts import Layout, build_layout
-from axattn.patterns import Pattern
 from axattn.segments import Segments
 from axattn.tensor_like import TensorLike
 from axattn.traced import TracedSegments

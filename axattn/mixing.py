@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason
+from axattn.hf.source_inspection import calls_interface, code_of, source_of
 from axattn.recurrent import recurrent
-from axattn.sources import calls_interface, code_of, source_of
 
 ATTENTION = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "moe", "sparse", "mlp"}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason
+from axattn.hf.source_inspection import calls_of, code_of, file_source, signature_of, source_of, tree_of
 from axattn.mixing import text_model
-from axattn.sources import calls_of, code_of, file_source, signature_of, source_of, tree_of
 
 _OWN_COUNT = "create_position_ids_from_input_ids"
 """What Transformers calls fairseq's numbering: tokens that are not padding count from ``padding_idx + 1``."""

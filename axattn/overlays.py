@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from axattn.patterns import MaskFunction, closure, known
+from axattn.hf.mask_functions import MaskFunction, closure, known
 from axattn.traced import TracedSegments
 
 

@@ -15,7 +15,7 @@ import torch
 
 from axattn.errors import InvalidInputError, Reason
 from axattn.facts import Facts
-from axattn.sources import calls_of, code_of, file_source, is_named, signature_of, source_of, tree_of
+from axattn.hf.source_inspection import calls_of, code_of, file_source, is_named, signature_of, source_of, tree_of
 
 Place = Literal["first", "last", "every"]
 

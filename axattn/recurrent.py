@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from axattn.hf.source_inspection import calls_interface, calls_of, code_of
 from axattn.segments import Segments
-from axattn.sources import calls_interface, calls_of, code_of
 
 _CACHES = frozenset({"cache_params", "past_key_values"})
 _INPUTS = _CACHES | {"hidden_states", "attention_mask", "cache_position"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from axattn.post_import import after_import, is_imported
+from axattn.hf.post_import import after_import, is_imported
 
 _WATCHED = "transformers.modeling_utils"
 _lock = threading.RLock()
@@ -24,9 +24,10 @@ def register() -> None:
         RegistrationError: another package holds one of our names; nothing is registered then.
     """
     global _active, _asked  # noqa: PLW0603  # one registry a process, as Transformers has it
-    from axattn import names, upstream
+    from axattn import names
     from axattn.errors import Reason, RegistrationError
     from axattn.functions import attention_functions, mask_function
+    from axattn.hf import contracts
 
     with _lock:
         functions = attention_functions()
@@ -47,7 +48,7 @@ def register() -> None:
             import transformers
 
             _asked = True
-            upstream.warn_if_newer(transformers.__version__)
+            contracts.warn_if_newer(transformers.__version__)
         for _, table, ours in tables:
             for name in names.ours():
                 table[name] = functions[name] if ours else mask_function

@@ -15,6 +15,7 @@ from axattn.context import Context, Seen, current, inside, reading
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.flat_row import FlatRow
+from axattn.hf.source_inspection import code_of
 from axattn.inputs import require_ours
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
 from axattn.mixing import mixers
@@ -28,7 +29,6 @@ from axattn.pooling import one_a_row, pools, read_at, reads_first, reads_last, r
 from axattn.reading import documents
 from axattn.rope import limits
 from axattn.segments import Segments
-from axattn.sources import code_of
 
 logger = logging.getLogger("axattn")
 

@@ -11,10 +11,10 @@ from transformers import masking_utils as mu
 
 import axattn
 from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionError
+from axattn.hf.mask_functions import known
 from axattn.interface import HARMLESS, attend
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
-from axattn.patterns import known
 from axattn.routes import ATTRIBUTE, Route
 from axattn.segments import Segments
 from tests.census.configs import tiny

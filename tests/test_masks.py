@@ -10,10 +10,10 @@ from transformers import masking_utils as mu
 
 from axattn import masking
 from axattn.errors import UnsupportedAttentionError
+from axattn.hf.mask_functions import Pattern, recognise
 from axattn.layouts import Layout
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
-from axattn.patterns import Pattern, recognise
 from axattn.segments import Segments, from_positions
 from tests.models import positions
 

@@ -10,8 +10,8 @@ from transformers import masking_utils as mu
 
 import axattn
 from axattn.errors import UnsupportedAttentionError
+from axattn.hf.mask_functions import known
 from axattn.overlays import blocks_in_place, require_one_document
-from axattn.patterns import known
 from axattn.traced import TracedSegments
 from tests.conformance.families import FAMILIES, IMAGE
 from tests.models import positions

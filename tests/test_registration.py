@@ -10,8 +10,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import axattn
-from axattn import names, post_import
+from axattn import names
 from axattn.errors import RegistrationError
+from axattn.hf import post_import
 
 TABLES = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
 
@@ -100,7 +101,7 @@ def test_an_import_that_fails_is_reported_as_its_own_error_and_can_be_repeated(t
     code = """
 import sys, pathlib
 sys.path.insert(0, sys.argv[1] if len(sys.argv) > 1 else '.')
-from axattn.post_import import after_import
+from axattn.hf.post_import import after_import
 folder = pathlib.Path(sys.path[0])
 (folder / 'late.py').write_text('1 / 0')
 seen = []

@@ -10,8 +10,8 @@ import torch
 import transformers as tf
 
 import axattn
+from axattn.hf.source_inspection import code_of, is_named, origin, signature_of
 from axattn.parallel.checks import reasons_against
-from axattn.sources import code_of, is_named, origin, signature_of
 from tests.census import examine
 from tests.models import build, positions, tokens
 from tests.test_unpadding import batch

@@ -16,8 +16,8 @@ from axattn.backends.exact import exactly
 from axattn.backends.inside import Inside, fake_gradients, fake_output, keep
 from axattn.backends.masked_operator import masked_attention_op
 from axattn.call import AttentionCall
+from axattn.hf.mask_functions import Pattern
 from axattn.masks import LazyMask
-from axattn.patterns import Pattern
 from axattn.traced import TracedSegments
 
 

@@ -8,6 +8,7 @@ import torch
 
 from axattn import backends, names
 from axattn.errors import Reason
+from axattn.hf.source_inspection import code_of, signature_of
 from axattn.losses import takes_keywords
 from axattn.mixing import mixers
 from axattn.needs import sub_configs
@@ -15,7 +16,6 @@ from axattn.numbering import counters
 from axattn.pooling import one_a_row
 from axattn.rope import by_length
 from axattn.routes import ATTRIBUTE
-from axattn.sources import code_of, signature_of
 from axattn.state import state_of
 
 

@@ -16,13 +16,13 @@ from axattn.door import Door
 from axattn.errors import UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.guard import standing_reasons
+from axattn.hf.source_inspection import calls_interface, code_of, file_source, signature_of, tree_of
 from axattn.mixing import mixers, scaled_by_share, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
 from axattn.pooling import classifies_rows, read_at
 from axattn.recurrent import recurrent
 from axattn.rope import stretched_from
-from axattn.sources import calls_interface, code_of, file_source, signature_of, tree_of
 
 
 def add_doors(

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from axattn.hf.source_inspection import code_of, signature_of, source_of
 from axattn.patches.patchset import PatchSet
-from axattn.sources import code_of, signature_of, source_of
 
 Forward = Callable[[dict[str, Any]], Any]
 Change = Callable[[torch.nn.Module, Forward, dict[str, Any]], Any]

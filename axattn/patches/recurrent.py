@@ -13,12 +13,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from axattn.context import current
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.source_inspection import signature_of
 from axattn.mixing import text_model
 from axattn.patches.entrance import Forward, add_entrance
 from axattn.patches.patchset import PatchSet
 from axattn.recurrent import Group, as_rows, recurrent
 from axattn.segments import Segments
-from axattn.sources import signature_of
 from axattn.traced import TracedSegments
 
 _ALONE = "Give it one document a row, padded."

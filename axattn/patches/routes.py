@@ -9,11 +9,11 @@ import torch
 
 from axattn import names
 from axattn.by_path import nested
+from axattn.hf.source_inspection import calls_interface
 from axattn.needs import sub_configs
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
 from axattn.routes import ATTRIBUTE, Route, candidates
-from axattn.sources import calls_interface
 
 _INTERNAL = "_attn_implementation_internal"
 

@@ -13,8 +13,8 @@ import torch
 
 from axattn import loading
 from axattn.capability import Exactness
-from axattn.checkpoints import concrete_class, load_config, resolve_class
 from axattn.errors import AxattnError, InvalidInputError, Reason
+from axattn.hf.checkpoints import concrete_class, load_config, resolve_class
 from axattn.planning import backend_of
 from axattn.verification.live import copied
 from axattn.verification.records import Check, Verification

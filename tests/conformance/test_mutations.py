@@ -13,9 +13,9 @@ from transformers import AttentionMaskInterface
 from axattn import door, flash_guard, guard, inputs, interface, layouts, masking, masks, planes, reading, traced
 from axattn.backends import dense, fp8, spans
 from axattn.call import AttentionCall
+from axattn.hf.mask_functions import known
 from axattn.kernels import int8_operator
 from axattn.patches import recurrent
-from axattn.patterns import known
 from axattn.segments import Segments
 from tests.conformance.cases import Case
 from tests.conformance.cells import run

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import transformers as tf
 
 import axattn
+from axattn.hf.mask_functions import recognise
 from axattn.interface import attend
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
-from axattn.patterns import recognise
 from axattn.segments import Segments
 from tests.models import build, positions, tokens
 
