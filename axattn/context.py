@@ -56,6 +56,7 @@ class Context:
         crosses: the model also attends to another sequence (``encoder_hidden_states``).
         reads_padding: what padding attends to matters: a head of the model reads it.
         flat: where the tokens of an unpadded row stand in its batch.
+        caches: those that packed rows are given, which they fill.
         caller: the frame in which the forward runs, None where nobody can tell (compiled frames).
     """
 
@@ -71,6 +72,7 @@ class Context:
     caller: FrameType | None = None
     plain: torch.Tensor | None = None
     flat: FlatRow | None = None
+    caches: tuple[Any, ...] = ()
 
     @property
     def running(self) -> bool:

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from axattn import flash_guard, guard, inputs, planes
+from axattn import flash_guard, guard, planes
 from axattn.context import Context, Seen, current, slot
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
+from axattn.hf.caches import caches_in, is_packed, mark_packed
+from axattn.hf.forward_inputs import INPUTS, LENGTHS, caches_of, is_paged_step, token_shape
 from axattn.numbering import counted
 from axattn.pooling import padding_is_read
 from axattn.reading import described, plain, read
@@ -42,16 +44,16 @@ class Door:
         """Forward pre-hook (``with_kwargs=True``). Packed rows get what they lack: on a flash name the lengths of their
         documents, which Transformers' flash path reads at any batch size; positions that start anew in each. Of a mask
         that numbers them the model gets a plain one."""
-        if _is_paged(kwargs) and self.facts.native is not None:
+        if is_paged_step(kwargs) and self.facts.native is not None:
             return None
         given = {**dict(zip(self.facts.parameters, args, strict=False)), **kwargs} if args else kwargs
         here, outer = slot(), current()
         weights = self._require_allowed(module, given)
         seen = described(given, outer)
         unchanged: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        if outer is not None and _speaks_of(outer, seen.cu_q) and inputs.token_shape(given) is None:
+        if outer is not None and _speaks_of(outer, seen.cu_q) and token_shape(given) is None:
             # the lengths of the text, which a vision tower is given too (transformers 5.17)
-            kwargs = {name: value for name, value in kwargs.items() if name not in flash_guard.LENGTHS}
+            kwargs = {name: value for name, value in kwargs.items() if name not in LENGTHS}
             seen, unchanged = seen._replace(cu_q=None, cu_k=None), (args, kwargs)
         if here.share is not None or here.told is not None:
             segments, shape = self._told(module, given, here.told)
@@ -62,8 +64,9 @@ class Door:
             and not weights
             and outer.segments is None
             and outer.door is not self
-            and not inputs.is_packed(given.get("past_key_values"))
             and seen.nothing
+            and given.keys() <= INPUTS.keys()
+            and not any(map(is_packed, caches_of(given)))
             and given.get("encoder_hidden_states") is None
         ):
             return unchanged  # an inner model with nothing to read: the outer door has looked, and its context holds
@@ -93,12 +96,13 @@ class Door:
             reads_padding=reads_padding,
             caller=_caller(),
             plain=masked,
+            caches=tuple(caches_of(given)) if segments is not None else (),
         )
         return unchanged
 
     def reached(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of an attention module on a flash name: have the documents come this far, and as such?"""
-        if self.facts.native is None or _is_paged(kwargs):
+        if self.facts.native is None or is_paged_step(kwargs):
             return
         flash_guard.require_plain_positions(self.facts.native, module, args, kwargs)
         context = current()
@@ -113,12 +117,11 @@ class Door:
             return
         here.context = context.outer
         if context.segments is not None:
-            cache = getattr(output, "past_key_values", None)
-            if cache is not None and not isinstance(cache, tuple):
+            for cache in (*context.caches, *caches_in(output)):
                 packed: Any = True
                 if isinstance(context.segments, TracedSegments):
                     packed = (context.segments.document_ids[:, -1] > 0).any()
-                setattr(cache, inputs.PACKED_CACHE, packed)
+                mark_packed(cache, packed)
 
     def _require_allowed(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
         """Raise for what this model can't do on its kernel, whatever the tokens; whether attention weights are asked
@@ -152,7 +155,7 @@ class Door:
         self, module: torch.nn.Module, given: dict[str, Any], told: Segments | None
     ) -> tuple[Segments | TracedSegments | None, tuple[int, int] | None]:
         """The documents where they are known before (`axattn.context.inside`)."""
-        shape = inputs.token_shape(given)
+        shape = token_shape(given)
         if told is not None and shape != (told.rows, told.length):
             # read from positions alone, two rows could be one document
             raise InvalidInputError(
@@ -207,11 +210,6 @@ def _caller() -> FrameType | None:
         return None
     here = inspect.currentframe()
     return here.f_back.f_back if here is not None and here.f_back is not None else None
-
-
-def _is_paged(kwargs: dict[str, Any]) -> bool:
-    """Whether this is a step of Transformers' continuous batching, which keeps its requests apart itself."""
-    return "write_index" in kwargs and "cache" in kwargs
 
 
 def _speaks_of(context: Context, lengths: Any) -> bool:

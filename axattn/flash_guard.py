@@ -15,13 +15,10 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.forward_inputs import KINDS, LENGTHS, tokens_of
 from axattn.hf.source_inspection import calls_interface, calls_of, code_of, file_source, signature_of, source_of
 from axattn.segments import Segments
 
-LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""The keywords that `lengths_of` gives."""
-KINDS = ("token_type_ids", "mm_token_type_ids")
-"""Inputs that say which tokens are of an image."""
 _ADVICE = 'Use attn_implementation="varlen" or "auto".'
 
 
@@ -140,7 +137,7 @@ def _crosses_padding(inputs: dict[str, Any]) -> bool:
     """Whether cross-attention over a padded source has as many queries as keys: Transformers' ``_upad_input`` then cuts
     the queries at the source's padding (transformers 5.23)."""
     source, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    tokens = tokens_of(inputs)
     if not all(isinstance(x, torch.Tensor) for x in (source, mask, tokens)):
         return False
     assert isinstance(source, torch.Tensor)

@@ -14,6 +14,7 @@ import torch
 
 from axattn import flash_guard, names
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.forward_inputs import KINDS, caches_of, tokens_of
 from axattn.hf.source_inspection import tree_of
 from axattn.segments import Segments
 
@@ -89,8 +90,8 @@ def require_flex_on_cpu(module: torch.nn.Module, inputs: dict[str, Any], cached:
     Raises:
         UnsupportedAttentionError: a gradient, or decoding from a cache.
     """
-    given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    if not isinstance(given, torch.Tensor) or given.device.type != "cpu":
+    given = tokens_of(inputs)
+    if given is None or given.device.type != "cpu":
         return
     reasons = []
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
@@ -193,12 +194,12 @@ def may_leak(native: str, module: torch.nn.Module, inputs: dict[str, Any], stand
         return True
     positions = inputs.get("position_ids")
     plain = isinstance(positions, torch.Tensor) and positions.ndim == 2 and inputs.get("attention_mask") is None
-    plain = plain and not (overlays and any(inputs.get(name) is not None for name in flash_guard.KINDS))
+    plain = plain and not (overlays and any(inputs.get(name) is not None for name in KINDS))
     return standing or not plain or _caches(module, inputs)
 
 
 def _caches(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
-    if inputs.get("past_key_values") is not None:
+    if caches_of(inputs):
         return True
     asked = inputs.get("use_cache")
     if asked is not None:

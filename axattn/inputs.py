@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -11,32 +12,11 @@ from axattn import guard, names
 from axattn.by_row import reasons_by_document
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
+from axattn.hf.caches import cache_length
+from axattn.hf.forward_inputs import caches_of, may_tell_documents
 from axattn.segments import Segments, from_cu_seqlens
 
-PACKED_CACHE = "_axattn_packed"
-"""Attribute on a cache that a row of several documents has filled: True, or a bool tensor from a compiled graph."""
 _ALONE = "Give it one document a row, padded."
-
-
-def token_shape(inputs: dict[str, Any]) -> tuple[int, int] | None:
-    """(B, S) of the tokens, None when there are none."""
-    ids = inputs.get("input_ids")
-    if isinstance(ids, torch.Tensor):
-        return (ids.shape[0], ids.shape[1]) if ids.ndim == 2 else None
-    embeds = inputs.get("inputs_embeds")
-    if isinstance(embeds, torch.Tensor) and embeds.ndim == 3:
-        return embeds.shape[0], embeds.shape[1]
-    return None
-
-
-def cache_length(cache: Any) -> int:
-    """How many tokens a cache holds."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-
-
-def is_packed(cache: Any) -> bool:
-    """Whether a row of several documents has filled a cache."""
-    return cache is not None and bool(getattr(cache, PACKED_CACHE, False))
 
 
 def documents_of_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segments:
@@ -58,7 +38,7 @@ def documents_of_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segmen
     return found[0]
 
 
-def mask_of_tokens(mask: torch.Tensor | None, length: int, cache: Any) -> torch.Tensor | None:
+def mask_of_tokens(mask: torch.Tensor | None, length: int, caches: list[Any]) -> torch.Tensor | None:
     """What a 2-D mask ``[B, T]`` says of this forward's own tokens ``[B, S]``, which stand behind those of a cache.
 
     None where it says nothing of them: for one token (nothing to separate), or a cache whose length is not known while
@@ -68,7 +48,8 @@ def mask_of_tokens(mask: torch.Tensor | None, length: int, cache: Any) -> torch.
         return mask
     if length < 2:
         return None
-    held = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    cache = next((cache for cache in caches if hasattr(cache, "get_seq_length")), None)
+    held = 0 if cache is None else cache.get_seq_length()
     if isinstance(held, torch.Tensor):
         if torch.compiler.is_compiling():
             return None
@@ -189,13 +170,62 @@ def require_ours(facts: Facts, module: torch.nn.Module) -> None:
         )
 
 
+def require_known(
+    module: torch.nn.Module,
+    unknown: Mapping[str, list[torch.Tensor]],
+    mask: torch.Tensor | None,
+    rows: int,
+    length: int,
+) -> None:
+    """Raise for a keyword that axattn does not know and that may say where documents end: nobody would read it.
+
+    Args:
+        module: the model.
+        unknown: what such keywords hold for tokens (`axattn.hf.forward_inputs.unknown_tensors`).
+        mask: the 2-D mask ``[B, S]``, or None.
+        rows: B.
+        length: S.
+
+    Raises:
+        UnsupportedAttentionError: one of them can be read as a description of several documents. In a compiled graph
+            that is asserted when it runs.
+    """
+    for name, tensors in unknown.items():
+        for x in tensors:
+            told = may_tell_documents(x, mask, rows, length)
+            if told is None:
+                continue
+            if torch.compiler.is_compiling():
+                torch._assert_async(~told, f"axattn: {name} is not known, and may describe packed documents")
+            elif bool(told):
+                raise UnsupportedAttentionError(
+                    f"{type(module).__name__} can't run this batch",
+                    [Reason(name, f"{name}: an unknown keyword whose values may describe packed documents")],
+                    "Describe documents by position_ids, cu_seq_lens_q or seq_idx.",
+                )
+
+
 def require_packable(
-    facts: Facts, module: torch.nn.Module, inputs: dict[str, Any], segments: Segments, cache: Any, mask: Any
+    facts: Facts,
+    module: torch.nn.Module,
+    inputs: dict[str, Any],
+    segments: Segments,
+    unknown: Iterable[str],
+    mask: Any,
 ) -> None:
     """Raise for packed rows that this model can't take, or not with these inputs.
 
+    Args:
+        facts: about the model.
+        module: the model.
+        inputs: of its forward, by name.
+        segments: the documents.
+        unknown: keywords that are not known and hold something for tokens.
+        mask: the 2-D mask, or None.
+
     Raises:
-        InvalidInputError: an encoder-decoder, or rows that go on from a cache.
+        InvalidInputError: an encoder-decoder, rows that go on from a cache, or an unknown keyword that may say more
+            of the tokens.
         UnsupportedAttentionError: documents would leak, or be numbered wrong.
     """
     name = type(module).__name__
@@ -203,12 +233,16 @@ def require_packable(
     if facts.encoder_decoder:
         reasons = [Reason("segments", "its cross-attention has no document boundaries")]
         raise InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ALONE)
-    if cache is not None and cache_length(cache) > 0:
+    held = max(map(cache_length, caches_of(inputs)), default=0)
+    if held > 0:
         raise InvalidInputError(
             "packed rows can't continue from a cache",
-            [Reason("segments", f"the cache already holds {cache_length(cache)} tokens of unknown documents")],
-            "Pass past_key_values=None, or one document a row.",
+            [Reason("segments", f"the cache already holds {held} tokens of unknown documents")],
+            "Pass no cache, or one document a row.",
         )
+    if unknown:
+        reasons = [Reason(keyword, f"{keyword}: what an unknown keyword says of the tokens") for keyword in unknown]
+        raise InvalidInputError(f"packed rows can't run in {name} with these inputs", reasons, _ALONE)
     if facts.mixers:
         raise UnsupportedAttentionError(f"packed rows would leak in {name}", facts.mixers, _ALONE)
     unfit = [*facts.unfit, *reasons_by_document(module)]

@@ -17,42 +17,19 @@ from axattn.context import current
 from axattn.decisions import decide
 from axattn.derivatives import require_first
 from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
+from axattn.hf.caches import is_paged
+from axattn.hf.forward_inputs import AT_ATTENTION, PAGED
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route, route_of
 from axattn.shares import ShareMask
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
-HARMLESS: frozenset[str] = frozenset(
-    {
-        # forward keywords that Transformers hands through every layer; none changes what attention computes
-        "position_ids",
-        "position_embeddings",
-        "use_cache",
-        "cache_position",
-        "past_key_values",
-        "num_items_in_batch",
-        "shift_labels",  # labels that a sequence-parallel trainer has shifted before it cut the row
-        "labels",  # Gemma 4 hands them on
-        "grid_thw",  # sizes of images, which LFM3-VL's tower hands on; its attention is given them as lengths
-        "seq_idx",
-        "output_router_logits",
-        "output_hidden_states",
-        "return_dict",
-        "logits_to_keep",
-        "layer_idx",
-        "deterministic",  # flash attention's choice of backward algorithm, not its result
-        "max_length_q",
-        "max_length_k",
-        "cu_seq_lens_q",  # read through the mask (the door), or by `_segments_from_keywords`
-        "cu_seq_lens_k",
-    }
-)
 SERVED: frozenset[str] = frozenset(
     {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "sinks", "position_bias"}
     | {"output_attentions"}
 )
-PLAIN = HARMLESS | {"dropout", "scaling", "is_causal", "sliding_window"}
+PLAIN = AT_ATTENTION | {"dropout", "scaling", "is_causal", "sliding_window"}
 """With a `LazyMask.plain` mask these change nothing but the scale: the mask says what is causal and windowed."""
 SPARSE: frozenset[str] = frozenset({"indices", "block_indices"})
 
@@ -82,7 +59,7 @@ def attend(
         Output ``[B, S, H, Dv]``, and the attention weights ``[B, H, S, T]`` if they are asked for, else None.
 
     Raises:
-        UnsupportedAttentionError: a keyword nobody declared, or no kernel that serves the call.
+        UnsupportedAttentionError: an unsupported keyword, or no kernel that serves the call.
         InvalidInputError: a mask of the wrong shape or dtype.
     """
     route: Route | None = module.__dict__.get(ATTRIBUTE)
@@ -117,7 +94,9 @@ def attend(
                 return (keep_nan(out, query) if torch.is_grad_enabled() else out), None
     sparse = False
     for keyword, given in kwargs.items():
-        if given is None or keyword in SERVED or keyword in HARMLESS:
+        if given is None or keyword in SERVED:
+            continue
+        if keyword in AT_ATTENTION and not is_paged(given):
             continue
         if keyword in SPARSE:
             sparse = True
@@ -275,10 +254,13 @@ def _one_dtype(
 
 def _refuse_keyword(route: Route, keyword: str, given: Any) -> None:
     shown = repr(given) if isinstance(given, int | float | str) else f"a {type(given).__name__}"
-    if keyword == "cache":
+    if is_paged(given) or keyword in PAGED:
         reason, advice = "axattn has no paged cache", 'Use attn_implementation="sdpa" for continuous batching.'
     else:
-        reason, advice = "nobody declared what it means for this kernel", 'Use attn_implementation="eager".'
+        reason, advice = (
+            "an unsupported keyword",
+            'Use attn_implementation="eager".',
+        )
     raise UnsupportedAttentionError(
         f"{route.asked} can't serve {route.layer}", [Reason(keyword, f"{keyword}={shown} ({reason})")], advice
     )

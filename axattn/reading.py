@@ -11,6 +11,8 @@ from axattn.context import Context, Seen, current
 from axattn.errors import InvalidInputError, Reason
 from axattn.facts import Facts
 from axattn.handed_on import require_handed_on
+from axattn.hf.caches import cache_length, is_packed
+from axattn.hf.forward_inputs import caches_of, token_shape, unknown_tensors
 from axattn.segments import Segments, from_positions, has_numbers
 from axattn.traced import TracedSegments
 
@@ -72,14 +74,14 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         UnsupportedAttentionError: what they mean would be lost on the way to this model's kernels.
     """
     positions, mask, cu_q, cu_k, index = seen
-    cache = given.get("past_key_values")
-    if inputs.is_packed(cache):
+    caches = caches_of(given)
+    if any(map(is_packed, caches)):
         raise InvalidInputError(
             "this cache was filled by a row of several documents",
             [Reason("segments", "a token decoded from it would attend to all of them")],
             "Prefill each document in a row of its own (left-padded) before decoding.",
         )
-    shape = inputs.token_shape(given)
+    shape = token_shape(given)
     if shape is None:
         return Found(None, None)
     if facts.on_flash and facts.native is not None:
@@ -87,7 +89,7 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
             facts.native, given, facts.windowed, overlays=facts.overlays, reads_padding="every" in facts.reads
         )
     if facts.native == "flex_attention":
-        guard.require_flex_on_cpu(module, given, inputs.cache_length(cache))
+        guard.require_flex_on_cpu(module, given, max(map(cache_length, caches), default=0))
     rows, length = shape
     if rows == 0 or length == 0:
         raise InvalidInputError(
@@ -95,6 +97,10 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         )
     if positions is cu_q is cu_k is None and outer is None and length > 1 and not torch.compiler.is_compiling():
         require_handed_on(module, rows, length)
+    unknown = unknown_tensors(given, rows, length)
+    if unknown:
+        mask_here = mask if isinstance(mask, torch.Tensor) and tuple(mask.shape) == shape else None
+        inputs.require_known(module, unknown, mask_here, rows, length)
     if seen.nothing:
         return Found(outer.segments if outer is not None and outer.shape == shape else None, shape)
     finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
@@ -108,7 +114,7 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         positions = _text_positions(facts, positions, rows, length, outer)
         if finished:  # a 4-D mask (the user's own, or one that `generate` built before) already says it all
             return Found(None, shape)
-        mask = inputs.mask_of_tokens(mask, length, cache)
+        mask = inputs.mask_of_tokens(mask, length, caches)
         if index is not None:
             mask = inputs.numbers_of(index, mask, rows, length)
         if positions is not None and facts.first_position and not _decodes(given):
@@ -126,7 +132,7 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
             in_graph = traced.from_positions(positions, mask, rows, length)
         if in_graph is not None and facts.by_document:
             in_graph.require_single("packed rows can't run document by document in a graph; run without torch.compile")
-        elif in_graph is not None and not _packable_in_graph(facts, module, given, length):
+        elif in_graph is not None and (unknown or not _packable_in_graph(facts, module, given, length)):
             in_graph.require_single("packed rows would leak here; run without torch.compile to see why")
         return Found(in_graph, shape, numbered)
     segments: Segments | None = None
@@ -139,7 +145,7 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         segments = above.read() if isinstance(above, TracedSegments) else above
     if segments is None or not segments.packed:
         return Found(None, shape, numbered)
-    inputs.require_packable(facts, module, given, segments, cache, None if finished else seen.mask)
+    inputs.require_packable(facts, module, given, segments, unknown, None if finished else seen.mask)
     return Found(segments, shape, numbered)
 
 
@@ -153,7 +159,7 @@ def _text_positions(facts: Facts, positions: Any, rows: int, length: int, outer:
 
 def _decodes(given: dict[str, Any]) -> bool:
     """Whether the forward may be a step of ``generate``, which counts positions from 0 in any model."""
-    return given.get("past_key_values") is not None or bool(given.get("use_cache"))
+    return bool(given.get("use_cache") or caches_of(given))
 
 
 def _traced_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> TracedSegments:
@@ -171,9 +177,9 @@ def _packable_in_graph(facts: Facts, module: torch.nn.Module, given: dict[str, A
         return False
     if facts.stretched_from is not None and length > facts.stretched_from:
         return False
-    cache = given.get("past_key_values")
-    held = 0 if cache is None else cache.get_seq_length()
-    if isinstance(held, torch.Tensor) or held > 0:
-        return False
+    for cache in caches_of(given):
+        held = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        if isinstance(held, torch.Tensor) or held > 0:
+            return False
     leaks = facts.native is not None and guard.may_leak(facts.native, module, given, facts.standing, facts.overlays)
     return not leaks

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from axattn.hf.forward_inputs import CACHES
 from axattn.hf.source_inspection import calls_interface, calls_of, code_of
 from axattn.segments import Segments
 
-_CACHES = frozenset({"cache_params", "past_key_values"})
-_INPUTS = _CACHES | {"hidden_states", "attention_mask", "cache_position"}
+_INPUTS = frozenset(CACHES) | {"hidden_states", "attention_mask", "cache_position"}
 _LOOSE = 1.5
 """Padding up to half of the tokens is taken for one call instead of several."""
 
@@ -70,7 +70,7 @@ def _carries(module: torch.nn.Module) -> bool:
     named = [p.name for p in list(inspect.signature(cls.forward).parameters.values())[1:] if p.kind not in kinds]
     taken = set(named)
     first = named[:1] == ["hidden_states"] and "attention_mask" in taken
-    return first and bool(taken & _CACHES) and taken <= _INPUTS and not calls_interface(cls)
+    return first and bool(taken & set(CACHES)) and taken <= _INPUTS and not calls_interface(cls)
 
 
 @functools.cache

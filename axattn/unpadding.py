@@ -15,6 +15,8 @@ from axattn.context import Context, Seen, current, inside, reading
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.flat_row import FlatRow
+from axattn.hf.caches import is_cache
+from axattn.hf.forward_inputs import INPUTS, is_given, tokens_of, unpadded_as
 from axattn.hf.source_inspection import code_of
 from axattn.inputs import require_ours
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
@@ -32,12 +34,9 @@ from axattn.segments import Segments
 
 logger = logging.getLogger("axattn")
 
-_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "labels", "shift_labels")
-_READ = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-_FREE = ("num_items_in_batch", "return_dict", "output_hidden_states", "output_router_logits")
 _OUTPUTS = ("logits", "last_hidden_state", "prediction_logits")
-_FREE_OUTPUTS = ("loss", "router_logits", "past_key_values")
-"""Outputs that are right as they are."""
+_FREE_OUTPUTS = ("loss", "router_logits")
+"""Outputs that are right as they are, as caches are."""
 _said: set[str] = set()
 
 
@@ -108,8 +107,8 @@ class Unpad:
             or torch.compiler.is_compiling()
         ):
             return forward(inputs)
-        tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-        if not isinstance(tokens, torch.Tensor) or mask.shape != tokens.shape[:2]:
+        tokens = tokens_of(inputs)
+        if tokens is None or mask.shape != tokens.shape[:2]:
             return forward(inputs)
         keep = (mask != 0).flatten().nonzero().flatten()  # [N]
         if keep.numel() in (0, mask.numel()) or (self.reads_first and not bool((mask[:, 0] != 0).all())):
@@ -121,10 +120,8 @@ class Unpad:
         segments = self._flat_documents(model, inputs, keep, rows, length)
         if segments is None:
             return forward(inputs)
-        given = {key: inputs[key] for key in _FREE if key in inputs} | {"use_cache": False, "return_dict": True}
-        for key in _PER_TOKEN:
-            if inputs.get(key) is not None:
-                given[key] = flat.flatten(inputs[key])
+        given = unpadded_as(inputs, "copy") | {"use_cache": False, "return_dict": True}
+        given |= {key: flat.flatten(value) for key, value in unpadded_as(inputs, "cut").items()}
         given["position_ids"] = _positions(model, inputs, mask, flat)
         if self.limits and self._stretches(inputs, given["position_ids"], segments, rows, length):
             return forward(inputs)
@@ -178,14 +175,14 @@ def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
     reasons = []
     for key, value in output.items():
         every = value if isinstance(value, tuple) else (value,)
-        if key in _FREE_OUTPUTS or not any(isinstance(x, torch.Tensor) and x.ndim for x in every):
+        if key in _FREE_OUTPUTS or is_cache(value) or not any(isinstance(x, torch.Tensor) and x.ndim for x in every):
             continue
         if key == "hidden_states":
             output[key] = tuple(map(flat.restore, value))
         elif key in _OUTPUTS and flat.holds(value):
             output[key] = flat.restore(value)
         elif key != "pooler_output" or len(value) != flat.rows:  # one that a pooler read in whole rows
-            reasons.append(Reason("model", f"nobody declared how to put padding back in its output {key}"))
+            reasons.append(Reason("model", f"how to put padding back in its output {key} is not known"))
     if reasons:
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run unpadded", reasons, "Leave unpad out.")
 
@@ -222,11 +219,10 @@ def _targets(
 
 
 def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-    known = {*_PER_TOKEN, *_READ, *_FREE, "past_key_values", "use_cache", "output_attentions", "logits_to_keep"}
     reasons = [
-        Reason(key, f"{key}: nobody declared how to flatten it")
+        Reason(key, f"{key}: how to put its padded rows together is not known")
         for key, value in inputs.items()
-        if key not in known and (isinstance(value, torch.Tensor) or bool(value))
+        if (key not in INPUTS or INPUTS[key].unpads == "refuse") and is_given(value)
     ]
     reasons += reasons_by_row(model)
     if inputs.get("output_attentions"):

@@ -11,23 +11,13 @@ import torch.distributed as dist
 from axattn.by_row import reasons_by_row
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
+from axattn.hf.forward_inputs import COMPARED, INPUTS, Role, is_given, split_as, tokens_of
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted
 from axattn.numbering import own_positions
 from axattn.parallel.collectives import gather
 from axattn.reading import documents
 from axattn.segments import Segments
 from axattn.shares import Share
-
-_PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "labels", "shift_labels")
-_COMPARED = ("input_ids", "position_ids", "labels", "attention_mask", "cu_seq_lens_q", "seq_idx")
-_READ = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""What the share says in their place."""
-_FREE = ("num_items_in_batch", "use_cache", "return_dict", "logits_to_keep", "output_hidden_states", "past_key_values")
-_REFUSED = {
-    "output_attentions": "the weights of a row are on several ranks",
-    "output_router_logits": "the balance of experts would be taken over one rank's tokens",
-    "cache_position": "it numbers the tokens of the whole row",
-}
 
 
 @dataclass(frozen=True)
@@ -83,8 +73,8 @@ def split(
         UnsupportedAttentionError: an input whose part nobody knows.
     """
     _require_known(model, inputs)
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    if not isinstance(tokens, torch.Tensor):
+    tokens = tokens_of(inputs)
+    if tokens is None:
         raise InvalidInputError("there is nothing to split", [Reason("input_ids", "no input_ids and no inputs_embeds")])
     rows, length = tokens.shape[:2]
     _require_same(group, inputs, rows, length)
@@ -92,7 +82,7 @@ def split(
     mask = inputs.get("attention_mask")
     P = group.ranks
     extra = -length % P
-    whole = {key: inputs[key] for key in _PER_TOKEN if inputs.get(key) is not None}
+    whole = split_as(inputs, "cut")
     if "position_ids" not in whole:
         real = torch.ones(rows, length, device=tokens.device) if mask is None else mask
         whole["position_ids"] = own_positions(model, inputs.get("input_ids"), real)
@@ -100,9 +90,9 @@ def split(
         whole["shift_labels"] = shifted(whole["labels"])
     part = (length + extra) // P
     start = group.rank * part
-    given = {key: inputs[key] for key in _FREE if key in inputs and key != "past_key_values"} | {"use_cache": False}
+    given = split_as(inputs, "copy") | {"use_cache": False}
     for key, value in whole.items():
-        fill = IGNORE_INDEX if key in ("labels", "shift_labels") else 0
+        fill = IGNORE_INDEX if INPUTS[key].role in (Role.LABELS, Role.TARGETS) else 0
         given[key] = _behind(value, extra, fill)[:, start : start + part].contiguous()
     targets = whole.get("shift_labels", whole.get("labels"))
     if targets is not None and given.get("num_items_in_batch") is None:
@@ -134,13 +124,12 @@ def _behind(x: torch.Tensor, extra: int, fill: float) -> torch.Tensor:
 
 
 def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-    known = {*_PER_TOKEN, *_READ, *_FREE}
-    reasons = [Reason(key, f"{key}: {text}") for key, text in _REFUSED.items() if _given(inputs.get(key))]
-    reasons += [
-        Reason(key, f"{key}: nobody declared how to split it")
-        for key, value in inputs.items()
-        if key not in known and key not in _REFUSED and _given(value)
-    ]
+    reasons = []
+    for key, value in inputs.items():
+        one = INPUTS.get(key)
+        if is_given(value) and (one is None or one.splits == "refuse"):
+            why = one.why_not if one is not None else ""
+            reasons.append(Reason(key, f"{key}: {why or 'how to split it is not known'}"))
     reasons += reasons_by_row(model, rows_stay=True)
     keep = inputs.get("logits_to_keep")
     if isinstance(keep, torch.Tensor) or keep:
@@ -155,15 +144,11 @@ def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         raise UnsupportedAttentionError(f"{type(model).__name__} can't take this batch in parts", reasons)
 
 
-def _given(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or bool(value)
-
-
 def _require_same(group: Group, inputs: dict[str, Any], rows: int, length: int) -> None:
     """One small collective a forward: ranks with other batches would mix their rows in silence, or hang."""
     device = next(x.device for x in inputs.values() if isinstance(x, torch.Tensor))
-    sums = [torch.tensor(0, device=device)] * len(_COMPARED)
-    for at, key in enumerate(_COMPARED):
+    sums = [torch.tensor(0, device=device)] * len(COMPARED)
+    for at, key in enumerate(COMPARED):
         given = inputs.get(key)
         if isinstance(given, torch.Tensor):
             flat = given.to(device, torch.int64).flatten()
@@ -174,7 +159,7 @@ def _require_same(group: Group, inputs: dict[str, Any], rows: int, length: int) 
     seen = [one.tolist() for one in found]
     if any(one != seen[0] for one in seen):
         shown = ", ".join(f"rank {at}: {one[0]} x {one[1]}" for at, one in enumerate(seen))
-        other = [key for at, key in enumerate(_COMPARED) if len({one[2 + at] for one in seen}) > 1]
+        other = [key for at, key in enumerate(COMPARED) if len({one[2 + at] for one in seen}) > 1]
         raise InvalidInputError(
             "the ranks of a sequence-parallel group hold different batches",
             [Reason("input_ids", f"rows x tokens by rank: {shown}; they differ in {', '.join(other)}")],

@@ -16,6 +16,7 @@ from axattn.door import Door
 from axattn.errors import UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.guard import standing_reasons
+from axattn.hf.forward_inputs import READ
 from axattn.hf.source_inspection import calls_interface, code_of, file_source, signature_of, tree_of
 from axattn.mixing import mixers, scaled_by_share, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
@@ -116,14 +117,6 @@ def _positional(signature: inspect.Signature) -> tuple[str, ...]:
     """Names of the positional parameters of a ``forward``, without ``self``."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, parameter in signature.parameters.items() if parameter.kind in kinds)[1:]
-
-
-READ = frozenset(
-    {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
-    | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-    | {"output_attentions", "token_type_ids", "mm_token_type_ids"}
-)
-"""The inputs that a door reads."""
 
 
 @functools.cache

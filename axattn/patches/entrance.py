@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from axattn.hf.forward_inputs import caches_of, takes_cache
 from axattn.hf.source_inspection import code_of, signature_of, source_of
 from axattn.patches.patchset import PatchSet
 
@@ -68,8 +69,10 @@ def wants_cache(model: Any, inputs: dict[str, Any]) -> bool:
     encoders (BERT, whose config says ``use_cache`` all the same) return none.
     """
     asked = inputs.get("use_cache")
-    if inputs.get("past_key_values") is not None or asked is not None:
-        return bool(inputs.get("past_key_values") is not None or asked)
+    if caches_of(inputs):
+        return True
+    if asked is not None:
+        return bool(asked)
     if not getattr(model.config, "use_cache", False) or model.training or inputs.get("labels") is not None:
         return False
     return _may_return_cache(
@@ -81,7 +84,7 @@ def wants_cache(model: Any, inputs: dict[str, Any]) -> bool:
 def _may_return_cache(cls: Any, base: Any, is_decoder: bool) -> bool:
     """Whether a model takes a cache, and does not make that depend on a ``config.is_decoder`` that is False."""
     forwards = (cls.forward, base.forward)
-    if not any("past_key_values" in inspect.signature(forward).parameters for forward in forwards):
+    if not any(takes_cache(inspect.signature(forward)) for forward in forwards):
         return False
     return is_decoder or not any("is_decoder" in source_of(forward) for forward in forwards)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from axattn.hf.caches import caches_in
+from axattn.hf.forward_inputs import cache_keyword
 from axattn.numbering import first_position
 
 Result = dict[str, torch.Tensor]
@@ -172,9 +174,10 @@ def _decode(subject: Subject, draw: Any, length: int, reference: bool) -> Result
     if reference:
         return {"output": subject.run(ids, use_cache=False)[:, -4:].flatten(0, 1)}
     out = subject.model(ids[:, : length - 4], use_cache=True)
+    keyword = cache_keyword(subject.model)
     steps = []
     for at in range(length - 4, length):
-        out = subject.model(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = subject.model(ids[:, at : at + 1], use_cache=True, **{keyword: next(caches_in(out))})
         steps.append(out[0][:, -1].float())
     return {"output": torch.stack(steps, 1).flatten(0, 1)}
 
