@@ -5,14 +5,13 @@ Rows of another length, or of several documents, would get other noise and other
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
 from typing import Any
 
 import torch
 
 from axattn.errors import Reason
+from axattn.hf import contracts
+from axattn.hf.integrations import adapter_keywords, adapters_run
 
 _OF_TOKENS = {
     "alora_offsets": "aLoRA adapts the tokens behind the last invocation in each row",
@@ -32,13 +31,17 @@ def reasons_by_row(model: torch.nn.Module, *, rows_stay: bool = False) -> list[R
         rows_stay: each row stays one, and only its tokens are shared out.
     """
     texts = _OF_TOKENS if rows_stay else _OF_TOKENS | _OF_ROWS
-    told = _told(model)
-    return [*_of_noise(model), *(Reason("adapter", text) for name, text in texts.items() if told.get(name) is not None)]
+    told = adapter_keywords(model)
+    unknown = contracts.reasons("adapters by row") if adapters_run() else []
+    adapters = [Reason("adapter", text) for name, text in texts.items() if told.get(name) is not None]
+    return [*unknown, *_of_noise(model), *adapters]
 
 
 def reasons_by_document(model: torch.nn.Module) -> list[Reason]:
     """Why rows of this forward can't hold several documents."""
-    offsets = _told(model).get("alora_offsets") or ()
+    if adapters_run() and (unknown := contracts.reasons("adapters by row")):
+        return unknown
+    offsets = adapter_keywords(model).get("alora_offsets") or ()
     return [Reason("adapter", _OF_TOKENS["alora_offsets"])] if any(offset is not None for offset in offsets) else []
 
 
@@ -54,31 +57,3 @@ def _of_noise(model: torch.nn.Module) -> list[Reason]:
     if getattr(embeddings, "neftune_noise_alpha", None):
         return [Reason("noise", "NEFTune scales its noise by the length of a row, which would be another")]
     return []
-
-
-def _told(model: torch.nn.Module) -> dict[str, Any]:
-    """What PEFT's hooks hand to the layers of an adapter in this forward, by keyword (peft 0.21).
-
-    It puts the same hooks on all of them, for one forward: the first layer tells.
-    """
-    if not _peft_runs():
-        return {}
-    tuners = sys.modules["peft.tuners.tuners_utils"]
-    layer = next((module for module in model.modules() if isinstance(module, tuners.BaseTunerLayer)), None)
-    told: dict[str, Any] = {}
-    for hook in () if layer is None else layer._forward_pre_hooks.values():
-        if isinstance(hook, functools.partial):
-            told |= hook.keywords
-        elif inspect.isfunction(hook):
-            told |= inspect.getclosurevars(hook).nonlocals
-    return told
-
-
-def _peft_runs() -> bool:
-    """Whether a function of PEFT leads to this call: only inside of its own do its hooks exist."""
-    if "peft.tuners.tuners_utils" not in sys.modules:
-        return False
-    frame = inspect.currentframe()
-    while frame is not None and not frame.f_globals.get("__name__", "").startswith("peft."):
-        frame = frame.f_back
-    return frame is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from axattn.flat_row import FlatRow
+from axattn.hf.torch_internals import is_executing
 from axattn.segments import Segments
 from axattn.shares import Share
 from axattn.traced import TracedSegments
@@ -77,12 +77,7 @@ class Context:
     @property
     def running(self) -> bool:
         """Whether the forward still runs. An interrupt (Ctrl-C in a notebook) ends one without its hooks."""
-        if self.caller is None:
-            return True
-        frame = inspect.currentframe()
-        while frame is not None and frame is not self.caller:
-            frame = frame.f_back
-        return frame is not None
+        return self.caller is None or is_executing(self.caller)
 
 
 class _Slot:

@@ -9,6 +9,8 @@ from typing import Any
 from axattn import backends
 from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.hf import contracts
+from axattn.hf.contracts import Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,18 @@ class KernelDiagnosis:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Every kernel on one machine."""
+    """Every kernel on one machine.
+
+    Attributes:
+        environment: the machine.
+        kernels: of axattn and of Transformers.
+        contracts: what axattn takes for granted about the packages that are installed in this process, checked; none
+            for a machine that is not this one.
+    """
 
     environment: Environment
     kernels: tuple[KernelDiagnosis, ...]
+    contracts: tuple[Finding, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description."""
@@ -55,6 +65,16 @@ class Diagnosis:
                     "reasons": [{"feature": r.feature, "text": r.text, "fix": r.fix} for r in kernel.reasons],
                 }
                 for kernel in self.kernels
+            ],
+            "contracts": [
+                {
+                    "name": one.contract.name,
+                    "package": one.contract.package,
+                    "version": one.version,
+                    "different": one.different,
+                    "refused": one.contract.refused if one.different else "",
+                }
+                for one in self.contracts
             ],
         }
 
@@ -74,4 +94,5 @@ def diagnose(environment: Environment | None = None) -> Diagnosis:
             reasons.append(Reason("gpu", f"{name} does not run on {device}"))
         exact = backend.capability.exactness == "exact"
         found.append(KernelDiagnosis(name, backend.summary, exact, backend.capability.segments, tuple(reasons)))
-    return Diagnosis(machine, tuple(found))
+    checked = contracts.findings() if environment is None and importlib.util.find_spec("transformers") else []
+    return Diagnosis(machine, tuple(found), tuple(checked))

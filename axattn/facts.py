@@ -24,7 +24,9 @@ class Facts:
         by_document: some of its layers run document by document (`axattn.recurrent`, `axattn.mixing.scaled_by_share`).
         counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
         stretched_from: the longest document whose rotary frequencies are its own (`axattn.rope`), None for any length.
-        unfit: why packed rows can't be what is meant: positions that do not reach the model, one output a row.
+        unfit: why packed rows can't be what is meant: positions that do not reach the model, one output a row, a
+            version on which they are wrong.
+        unfit_in_graph: the same inside of a compiled graph.
         first_position: of a row's first token (`axattn.numbering.first_position`).
         counts_mask: without positions it counts them from the mask (`axattn.numbering.counts_mask`).
         first_must_be_real: why rows can't be padded on the left (sparse layers that count blocks), "" if they can.
@@ -46,6 +48,7 @@ class Facts:
     counted: int | None = None
     stretched_from: int | None = None
     unfit: tuple[Reason, ...] = ()
+    unfit_in_graph: tuple[Reason, ...] = ()
     first_position: int = 0
     counts_mask: bool = False
     first_must_be_real: str = ""

@@ -16,6 +16,7 @@ from axattn import flash_guard, names
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.forward_inputs import KINDS, caches_of, tokens_of
 from axattn.hf.source_inspection import tree_of
+from axattn.hf.torch_internals import in_context_parallel
 from axattn.segments import Segments
 
 _APART = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -134,7 +135,7 @@ def require_no_context_parallel(module: torch.nn.Module) -> None:
         UnsupportedAttentionError: it is active.
     """
     replaced = torch.nn.functional.scaled_dot_product_attention
-    if "context_parallel" in f"{getattr(replaced, '__module__', '')} {getattr(replaced, '__qualname__', '')}":
+    if in_context_parallel(replaced):
         raise UnsupportedAttentionError(
             f"{type(module).__name__} can't run inside torch's context_parallel",
             [Reason("segments", "a rank would attend to its own part of each row only")],

@@ -6,17 +6,14 @@ PEFT's prompt tuning, p-tuning and CPT put their own tokens in front of a row an
 
 from __future__ import annotations
 
-import inspect
+import sys
 from typing import Any
 
 import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.torch_internals import calls_around
 from axattn.segments import from_positions
-
-_CALL = torch.nn.Module._call_impl.__code__
-"""The frame in which torch calls a module: its locals are ``self``, ``args`` and ``kwargs`` (torch 2.11 and 2.13)."""
-_FRAMES = 40
 
 
 def require_handed_on(module: torch.nn.Module, rows: int, length: int) -> None:
@@ -32,7 +29,14 @@ def require_handed_on(module: torch.nn.Module, rows: int, length: int) -> None:
     Raises:
         UnsupportedAttentionError: it was.
     """
-    for wrapper, tokens, given in _calls_around(module):
+    own, around = calls_around(module)
+    if not own and "peft.peft_model" in sys.modules:  # a wrapper could not be seen: contract "calls of modules"
+        raise UnsupportedAttentionError(
+            f"{type(module).__name__} can't run without position_ids here",
+            [Reason("position_ids", "that a wrapper (PEFT's prompt tuning) dropped them can't be seen here")],
+            "Give position_ids.",
+        )
+    for wrapper, tokens, given in around:
         positions, mask = given.get("position_ids"), given.get("attention_mask")
         positions = positions if _is_2d(positions) else None
         mask = mask if _is_2d(mask) else None
@@ -57,20 +61,3 @@ def require_handed_on(module: torch.nn.Module, rows: int, length: int) -> None:
 
 def _is_2d(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.ndim == 2
-
-
-def _calls_around(module: torch.nn.Module) -> list[tuple[torch.nn.Module, torch.Tensor | None, dict[str, Any]]]:
-    """The modules whose calls lead to that of `module`, innermost first, with the tokens and the keywords of each."""
-    found = []
-    frame = inspect.currentframe()
-    for _ in range(_FRAMES):
-        if frame is None:
-            break
-        if frame.f_code is _CALL:
-            here = frame.f_locals
-            if here["self"] is not module:
-                given: dict[str, Any] = here["kwargs"]
-                first = given.get("input_ids", next(iter(here["args"]), None))
-                found.append((here["self"], first if isinstance(first, torch.Tensor) else None, given))
-        frame = frame.f_back
-    return found

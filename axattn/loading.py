@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from axattn import backends, names, planning
+from axattn import backends, canary, names, planning
 from axattn.by_path import nested
 from axattn.classes import around_towers, inner_model_classes, native_support_reasons, require_interface
 from axattn.environment import Environment
 from axattn.errors import UnsupportedAttentionError
-from axattn.hf import mask_functions
+from axattn.hf import contracts, mask_functions
 from axattn.hf.checkpoints import concrete_class, load_config, resolve_class
 from axattn.needs import ModelNeeds, model_needs, sub_configs
 from axattn.patches.cache import disable_cache
@@ -79,6 +79,7 @@ def from_pretrained(
     """
     value = names.canonicalise_all("auto" if attn_implementation is None else attn_implementation)
     register()
+    canary.look(apply)
     config, kwargs = load_config(pretrained_model_name_or_path, kwargs)
     cls = resolve_class(model_class, config)
     allow = bool(kwargs.get("allow_all_kernels", False))
@@ -127,6 +128,7 @@ def apply(
     """
     value = names.canonicalise_all(attn_implementation)
     register()
+    canary.look(apply)
     base = transformers_model(model)
     policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     decided = _decide(base.config, type(base), value, policy)
@@ -263,6 +265,7 @@ def _decide(
     spoken, notes = around_towers(config, cls, value, policy)
     machine = environment or Environment.current()
     decided = planning.plan(needs, spoken, machine, policy)
+    _require_contracts(needs.model, decided)
     inner = inner_model_classes(config) if isinstance(value, str) else {}
     for path, name in decided.running.items():
         classes = [*([cls] if path == "" else ()), *inner.get(path, ())]
@@ -276,6 +279,27 @@ def _decide(
                 'Use attn_implementation="auto", or "eager".',
             )
     return dataclasses.replace(decided, notes=(*decided.notes, *notes))
+
+
+def _require_contracts(model: str, decided: Plan) -> None:
+    """Raise for names that what is installed here can't run right (`axattn.hf.contracts`).
+
+    Raises:
+        UnsupportedAttentionError: with every contract that does not hold.
+    """
+    for name in dict.fromkeys(name for name in decided.running.values() if name is not None):
+        refused: list[contracts.Refused] = []
+        if not names.is_native(name):
+            refused.append("models")
+        elif names.is_flash(name):
+            refused.append("flash names")
+        if name == "fp8":
+            refused.append("fp8")
+        reasons = contracts.reasons(*refused)
+        if reasons:
+            newest = contracts.NEWEST_TESTED["transformers"]
+            advice = f'Use attn_implementation="sdpa", or install transformers {newest}, the newest tested.'
+            raise UnsupportedAttentionError(f"{name} can't serve {model} on these versions", reasons, advice)
 
 
 def _attach(

@@ -171,7 +171,7 @@ def _traced_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> TracedSegme
 
 def _packable_in_graph(facts: Facts, module: torch.nn.Module, given: dict[str, Any], length: int) -> bool:
     """Whether packed rows are right in this graph: what `inputs.require_packable` asks, without reading a value."""
-    if facts.encoder_decoder or facts.mixers or facts.unfit or inputs.switched(facts, module):
+    if facts.encoder_decoder or facts.mixers or facts.unfit or facts.unfit_in_graph or inputs.switched(facts, module):
         return False
     if facts.counted is not None and length > facts.counted:
         return False

@@ -14,7 +14,6 @@ _WATCHED = "transformers.modeling_utils"
 _lock = threading.RLock()
 _active = False
 _hooked = False
-_asked = False  # whether this Transformers is one that is known
 
 
 def register() -> None:
@@ -23,11 +22,10 @@ def register() -> None:
     Raises:
         RegistrationError: another package holds one of our names; nothing is registered then.
     """
-    global _active, _asked  # noqa: PLW0603  # one registry a process, as Transformers has it
+    global _active  # noqa: PLW0603  # one registry a process, as Transformers has it
     from axattn import names
     from axattn.errors import Reason, RegistrationError
     from axattn.functions import attention_functions, mask_function
-    from axattn.hf import contracts
 
     with _lock:
         functions = attention_functions()
@@ -44,11 +42,6 @@ def register() -> None:
                 reasons,
                 "Remove the other registration, or import axattn first.",
             )
-        if not _asked:
-            import transformers
-
-            _asked = True
-            contracts.warn_if_newer(transformers.__version__)
         for _, table, ours in tables:
             for name in names.ours():
                 table[name] = functions[name] if ours else mask_function

@@ -15,6 +15,7 @@ from axattn.context import Context, Seen, current, inside, reading
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.flat_row import FlatRow
+from axattn.hf import contracts
 from axattn.hf.caches import is_cache
 from axattn.hf.forward_inputs import INPUTS, is_given, tokens_of, unpadded_as
 from axattn.hf.source_inspection import code_of
@@ -58,6 +59,7 @@ def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
         reasons.append(Reason("model", "it takes images or audio by row"))
     if any(entry.layer.need.bias for entry in decided.layers):
         reasons.append(Reason("bias", "its position bias is made for whole rows"))
+    reasons += contracts.reasons("packed rows")
     return [*reasons, *one_a_row(inner_part(model), unless_first=True)]
 
 

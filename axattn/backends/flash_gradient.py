@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from axattn.backends.tiles import backward_over_tiles, forward_over_tiles, tiles
+from axattn.hf import torch_internals
 from axattn.layouts import Layout, Span
 from axattn.options import Option, one_of
 
@@ -58,23 +59,8 @@ def exact_forward(
     """Output ``[tokens, H, D]`` and logsumexp ``[H, tokens]`` of exact attention over ``[tokens, H, D]``."""
     if query.device.type == "cpu":
         return _on_cpu_forward(query, key, value, packed)
-    left, right = packed.sides
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        packed.cu_q,
-        packed.cu_k,
-        packed.max_q,
-        packed.max_k,
-        0.0,
-        False,
-        False,
-        scale=packed.scale,
-        window_size_left=left,
-        window_size_right=right,
-    )
-    return out, lse
+    ends, longest = (packed.cu_q, packed.cu_k), (packed.max_q, packed.max_k)
+    return torch_internals.flash_forward(query, key, value, ends, longest, packed.scale, packed.sides)
 
 
 def flash_backward(
@@ -99,29 +85,10 @@ def flash_backward(
     """
     if query.device.type == "cpu":
         return _on_cpu_backward(grad, query, key, value, out, logsumexp, packed)
-    left, right = packed.sides
-    none = torch.empty(0, device=query.device)
-    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the dropout there is not
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        grad.contiguous(),
-        query,
-        key,
-        value,
-        out,
-        logsumexp,
-        packed.cu_q,
-        packed.cu_k,
-        packed.max_q,
-        packed.max_k,
-        0.0,
-        False,
-        state,
-        none,
-        scale=packed.scale,
-        window_size_left=left,
-        window_size_right=right,
+    ends, longest = (packed.cu_q, packed.cu_k), (packed.max_q, packed.max_k)
+    return torch_internals.flash_backward(
+        grad.contiguous(), query, key, value, out, logsumexp, ends, longest, packed.scale, packed.sides
     )
-    return dq, dk, dv
 
 
 # ---- a CPU, for tests over fakes and for kernels that run there ----------------------------------------------------

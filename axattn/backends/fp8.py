@@ -28,6 +28,7 @@ from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.hf.integrations import fp8_quantiser
 from axattn.layouts import Layout
 from axattn.options import Option, one_of
 
@@ -152,7 +153,7 @@ def quantised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Docume
 
 def quantised_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> Quantised:
     """`quantised` for rows that are one document each, by torchao."""
-    quantise = importlib.import_module("torchao.prototype.attention.quantization")._fp8_sdpa_quantize
+    quantise = fp8_quantiser()
     rows = [x.reshape(layout.rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
     q8, k8, v8, *undo = quantise(*rows)
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q8, k8, v8)]

@@ -18,6 +18,7 @@ from axattn.backends import dense
 from axattn.backends.passes import Gradients, Passes, logsumexp_like
 from axattn.call import AttentionCall
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.torch_internals import autograd_in_operator
 from axattn.masks import LazyMask
 
 
@@ -78,7 +79,7 @@ class Inside:
         if passes is not None and layout is not None and saved is not None:
             dq, dk, dv = passes.backward(grad, call, layout, *saved)
         else:
-            with _autograd(), torch.enable_grad():
+            with autograd_in_operator(), torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in (query, key, value)]
                 dq, dk, dv = torch.autograd.grad(self._run(self._call(*inputs)), inputs, grad)
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -112,14 +113,6 @@ class Inside:
 
 
 _NONE = torch.nn.Identity()  # in the place of the module: a kernel over spans does not look at it
-
-
-def _autograd() -> Any:
-    """Autograd inside an operator, where torch has switched its dispatch keys off."""
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutogradOther"):
-        exclude = exclude.remove(torch._C._dispatch_key_parse(key))
-    return torch._C._ForceDispatchKeyGuard(include, exclude)
 
 
 # ---- the operators' forms, and what they keep ------------------------------------------------------------------------

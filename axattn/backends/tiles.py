@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from axattn.hf.torch_internals import cpu_flash_backward, cpu_flash_forward
 from axattn.layouts import Layout
 
 _WINDOW_BLOCK = 256  # queries a tile of windowed attention takes at least; more waste mask, fewer waste calls
@@ -107,9 +108,7 @@ def forward_over_tiles(
     saved = []
     for tile in plan:
         q, k, v = _slices(tile, query, key, value)
-        part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, tile.causal, attn_mask=_mask_of(tile, layout, q.dtype), scale=scale
-        )
+        part, lse = cpu_flash_forward(q, k, v, tile.causal, _mask_of(tile, layout, q.dtype), scale)
         out[tile.row0 : tile.row1, tile.q0 : tile.q1] = part.transpose(1, 2)
         saved.append(lse)
     return out, saved
@@ -145,17 +144,9 @@ def backward_over_tiles(
     for tile, lse in zip(plan, logsumexps, strict=True):
         q, k, v = _slices(tile, query, key, value)
         part = (slice(tile.row0, tile.row1), slice(tile.q0, tile.q1))
-        gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[part].transpose(1, 2),
-            q,
-            k,
-            v,
-            out[part].transpose(1, 2),
-            lse,
-            0.0,
-            tile.causal,
-            attn_mask=_mask_of(tile, layout, q.dtype),
-            scale=scale,
+        mask = _mask_of(tile, layout, q.dtype)
+        gq, gk, gv = cpu_flash_backward(
+            grad[part].transpose(1, 2), q, k, v, out[part].transpose(1, 2), lse, tile.causal, mask, scale
         )
         for target, part_grad in zip(_slices(tile, dq, dk, dv), (gq, gk, gv), strict=True):
             if disjoint:

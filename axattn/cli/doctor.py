@@ -51,3 +51,8 @@ def _print_table(found: object) -> None:
         runs = "[green]yes[/green]" if kernel.usable else "[red]no[/red]"
         table.add_row(kernel.name, runs, "yes" if kernel.exact else "lossy", "yes" if kernel.packs else "no", why)
     console.print(table)
+    broken = [one for one in found.contracts if one.different]
+    console.print(f"{len(found.contracts) - len(broken)} of {len(found.contracts)} contracts with other packages hold.")
+    for one in broken:
+        cost = f"{one.contract.refused} are refused" if one.contract.refused else "nothing is refused"
+        console.print(f"[red]{one.text}[/red] ({cost}; used by {', '.join(one.contract.users)})")

@@ -1,139 +1,135 @@
-"""What axattn takes for granted about Transformers, as checks: run where its version is newer than the tested ones."""
+"""`Contract`: what axattn takes for granted about other packages, with a check on the installed version of each.
+
+Checked once, at the first load of a model (never while a package is being imported), and by ``axattn doctor``. The
+checks themselves are in `axattn.hf.transformers_contracts` and `axattn.hf.library_contracts`.
+"""
 
 from __future__ import annotations
 
-import ast
-import inspect
-import logging
-from collections.abc import Callable
-from typing import Any
+import functools
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
-logger = logging.getLogger("axattn")
+from axattn.errors import Reason
 
-TESTED = ("5.17.0", "5.23.0")
-"""Oldest and newest version of Transformers that the tests run on."""
+OLDEST_TESTED = {"transformers": "5.17.0", "torch": "2.11.0"}
+NEWEST_TESTED = {"transformers": "5.24.0", "torch": "2.13.0"}
+"""The versions that the tests run on; `axattn.canary` looks at newer ones."""
 
-MASK_KEYWORDS = frozenset(
-    {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "device"}
-    | {"allow_is_causal_skip", "allow_is_bidirectional_skip", "local_size", "dtype", "config", "use_vmap"}
-)
-"""What Transformers passes to a mask function (5.17 and 5.23)."""
+Refused = Literal["models", "packed rows", "compiled packed rows", "flash names", "adapters by row", "fp8", ""]
+"""What is refused where a contract does not hold: models on axattn's backends at all; packed and unpadded rows; those
+inside of a compiled graph; the flash names that Transformers serves; packed rows while an adapter of PEFT runs; fp8;
+nothing (a message or a shortcut is missing)."""
 
 
-def changed() -> list[str]:
-    """What is no longer as axattn takes it to be; empty when all holds."""
-    found = []
-    for name, check in FACTS.items():
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """One thing that is so in another package, and that axattn would be wrong without.
+
+    Attributes:
+        name: what it is.
+        package: the distribution that keeps it.
+        users: modules of axattn that lean on it.
+        check: returns how it is different, ``""`` where it holds; what it raises counts as different.
+        refused: what is refused where it does not hold.
+    """
+
+    name: str
+    package: str
+    users: tuple[str, ...]
+    check: Callable[[], str]
+    refused: Refused
+
+    def difference(self) -> str:
+        """How the installed package is different, ``""`` where the contract holds."""
         try:
-            text = check()
-        except (AttributeError, ImportError, KeyError, TypeError, OSError, IndexError) as error:
-            text = f"{type(error).__name__}: {error}"
-        if text:
-            found.append(f"{name} ({text})")
+            return self.check()
+        except Exception as error:  # a check touches the private parts of another package: it may raise anything
+            return f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A contract and what its check said.
+
+    Attributes:
+        contract: the contract.
+        different: how the installed version is different, ``""`` where it holds.
+        version: of the package.
+    """
+
+    contract: Contract
+    different: str
+    version: str
+
+    @property
+    def text(self) -> str:
+        """One clause for people."""
+        what = f"{self.contract.name} of {self.contract.package} {self.version}"
+        return f"{what}: {self.different}" if self.different else f"{what}: as it should be"
+
+
+def every_contract() -> tuple[Contract, ...]:
+    """All of them, in the order of packages."""
+    from axattn.hf import library_contracts, transformers_contracts
+
+    return (*transformers_contracts.CONTRACTS, *library_contracts.CONTRACTS)
+
+
+def findings(*, imported_only: bool = False) -> list[Finding]:
+    """Every contract of the packages that are installed, checked.
+
+    Args:
+        imported_only: leave out packages that this process has not imported (a check would import them).
+    """
+    found = []
+    for contract in every_contract():
+        module = contract.package.replace("-", "_")
+        there = module in sys.modules if imported_only else importlib.util.find_spec(module) is not None
+        if there:
+            version = importlib.metadata.version(contract.package)
+            found.append(Finding(contract, contract.difference(), version))
     return found
 
 
-def warn_if_newer(version: str) -> None:
-    """Say so, once at registration, when this Transformers is newer than any tested, and what has changed in it."""
+def broken() -> tuple[Finding, ...]:
+    """The contracts that do not hold in this process, of the packages that it has imported. Each is checked once."""
+    return _broken(frozenset(package for package in _PACKAGES if package in sys.modules))
+
+
+@functools.cache
+def _broken(imported: frozenset[str]) -> tuple[Finding, ...]:
+    return tuple(finding for finding in findings(imported_only=True) if finding.different)
+
+
+_PACKAGES = ("transformers", "torch", "peft", "accelerate", "torchao")
+_seen_wrong: list[tuple[Refused, Reason]] = []
+
+
+def refuse(refused: Refused, text: str) -> None:
+    """Refuse something in this process from now on, because it was seen to be wrong (`axattn.canary`)."""
+    _seen_wrong.append((refused, Reason("version", text)))
+
+
+def reasons(*refused: Refused) -> list[Reason]:
+    """Why some things are refused in this process: contracts that do not hold, and what was seen to be wrong."""
+    found = [Reason("version", finding.text) for finding in broken() if finding.contract.refused in refused]
+    return found + [reason for what, reason in _seen_wrong if what in refused]
+
+
+def untested(versions: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The packages, with their versions, that are newer than any that the tests run on.
+
+    A patch release (5.24.1) is not: it changes what a release does as little as axattn leans on it.
+    """
     from packaging.version import Version
 
-    if Version(version).release[:2] <= Version(TESTED[1]).release[:2]:
-        return
-    different = changed()
-    text = "; ".join(different) if different else "nothing that axattn relies on has changed in form"
-    logger.warning(
-        "axattn: transformers %s is newer than the newest tested (%s): %s. axattn.verify(model) proves a model.",
-        version,
-        TESTED[1],
-        text,
-    )
-
-
-def _registries() -> str:
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
-
-    tables: list[Any] = [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
-    return "" if all(isinstance(table, dict) and "sdpa" in table for table in tables) else "they hold no sdpa"
-
-
-def _mask_functions() -> str:
-    import torch
-    from transformers import masking_utils as mu
-
-    zero = torch.zeros(1, 1, dtype=torch.long)
-    wanted = {
-        mu.and_masks(mu.causal_mask_function): {"mask_functions"},
-        mu.sliding_window_overlay(1): {"sliding_window"},
-        mu.sliding_window_bidirectional_overlay(1): {"sliding_window"},
-        mu.chunked_overlay(1, zero[0]): {"chunk_size", "left_padding"},
-        mu.packed_sequence_mask_function(zero): {"packed_sequence_mask"},
-    }
-    wrong = [function.__qualname__ for function, names in wanted.items() if set(function.__code__.co_freevars) != names]
-    return f"other closures: {', '.join(wrong)}" if wrong else ""
-
-
-def _mask_calls() -> str:
-    from transformers import masking_utils as mu
-
-    calls = [node for node in ast.walk(ast.parse(inspect.getsource(mu))) if isinstance(node, ast.Call)]
-    calls = [call for call in calls if ast.unparse(call.func) == "mask_interface"]
-    unknown = {keyword.arg or "**" for call in calls for keyword in call.keywords} - MASK_KEYWORDS
-    if not calls or any(call.args for call in calls):
-        return "mask functions are called in another way"
-    return f"new keywords: {', '.join(sorted(unknown))}" if unknown else ""
-
-
-def _dense_masks() -> str:
-    from transformers.masking_utils import sdpa_mask
-
-    absent = MASK_KEYWORDS - {"local_size", "config", "dtype"} - set(inspect.signature(sdpa_mask).parameters)
-    return f"sdpa_mask takes no {', '.join(sorted(absent))}" if absent else ""
-
-
-def _lengths() -> str:
-    from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
-
-    absent = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"} - set(
-        FlashAttentionKwargs.__annotations__
-    )
-    return f"no {', '.join(sorted(absent))}" if absent else ""
-
-
-def _names() -> str:
-    from transformers import LlamaConfig, PreTrainedModel
-
-    config = LlamaConfig()
-    config._attn_implementation_internal = "varlen"
-    if config._attn_implementation != "varlen":
-        return "the name of a config is kept elsewhere"
-    needed = ("set_attn_implementation", "_can_set_attn_implementation", "loss_function")
-    absent = [name for name in needed if not hasattr(PreTrainedModel, name)]
-    return f"PreTrainedModel has no {', '.join(absent)}" if absent else ""
-
-
-def _attention_call() -> str:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    first = list(inspect.signature(sdpa_attention_forward).parameters)[:5]
-    wanted = ["module", "query", "key", "value", "attention_mask"]
-    return "" if first == wanted else f"attention functions take {', '.join(first)}"
-
-
-def _eager() -> str:
-    from transformers.models.llama import modeling_llama
-
-    return "" if hasattr(modeling_llama, "eager_attention_forward") else "models have no eager_attention_forward"
-
-
-FACTS: dict[str, Callable[[], str]] = {
-    "registries of attention and mask functions": _registries,
-    "closures of mask functions": _mask_functions,
-    "keywords of mask functions": _mask_calls,
-    "dense masks": _dense_masks,
-    "keywords of packed rows": _lengths,
-    "names in configs": _names,
-    "attention functions": _attention_call,
-    "eager functions of models": _eager,
-}
-"""Each returns what is different, ``""`` when it is as it was."""
+    return [
+        (package, version)
+        for package, version in versions
+        if Version(version).release[:2] > Version(NEWEST_TESTED[package]).release[:2]
+    ]

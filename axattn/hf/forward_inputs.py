@@ -284,7 +284,11 @@ def takes_cache(signature: inspect.Signature) -> bool:
     )
 
 
+def cache_word(signature: inspect.Signature) -> str:
+    """The keyword by which a function takes a cache; Transformers' newest where it takes none by name."""
+    return next((name for name in CACHES if name in signature.parameters), CACHES[0])
+
+
 def cache_keyword(model: torch.nn.Module) -> str:
-    """The keyword by which a model's ``forward`` takes its cache; Transformers' newest where it takes none by name."""
-    parameters = inspect.signature(inspect.unwrap(type(model).forward)).parameters
-    return next((name for name in CACHES if name in parameters), CACHES[0])
+    """`cache_word` of a model's ``forward``."""
+    return cache_word(inspect.signature(inspect.unwrap(type(model).forward)))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from axattn.errors import InvalidInputError
+from axattn.hf.integrations import takes_masks_away
+from axattn.hf.torch_internals import pre_hooks, put_pre_hook, take_pre_hook
 from axattn.patches.patchset import PatchSet
 
 BACKEND = "axattn"
@@ -62,15 +64,6 @@ def drop_context_parallel_hooks(patches: PatchSet, model: torch.nn.Module) -> No
     them back.
     """
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if "_attach_context_parallel_hooks" in getattr(hook, "__qualname__", ""):
-                with_kwargs = key in module._forward_pre_hooks_with_kwargs
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                patches.add_undo(_put_back, module, key, hook, with_kwargs)
-
-
-def _put_back(module: torch.nn.Module, key: int, hook: Any, with_kwargs: bool) -> None:
-    module._forward_pre_hooks[key] = hook
-    if with_kwargs:
-        module._forward_pre_hooks_with_kwargs[key] = True
+        for hook in pre_hooks(module):
+            if takes_masks_away(hook):
+                patches.add_undo(put_pre_hook, module, hook, *take_pre_hook(module, hook))

@@ -16,6 +16,7 @@ from axattn.door import Door
 from axattn.errors import UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.guard import standing_reasons
+from axattn.hf import contracts
 from axattn.hf.forward_inputs import READ
 from axattn.hf.source_inspection import calls_interface, code_of, file_source, signature_of, tree_of
 from axattn.mixing import mixers, scaled_by_share, text_model
@@ -65,7 +66,8 @@ def add_doors(
             stretched_from=stretched_from(module),
             mixers=tuple(mixers(module, by_document=True)),
             by_document=bool(scaled_by_share(text) or next(recurrent(text), None)),
-            unfit=(*unread_positions(module), *rows),
+            unfit=(*unread_positions(module), *rows, *contracts.reasons("packed rows")),
+            unfit_in_graph=tuple(contracts.reasons("compiled packed rows")),
             first_must_be_real=_first_must_be_real(module, name),
             takes_lengths=flash_guard.takes_lengths(module),
             overlays=flash_guard.overlays(module),
