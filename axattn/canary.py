@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def results(apply: Apply) -> tuple[dict[str, str], bool]:
 
 def run(apply: Apply) -> dict[str, str]:
     """Run every scenario; what is wrong by scenario, ``""`` where it is right."""
-    with _on_a_cpu_in_float32():
+    with contracts.on_a_cpu_in_float32():
         subject, reference = _models()
         apply(subject, "auto")
         return {name: _outcome(scenario, subject, reference) for name, scenario in SCENARIOS.items()}
@@ -252,26 +252,6 @@ REFUSED: dict[str, contracts.Refused] = {
 
 
 # ---- around it -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _on_a_cpu_in_float32() -> Iterator[None]:
-    """The user's default device and dtype, random state, autocast and inference mode stay out of it."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(1)  # for tensors this small several threads only wait for each other
-    try:
-        with (
-            torch.random.fork_rng(devices=()),
-            torch.device("cpu"),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
 
 
 def _told(outcomes: dict[str, str], kept: bool) -> str:

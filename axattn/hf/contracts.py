@@ -6,11 +6,12 @@ checks themselves are in `axattn.hf.transformers_contracts` and `axattn.hf.libra
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,28 @@ Refused = Literal["models", "packed rows", "compiled packed rows", "flash names"
 """What is refused where a contract does not hold: models on axattn's backends at all; packed and unpadded rows; those
 inside of a compiled graph; the flash names that Transformers serves; packed rows while an adapter of PEFT runs; fp8;
 nothing (a message or a shortcut is missing)."""
+
+
+@contextlib.contextmanager
+def on_a_cpu_in_float32() -> Iterator[None]:
+    """The user's default device and dtype, random state, autocast and inference mode stay out of it."""
+    import torch
+
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)  # for tensors this small several threads only wait for each other
+    try:
+        with (
+            torch.random.fork_rng(devices=()),
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +70,8 @@ class Contract:
     def difference(self) -> str:
         """How the installed package is different, ``""`` where the contract holds."""
         try:
-            return self.check()
+            with on_a_cpu_in_float32():
+                return self.check()
         except Exception as error:  # a check touches the private parts of another package: it may raise anything
             return f"{type(error).__name__}: {error}"
 

@@ -132,10 +132,8 @@ def _adapter_hooks() -> str:
     import peft
 
     found: list[dict[str, Any]] = []
-    with torch.random.fork_rng(devices=()):
-        model: Any = peft.get_peft_model(
-            torch.nn.Sequential(torch.nn.Linear(2, 2)), peft.LoraConfig(target_modules="0")
-        )
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model: Any = peft.get_peft_model(layer, peft.LoraConfig(target_modules="0"))
     model.eval()
     watched = model.base_model.model[0].base_layer
     watched.register_forward_pre_hook(lambda *_: found.append(integrations.adapter_keywords(model)))
