@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test lint types unit pretend oldest conformance census docs bench clean setup
+.PHONY: demo test lint types unit pretend oldest newest nightly conformance census docs bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -37,6 +37,28 @@ oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 -q -m "not slow" $(addprefix tests/test_,registration.py segments.py masks.py interface.py door.py \
 	    loading.py needs.py planning.py training.py s2.py flash.py fp8.py ranking.py compiled.py numbering.py numbered.py \
 	    mixing.py pooling.py losses.py rope.py recurrent.py token_dropout.py) tests/conformance tests/census tests/e2e
+
+# The newest of Transformers and its neighbours that the registry serves, unconstrained, in an environment of its own:
+# what a nightly job runs, and what a maintainer runs first when a new Transformers comes out (docs/new-transformers.md).
+# torch stays at the newest CPU build that installs quickly; `make newest NEWEST_TORCH=torch` takes any.
+NEWEST := .venv-newest
+NEWEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
+newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --upgrade pip
+	$(NEWEST)/bin/python -m pip install -q "$(NEWEST_TORCH)"
+	$(NEWEST)/bin/python -m pip install -q -e ".[dev]"
+	$(NEWEST)/bin/python -m pip install -q --upgrade transformers peft trl accelerate datasets  # past our own bound, too
+	$(NEWEST)/bin/python -m pip list 2>/dev/null | grep -iE "^(torch|transformers|peft|trl|accelerate|datasets) "
+	$(NEWEST)/bin/python -m tests.canary
+	AXATTN_SAMPLE=thin $(NEWEST)/bin/python -m pytest -n 2 -q $(addprefix tests/,test_contracts.py test_forward_inputs.py \
+	    test_registration.py conformance/test_matrix.py census/test_census.py e2e) -k "not tested_ones"
+
+# What a nightly job runs besides `make test`: the newest of everything, and the sweeps that take long.
+nightly: newest $(READY)
+	$(BIN)/python -m tests.conformance
+	$(BIN)/python -m tests.census
 
 # Every test on another torch, laid over the same environment: `make torch-2.11.0`. The registry's builds are gigabytes.
 torch-%: $(READY)
@@ -78,4 +100,4 @@ $(OLDEST_READY): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,7 @@ from axattn.errors import InvalidConfigError, Reason
 
 EVERY_LIBRARY: dict[str, str] = {
     "torch": "2.13.0",
-    "transformers": "5.23.0",
+    "transformers": "5.24.0",
     "flash_attn": "2.8.3",
     "flash_attn_3": "3.0.0",
     "fa3_fwd": "0.0.3",

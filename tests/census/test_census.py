@@ -11,6 +11,7 @@ from tests import distributed
 from tests.census import report, split
 from tests.census.configs import tiny
 from tests.census.examine import every, examine
+from tests.sampling import THIN
 
 RECORDS, VERSIONS = report.load()
 WHOLE = transformers.__version__ == VERSIONS["transformers"]
@@ -20,7 +21,7 @@ WHOLE = transformers.__version__ == VERSIONS["transformers"]
 def _sampled(key: tuple[str, str]) -> bool:
     """What ``make test`` tries, always the same: a quarter, and of heads that predict tokens half on the newest."""
     predicts = key[0] in ("causal", "masked", "seq2seq", "vision")
-    return zlib.crc32("".join(key).encode()) % (2 if predicts and WHOLE else 4) == 0
+    return zlib.crc32("".join(key).encode()) % (12 if THIN else 2 if predicts and WHOLE else 4) == 0
 
 
 EVERY = sorted(filter(_sampled, every()))
