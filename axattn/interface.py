@@ -17,8 +17,8 @@ from axattn.context import current
 from axattn.decisions import decide
 from axattn.derivatives import require_first
 from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
-from axattn.hf.caches import is_paged
-from axattn.hf.forward_inputs import AT_ATTENTION, PAGED
+from axattn.hf.caches import is_contiguous
+from axattn.hf.forward_inputs import AT_ATTENTION, CACHES, PAGED
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route, route_of
 from axattn.shares import ShareMask
@@ -96,7 +96,7 @@ def attend(
     for keyword, given in kwargs.items():
         if given is None or keyword in SERVED:
             continue
-        if keyword in AT_ATTENTION and not is_paged(given):
+        if keyword in AT_ATTENTION and (keyword not in CACHES or is_contiguous(given)):
             continue
         if keyword in SPARSE:
             sparse = True
@@ -254,7 +254,7 @@ def _one_dtype(
 
 def _refuse_keyword(route: Route, keyword: str, given: Any) -> None:
     shown = repr(given) if isinstance(given, int | float | str) else f"a {type(given).__name__}"
-    if is_paged(given) or keyword in PAGED:
+    if keyword in CACHES or keyword in PAGED:
         reason, advice = "axattn has no paged cache", 'Use attn_implementation="sdpa" for continuous batching.'
     else:
         reason, advice = (

@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers import DynamicCache
 from transformers import masking_utils as mu
 
 import axattn
 from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionError
+from axattn.hf.forward_inputs import AT_ATTENTION, CACHES
 from axattn.hf.mask_functions import known
-from axattn.interface import HARMLESS, attend
+from axattn.interface import attend
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route
@@ -97,9 +99,10 @@ def test_causal_attention_of_unequal_lengths_without_a_mask_is_ambiguous_and_ref
         run(None, inputs=qkv(3, 9))
 
 
-@pytest.mark.parametrize("keyword", sorted(HARMLESS - {"cu_seq_lens_q", "position_ids"}))
+@pytest.mark.parametrize("keyword", sorted(AT_ATTENTION - {"cu_seq_lens_q", "position_ids"}))
 def test_harmless_keywords_change_nothing(keyword: str) -> None:
-    assert torch.equal(run(lazy_mask(2, 6, 6), **{keyword: True}), run(lazy_mask(2, 6, 6)))
+    value = DynamicCache() if keyword in CACHES else True
+    assert torch.equal(run(lazy_mask(2, 6, 6), **{keyword: value}), run(lazy_mask(2, 6, 6)))
 
 
 def after_a_plain_call() -> LazyMask:
@@ -141,7 +144,7 @@ def test_the_shortcut_counts_its_calls_and_stays_shut_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("value", [1, 0.5, "x", torch.ones(2)])
-def test_a_keyword_that_nobody_declared_is_refused(value: Any) -> None:
+def test_an_unsupported_keyword_is_refused(value: Any) -> None:
     with pytest.raises(UnsupportedAttentionError, match="surprise"):
         run(after_a_plain_call(), surprise=value)
     run(lazy_mask(2, 6, 6), surprise=None)

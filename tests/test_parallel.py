@@ -89,7 +89,7 @@ REFUSED = {
     "other labels": "they differ in labels",
     "other length": "rank 0: 1 x 24, rank 1: 1 x 25",
     "weights": "the weights of a row are on several ranks",
-    "unknown input": "pixel_values: nobody declared how to split it",
+    "unknown input": "pixel_values: how to split it is not known",
     "mask": "a mask that is not [B, S]",
     "keep": "logits_to_keep counts from the end",
     "pickle": "it holds a process group",

@@ -199,7 +199,7 @@ def test_batches_that_can_t_be_flattened_are_refused() -> None:
     model, _ = both("llama")
     given = batch("right")
     for extra, reason in (
-        ({"pixel_values": torch.ones(1)}, "pixel_values: nobody declared"),
+        ({"pixel_values": torch.ones(1)}, "pixel_values: how to put its padded rows together is not known"),
         ({"output_attentions": True}, "weights would be those"),
         ({"logits_to_keep": 1}, "logits_to_keep counts"),
     ):

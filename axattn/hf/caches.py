@@ -32,6 +32,11 @@ def is_paged(value: Any) -> bool:
     return type(value).__name__.startswith("Paged")
 
 
+def is_contiguous(value: Any) -> bool:
+    """Whether a value is a cache that gives an attention module all its keys, in the order of tokens."""
+    return is_cache(value) and not is_paged(value)
+
+
 def caches_in(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
     """The caches that a value is or holds: in a tuple, list, mapping or dataclass, or as an attribute of an object."""
     if is_cache(value):
