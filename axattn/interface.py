@@ -29,7 +29,7 @@ SERVED: frozenset[str] = frozenset(
     {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "sinks", "position_bias"}
     | {"output_attentions"}
 )
-PLAIN = AT_ATTENTION | {"dropout", "scaling", "is_causal", "sliding_window"}
+PLAIN = AT_ATTENTION - set(CACHES) | {"dropout", "scaling", "is_causal", "sliding_window"}
 """With a `LazyMask.plain` mask these change nothing but the scale: the mask says what is causal and windowed."""
 SPARSE: frozenset[str] = frozenset({"indices", "block_indices"})
 
