@@ -1,6 +1,9 @@
 """Every attention kernel for Hugging Face Transformers behind one argument, and never silently wrong.
 
 Importing axattn loads neither torch nor Transformers; it registers its names with Transformers once that is imported.
+Names that another package holds are left to it, and refused when a model is to be loaded on one of them.
+``AXATTN_AUTO_REGISTER=0`` in the environment turns this off: names are then registered by `register`, or by the first
+load through axattn.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class InvalidConfigError(AxattnError, ValueError):
 
 
 class RegistrationError(AxattnError, RuntimeError):
-    """Transformers' registries already hold a foreign function under a name of ours."""
+    """Transformers' registries hold another package's function, or none, under a name of axattn's that is asked for."""
 
 
 def _compose(message: str, reasons: Sequence[Reason], advice: str) -> str:

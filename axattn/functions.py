@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from axattn import names
+from axattn.context import current
+from axattn.hf.registries import attends
 from axattn.interface import attend
 from axattn.masking import lazy_mask
+from axattn.masks import LazyMask
 
-mask_function = lazy_mask
+
+def mask_function(config: Any = None, **keywords: Any) -> LazyMask | None:
+    """`lazy_mask`; None, as if no mask function were registered, where another package's attention function gets it.
+
+    A model with a door is refused there (`axattn.hf.registries.require_standing`).
+    """
+    if config is not None and current() is None and not attends(config):
+        return None
+    return lazy_mask(config=config, **keywords)
 
 
-@functools.cache
-def attention_functions() -> dict[str, Callable[..., Any]]:
-    """Name of ours → attention function. The same objects on every call."""
-    return {name: functools.partial(attend, name) for name in names.ours()}
+FUNCTIONS: dict[str, tuple[functools.partial[Any], Any]] = {
+    name: (functools.partial(attend, name), mask_function) for name in names.ours()
+}
+"""Name of ours → attention function, mask function."""

@@ -19,6 +19,7 @@ from axattn.derivatives import require_first
 from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
 from axattn.hf.caches import is_contiguous
 from axattn.hf.forward_inputs import AT_ATTENTION, CACHES, PAGED
+from axattn.hf.registries import require_mask
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route, route_of
 from axattn.shares import ShareMask
@@ -192,7 +193,10 @@ def _require_our_mask(route: Route, query: torch.Tensor, key: torch.Tensor, mask
     such a mask here would not do: where a checkpoint runs the layer again, no door is open.
     """
     context = current()
-    if context is None or (context.segments is None and context.share is None):
+    if context is None:
+        require_mask(route.asked, route.layer)
+        return
+    if context.segments is None and context.share is None:
         return
     if (query.shape[0], query.shape[2]) != context.shape or key.shape[2] != query.shape[2]:
         return

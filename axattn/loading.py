@@ -18,6 +18,7 @@ from axattn.environment import Environment
 from axattn.errors import UnsupportedAttentionError
 from axattn.hf import contracts, mask_functions
 from axattn.hf.checkpoints import concrete_class, load_config, resolve_class
+from axattn.hf.registries import require_free
 from axattn.needs import ModelNeeds, model_needs, sub_configs
 from axattn.patches.cache import disable_cache
 from axattn.patches.doors import add_doors, native_name, require_first_gradients
@@ -29,7 +30,7 @@ from axattn.patches.rope import add_rope_by_document
 from axattn.patches.routes import add_routes, set_names
 from axattn.patches.token_dropout import add_shares_by_document
 from axattn.plans import Plan, Policy
-from axattn.registration import register
+from axattn.registration import register_free
 from axattn.reporting import Status, read_status
 from axattn.routes import OnUnsupported
 from axattn.state import ATTRIBUTE, State, state_of, transformers_model
@@ -75,10 +76,11 @@ def from_pretrained(
         UnknownAttentionError: the name is not known.
         BackendUnavailableError: this machine can't run it.
         UnsupportedAttentionError: the model or one of its layers needs what the kernel lacks.
+        RegistrationError: another package has registered a function of its own under the name.
         InvalidConfigError: an option that no kernel named offers, or a value that it can't use.
     """
     value = names.canonicalise_all("auto" if attn_implementation is None else attn_implementation)
-    register()
+    register_free()
     canary.look(apply)
     config, kwargs = load_config(pretrained_model_name_or_path, kwargs)
     cls = resolve_class(model_class, config)
@@ -127,7 +129,7 @@ def apply(
         AxattnError: as for `from_pretrained`; the model is then as it was.
     """
     value = names.canonicalise_all(attn_implementation)
-    register()
+    register_free()
     canary.look(apply)
     base = transformers_model(model)
     policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
@@ -260,11 +262,14 @@ def _decide(
     policy: Policy,
     environment: Environment | None = None,
 ) -> Plan:
-    """The plan, after the model's classes are known to run through Transformers' attention interface."""
+    """The plan, after the model's classes are known to run through Transformers' attention interface, and the names in
+    it to be axattn's or Transformers' own."""
     needs: ModelNeeds = model_needs(config, cls.__name__ if cls is not None else "")
+    require_free(names.names_in(value), needs.model)
     spoken, notes = around_towers(config, cls, value, policy)
     machine = environment or Environment.current()
     decided = planning.plan(needs, spoken, machine, policy)
+    require_free([name for name in decided.running.values() if name is not None], needs.model)
     _require_contracts(needs.model, decided)
     inner = inner_model_classes(config) if isinstance(value, str) else {}
     for path, name in decided.running.items():

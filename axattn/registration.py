@@ -1,94 +1,114 @@
-"""The only place that touches Transformers' registries: adds our names, replaces no foreign one, undoes exactly.
+"""The only place that writes to Transformers' registries: adds our names, replaces no foreign one, undoes exactly.
+
+A name under which another package has put a function is that package's as a whole, attention and mask. Importing axattn
+says nothing about it; loading a model on that name raises (`axattn.hf.registries`, which also looks at every forward).
 
 ``import axattn`` imports this file, so it imports nothing itself that is not needed to wait for Transformers.
+``AXATTN_AUTO_REGISTER=0`` in the environment: nothing is registered before `register` or the first load through axattn.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from typing import Any
 
-from axattn.hf.post_import import after_import, is_imported
+from axattn.hf.post_import import after_import
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from axattn.errors import Reason
 
 _WATCHED = "transformers.modeling_utils"
 _lock = threading.RLock()
 _active = False
-_hooked = False
+_waiting = False
 
 
 def register() -> None:
     """Register our names now. Imports Transformers. Idempotent.
 
     Raises:
-        RegistrationError: another package holds one of our names; nothing is registered then.
+        RegistrationError: another package holds some of our names; all others are registered.
+    """
+    held = register_free()
+    if held:
+        from axattn.errors import RegistrationError
+
+        raise RegistrationError(
+            "axattn can't register all of its names with Transformers",
+            held,
+            "The others are registered. Remove the other registration and call axattn.register() again.",
+        )
+
+
+def register_free() -> list[Reason]:
+    """Register those of our names that no other package holds, and return who holds the others.
+
+    A name that another package has taken since is given up, so that no half of it is ours.
     """
     global _active  # noqa: PLW0603  # one registry a process, as Transformers has it
-    from axattn import names
-    from axattn.errors import Reason, RegistrationError
-    from axattn.functions import attention_functions, mask_function
+    from axattn.hf import registries
 
-    with _lock:
-        functions = attention_functions()
-        tables = _tables()
-        reasons = [
-            Reason("name", f"{kind} {name!r} is held by {_describe(table[name])}")
-            for kind, table, ours in tables
-            for name in names.ours()
-            if name in table and table[name] is not (functions[name] if ours else mask_function)
-        ]
-        if reasons:
-            raise RegistrationError(
-                "axattn can't register its names with Transformers",
-                reasons,
-                "Remove the other registration, or import axattn first.",
-            )
-        for _, table, ours in tables:
-            for name in names.ours():
-                table[name] = functions[name] if ours else mask_function
+    ours = registries.ours()
+    tables = [interface._global_mapping for interface in registries.interfaces()]
+    held: list[Reason] = []
+    with _lock:  # nothing is imported under it: another thread may hold that import, and wait for this lock in it
         _active = True
+        for name, functions in ours.items():
+            reasons = registries.foreign(name)
+            held += reasons
+            for table, function in zip(tables, functions, strict=True):
+                if not reasons:
+                    table[name] = function
+                elif name in table and registries.of_axattn(table[name]):
+                    del table[name]
+    return held
 
 
 def unregister() -> None:
     """Take our names out of Transformers' registries, and only ours; what was there before is there again."""
-    global _active  # noqa: PLW0603
-    with _lock:
-        if _active:
-            from axattn import names
-            from axattn.functions import attention_functions, mask_function
+    global _active, _waiting  # noqa: PLW0603
+    _waiting = False
+    if not _active:
+        return
+    from axattn.hf import registries
 
-            functions = attention_functions()
-            for _, table, ours in _tables():
-                for name in names.ours():
-                    if table.get(name) is (functions[name] if ours else mask_function):
-                        del table[name]
+    ours = registries.ours()
+    tables = [interface._global_mapping for interface in registries.interfaces()]
+    with _lock:
         _active = False
+        for name in ours:
+            for table in tables:
+                if name in table and registries.of_axattn(table[name]):
+                    del table[name]
 
 
 def registered() -> bool:
-    """Whether our names are in Transformers' registries."""
-    return _active
+    """Whether those of our names that no other package holds are in Transformers' registries."""
+    if not _active:
+        return False
+    from axattn.hf import registries
+
+    free = [name for name in registries.ours() if not registries.foreign(name)]
+    return bool(free) and all(registries.stands(name) for name in free)
 
 
 def register_when_imported() -> None:
-    """Register as soon as ``transformers.modeling_utils`` is there: at once if it is, else after its import."""
-    global _hooked  # noqa: PLW0603
-    if is_imported(_WATCHED):
-        register()
-    elif not _hooked:
-        _hooked = True
-        after_import(_WATCHED, register)
+    """Register what is free: at once if ``transformers.modeling_utils`` is imported, else as soon as it is.
+
+    It may be called in the middle of that import (as an entry point of ``torch.backends``, say), and raises nothing.
+    Does nothing under ``AXATTN_AUTO_REGISTER=0``.
+    """
+    global _waiting  # noqa: PLW0603
+    if _waiting or os.environ.get("AXATTN_AUTO_REGISTER", "").lower() in ("0", "false", "no"):
+        return
+    _waiting = True
+    after_import(_WATCHED, _register_if_wanted)
 
 
-def _tables() -> list[tuple[str, dict[str, Any], bool]]:
-    """The class-wide mappings behind ``AttentionInterface.register`` (which has no counterpart that removes)."""
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
-
-    return [
-        ("attention", AttentionInterface._global_mapping, True),
-        ("mask", AttentionMaskInterface._global_mapping, False),
-    ]
-
-
-def _describe(function: Any) -> str:
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
+def _register_if_wanted() -> None:
+    """Unless `unregister` was called before Transformers came."""
+    global _waiting  # noqa: PLW0603
+    if _waiting:
+        _waiting = False
+        register_free()

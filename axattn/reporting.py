@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from axattn.hf.registries import foreign, ours
 from axattn.needs import sub_configs
 from axattn.routes import ATTRIBUTE, Route, route_in_passing
 from axattn.state import state_of
@@ -40,18 +41,22 @@ class Status:
         running: name in each config now, by config path.
         layers: attention modules that run through axattn; those of a model that axattn did not load once they have run.
         patches: how many changes `axattn.restore` would undo.
+        held: whose function is registered under a name of axattn's that runs but is no longer axattn's, by config path;
+            the layers then say what axattn has served before.
     """
 
     asked: Mapping[str, str | None]
     running: Mapping[str, str | None]
     layers: tuple[LayerStatus, ...]
     patches: int
+    held: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = []
         for path, running in self.running.items():
             asked = self.asked.get(path)
             shown = f"{asked} → {running}" if asked not in (None, running) else str(running)
+            shown += f", and not axattn's: {self.held[path]}" if path in self.held else ""
             lines.append(f"{path or 'model'}: {shown}")
         for layer in self.layers:
             counts = [f"{name} {count}" for name, count in layer.served.items()]
@@ -75,4 +80,6 @@ def read_status(model: torch.nn.Module) -> Status:
             routes.append((name, passing))
     layers = tuple(LayerStatus(name, r.asked, r.planned, dict(r.served), r.compiled) for name, r in routes)
     asked = dict(state.plan.asked) if state is not None and state.plan is not None else {}
-    return Status(asked, running, layers, 0 if state is None else len(state.patches))
+    held = {path: "; ".join(r.text for r in foreign(name)) for path, name in running.items() if name in ours()}
+    held = {path: text for path, text in held.items() if text}
+    return Status(asked, running, layers, 0 if state is None else len(state.patches), held)

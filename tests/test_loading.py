@@ -13,7 +13,7 @@ import transformers as tf
 
 import axattn
 from axattn.errors import AxattnError, BackendUnavailableError, UnknownAttentionError, UnsupportedAttentionError
-from axattn.registration import _tables
+from axattn.hf.registries import interfaces
 from tests.conformance.families import FAMILIES
 from tests.models import CONFIGS, REFUSED, build, positions, tokens
 from tests.test_door import qwen_vl
@@ -141,7 +141,7 @@ def test_a_layer_that_the_kernel_can_not_serve_is_refused_or_routed(tmp_path: Pa
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_apply_and_restore_leave_no_trace(family: str) -> None:
     model = build(family)
-    before, tables = snapshot(model), [dict(table) for _, table, _ in _tables()]
+    before, tables = snapshot(model), [dict(table) for table in interfaces()]
     for name in ("auto", "sdpa", "auto"):
         if name == "sdpa" and family in ("gemma2", "gpt_oss"):  # softcap, sinks: sdpa is refused
             name = "eager"  # noqa: PLW2901
@@ -153,7 +153,7 @@ def test_apply_and_restore_leave_no_trace(family: str) -> None:
     axattn.prepare_for_training(model)
     axattn.restore(model)
     assert snapshot(model) == before
-    assert [dict(table) for _, table, _ in _tables()] == tables
+    assert [dict(table) for table in interfaces()] == tables
     axattn.restore(model)
     assert snapshot(model) == before
 

@@ -1,33 +1,84 @@
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import subprocess
 import sys
-import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+import torch
+import transformers as tf
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.llama import modeling_llama
 
 import axattn
-from axattn import names
+from axattn import names, registration
 from axattn.errors import RegistrationError
-from axattn.hf import post_import
+from axattn.hf import registries
+from tests.models import build, positions, tokens
 
 TABLES = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+INTERFACES = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+calls: list[Any] = []
+
+
+def foreign(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **given: Any) -> Any:
+    calls.append(attention_mask)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **{**given, "is_causal": True})
+
+
+def foreign_mask(**given: Any) -> None:
+    return None
+
+
+FOREIGN: dict[str, Callable[[str], None]] = {
+    "both": lambda name: (INTERFACES[0].register(name, foreign), INTERFACES[1].register(name, foreign_mask)),
+    "attention": lambda name: INTERFACES[0].register(name, foreign),
+    "mask": lambda name: INTERFACES[1].register(name, foreign_mask),
+    "a partial": lambda name: INTERFACES[0].register(name, functools.partial(foreign)),
+    "a partial of ours": lambda name: INTERFACES[0].register(name, functools.partial(registries.ours()["s2"][0], x=1)),
+    "local attention": lambda name: INTERFACES[0].__setitem__(name, foreign),
+    "local mask": lambda name: INTERFACES[1].__setitem__(name, foreign_mask),
+}
+"""How another package takes a name."""
+WHOSE = r"held by (functools\.partial\()?(tests\.test_registration\.foreign|axattn\.interface\.attend)"
 
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
+    calls.clear()
     axattn.register()
     yield
+    gone()
     axattn.unregister()
     axattn.register()
 
 
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def gone() -> None:
+    """The other package's functions are taken out again."""
+    for interface in INTERFACES:
+        interface._local_mapping.clear()
+        table = interface._global_mapping
+        for name in [name for name in names.ours() if name in table and not registries.of_axattn(table[name])]:
+            del table[name]
+
+
+def packed(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens(1, 9), position_ids=positions((4, 5)), use_cache=False).logits
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
+    assert "axattn" not in done.stderr, done.stderr
     return done.stdout.strip()
 
 
@@ -54,22 +105,180 @@ def test_unregister_restores_exactly() -> None:
     assert axattn.registered()
 
 
-def test_a_foreign_function_under_our_name_is_never_overwritten_and_nothing_is_half_done() -> None:
-    axattn.unregister()
-
-    def foreign() -> None: ...
-
-    TABLES[1]["sage"] = foreign
-    try:
-        with pytest.raises(RegistrationError, match=r"mask 'sage' is held by .*foreign"):
-            axattn.register()
-        assert TABLES[1]["sage"] is foreign
-        assert not (set(names.OURS) & set(TABLES[0]))
-        assert set(names.OURS) & set(TABLES[1]) == {"sage"}
+@pytest.mark.parametrize("how", FOREIGN)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_name_that_another_package_holds_stays_its_as_a_whole_and_all_others_are_ours(how: str, when: str) -> None:
+    if when == "before":
         axattn.unregister()
-        assert TABLES[1]["sage"] is foreign
-    finally:
-        del TABLES[1]["sage"]
+    FOREIGN[how]("sage")
+    with pytest.raises(RegistrationError, match=rf"'sage' is {WHOSE}") as raised:
+        axattn.register()
+    assert {reason.text.split()[1] for reason in raised.value.reasons} == {"'sage'"}
+    found = [registries.standing(interface, "sage") for interface in INTERFACES]
+    assert not any(registries.of_axattn(function) for function in found)
+    assert all(set(names.OURS) - {"sage"} <= set(table) for table in TABLES)
+    assert axattn.registered()
+    axattn.unregister()
+    assert [registries.standing(interface, "sage") for interface in INTERFACES] == found
+    assert all(set(names.OURS) & set(table) <= {"sage"} for table in TABLES)
+    gone()
+    axattn.register()
+    assert registries.stands("sage")
+
+
+@pytest.mark.parametrize("how", FOREIGN)
+def test_a_held_name_is_refused_at_load_and_every_other_one_runs(how: str, tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    model = axattn.apply(build("llama"), "auto")
+    expected = packed(model)
+    FOREIGN[how]("varlen")
+    refused = pytest.raises(RegistrationError, match=rf"'varlen' is {WHOSE}.*Use .*=\"auto\"")
+    with refused:
+        axattn.apply(model, "varlen")
+    with refused:
+        axattn.from_pretrained(tmp_path, attn_implementation="varlen")
+    with refused:
+        axattn.plan(model, {"": "varlen"})
+    with refused, axattn.using(model, "varlen"):
+        pass
+    assert torch.equal(packed(model), expected)
+    assert torch.equal(packed(axattn.from_pretrained(tmp_path)), expected)
+    assert not calls
+    gone()
+    assert axattn.apply(model, "varlen") is model
+
+
+@pytest.mark.parametrize("on_unsupported", ["raise", "route"])
+def test_a_held_name_that_this_machine_cant_run_anyway_says_whose_it_is(on_unsupported: Any) -> None:
+    with held("sage", "both"), pytest.raises(RegistrationError, match=rf"axattn's sage can't serve .*{WHOSE}"):
+        axattn.plan(build("llama"), "sage", on_unsupported=on_unsupported)
+
+
+def test_a_held_name_that_a_plan_falls_back_to_is_refused() -> None:
+    model = build("llama")
+    with pytest.raises(RegistrationError, match=r"axattn's auto can't serve .*=\"varlen\""), held("auto", "both"):
+        axattn.apply(model, "sage", on_unsupported="route")
+    assert axattn.status(model).patches == 0
+
+
+@contextlib.contextmanager
+def held(name: str, how: str) -> Iterator[None]:
+    FOREIGN[how](name)
+    yield
+    gone()
+
+
+@pytest.mark.parametrize("how", FOREIGN)
+def test_a_model_on_a_name_that_is_taken_later_raises_at_its_next_forward_and_status_says_whose_it_is(how: str) -> None:
+    model = axattn.apply(build("llama"), "varlen")
+    expected = packed(model)
+    FOREIGN[how]("varlen")
+    refused = pytest.raises(RegistrationError, match=rf"varlen can't serve LlamaModel: .*{WHOSE}")
+    with refused:
+        packed(model)
+    with refused:
+        model.generate(tokens(1, 5), max_new_tokens=2)
+    assert "model: varlen, and not axattn's: " in str(axattn.status(model))
+    assert not calls
+    gone()
+    axattn.register()
+    assert torch.equal(packed(model), expected)
+    assert not axattn.status(model).held
+
+
+def test_a_compiled_model_is_traced_anew_and_refused() -> None:
+    """That the look at the registries breaks no graph is held by `test_compiled.py`."""
+    torch._dynamo.reset()
+    model = axattn.apply(build("llama", num_hidden_layers=1), "varlen")
+    compiled = torch.compile(model, backend="eager")
+    expected = packed(compiled)
+    for how in ("a partial", "a partial of ours", "mask"):
+        FOREIGN[how]("varlen")
+        with pytest.raises(RegistrationError, match="held by"):
+            packed(compiled)
+        assert not calls
+        gone()
+        axattn.register()
+        assert torch.equal(packed(compiled), expected)
+
+
+def test_a_model_on_a_name_that_was_taken_out_says_so() -> None:
+    model = axattn.apply(build("llama"), "varlen")
+    axattn.unregister()
+    with pytest.raises(RegistrationError, match=r"varlen can't serve LlamaModel: .*not in.*axattn\.register\(\)"):
+        packed(model)
+    axattn.register()
+    packed(model)
+
+
+def test_by_name_alone_another_packages_function_gets_no_mask_of_ours() -> None:
+    """Nor does axattn look into a model that it has not loaded."""
+    model = tf.AutoModelForCausalLM.from_config(build("llama").config, attn_implementation="varlen").eval()
+    FOREIGN["attention"]("varlen")
+    with torch.no_grad():
+        model(tokens(1, 9), use_cache=False)
+    assert calls == [None, None]
+    assert "held by tests.test_registration.foreign" in axattn.status(model).held[""]
+
+
+def test_by_name_alone_another_packages_mask_is_not_taken_for_ours() -> None:
+    model = tf.AutoModelForCausalLM.from_config(build("llama").config, attn_implementation="varlen").eval()
+    packed(model)
+    FOREIGN["mask"]("varlen")
+    with pytest.raises(RegistrationError, match=r"mask 'varlen' is held by .*foreign_mask"):
+        packed(model)
+
+
+def test_a_registry_of_a_models_own_file_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DOGE's file has one in Transformers."""
+    own = AttentionInterface()
+    monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", own)
+    model = axattn.apply(build("llama"), "varlen")
+    axattn.restore(model)
+    own["varlen"] = foreign
+    with pytest.raises(RegistrationError, match=r"in transformers\.models\.llama\.modeling_llama, attention 'varlen'"):
+        axattn.apply(model, "varlen")
+    assert axattn.status(model).patches == 0
+    packed(axattn.apply(model, "auto"))
+    assert not calls
+
+
+def test_what_an_earlier_import_of_axattn_has_left_is_no_other_packages() -> None:
+    def attend() -> None: ...
+
+    attend.__module__ = "axattn.interface"
+    model = axattn.apply(build("llama"), "varlen")
+    TABLES[0]["varlen"] = functools.partial(attend, "varlen")
+    with pytest.raises(RegistrationError, match="not in Transformers' registries as this import"):
+        packed(model)
+    axattn.register()
+    assert registries.stands("varlen")
+
+
+@pytest.mark.parametrize("value", ["0", "false"])
+def test_automatic_registration_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    axattn.unregister()
+    monkeypatch.setenv("AXATTN_AUTO_REGISTER", value)
+    axattn.registration.register_when_imported()
+    assert not axattn.registered()
+    axattn.apply(build("llama"), "varlen")
+    assert axattn.registered()
+    axattn.unregister()
+    monkeypatch.setenv("AXATTN_AUTO_REGISTER", "1")
+    axattn.registration.register_when_imported()
+    assert axattn.registered()
+
+
+def test_unregister_before_transformers_is_imported_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[Callable[[], None]] = []
+    monkeypatch.setattr(registration, "after_import", lambda name, function: waiting.append(function))
+    axattn.unregister()
+    registration.register_when_imported()
+    registration.register_when_imported()
+    assert len(waiting) == 1
+    axattn.unregister()
+    waiting[0]()
+    assert not axattn.registered()
 
 
 def test_importing_axattn_loads_nothing_heavy() -> None:
@@ -77,49 +286,39 @@ def test_importing_axattn_loads_nothing_heavy() -> None:
     assert python(f"import sys, axattn; print([m for m in {heavy} if m in sys.modules])") == "[]"
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import axattn; import transformers.modeling_utils",
-        "import axattn; from transformers import LlamaModel",
-        "import transformers.modeling_utils; import axattn",
-        "import torch, axattn, transformers; transformers.LlamaForCausalLM",
-        "import axattn, importlib; importlib.reload(axattn); from transformers import LlamaModel",
-    ],
-)
-def test_names_are_registered_whatever_is_imported_first(code: str) -> None:
-    check = "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as A"
-    check += "; print(axattn.registered(), 'varlen' in A)"
-    assert python(f"{code}; {check}") == "True True"
-
-
-def test_transformers_alone_waits_for_its_modeling_code() -> None:
-    assert python("import axattn, transformers; print(axattn.registered())") == "False"
-
-
-def test_an_import_that_fails_is_reported_as_its_own_error_and_can_be_repeated(tmp_path: object) -> None:
+def test_axattn_first_waits_for_transformers_modeling_code() -> None:
     code = """
-import sys, pathlib
-sys.path.insert(0, sys.argv[1] if len(sys.argv) > 1 else '.')
-from axattn.hf.post_import import after_import
-folder = pathlib.Path(sys.path[0])
-(folder / 'late.py').write_text('1 / 0')
-seen = []
-after_import('late', lambda: seen.append(1))
-try:
-    import late
-except ZeroDivisionError:
-    print('raised', seen)
-(folder / 'late.py').write_text('value = 22  # another size, so the cached byte code is stale')
-import late
-print(late.value, seen, any(type(f).__name__ == '_Watcher' and f.name == 'late' for f in sys.meta_path))
+import axattn, importlib, transformers
+print(axattn.registered())
+importlib.reload(axattn)
+transformers.LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as A
+print(axattn.registered(), 'varlen' in A)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.stdout.split("\n")[:2] == ["raised []", "22 [1] False"], done.stderr
+    assert python(code).split() == ["False", "True", "True"]
 
 
-def test_after_import_of_a_module_that_is_there_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    monkeypatch.setitem(sys.modules, "axattn_fake", types.ModuleType("axattn_fake"))
-    post_import.after_import("axattn_fake", lambda: seen.append(1))
-    assert seen == [1]
+def test_transformers_first_with_a_name_taken() -> None:
+    code = """
+from transformers.modeling_utils import AttentionInterface as A
+mine = lambda *given: None
+A.register('sage', mine)
+import axattn
+from transformers import LlamaModel
+print(axattn.registered(), 'varlen' in A._global_mapping, A._global_mapping['sage'] is mine)
+"""
+    assert python(code) == "True True True"
+
+
+def test_an_entry_point_in_the_middle_of_importing_torch_and_transformers(tmp_path: Path) -> None:
+    (tmp_path / "autoload-0.dist-info").mkdir()
+    (tmp_path / "autoload-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: autoload\nVersion: 0\n")
+    entry = "[torch.backends]\nautoload = axattn:register_when_imported\n"
+    (tmp_path / "autoload-0.dist-info" / "entry_points.txt").write_text(entry)
+    code = """
+import sys, builtins
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as A
+print('axattn' in sys.modules, 'varlen' in A)
+"""
+    path = os.pathsep.join([str(Path(axattn.__file__).parents[1]), str(tmp_path)])
+    assert python(code, PYTHONPATH=path) == "True True"

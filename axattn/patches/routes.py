@@ -9,6 +9,7 @@ import torch
 
 from axattn import names
 from axattn.by_path import nested
+from axattn.hf.registries import require_own_file
 from axattn.hf.source_inspection import calls_interface
 from axattn.needs import sub_configs
 from axattn.patches.patchset import PatchSet
@@ -73,6 +74,7 @@ def add_routes(patches: PatchSet, model: torch.nn.Module, modules: dict[str, tor
             getattr(config, "_attn_implementation", running) != running
         ):  # a tower that hard-codes its own: not ours, so not in status
             continue
+        require_own_file(running, name, cls)
         order = plan.orders.get(path) or candidates(running, plan.on_unsupported, plan.environment)
         planned = chosen.get((path, getattr(module, "layer_idx", None) or 0), order[0])
         patches.set_attribute(module, ATTRIBUTE, Route(running, name, order, planned, options=plan.options))

@@ -8,16 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionMaskInterface
 
-from axattn import door, flash_guard, guard, inputs, interface, layouts, masking, masks, planes, reading, traced
+from axattn import (
+    door,
+    flash_guard,
+    functions,
+    guard,
+    inputs,
+    interface,
+    layouts,
+    masking,
+    masks,
+    planes,
+    reading,
+    traced,
+)
 from axattn.backends import dense, fp8, spans
 from axattn.call import AttentionCall
 from axattn.hf.mask_functions import known
 from axattn.kernels import int8_operator
 from axattn.patches import recurrent
 from axattn.segments import Segments
-from tests.conformance.cases import Case
 from tests.conformance.cells import run
 
 Patch = pytest.MonkeyPatch
@@ -199,15 +210,8 @@ def the_door_is_open(patch: Patch) -> None:
 
 
 @fault("auto", "llama", "left padding")
-def no_mask_function_is_registered(patch: Patch) -> None:
-    real = Case.candidate
-
-    def loaded(self: Case, **options: Any) -> Any:
-        model = real(self, **options)
-        patch.delitem(AttentionMaskInterface._global_mapping, "auto")
-        return model
-
-    patch.setattr(Case, "candidate", loaded)
+def no_mask_is_made(patch: Patch) -> None:
+    patch.setattr(functions, "lazy_mask", lambda **given: None)
 
 
 @fault("auto", "llama", "prefill, then two chunks over the cache")
