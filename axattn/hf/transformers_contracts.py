@@ -191,7 +191,13 @@ def _layers() -> str:
 
 
 CONTRACTS = (
-    Contract("registries of attention and mask functions", "transformers", ("registration",), _registries, "models"),
+    Contract(
+        "registries of attention and mask functions",
+        "transformers",
+        ("hf.registries", "registration"),
+        _registries,
+        "models",
+    ),
     Contract(
         "calls of mask functions",
         "transformers",
