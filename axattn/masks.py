@@ -13,6 +13,7 @@ import torch
 from axattn.hf.mask_functions import Pattern
 from axattn.layouts import Layout, build_layout
 from axattn.segments import Segments
+from axattn.snapshots import snapshot
 from axattn.tensor_like import TensorLike
 from axattn.traced import TracedSegments
 
@@ -70,6 +71,9 @@ class LazyMask(TensorLike):
         weights: bool = False,
         crosses: bool = False,
     ) -> None:
+        if torch.compiler.is_compiling():  # what operators of the graph will read on the host, once for all layers
+            padding = None if padding is None else snapshot(padding)
+            segments = segments.snapshot() if isinstance(segments, TracedSegments) else segments
         self.shape = torch.Size(shape)
         self.pattern = pattern
         self.segments = segments

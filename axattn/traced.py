@@ -13,6 +13,7 @@ import torch
 from axattn import segments
 from axattn.errors import InvalidInputError
 from axattn.segments import Segments, between_real, document_changes
+from axattn.snapshots import snapshot
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class TracedSegments:
     def require_single(self, text: str) -> None:
         """Assert, when the graph runs, that every row is one document; `text` says why it has to be."""
         torch._assert_async((self.document_ids == 0).all(), f"axattn: {text}")
+
+    def snapshot(self) -> TracedSegments:
+        """The same documents in a tensor of their own, from which operators of a graph may keep what they read."""
+        return TracedSegments(snapshot(self.document_ids), self.rows, self.length)
 
     def to(self, device: torch.device) -> TracedSegments:
         """The same documents on `device`."""

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import gc
-import weakref
 from typing import Any
 
 import pytest
@@ -220,12 +218,3 @@ def test_what_has_no_operator_form_keeps_its_softcap(softcap: float | None) -> N
     weights = logits.masked_fill(~mask.dense(), float("-inf")).softmax(-1)
     expected = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
     assert torch.allclose(over_documents(call, "flash_attention_2"), expected, atol=1e-5)
-
-
-def test_the_memo_of_masks_holds_no_batch_alive() -> None:
-    real = padding(False)
-    attention_op(*inputs(), None, real, True, None, None, 0.3, None, "varlen", "{}")
-    gone = weakref.ref(real)
-    del real
-    gc.collect()
-    assert gone() is None

@@ -1,7 +1,7 @@
 """Kernels over spans inside a compiled graph: one opaque operator that finds the documents when it runs.
 
 A graph can't depend on document lengths, so the operator takes their tensor and builds the `Layout` itself, once for
-all layers that are given the same tensor.
+all layers that are given the same snapshot (`axattn.snapshots`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef
 
 from axattn.backends.exact import exactly
 from axattn.backends.inside import Inside, fake_gradients, fake_output, keep
@@ -18,6 +18,7 @@ from axattn.backends.masked_operator import masked_attention_op
 from axattn.call import AttentionCall
 from axattn.hf.mask_functions import Pattern
 from axattn.masks import LazyMask
+from axattn.snapshots import memo_of
 from axattn.traced import TracedSegments
 
 
@@ -63,9 +64,6 @@ def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> tor
     return out
 
 
-_masks: Any = WeakTensorKeyDictionary()
-
-
 def _mask(
     documents: torch.Tensor | None,
     padding: torch.Tensor | None,
@@ -75,15 +73,22 @@ def _mask(
     chunk: int | None,
     device: torch.device,
 ) -> LazyMask:
-    """The mask, which keeps its layout: one transfer to the host for all layers that share the tensors."""
+    """The mask, which keeps its layout: one transfer to the host for all layers that share snapshots.
+
+    Tensors of any other origin are read at every call: they may have been changed since, and nothing on them tells.
+    """
     anchor = documents if documents is not None else padding
     if anchor is None:
         return _fixed_mask(shape, causal, window, chunk, device)
-    key = (anchor._version, id(padding), None if padding is None else padding._version, shape, causal, window, chunk)
-    known: dict[Any, LazyMask] = _masks.setdefault(anchor, {})
+    pattern = Pattern(causal=causal, window=window, chunk=chunk)
+    known = memo_of(anchor)
+    if known is None or (padding is not None and memo_of(padding) is None):
+        return _build(documents, padding, shape, pattern, device)
+    key = (None if padding is None else WeakIdRef(padding), shape, causal, window, chunk)
     if key not in known:
-        known[key] = _build(documents, padding, shape, Pattern(causal=causal, window=window, chunk=chunk), device)
-    return known[key]
+        known[key] = _build(documents, padding, shape, pattern, device)
+    mask: LazyMask = known[key]
+    return mask
 
 
 @functools.lru_cache(maxsize=32)
