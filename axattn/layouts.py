@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from axattn.segments import Segments
 
 if TYPE_CHECKING:
     from axattn.masks import LazyMask
+
+Made = TypeVar("Made")
 
 
 class Span(NamedTuple):
@@ -36,7 +39,7 @@ class Layout:
         rows: B.
         q_length: S.
         kv_length: T.
-        memo: what backends derive from the layout once for all layers of a forward.
+        memo: what backends derive from the layout (`kept`).
     """
 
     spans: tuple[Span, ...]
@@ -51,6 +54,18 @@ class Layout:
     def whole_rows(self) -> bool:
         """Whether each row is one document from end to end."""
         return self.spans == ((0, self.rows, 0, self.q_length, 0, self.kv_length),)
+
+    def kept(self, name: str, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made once for all layers.
+
+        Not under ``inference_mode``: the layout of plain rows outlives a forward, and a training step after it could
+        not save such tensors for backward.
+        """
+        if name not in self.memo:
+            with torch.inference_mode(False):
+                self.memo[name] = make()
+        found: Made = self.memo[name]
+        return found
 
 
 def build_layout(mask: LazyMask) -> Layout | None:

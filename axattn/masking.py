@@ -160,15 +160,16 @@ def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -
         def materialise() -> torch.Tensor:
             return torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(rows, 1, length, length)
 
-        mask = LazyMask(
-            shape=(rows, 1, length, length),
-            pattern=recognise(known().causal),
-            segments=None,
-            padding=None,
-            materialise=materialise,
-            device=device,
-            guarded=guarded,
-        )
+        with torch.inference_mode(False):  # a training step may be given it next: its handle is saved for backward
+            mask = LazyMask(
+                shape=(rows, 1, length, length),
+                pattern=recognise(known().causal),
+                segments=None,
+                padding=None,
+                materialise=materialise,
+                device=device,
+                guarded=guarded,
+            )
         if len(_plain) >= _PLAIN_KEPT:
             _plain.clear()
         _plain[key] = mask

@@ -1,4 +1,4 @@
-"""What operators of compiled graphs keep of documents and padding: once a forward, and never of another batch."""
+"""What is kept of masks: by operators of a graph for one forward, of plain rows for many. Never of another batch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import axattn
+from axattn import masking
 from axattn.backends import compiled
 from axattn.backends.compiled import attention_op
 from axattn.snapshots import memo_of, snapshot
+from tests.fakes.machine import hopper
 from tests.models import alone, build, positions, tokens
 from tests.operators import documents, inputs, padding, rule
 
@@ -129,3 +131,20 @@ def test_a_snapshot_is_a_copy_and_a_well_behaved_operator() -> None:
     assert memo_of(copy) is not None
     assert memo_of(x) is None
     torch.library.opcheck(snapshot, (x,))
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled layers"])
+def test_a_model_trains_after_an_evaluation_in_inference_mode(how: str) -> None:
+    """Plain rows keep their mask and its layout: what backward needs of them must not be inference tensors."""
+    torch._dynamo.reset()
+    masking._plain.clear()
+    with hopper("sage"):
+        model = axattn.apply(build("llama", num_hidden_layers=1), "sage")
+        if how != "eager":
+            for layer in model.model.layers:
+                layer.compile(backend="aot_eager")
+        with torch.inference_mode():
+            model(tokens(2, 12), use_cache=False)
+        assert masking._plain
+        model.train()(tokens(2, 12), use_cache=False).logits.square().sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())

@@ -61,11 +61,12 @@ class Documents:
 
 def documents_of(layout: Layout, device: torch.device) -> tuple[Documents, Documents]:
     """The sequences of queries and of keys in a layout, made once for all layers that share it."""
-    if "documents" not in layout.memo:
+
+    def make() -> tuple[Documents, Documents]:
         q_lengths, k_lengths = span_lengths(layout)
-        layout.memo["documents"] = Documents(q_lengths, device), Documents(k_lengths, device)
-    found: tuple[Documents, Documents] = layout.memo["documents"]
-    return found
+        return Documents(q_lengths, device), Documents(k_lengths, device)
+
+    return layout.kept("documents", make)
 
 
 def smoothed(key: torch.Tensor, keys: Documents) -> torch.Tensor:

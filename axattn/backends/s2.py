@@ -94,16 +94,16 @@ def grouped(layout: Layout, group: int, shift: int) -> Layout:
         group: tokens in a group; the first and the last may be shorter.
         shift: where the first boundary lies; 0 for the unshifted half.
     """
-    key = f"s2-{group}-{shift}"
-    if key not in layout.memo:
+
+    def make() -> Layout:
         spans = []
         for row0, row1, q0, q1, _, _ in layout.spans:
             inner = range(shift if shift else group, q1, group)
             edges = [q0, *(e for e in inner if q0 < e < q1), q1]
             spans += [Span(row0, row1, a, b, a, b) for a, b in pairwise(edges)]
-        layout.memo[key] = dataclasses.replace(layout, spans=tuple(spans), memo={})
-    result: Layout = layout.memo[key]
-    return result
+        return dataclasses.replace(layout, spans=tuple(spans), memo={})
+
+    return layout.kept(f"s2-{group}-{shift}", make)
 
 
 _GROUP_SIZE = Option("group_size", GROUP_SIZE, "tokens in a group, or its share of the row", _wrong_group_size)

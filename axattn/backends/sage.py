@@ -114,11 +114,7 @@ def _blocks(layout: Layout, queries: Documents, block: int) -> torch.Tensor:
     """The blocks of queries of a layout, made once for all layers that share it."""
     from axattn.kernels.int8_attention import query_blocks
 
-    name = f"blocks-{block}"
-    if name not in layout.memo:
-        layout.memo[name] = query_blocks(queries.lengths, block, queries.device)
-    found: torch.Tensor = layout.memo[name]
-    return found
+    return layout.kept(f"blocks-{block}", lambda: query_blocks(queries.lengths, block, queries.device))
 
 
 def probe(environment: Environment) -> list[Reason]:

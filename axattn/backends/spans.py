@@ -161,10 +161,7 @@ class PackedIndex(NamedTuple):
 
 def packed_index(layout: Layout, device: torch.device) -> PackedIndex:
     """The spans of a layout in packed order, made once for all layers that share it."""
-    if "packed" not in layout.memo:
-        layout.memo["packed"] = _packed_index(layout, device)
-    found: PackedIndex = layout.memo["packed"]
-    return found
+    return layout.kept("packed", lambda: _packed_index(layout, device))
 
 
 def _packed_index(layout: Layout, device: torch.device) -> PackedIndex:

@@ -190,10 +190,7 @@ def attention_over_tiles(
 
 def tiles_of(layout: Layout) -> list[Tile]:
     """The tiles of a layout, cut once for all layers that share it."""
-    if "tiles" not in layout.memo:
-        layout.memo["tiles"] = tiles(layout)
-    plan: list[Tile] = layout.memo["tiles"]
-    return plan
+    return layout.kept("tiles", lambda: tiles(layout))
 
 
 def _disjoint(layout: Layout, plan: list[Tile]) -> bool:

@@ -61,9 +61,7 @@ def xformers(call: AttentionCall) -> torch.Tensor:
     def kernel(q: Any, k: Any, v: Any, *_: Any) -> torch.Tensor:
         q, k, v = q[None], k[None], v[None]
         if layout.causal or layout.window is None:
-            if "xformers" not in layout.memo:
-                layout.memo["xformers"] = block_diagonal(layout, call.query.device)
-            return run(q, k, v, layout.memo["xformers"])
+            return run(q, k, v, layout.kept("xformers", lambda: block_diagonal(layout, call.query.device)))
         blocks = _blocks(layout, q, k, v)
         return torch.cat([run(q1, k1, v1, both_ways(layout)) for q1, k1, v1 in blocks])
 
