@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -74,3 +77,26 @@ def test_restore_takes_the_hooks_away() -> None:
     axattn.apply(model, "flex_attention")
     axattn.restore(model)
     assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == before
+
+
+def test_torchs_logger_is_its_own_again_when_the_last_model_is_restored_or_gone() -> None:
+    def filtered() -> bool:
+        gc.collect()
+        return flex._say_when_it_runs_out in flex._DYNAMO.filters
+
+    assert not filtered()
+    first, second = (axattn.apply(build("llama", num_hidden_layers=1), "flex_attention") for _ in range(2))
+    third, fourth = copy.deepcopy(first), pickle.loads(pickle.dumps(second))
+    axattn.apply(first, "flex_attention")  # again: counts once
+    for model in (first, second, fourth):
+        axattn.restore(model)
+        axattn.restore(model)
+        assert filtered()
+    del model, fourth
+    del third  # never restored
+    assert not filtered()
+    with axattn.using(first, "flex_attention"):
+        hooks = list(first._forward_pre_hooks.values())  # whoever holds on to them does not hold on to the filter
+        assert filtered()
+    assert not filtered()
+    del hooks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ LIMIT = 64
 
 logger = logging.getLogger("axattn")
 _DYNAMO = logging.getLogger("torch._dynamo.convert_frame")
+_RAN_OUT = ("recompile_limit", "'flex_attention'")
+"""Both stand in torch's warning that it compiles no further kernel (2.13). It is no interface: where torch words it
+otherwise, nothing is said of ours (tests/test_flex.py sees that)."""
 
 
 class _Open(threading.local):
@@ -30,11 +34,27 @@ class _Open(threading.local):
 _open = _Open()
 
 
+_lock = threading.RLock()
+_rooms: set[object] = set()  # a token of each room that is open
+
+
 class CompileRoom:
     """Forward pre-hook and forward hook of a model on flex_attention: torch's settings for the length of the forward.
 
     On a CPU every shape gets a kernel of its own: torch 2.13 writes C++ that does not compile for shapes that vary.
+    As long as there is an open room, torch's warning is explained.
     """
+
+    def __init__(self) -> None:
+        token = object()
+        with _lock:
+            _rooms.add(token)
+            _DYNAMO.addFilter(_say_when_it_runs_out)
+        self.close = weakref.finalize(self, _closed, token)
+        self.close.atexit = False
+
+    def __reduce__(self) -> Any:
+        return CompileRoom, ()  # the model's copy has a room of its own
 
     def enter(self, module: torch.nn.Module, args: Any) -> None:
         """Before the forward."""
@@ -58,15 +78,26 @@ class CompileRoom:
 def add_compile_room(patches: PatchSet, model: torch.nn.Module) -> None:
     """Give a model that runs on flex_attention its `CompileRoom`."""
     room = CompileRoom()
+    patches.add_undo(_close, room)
     patches.add_handle(model.register_forward_pre_hook(room.enter, prepend=True))
     patches.add_handle(model.register_forward_hook(room.leave, always_call=True))
-    if _say_when_it_runs_out not in _DYNAMO.filters:
-        _DYNAMO.addFilter(_say_when_it_runs_out)
+
+
+def _close(room: CompileRoom) -> None:
+    room.close()
+
+
+def _closed(token: object) -> None:
+    """A model was restored, or is gone."""
+    with _lock:
+        _rooms.discard(token)
+        if not _rooms:
+            _DYNAMO.removeFilter(_say_when_it_runs_out)
 
 
 def _say_when_it_runs_out(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    if "recompile_limit" in text and "'flex_attention'" in text:
+    if all(part in text for part in _RAN_OUT):
         logger.warning(
             "axattn: flex_attention runs uncompiled from here on for calls of a new kind (slow, and S x S in memory): "
             "torch has compiled as many kernels as it may. Give the rows fewer lengths "
