@@ -32,6 +32,7 @@ class AttentionCall:
         options: the user's ``kernel_options``.
         want_weights: the attention weights are asked for (`Need.weights`).
         weights: where a kernel that gives them puts them, ``[B, H, S, T]``.
+        ran: where a backend hands the call on, the name of the backend whose kernel has computed it; else ``""``.
     """
 
     module: torch.nn.Module
@@ -50,6 +51,7 @@ class AttentionCall:
     options: Mapping[str, Any] = field(default_factory=dict)
     want_weights: bool = False
     weights: torch.Tensor | None = None
+    ran: str = ""
 
     def dense_mask(self) -> torch.Tensor | None:
         """The mask as a tensor ``[B or 1, 1 or H, S, T]`` (bool or additive float), None when all attend to all.

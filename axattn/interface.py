@@ -142,7 +142,7 @@ def attend(
     )
     backend = decide(route, call, sparse)
     out = run_library(backend, call, route) if backend.install else run(backend, call, route)
-    route.count(backend.name)
+    route.count(call.ran or backend.name)
     if plain_key is not None and backend.plain:
         route.plain[plain_key] = backend.name
     elif not backend.capability.second_gradient:
@@ -154,8 +154,8 @@ def run(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
     """The kernel itself; returns ``[B, S, H, Dv]``."""
     assert backend.forward is not None
     if backend.spans and torch.compiler.is_compiling():
-        inside = backend.name if call.module.training or not backend.evaluates else backend.evaluates
-        return over_documents(call, inside, route.options_json)
+        call.ran = backend.name if call.module.training or not backend.evaluates else backend.evaluates
+        return over_documents(call, call.ran, route.options_json)
     return backend.forward(call)
 
 

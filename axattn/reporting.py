@@ -21,8 +21,10 @@ class LayerStatus:
         layer: its name in the model.
         asked: what was asked for.
         planned: what the plan chose.
-        served: calls served, by kernel.
-        compiled: the kernel in its compiled graph (those calls are not counted), None without ``torch.compile``.
+        served: calls served, by the kernel that ran. A kernel hands on what it has no form of: `varlen` gives dropout
+            and dense S x S masks (padding with holes, a mask of one's own) to `sdpa`, `sage` decodes on `varlen`.
+        compiled: the kernel in its compiled graph (those calls are not counted), None without ``torch.compile``. That
+            padding has holes is found when the graph runs: what then goes to `sdpa` is not seen here.
     """
 
     layer: str

@@ -33,8 +33,9 @@ class Route:
         layer: the module's qualified name in the model, or its class name.
         candidates: backends in the order they are tried.
         planned: the backend that the plan chose at load.
-        served: calls served, by backend.
-        compiled: the backend inside a compiled graph, whose calls are not counted.
+        served: calls served, by the backend whose kernel ran (`AttentionCall.ran`).
+        compiled: the backend inside a compiled graph, whose calls are not counted; what an operator hands on when it
+            runs, such as padding with holes, is not known here.
         decisions: backend by kind of call, so that a call like an earlier one costs one dict lookup.
         kernels: the backends of `candidates` and what they serve here; torch.compile can't trace their lookup.
         plain: the same for plain calls (see `axattn.interface`): the name of the backend, by a smaller key.
@@ -69,7 +70,7 @@ class Route:
         self.__post_init__()
 
     def count(self, name: str) -> None:
-        """Note that a backend has served a call."""
+        """Note that the kernel of a backend has served a call."""
         if torch.compiler.is_compiling():
             self.compiled = name
         else:

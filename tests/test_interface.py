@@ -301,7 +301,7 @@ def test_a_note_on_a_shared_mask_serves_only_layers_with_the_same_candidates() -
     for _ in range(2):
         attend("varlen", module, *qkv(), mask)
     assert mask.hit is not None
-    other = Attention().eval()
+    other = Attention().train()
     other.__dict__[ATTRIBUTE] = Route("s2", "layer", ("s2",), "s2")
     attend("s2", other, *qkv(), mask)
     assert other.__dict__[ATTRIBUTE].served == {"s2": 1}

@@ -290,7 +290,8 @@ def test_an_answer_is_found_among_all_tokens_of_a_padded_row(model_type: str, si
     assert torch.allclose(model.get_input_embeddings().weight.grad, wanted, atol=1e-6)
     whole = {key: value for key, value in given.items() if key != "attention_mask"}
     model(**whole, output_hidden_states=True)
-    assert {kernel for layer in axattn.status(model).layers for kernel in layer.served} == {"varlen"}
+    for layer in axattn.status(model).layers:  # the padded rows under a dense mask, the whole ones without
+        assert layer.served == {"sdpa": 1, "varlen": 1}
 
 
 @torch.no_grad()

@@ -63,6 +63,11 @@ def test_what_a_model_does_to_padded_or_packed_rows_by_itself_is_not_the_kernel_
     assert outcomes["packed, one row"] == ("refused" if refused else "ok")
 
 
+def test_the_calls_of_all_layers_are_counted(folders: Any) -> None:
+    one, two = (axattn.verify(folders("llama"), "varlen", layers=layers).kernels for layers in (1, 2))
+    assert two == {kernel: 2 * calls for kernel, calls in one.items()}
+
+
 def test_a_lossy_kernel_has_a_budget(folders: Any) -> None:
     if not INTERPRETED:
         pytest.skip("Triton's interpreter is off")

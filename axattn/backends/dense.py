@@ -40,6 +40,8 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
         mask, causal = None, call.causal and query.shape[2] > 1
     else:
         mask, causal = _with_bias(call.dense_mask(), call.bias, query.dtype), False
+    if mask is not None or call.dropout:
+        call.ran = "sdpa"  # whoever handed it on; whole rows without either run so under the names of others
     out = F.scaled_dot_product_attention(
         query,
         key,

@@ -53,6 +53,7 @@ def eager(call: AttentionCall) -> torch.Tensor:
             f"{type(call.module).__name__} has no eager attention function to fall back to",
             [Reason("model", f"{type(call.module).__module__} defines no eager_attention_forward")],
         )
+    call.ran = "eager"
     mask, kept = call.dense_mask(), selected(call)
     if kept is not None:  # the eager functions ignore the keywords that say which keys are selected
         mask = only_selected(mask, kept)

@@ -18,6 +18,7 @@ def exactly(call: AttentionCall) -> torch.Tensor:
     """
     if call.softcap is not None:
         return eager(call)
+    call.ran = "varlen"
     mask, layout = call.mask, None
     if isinstance(mask, LazyMask) and mask.plain is None and not call.dropout and not torch.compiler.is_compiling():
         layout = mask.layout()

@@ -55,6 +55,7 @@ def s2(call: AttentionCall) -> torch.Tensor:
         UnsupportedAttentionError: in training, heads that can't be halved, or a mask without a compact form.
     """
     if not call.module.training or call.query.shape[2] != call.key.shape[2]:
+        call.ran = "varlen"
         return varlen.varlen(call)
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     reasons = [
@@ -78,6 +79,7 @@ def s2(call: AttentionCall) -> torch.Tensor:
         kv = slice(half * kv_heads // 2, (half + 1) * kv_heads // 2)
         part = dataclasses.replace(call, query=call.query[:, q], key=call.key[:, kv], value=call.value[:, kv])
         halves.append(over_layout(part, grouped(layout, group, shift)))
+        call.ran = part.ran
     return torch.cat(halves, dim=2)
 
 

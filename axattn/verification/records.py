@@ -35,7 +35,7 @@ class Verification:
     Attributes:
         model: class name.
         asked: the name.
-        kernels: what ran, with the number of calls.
+        kernels: what ran, with the number of calls of all layers.
         layers: how many layers were kept.
         weights: ``"loaded"``, ``"random"``, or ``"yours"`` (a model was given).
         dtype: of the model.

@@ -132,8 +132,8 @@ def _one(
                 if name == "no leak":  # nothing to compare with but itself
                     exact = scenario(Subject(model, decoder), draw, length, True)
                 found = scenario(Subject(model, decoder), draw, length, False)
-                kernels = loading.status(model).layers
-                used.update({kernel: count for layer in kernels for kernel, count in layer.served.items()})
+                for layer in loading.status(model).layers:
+                    used.update(layer.served)
         except AxattnError as refusal:
             reasons = "; ".join(dict.fromkeys(r.text for r in refusal.reasons)) or str(refusal)
             return Check(name, "refused", detail=reasons), used
