@@ -16,8 +16,8 @@ from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.flat_row import FlatRow
 from axattn.hf import contracts
-from axattn.hf.caches import is_cache
 from axattn.hf.forward_inputs import INPUTS, is_given, tokens_of, unpadded_as
+from axattn.hf.forward_outputs import Holds, tensors_of
 from axattn.hf.source_inspection import code_of
 from axattn.inputs import require_ours
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
@@ -35,9 +35,6 @@ from axattn.segments import Segments
 
 logger = logging.getLogger("axattn")
 
-_OUTPUTS = ("logits", "last_hidden_state", "prediction_logits")
-_FREE_OUTPUTS = ("loss", "router_logits")
-"""Outputs that are right as they are, as caches are."""
 _said: set[str] = set()
 
 
@@ -175,15 +172,13 @@ def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
         UnsupportedAttentionError: an output has another shape than the one that is known of it.
     """
     reasons = []
-    for key, value in output.items():
-        every = value if isinstance(value, tuple) else (value,)
-        if key in _FREE_OUTPUTS or is_cache(value) or not any(isinstance(x, torch.Tensor) and x.ndim for x in every):
-            continue
-        if key == "hidden_states":
+    for key, holds, value in tensors_of(output):
+        if holds is Holds.LAYERS:
             output[key] = tuple(map(flat.restore, value))
-        elif key in _OUTPUTS and flat.holds(value):
+        elif holds is Holds.TOKENS and flat.holds(value):
             output[key] = flat.restore(value)
-        elif key != "pooler_output" or len(value) != flat.rows:  # one that a pooler read in whole rows
+        elif holds is not Holds.WHOLE and not (holds is Holds.ROWS and len(value) == flat.rows):
+            # (one value of each row is that of a pooler, which has read whole rows)
             reasons.append(Reason("model", f"how to put padding back in its output {key} is not known"))
     if reasons:
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run unpadded", reasons, "Leave unpad out.")

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from transformers.utils import ModelOutput
 
-from axattn.errors import InvalidInputError
+from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from axattn.parallel import accelerate_config, estimate
 from axattn.parallel.arithmetic import table
 from axattn.parallel.exchange import repeats
+from axattn.parallel.rows import join
+from axattn.shares import Share
 from tests import parallel_jobs as jobs
 from tests.distributed import run
 from tests.models import CONFIGS
@@ -178,3 +181,11 @@ def test_the_page_s_tables_are_those_of_the_formulas() -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "parallel.md").read_text()
     for config in (big(32, 32, 4096, 14336), big(80, 64, 8192, 28672)):
         assert table(config, (131_072, 1_048_576), (8, 64, 512)) in page
+
+
+def test_an_output_that_may_hold_a_value_for_each_token_of_a_rank_is_not_taken_for_whole() -> None:
+    share = Share(None, 2, 0, 1, 10, None, None)
+    join(ModelOutput(score=torch.zeros(1, 3), loss=torch.zeros(())), share, 9)
+    for part in (torch.zeros(1, 5, 3), (torch.zeros(1, 5),)):
+        with pytest.raises(UnsupportedAttentionError, match="its output score together is not known"):
+            join(ModelOutput(score=part), share, 9)

@@ -182,7 +182,7 @@ def is_executing(frame: FrameType) -> bool:
     """Whether a frame still runs: Python clears a frame that does not, and refuses to clear one that does.
 
     The frame is one of torch's own, whose locals nobody looks for; looking for it on the stack instead takes three
-    times as long and grows with its depth (benchmarks/overhead.py).
+    times as long and grows with its depth (benchmarks/NOTES.md).
     """
     try:
         frame.clear()

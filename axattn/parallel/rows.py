@@ -12,6 +12,7 @@ from axattn.by_row import reasons_by_row
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.hf.forward_inputs import COMPARED, INPUTS, Role, is_given, split_as, tokens_of
+from axattn.hf.forward_outputs import Holds, tensors_of
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted
 from axattn.numbering import own_positions
 from axattn.parallel.collectives import gather
@@ -108,12 +109,23 @@ def split(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def join(output: Any, share: Share, length: int) -> None:
-    """Whole rows in an output that holds this rank's: logits, last hidden state, hidden states."""
-    for key in ("logits", "last_hidden_state"):
-        if output.get(key) is not None:
-            output[key] = gather(output[key], 1, share.group)[:, :length]
-    if output.get("hidden_states") is not None:
-        output["hidden_states"] = tuple(gather(x, 1, share.group)[:, :length] for x in output["hidden_states"])
+    """Whole rows in an output that holds this rank's.
+
+    Raises:
+        UnsupportedAttentionError: an output that is not known may hold a value for each of this rank's tokens.
+    """
+    reasons = []
+    for key, holds, value in tensors_of(output):
+        if holds is Holds.TOKENS:
+            output[key] = gather(value, 1, share.group)[:, :length]
+        elif holds is Holds.LAYERS:
+            output[key] = tuple(gather(x, 1, share.group)[:, :length] for x in value)
+        elif holds is None:
+            parts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(x, torch.Tensor) and share.part in x.shape[:2] for x in parts):
+                reasons.append(Reason("model", f"how to put its output {key} together is not known"))
+    if reasons:
+        raise UnsupportedAttentionError("this model can't run in parts", reasons, "Give gather=False.")
 
 
 def _behind(x: torch.Tensor, extra: int, fill: float) -> torch.Tensor:
