@@ -79,13 +79,18 @@ def test_restore_takes_the_hooks_away() -> None:
     assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == before
 
 
-def test_torchs_logger_is_its_own_again_when_the_last_model_is_restored_or_gone() -> None:
+def test_torchs_logger_is_its_own_again_when_the_last_model_is_restored_or_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flex, "_rooms", set())  # of this test alone: a test that failed keeps its model
+    flex._DYNAMO.removeFilter(flex._say_when_it_runs_out)
+
     def filtered() -> bool:
         gc.collect()
         return flex._say_when_it_runs_out in flex._DYNAMO.filters
 
     assert not filtered()
-    first, second = (axattn.apply(build("llama", num_hidden_layers=1), "flex_attention") for _ in range(2))
+    first, second = (axattn.apply(build("opt", num_hidden_layers=1), "flex_attention") for _ in range(2))
     third, fourth = copy.deepcopy(first), pickle.loads(pickle.dumps(second))
     axattn.apply(first, "flex_attention")  # again: counts once
     for model in (first, second, fourth):
