@@ -55,6 +55,18 @@ class Layout:
         """Whether each row is one document from end to end."""
         return self.spans == ((0, self.rows, 0, self.q_length, 0, self.kv_length),)
 
+    def dense(self, device: torch.device) -> torch.Tensor:
+        """The same as a mask: bool ``[B, 1, S, T]``, True: attend."""
+        seen = torch.zeros(self.rows, 1, self.q_length, self.kv_length, dtype=torch.bool, device=device)
+        for row0, row1, q0, q1, k0, k1 in self.spans:
+            queries = torch.arange(q0 - q1, 0, device=device)[:, None]  # counted from the end: aligned bottom-right
+            distance = queries - torch.arange(k0 - k1, 0, device=device)
+            part = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+            if self.window is not None:
+                part = part & (distance.abs() < self.window)
+            seen[row0:row1, 0, q0:q1, k0:k1] = part
+        return seen
+
     def kept(self, name: str, make: Callable[[], Made]) -> Made:
         """What `make` returns, made once for all layers.
 

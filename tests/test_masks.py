@@ -98,6 +98,7 @@ def test_dense_equals_transformers_and_the_layout_means_the_same(data: st.DataOb
             real = padding[:, None, :, None]
         # queries that are padding are in no span; what they see does not matter
         assert torch.equal(dense_of_layout(layout) & real, expected & real)
+        assert torch.equal(layout.dense(mask.device), dense_of_layout(layout))
     if mask.plain is not None:
         rule = expected[0, 0]
         assert (mask.plain == "full" and bool(rule.all())) or torch.equal(rule, torch.ones_like(rule).tril())

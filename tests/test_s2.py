@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import axattn
+from axattn.backends import dense, s2
 from axattn.backends.s2 import grouped
 from axattn.errors import InvalidConfigError, UnsupportedAttentionError
 from axattn.interface import attend
@@ -45,6 +46,15 @@ def test_training_equals_the_papers_definition_forward_and_backward(length: int)
     found = torch.autograd.grad((out * weight).sum(), inputs)
     wanted = torch.autograd.grad((expected * weight).sum(), inputs)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 30])
+def test_without_a_kernel_over_spans_it_is_still_the_papers(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 on a GPU: what torch's flash kernel does not take runs under a dense mask."""
+    monkeypatch.setattr(s2, "over_layout", lambda part, _: dense.sdpa(part))
+    inputs = qkv(length)
+    out, _ = attend("s2", Attention().train(), *inputs, lazy_mask(2, length, length))
+    assert torch.allclose(out, from_the_paper(*inputs), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ a row to its start (the paper's roll leaks there). In evaluation it is full atte
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from itertools import pairwise
 from typing import Any
@@ -77,10 +78,23 @@ def s2(call: AttentionCall) -> torch.Tensor:
     for half, shift in ((0, 0), (1, group // 2)):
         q = slice(half * heads // 2, (half + 1) * heads // 2)
         kv = slice(half * kv_heads // 2, (half + 1) * kv_heads // 2)
+        groups = grouped(layout, group, shift)
         part = dataclasses.replace(call, query=call.query[:, q], key=call.key[:, kv], value=call.value[:, kv])
-        halves.append(over_layout(part, grouped(layout, group, shift)))
-        call.ran = part.ran
+        part.mask = _mask_of(groups, call.query.device)
+        halves.append(over_layout(part, groups))  # counted as s2 under a dense mask too: it is no full attention
     return torch.cat(halves, dim=2)
+
+
+def _mask_of(groups: Layout, device: torch.device) -> LazyMask:
+    """Of the groups, for what has no kernel over spans (float32 on a GPU): dense only there."""
+    return LazyMask(
+        shape=(groups.rows, 1, groups.q_length, groups.kv_length),
+        pattern=None,
+        segments=None,
+        padding=None,
+        materialise=functools.partial(groups.dense, device),
+        device=device,
+    )
 
 
 def group_tokens(group_size: float, length: int) -> int:

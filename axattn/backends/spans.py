@@ -18,7 +18,11 @@ from axattn.layouts import Layout
 
 
 def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
-    """Attention over the spans of a layout, with no mask and no dropout; returns ``[B, S, H, Dv]``."""
+    """Attention over the spans of a layout, which are those of the call's mask, without dropout.
+
+    Returns:
+        ``[B, S, H, Dv]``. Where torch's flash kernel does not run, under the mask as a dense tensor.
+    """
     query, key, value = call.query, call.key, call.value
     value_dim = value.shape[-1]
     query, key, value = one_head_dim(query, key, value)
