@@ -58,6 +58,25 @@ def mask_of_tokens(mask: torch.Tensor | None, length: int, caches: list[Any]) ->
     return own if own.shape[-1] == length else None
 
 
+def require_mask_fits(mask: Any, length: int, caches: list[Any]) -> None:
+    """Raise where a 2-D mask ``[B, T]`` speaks of more tokens than a forward and its cache have: read at the wrong
+    place, it would tell documents that nobody gave.
+
+    PEFT 0.21 hands its prefix over as ``past_key_values`` beside the ``cache`` that Transformers 5.24 goes by: it is
+    dropped there, and the mask still counts it.
+
+    Raises:
+        InvalidInputError: it does.
+    """
+    held = max(map(cache_length, caches), default=0)
+    if isinstance(mask, torch.Tensor) and mask.shape[-1] > held + length:
+        raise InvalidInputError(
+            f"attention_mask has {mask.shape[-1]} columns, for {length} tokens over a cache of {held}",
+            [Reason("attention_mask", "the tokens that it speaks of are not there (a prefix or cache that got lost)")],
+            f"Give a mask of [{mask.shape[0]}, {held + length}].",
+        )
+
+
 def numbers_of(index: Any, mask: torch.Tensor | None, rows: int, length: int) -> torch.Tensor:
     """int64 ``[B, S]``: numbers of documents from 1 on, 0 for padding, from ``seq_idx`` and a 2-D mask.
 

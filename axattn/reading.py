@@ -145,6 +145,7 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         segments = above.read() if isinstance(above, TracedSegments) else above
     if segments is None or not segments.packed:
         return Found(None, shape, numbered)
+    inputs.require_mask_fits(seen.mask if not finished else None, length, caches)
     inputs.require_packable(facts, module, given, segments, unknown, None if finished else seen.mask)
     return Found(segments, shape, numbered)
 

@@ -42,7 +42,9 @@ def run(model: torch.nn.Module, *rows: tuple[int, ...]) -> float:
 def test_packed_rows_of_changing_lengths_are_right(caplog: pytest.LogCaptureFixture) -> None:
     model = axattn.apply(build("llama", num_hidden_layers=1), "flex_attention")
     before = config.recompile_limit, config.automatic_dynamic_shapes
-    for rows in (((8, 12),), ((5, 19),), ((9, 11), (4, 16))):  # torch alone raises at the second: a C++ error
+    # Torch alone raises at the second: a C++ error. No row of 24 tokens: with AVX2 its CPU kernel (2.13) gives other numbers
+    # at every call for heads of 8 where a row of up to 128 tokens leaves 8 over 16.
+    for rows in (((8, 12),), ((6, 19),), ((9, 11), (4, 16))):
         assert run(model, *rows) < 1e-4
     assert (config.recompile_limit, config.automatic_dynamic_shapes) == before
     assert not [record for record in caplog.records if record.name == "axattn"]
@@ -56,7 +58,7 @@ def test_a_word_is_said_when_torch_stops_compiling(
     with config.patch(recompile_limit=1), caplog.at_level(logging.WARNING, "axattn"):
         assert run(model, (8, 12)) < 1e-4
         assert not caplog.records
-        assert run(model, (5, 19)) < 1e-4
+        assert run(model, (6, 19)) < 1e-4
     (record,) = [record for record in caplog.records if record.name == "axattn"]
     assert "pad_rows=True" in record.getMessage()
 

@@ -10,6 +10,7 @@ import torch
 
 import axattn
 from axattn.errors import AxattnError
+from axattn.hf import forward_inputs
 from tests.e2e.test_trainer import padded, train
 from tests.models import build, positions, tokens
 
@@ -150,6 +151,11 @@ def test_prompts_before_padded_rows_generate_what_eager_does(kind: str) -> None:
     mask[0, :5] = 0
     inputs = {"input_ids": tokens(2, 8) * mask, "attention_mask": mask}
     greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    if kind == "prefix" and forward_inputs.cache_keyword(build("llama")) == "cache":
+        # PEFT 0.21 hands the prefix over by the old word beside the new one, and Transformers 5.24 drops it, in silence
+        with pytest.raises(AxattnError, match="attention_mask has 11 columns, for 8 tokens over a cache of 0"):
+            prompted(kind, "auto").generate(**inputs, **greedy)
+        return
     expected = prompted(kind, None).generate(**inputs, **greedy)
     assert torch.equal(prompted(kind, "auto").generate(**inputs, **greedy), expected)
 
