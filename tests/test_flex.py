@@ -42,8 +42,8 @@ def run(model: torch.nn.Module, *rows: tuple[int, ...]) -> float:
 def test_packed_rows_of_changing_lengths_are_right(caplog: pytest.LogCaptureFixture) -> None:
     model = axattn.apply(build("llama", num_hidden_layers=1), "flex_attention")
     before = config.recompile_limit, config.automatic_dynamic_shapes
-    # Torch alone raises at the second: a C++ error. No row of 24 tokens: with AVX2 its CPU kernel (2.13) gives other numbers
-    # at every call for heads of 8 where a row of up to 128 tokens leaves 8 over 16.
+    # Torch alone raises at the second: a C++ error. No row of 24 tokens: with AVX2 its CPU kernel (2.13) gives other
+    # numbers at every call for heads of 8 where a row of up to 128 tokens leaves 8 over 16.
     for rows in (((8, 12),), ((6, 19),), ((9, 11), (4, 16))):
         assert run(model, *rows) < 1e-4
     assert (config.recompile_limit, config.automatic_dynamic_shapes) == before
