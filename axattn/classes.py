@@ -9,6 +9,7 @@ from typing import Any
 from axattn import names
 from axattn.by_path import nested
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.model_internals import SUPPORT, attention_classes, can_set_attention, compatible_flash, supports
 from axattn.hf.source_inspection import calls_interface, used_in_forward
 from axattn.needs import sub_configs
 from axattn.plans import Policy
@@ -20,8 +21,7 @@ def model_class_reasons(cls: type | None) -> list[Reason]:
     """Why a model class does not run through Transformers' attention interface; empty when it does."""
     if cls is None:
         return []
-    settable = getattr(cls, "_can_set_attn_implementation", None)
-    if (settable is None or settable()) and not _attends_itself(cls):  # `settable` reads the source of its whole file
+    if can_set_attention(cls) and not _attends_itself(cls):
         return []
     return [Reason("model", f"{cls.__name__} does not use Transformers' attention interface")]
 
@@ -31,23 +31,18 @@ def _attends_itself(cls: Any) -> bool:
     not: Gemma 4's audio tower, whose masks are those of eager attention."""
     if not any(name.startswith("create_") and name.endswith("_mask") for name in used_in_forward(cls)):
         return False
-    recorded = (getattr(cls, "_can_record_outputs", None) or {}).get("attentions") or ()
-    found = [getattr(one, "target_class", one) for one in (recorded if isinstance(recorded, list) else [recorded])]
-    modules: list[Any] = [one for one in found if inspect.isclass(one)]
+    modules: list[Any] = [one for one in attention_classes(cls) if inspect.isclass(one)]
     return bool(modules) and all(not calls_interface(one) and "softmax" in used_in_forward(one) for one in modules)
-
-
-_SUPPORT = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
 
 
 def native_support_reasons(cls: type | None, name: str) -> list[Reason]:
     """Why Transformers itself will not run a model class on a native name: it would raise, or take another kernel."""
-    flag = "_supports_flash_attn" if names.is_flash(name) else _SUPPORT.get(name.removeprefix("paged|"))
-    if cls is None or flag is None:
+    kind = "flash" if names.is_flash(name) else name.removeprefix("paged|")
+    if cls is None or kind not in SUPPORT:
         return []
-    if not getattr(cls, flag, True):
-        return [Reason("model", f"{cls.__name__} says that it does not support {name} ({flag} is False)")]
-    listed = getattr(cls, "_compatible_flash_implementations", None)
+    if not supports(cls, kind):
+        return [Reason("model", f"{cls.__name__} says that it does not support {name} ({SUPPORT[kind]} is False)")]
+    listed = compatible_flash(cls)
     if names.is_flash(name) and listed and name not in listed:
         text = f"Transformers would run {cls.__name__} on {listed[0]} in its place: it lists {', '.join(listed)}"
         return [Reason("model", text)]

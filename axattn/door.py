@@ -19,6 +19,7 @@ from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.hf.caches import caches_in, is_packed, mark_packed
 from axattn.hf.forward_inputs import INPUTS, LENGTHS, caches_of, is_paged_step, token_shape
+from axattn.hf.model_internals import wants_weights
 from axattn.hf.registries import require_standing
 from axattn.numbering import counted
 from axattn.pooling import padding_is_read
@@ -134,8 +135,8 @@ class Door:
         if torch.nn.functional.scaled_dot_product_attention is not _SDPA and facts.native is None:
             guard.require_no_context_parallel(module)
         weights = given.get("output_attentions")
-        if weights is None:  # a config's own attribute access costs a microsecond
-            weights = module.config.__dict__.get("_output_attentions", False)
+        if weights is None:
+            weights = wants_weights(module.config)
         if weights and facts.native not in (None, "eager"):
             raise UnsupportedAttentionError(
                 f"{facts.native} can't serve {type(module).__name__}",

@@ -15,6 +15,7 @@ import torch
 from axattn import flash_guard, names
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.forward_inputs import KINDS, caches_of, tokens_of
+from axattn.hf.model_internals import checkpoints_reentrantly
 from axattn.hf.source_inspection import tree_of
 from axattn.hf.torch_internals import in_context_parallel
 from axattn.segments import Segments
@@ -116,10 +117,7 @@ def require_gradients_of_shared_keys(module: torch.nn.Module) -> None:
     Raises:
         UnsupportedAttentionError: the model trains like this.
     """
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    if not (module.training and torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)):
-        return
-    if getattr(function, "keywords", {}).get("use_reentrant"):
+    if module.training and torch.is_grad_enabled() and checkpoints_reentrantly(module):
         raise UnsupportedAttentionError(
             f"reentrant gradient checkpointing can't serve {type(module).__name__}",
             [Reason("gradient", "layers share keys and values, whose gradients it drops")],

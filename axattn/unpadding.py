@@ -56,7 +56,7 @@ def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
         reasons.append(Reason("model", "it takes images or audio by row"))
     if any(entry.layer.need.bias for entry in decided.layers):
         reasons.append(Reason("bias", "its position bias is made for whole rows"))
-    reasons += contracts.reasons("packed rows")
+    reasons += contracts.reasons("packed rows", "unpadded rows")
     return [*reasons, *one_a_row(inner_part(model), unless_first=True)]
 
 

@@ -21,10 +21,12 @@ OLDEST_TESTED = {"transformers": "5.17.0", "torch": "2.11.0"}
 NEWEST_TESTED = {"transformers": "5.24.0", "torch": "2.13.0"}
 """The versions that the tests run on; `axattn.canary` looks at newer ones."""
 
-Refused = Literal["models", "packed rows", "compiled packed rows", "flash names", "adapters by row", "fp8", ""]
-"""What is refused where a contract does not hold: models on axattn's backends at all; packed and unpadded rows; those
-inside of a compiled graph; the flash names that Transformers serves; packed rows while an adapter of PEFT runs; fp8;
-nothing (a message or a shortcut is missing)."""
+Refused = Literal[
+    "models", "packed rows", "unpadded rows", "compiled packed rows", "flash names", "adapters by row", "fp8", ""
+]
+"""What is refused where a contract does not hold: models on axattn's backends at all; packed and unpadded rows;
+unpadded rows alone; packed rows inside of a compiled graph; the flash names that Transformers serves; packed rows while
+an adapter of PEFT runs; fp8; nothing (a message or a shortcut is missing)."""
 
 
 @contextlib.contextmanager

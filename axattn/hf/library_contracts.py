@@ -119,6 +119,11 @@ def _hooks() -> str:
     return "" if ran == ["after", "before", "after"] and with_kwargs else "they are kept elsewhere"
 
 
+def _replicas() -> str:
+    there = callable(getattr(torch.nn.Module, "_replicate_for_data_parallel", None))
+    return "" if there else "nn.DataParallel copies modules in another way"
+
+
 def _frames() -> str:
     def finished() -> Any:
         return sys._getframe()
@@ -161,6 +166,7 @@ CONTRACTS = (
     Contract("autograd inside operators", "torch", ("backends.inside",), _dispatch_keys, "compiled packed rows"),
     Contract("calls of modules", "torch", ("handed_on",), _module_calls, ""),
     Contract("hooks of modules", "torch", ("patches.doors", "parallel.accelerate"), _hooks, "models"),
+    Contract("replicas of modules", "torch", ("patches.entrance",), _replicas, "unpadded rows"),
     Contract("frames", "torch", ("context",), _frames, "models"),
     Contract("hooks of adapters", "peft", ("by_row",), _adapter_hooks, "adapters by row"),
     Contract("hooks of context parallelism", "accelerate", ("parallel.accelerate",), _accelerate_hooks, ""),

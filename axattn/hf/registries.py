@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason, RegistrationError
+from axattn.hf.model_internals import CONFIG_NAME
 from axattn.hf.source_inspection import origin
 
 KINDS = ("attention", "mask")
@@ -168,8 +169,8 @@ def require_mask(name: str, layer: str) -> None:
 def _name(config: Any) -> Any:
     """The name that a config runs on; read past its own ``__getattribute__``, which costs as much as all the rest."""
     if torch.compiler.is_compiling():  # and can't be passed by there
-        return config.__dict__.get("_attn_implementation_internal")
-    return object.__getattribute__(config, "__dict__").get("_attn_implementation_internal")
+        return config.__dict__.get(CONFIG_NAME)
+    return object.__getattribute__(config, "__dict__").get(CONFIG_NAME)
 
 
 def _held(name: str, model: str, reasons: list[Reason]) -> RegistrationError:

@@ -12,6 +12,7 @@ from axattn.hf import forward_inputs, mask_functions
 from axattn.hf.caches import is_cache
 from axattn.hf.contracts import Contract
 from axattn.hf.forward_inputs import Role
+from axattn.hf.model_internals import CONFIG_NAME, SUPPORT, checkpoints_reentrantly, flash_slot, wants_weights
 from axattn.hf.source_inspection import signature_of, source_of
 
 MASK_KEYWORDS = frozenset(
@@ -42,7 +43,7 @@ def _mask_builders() -> str:
         return torch.zeros(1, 1, 1, 1)
 
     config: Any = LlamaConfig(hidden_size=8, num_attention_heads=1, sliding_window=2, attention_chunk_size=2)
-    config._attn_implementation_internal = _PROBE
+    setattr(config, CONFIG_NAME, _PROBE)
     embeds = torch.zeros(1, 4, 8)
     packed = torch.tensor([[0, 1, 0, 1]])
     table: Any = mu.AttentionMaskInterface._global_mapping
@@ -110,10 +111,10 @@ def _names() -> str:
     from transformers import LlamaConfig, PreTrainedModel
 
     config = LlamaConfig()
-    config._attn_implementation_internal = "varlen"
+    setattr(config, CONFIG_NAME, "varlen")
     if config._attn_implementation != "varlen":
         return "the name of a config is kept elsewhere"
-    needed = ("set_attn_implementation", "_can_set_attn_implementation", "loss_function")
+    needed = ("set_attn_implementation", "_can_set_attn_implementation", "loss_function", *SUPPORT.values())
     absent = [name for name in needed if not hasattr(PreTrainedModel, name)]
     return f"PreTrainedModel has no {', '.join(absent)}" if absent else ""
 
@@ -168,10 +169,31 @@ def _outputs() -> str:
 
 
 def _flash_slot() -> str:
-    import transformers.modeling_flash_attention_utils as slot
-
+    slot = flash_slot()
     absent = [name for name in ("_loaded_implementation", "lazy_import_flash_attention") if not hasattr(slot, name)]
     return f"it has no {', '.join(absent)}" if absent else ""
+
+
+def _settings() -> str:
+    """Gradient checkpointing and ``output_attentions``, as a model and its config keep them."""
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {
+        "hidden_size": 4,
+        "intermediate_size": 4,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": 4,
+    }
+    model = LlamaModel(LlamaConfig(**sizes, output_attentions=True))
+    if not wants_weights(model.config):
+        return "configs keep output_attentions elsewhere"
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    told = []
+    for reentrant in (True, False):
+        enable({"use_reentrant": reentrant})
+        told.append(checkpoints_reentrantly(model))
+    return "" if told == [True, False] else "models do not tell how they checkpoint"
 
 
 def _sources() -> str:
@@ -214,6 +236,7 @@ CONTRACTS = (
     Contract("outputs of models", "transformers", ("door", "unpadding", "parallel.rows"), _outputs, "packed rows"),
     Contract("lengths of packed rows on the flash path", "transformers", ("flash_guard",), _lengths, "flash names"),
     Contract("the slot of flash functions", "transformers", ("patches.flash_slot",), _flash_slot, "flash names"),
+    Contract("settings of models", "transformers", ("guard", "door"), _settings, "packed rows"),
     Contract("sources of models", "transformers", ("hf.source_inspection",), _sources, "packed rows"),
     Contract("decoder layers", "transformers", ("recurrent",), _layers, "packed rows"),
 )

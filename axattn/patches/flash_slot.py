@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from axattn import names
 from axattn.errors import BackendUnavailableError, Reason
+from axattn.hf.model_internals import flash_slot
 
 
 def preload(running: Iterable[str | None], *, allow_all_kernels: bool = False) -> None:
@@ -21,8 +23,7 @@ def preload(running: Iterable[str | None], *, allow_all_kernels: bool = False) -
     Raises:
         BackendUnavailableError: a kernel fails to import; its own error is the cause.
     """
-    import transformers.modeling_flash_attention_utils as slot
-
+    slot: Any = flash_slot()
     for name in dict.fromkeys(running):
         if name is None or not names.is_flash(name) or name.startswith("paged|"):
             continue

@@ -9,14 +9,13 @@ import torch
 
 from axattn import names
 from axattn.by_path import nested
+from axattn.hf.model_internals import CONFIG_NAME
 from axattn.hf.registries import require_own_file
 from axattn.hf.source_inspection import calls_interface
 from axattn.needs import sub_configs
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
 from axattn.routes import ATTRIBUTE, Route, candidates
-
-_INTERNAL = "_attn_implementation_internal"
 
 
 def copied_configs(model: torch.nn.Module, modules: Iterable[torch.nn.Module]) -> list[Any]:
@@ -44,7 +43,7 @@ def set_names(
     copies = copied_configs(model, modules)
     for config in (*configs.values(), *copies):
         # the name itself does not change here: this remembers it, before Transformers' setter changes it unseen
-        patches.set_attribute(config, _INTERNAL, getattr(config, _INTERNAL, None))
+        patches.set_attribute(config, CONFIG_NAME, getattr(config, CONFIG_NAME, None))
     native = {p: n for p, n in plan.running.items() if n is not None and names.is_native(n)}
     if any(configs[path]._attn_implementation != name for path, name in native.items()):
         model.set_attn_implementation(  # type: ignore[operator]  # a method of PreTrainedModel
@@ -54,7 +53,7 @@ def set_names(
     for path, name in plan.running.items():
         if name is not None and not names.is_native(name):
             for config in (configs[path], *(copies if path == "" else ())):
-                setattr(config, _INTERNAL, name)
+                setattr(config, CONFIG_NAME, name)
 
 
 def add_routes(patches: PatchSet, model: torch.nn.Module, modules: dict[str, torch.nn.Module], plan: Plan) -> None:

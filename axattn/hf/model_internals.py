@@ -1,0 +1,57 @@
+"""What axattn takes from Transformers' models and configs by private names, each in one place. No decisions here."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+CONFIG_NAME = "_attn_implementation_internal"
+"""The attribute of a config that holds the name of its attention implementation."""
+SUPPORT = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn", "flash": "_supports_flash_attn"}
+"""The attributes of a model class that say what Transformers runs it on."""
+
+
+def can_set_attention(cls: type) -> bool:
+    """Whether Transformers lets the attention of a model class be set (it reads the source of the class's whole file);
+    True where the class says nothing."""
+    settable = getattr(cls, "_can_set_attn_implementation", None)
+    return settable is None or bool(settable())
+
+
+def supports(cls: type, kind: str) -> bool:
+    """Whether a model class says that it runs on a kind of `SUPPORT`; True where it says nothing."""
+    return bool(getattr(cls, SUPPORT[kind], True))
+
+
+def compatible_flash(cls: type) -> tuple[str, ...]:
+    """The flash names that a model class lists; Transformers runs the first in the place of any other."""
+    return tuple(getattr(cls, "_compatible_flash_implementations", None) or ())
+
+
+def attention_classes(cls: type) -> list[Any]:
+    """The attention classes whose weights a model class records, as it lists them."""
+    recorded = (getattr(cls, "_can_record_outputs", None) or {}).get("attentions") or ()
+    return [getattr(one, "target_class", one) for one in (recorded if isinstance(recorded, list) else [recorded])]
+
+
+def wants_weights(config: Any) -> bool:
+    """``config.output_attentions``, without a config's own attribute access, which costs a microsecond."""
+    return bool(config.__dict__.get("_output_attentions", False))
+
+
+def checkpoints_reentrantly(module: torch.nn.Module) -> bool:
+    """Whether a model's gradient checkpointing is on, and reentrant."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    keywords = getattr(function, "keywords", {})
+    return bool(getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant"))
+
+
+def flash_slot() -> ModuleType:
+    """The module that holds Transformers' one process-wide slot for flash functions: ``_loaded_implementation`` is its
+    name, ``lazy_import_flash_attention`` fills it."""
+    import transformers.modeling_flash_attention_utils as slot
+
+    found: ModuleType = slot
+    return found
