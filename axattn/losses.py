@@ -1,12 +1,17 @@
-"""How a model computes its loss: whether it predicts the next token, and whether it takes targets already shifted."""
+"""How a model computes its loss: whether it predicts the next token, and whether it takes targets already shifted.
+
+Two witnesses: the source of its forward, and a run of its code on a few tokens (`axattn.hf.probes`).
+"""
 
 from __future__ import annotations
 
-import functools
+import ast
 from typing import Any
 
 import torch
 
+from axattn.errors import Reason
+from axattn.hf import probes
 from axattn.hf.source_inspection import calls_of, code_of, is_named, source_of
 
 IGNORE_INDEX = -100
@@ -18,24 +23,66 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
 
 
 def predicts_next(model: Any) -> bool:
-    """Whether a model's loss is that of the next token, with labels as the inputs are: read in its forward's source.
+    """Whether a model's loss is that of the next token, with labels as the inputs are.
 
     ``GPT2LMHeadModel`` does so by the loss that Transformers gives it; ``WhisperForCausalLM`` compares each token with
-    the label in its place. Where there is no source the name has to do.
+    the label in its place. Where neither its source nor a run tells, the name has to do.
     """
-    forward = code_of(model).forward
-    named = is_named(model, ("ForCausalLM", "LMHeadModel"))
+    told = _next_by_source(model)
+    if told is not None:
+        return told
+    run = probes.loss(model)
+    return run.next if run is not None else is_named(model, ("ForCausalLM", "LMHeadModel"))
+
+
+def takes_keywords(model: Any) -> bool:
+    """Whether a model's loss takes keywords of its forward: ``num_items_in_batch``, and ``shift_labels`` where it is
+    that of the next token. No, where that is not known."""
+    told = _keywords_by_source(model)
+    return bool(_keywords_by_run(model) if told is None else told)
+
+
+def contradictions(model: Any) -> list[Reason]:
+    """Where the source of a model's loss and a run of it say different things: labels can't be put in other rows."""
+    run = probes.loss(model)
+    if run is None:
+        return []
+    reasons = []
+    if _next_by_source(model) not in (None, run.next):
+        words = {True: "labels are those of the next token", False: "labels are each token's own"}
+        reasons.append(probes.disagreement(model, words[not run.next], words[run.next]))
+    if _keywords_by_source(model) not in (None, keywords := _keywords_by_run(model)):
+        words = {True: "its loss takes shift_labels and num_items_in_batch", False: "its loss does not take them all"}
+        reasons.append(probes.disagreement(model, words[not keywords], words[bool(keywords)]))
+    return reasons
+
+
+def _next_by_source(model: Any) -> bool | None:
+    """None where there is no source, or where it leaves the question open: another forward computes the loss (it hands
+    its labels on), or something is shifted under a name that promises no next token."""
+    forward, named = code_of(model).forward, is_named(model, ("ForCausalLM", "LMHeadModel"))
     if calls_of(forward, "self.loss_function"):
         return named or getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
     source = source_of(forward)
-    return named and (not source or any(how in source for how in ("shift_l", "shifted_", ", 1:]")))
+    if any(how in source for how in ("shift_l", "shifted_", ", 1:]")):
+        return True if named else None
+    return None if not source or _hands_labels_on(forward) else False
 
 
-@functools.cache
-def takes_keywords(cls: Any) -> bool:
-    """Whether a model hands its keywords (``shift_labels``, ``num_items_in_batch``) to ``self.loss_function``.
+def _hands_labels_on(forward: Any) -> bool:
+    keywords = [keyword for call in calls_of(forward) for keyword in call.keywords]
+    return any(one.arg == "labels" and isinstance(one.value, ast.Name) and one.value.id == "labels" for one in keywords)
 
-    Read in the source of its forward; unreadable source counts as no.
-    """
-    losses = calls_of(cls.forward, "self.loss_function")
-    return bool(losses) and all(any(keyword.arg is None for keyword in call.keywords) for call in losses)
+
+def _keywords_by_source(model: Any) -> bool | None:
+    """Whether ``**kwargs`` are handed to ``self.loss_function``; None without a source, or if labels are handed on."""
+    forward = code_of(model).forward
+    losses = calls_of(forward, "self.loss_function")
+    if losses:
+        return all(any(keyword.arg is None for keyword in call.keywords) for call in losses)
+    return None if not source_of(forward) or _hands_labels_on(forward) else False
+
+
+def _keywords_by_run(model: Any) -> bool | None:
+    run = probes.loss(model)
+    return None if run is None else run.counted and (run.shifted or not run.next)

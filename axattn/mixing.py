@@ -1,4 +1,5 @@
-"""Where a model mixes tokens other than in attention: read from its config, its modules and their source.
+"""Where a model mixes tokens other than in attention: read from its config, its modules and their source, and seen in a
+run of what is around its layers (`axattn.hf.probes`).
 
 Such layers know nothing of documents: packed rows leak through them, and rows can't be cut or put together.
 """
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason
+from axattn.hf import probes
 from axattn.hf.source_inspection import calls_interface, code_of, source_of
 from axattn.recurrent import recurrent
 
@@ -47,6 +49,9 @@ def mixers(model: torch.nn.Module, *, by_document: bool = False) -> list[Reason]
         return [Reason("model", f"{shares[0]} scales a row by its share of masked tokens (token_dropout)")]
     if not apart and not any(calls_interface(cls) for _, cls in named):
         return [Reason("model", f"{type(text).__name__} mixes tokens in layers of its own, not in attention")]
+    run = None if by_document and scaled_by_share(text) else probes.mixing(text)
+    if run is not None and run.tokens:
+        return [probes.disagreement(text, "only its layers mix tokens", "something before or behind them does too")]
     return []
 
 

@@ -1,7 +1,7 @@
 """Which tokens of a row a model's outputs are read from, where it is not each from its own.
 
-Read from the names of its heads and the source of its forward: padding there is read too, and rows that are packed or
-put together have another first and last token.
+Read from the names of its heads, the source of its forward and a run of its code on a few tokens (`axattn.hf.probes`):
+padding there is read too, and rows that are packed or put together have another first and last token.
 """
 
 from __future__ import annotations
@@ -15,22 +15,50 @@ import torch
 
 from axattn.errors import InvalidInputError, Reason
 from axattn.facts import Facts
-from axattn.hf.source_inspection import calls_of, code_of, file_source, is_named, signature_of, source_of, tree_of
+from axattn.hf import probes
+from axattn.hf.source_inspection import (
+    calls_of,
+    code_of,
+    file_source,
+    is_named,
+    is_readable,
+    signature_of,
+    source_of,
+    tree_of,
+)
 
 Place = Literal["first", "last", "every"]
 
 _ROW_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "RewardModel")
 _PICKED: dict[int, Place] = {0: "first", -1: "last"}
 _SIDES = {"first": "left", "last": "right"}
+_AT: dict[probes.Pattern, Place] = {"first": "first", "last": "last", "every": "every"}
+"""Patterns of what is read whatever stands there."""
+_WORDS: dict[probes.Pattern, str] = {
+    "first": "the first token of a row",
+    "last": "the last token of a row",
+    "first_real": "the first token that is not padding",
+    "last_real": "the last token that is not padding",
+    "every": "every token, padding too",
+    "real": "every token that is not padding",
+    "other": "tokens at no fixed place",
+}
 
 
 def read_at(model: torch.nn.Module) -> frozenset[Place]:
     """Where outputs are read from, whatever stands there: the first token of each row (BERT's pooler), the last
     (SigLIP's text model), or every one (heads that find answers take a softmax over all of them).
 
+    Where its source or a run of the model says so: to take padding for read costs a dense mask, no more.
+
     Args:
-        model: a ``PreTrainedModel``; models inside of it are not looked at.
+        model: a ``PreTrainedModel``; the source of models inside of it is not looked at.
     """
+    return (_places_by_source(model) or frozenset()) | _places_by_run(model)
+
+
+def _places_by_source(model: torch.nn.Module) -> frozenset[Place] | None:
+    """None where there is none."""
     if "start_positions" in signature_of(model).parameters:
         return frozenset({"every"})
     if is_named(model, _ROW_HEADS):
@@ -40,8 +68,50 @@ def read_at(model: torch.nn.Module) -> frozenset[Place]:
     parts = list(_own_parts(model))
     if any(getattr(part, "summary_type", "") == "mean" for part in parts):  # GPT-2 with two heads
         return frozenset({"every"})
+    if not all(is_readable(code_of(part)) for part in parts):
+        return None
     picked = {token for part in parts for token in _picked(code_of(part).forward)}
     return frozenset(_PICKED[token] for token in picked)
+
+
+def _places_by_run(model: torch.nn.Module) -> frozenset[Place]:
+    run = probes.mixing(model)
+    return frozenset(_AT[pattern] for _, pattern in (run.rows if run is not None else ()) if pattern in _AT)
+
+
+def contradictions(model: torch.nn.Module) -> list[Reason]:
+    """Where the source of a model, or of one inside it, and a run of it say that outputs are read from other tokens.
+
+    To be read from more places is no contradiction: a summary may be told where to read.
+    """
+    from transformers import PreTrainedModel
+
+    every = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
+    inner = [one for one in every if "input_ids" in signature_of(one).parameters]  # no vision tower
+    return list(dict.fromkeys(reason for one in inner for reason in _contradictions(one)))
+
+
+def _contradictions(model: torch.nn.Module) -> list[Reason]:
+    from transformers import PreTrainedModel
+
+    run = probes.mixing(model)
+    if run is None:
+        return []
+    patterns = {pattern for _, pattern in run.rows}
+    shown = " and ".join(_WORDS[pattern] for pattern in sorted(patterns)) or "no token in particular"
+    if is_named(model, _ROW_HEADS):
+        told = _head_by_source(model) if is_readable(code_of(model)) else None
+        if told is None or told in patterns:
+            return []
+        return [probes.disagreement(model, f"{_WORDS[told]} is read", f"{shown} is")]
+    found = [_places_by_source(one) for one in model.modules() if isinstance(one, PreTrainedModel)]
+    places = frozenset(place for one in found if one is not None for place in one)
+    if None not in found and not {_AT[pattern] for pattern in patterns if pattern in _AT} <= places:
+        source = " and ".join(_WORDS[place] for place in sorted(places)) or "no token in particular"
+        return [probes.disagreement(model, f"{source} is read", f"{shown} is")]
+    if _pooler_by_source(model) is not None and not _pools_first(run):
+        return [probes.disagreement(model, "its pooler reads the first token of each row", f"{shown} is read")]
+    return []
 
 
 def padding_is_read(facts: Facts, model: torch.nn.Module, given: dict[str, Any]) -> bool:
@@ -82,6 +152,17 @@ def padding_is_read(facts: Facts, model: torch.nn.Module, given: dict[str, Any])
 def first_token_pooler(model: torch.nn.Module) -> torch.nn.Module | None:
     """The part of a model that is handed whole rows ``[B, S, D]`` and reads the first token of each (BERT's pooler)."""
     pooler = getattr(model, "pooler", None)
+    if not isinstance(pooler, torch.nn.Module):
+        return None
+    readable = is_readable(code_of(model)) and is_readable(code_of(_unwrapped(pooler)))
+    if readable:
+        return _pooler_by_source(model)
+    run = probes.mixing(model)
+    return pooler if run is not None and _pools_first(run) else None
+
+
+def _pooler_by_source(model: torch.nn.Module) -> torch.nn.Module | None:
+    pooler = getattr(model, "pooler", None)
     if not isinstance(pooler, torch.nn.Module) or _picked(code_of(_unwrapped(pooler)).forward) != {0}:
         return None
     calls = calls_of(code_of(model).forward, "self.pooler")
@@ -89,10 +170,17 @@ def first_token_pooler(model: torch.nn.Module) -> torch.nn.Module | None:
     return pooler if handed and not calls[0].keywords else None
 
 
+def _pools_first(run: probes.Mixing) -> bool:
+    return run.pooled and {pattern for _, pattern in run.rows} == {"first"}
+
+
 def pools(model: torch.nn.Module) -> bool:
-    """Whether a model itself makes one output a row beside those of each token (``pooler_output``)."""
-    forward = source_of(code_of(model).forward)
-    return "pooler_output=" in forward and getattr(model, "pooler", model) is not None
+    """Whether a model itself makes one output a row beside those of each token (``pooler_output``), as its source says
+    or a run shows."""
+    if "pooler_output=" in source_of(code_of(model).forward) and getattr(model, "pooler", model) is not None:
+        return True
+    run = probes.mixing(model)
+    return run is not None and any(name == "pooler_output" for name, _ in run.rows)
 
 
 def _own_parts(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -154,28 +242,43 @@ def reads_rows(model: torch.nn.Module) -> bool:
 
 
 def classifies_rows(model: torch.nn.Module) -> list[Reason]:
-    """Heads whose one output a row, and one label, is that of its last document where rows are packed."""
+    """Heads whose one output a row, and one label, is that of its last document where rows are packed; and models of
+    which it is not known where outputs are read (`contradictions`)."""
     parameters = signature_of(model).parameters
     labelled = {"question_positions", "next_sentence_label", "sentence_order_label"} & set(parameters)  # Splinter, BERT
     if labelled or is_named(model, _ROW_HEADS):
         return [Reason("model", "it gives one output a row, and packed rows hold several documents")]
-    return []
+    return _contradictions(model)
 
 
 def reads_first(model: torch.nn.Module) -> bool:
     """Whether a head reads the first token of each row: those of encoders, unless they pool in another way."""
-    cls = code_of(model)
-    pooling = getattr(model.config, "classifier_pooling", getattr(model, "pooling", "cls"))
-    if not is_named(model, _ROW_HEADS) or pooling not in ("cls", "bos"):
-        return False
-    last = reads_last(model) or any(word in source_of(cls.forward) for word in ("eos_mask", "pad_token_id"))
-    return not last and "[:, 0" in file_source(cls.__module__)
+    return _reads(model) == "first"
 
 
 def reads_last(model: torch.nn.Module) -> bool:
     """Whether a head reads the last real token of each row, found by its token id: those of decoders."""
-    cls = code_of(model)
+    return _reads(model) == "last_real"
+
+
+def _reads(model: torch.nn.Module) -> probes.Pattern | None:
+    """Where a head that classifies rows reads them; None for others, and where that is not known."""
     if not is_named(model, _ROW_HEADS):
-        return False
+        return None
+    if is_readable(code_of(model)):
+        return _head_by_source(model)
+    run = probes.mixing(model)
+    patterns = {pattern for _, pattern in (run.rows if run is not None else ())}
+    return patterns.pop() if len(patterns) == 1 else None
+
+
+def _head_by_source(model: torch.nn.Module) -> probes.Pattern | None:
+    """Where a head that classifies rows reads them, as its source says; None where that says nothing of it."""
+    cls: Any = code_of(model)
     shared = any(base.__name__.startswith("GenericFor") for base in cls.__mro__)
-    return shared or "last_non_pad_token" in source_of(cls.forward)
+    if shared or "last_non_pad_token" in source_of(cls.forward):
+        return "last_real"
+    pooling = getattr(model.config, "classifier_pooling", getattr(model, "pooling", "cls"))
+    if pooling not in ("cls", "bos") or any(word in source_of(cls.forward) for word in ("eos_mask", "pad_token_id")):
+        return None
+    return "first" if "[:, 0" in file_source(cls.__module__) else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from axattn import losses, pooling
 from axattn.by_row import reasons_by_row
 from axattn.context import Context, Seen, current, inside, reading
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
@@ -18,7 +19,7 @@ from axattn.flat_row import FlatRow
 from axattn.hf import contracts
 from axattn.hf.forward_inputs import INPUTS, is_given, tokens_of, unpadded_as
 from axattn.hf.forward_outputs import Holds, tensors_of
-from axattn.hf.source_inspection import code_of
+from axattn.hf.trial import one_look
 from axattn.inputs import require_ours
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
 from axattn.mixing import mixers
@@ -38,12 +39,14 @@ logger = logging.getLogger("axattn")
 _said: set[str] = set()
 
 
+@one_look()
 def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
     """Every reason why a model's batches can't be flattened; empty when they can."""
     from axattn import names
 
     config: Any = model.config
     reasons = [*mixers(model, by_document=True), *counters(model), *unread_positions(model)]
+    reasons += [*losses.contradictions(model), *pooling.contradictions(model)]
     native = sorted({name for name in decided.running.values() if name is not None and names.is_native(name)})
     if native:
         text = f"{', '.join(native)} is called by Transformers, which would leak the rows into each other"
@@ -209,7 +212,7 @@ def _targets(
         _said.add("lost")
         logger.warning("axattn: unpad=True leaves out %d targets that padding would have predicted", lost)
     targets = flat.flatten(wanted)
-    if takes_keywords(code_of(model)):
+    if takes_keywords(model):
         return {"labels": flat.flatten(labels), "shift_labels": targets}
     before = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=IGNORE_INDEX)  # the model shifts them back
     return {"labels": before}

@@ -90,7 +90,7 @@ def test_an_unpadded_batch_of_roberta_has_the_positions_of_the_padded_one(side: 
 
 @pytest.mark.parametrize(("family", "counts"), [("opt", True), ("llama", False)])
 def test_whether_a_model_counts_its_mask_is_read_from_its_file(family: str, counts: bool) -> None:
-    assert numbering.counts_mask(type(build(family))) is counts
+    assert numbering.counts_mask(build(family)) is counts
 
 
 def test_biogpt_s_embedding_could_count_the_mask_but_is_never_asked_to() -> None:

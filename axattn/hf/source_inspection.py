@@ -1,4 +1,18 @@
-"""Reads the source of Transformers' models: what a class does that neither its config nor its signature tells."""
+"""Reads the source of Transformers' models: what a class does that neither its config nor its signature tells.
+
+A text says other things once somebody writes it anew. So what a part of a model can show in a run (`axattn.hf.probes`:
+losses, numbering, pooling, mixing) is asked there too, and rows of several sequences are refused where the two differ.
+Only the text serves for what a layer would have to run for, or a whole model:
+
+- that fails closed, a text not understood being a no: ``guard.hands_positions_to_masks``, ``flash_guard``'s keywords of
+  an attention module (packed rows are refused), ``recurrent`` (such a layer then counts as one that mixes tokens),
+  ``doors.hands_on`` (a door more), ``doors._planes`` (positions of that shape are refused),
+  ``entrance._may_return_cache`` (a batch stays padded);
+- what attention layers do: ``numbering.counters``; which mask functions a model calls: ``flash_guard.contradictions``,
+  ``flash_guard.overlays`` (both asked only on names that Transformers serves itself);
+- what is asked before there is a model: ``needs`` (each call is checked again by what it brings), ``classes``;
+- whether a class is one of attention at all (`calls_interface`), or one that only adds to another (`origin`).
+"""
 
 from __future__ import annotations
 
@@ -52,6 +66,12 @@ def source_of(function: Any) -> str:
         return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
     except (OSError, TypeError):
         return ""
+
+
+@functools.cache
+def is_readable(cls: Any) -> bool:
+    """Whether the ``forward`` of a module class has a text to read; a class made by ``exec`` has none."""
+    return cls.__module__.startswith("torch.") or bool(source_of(cls.forward))
 
 
 @functools.cache

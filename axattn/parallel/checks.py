@@ -6,19 +6,20 @@ from typing import Any
 
 import torch
 
-from axattn import backends, names
+from axattn import backends, names, numbering
 from axattn.errors import Reason
 from axattn.hf.source_inspection import code_of, signature_of
-from axattn.losses import takes_keywords
-from axattn.mixing import mixers
+from axattn.hf.trial import one_look
+from axattn.losses import contradictions, takes_keywords
+from axattn.mixing import mixers, text_model
 from axattn.needs import sub_configs
-from axattn.numbering import counters
 from axattn.pooling import one_a_row
 from axattn.rope import by_length
 from axattn.routes import ATTRIBUTE
 from axattn.state import state_of
 
 
+@one_look()
 def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
     """Every reason why rows of a model can't be split over ranks; empty when they can.
 
@@ -66,7 +67,7 @@ def _splits_heads(name: str) -> bool:
 
 def _layer_reasons(model: torch.nn.Module, config: Any) -> list[Reason]:
     """Layers that see more of a row than their own tokens elsewhere than in an attention module of ours."""
-    reasons = [*mixers(model), *counters(model)]
+    reasons = [*mixers(model), *numbering.counters(model), *numbering.contradictions(text_model(model))]
     routed = sum(ATTRIBUTE in vars(module) for module in model.modules())
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and routed < layers and not reasons:
@@ -79,6 +80,9 @@ def _forward_reasons(model: torch.nn.Module) -> list[Reason]:
     parameters, cls = signature_of(model).parameters, code_of(model)
     if "position_ids" not in parameters:
         return [Reason("position_ids", f"{cls.__name__} takes no position_ids")]
-    if "labels" not in parameters or takes_keywords(cls):
+    if "labels" not in parameters:
         return []
+    reasons = contradictions(model)
+    if reasons or takes_keywords(model):
+        return reasons
     return [Reason("model", f"{cls.__name__} computes its loss itself, as a mean over the tokens it sees")]

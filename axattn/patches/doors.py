@@ -19,6 +19,7 @@ from axattn.guard import standing_reasons
 from axattn.hf import contracts
 from axattn.hf.forward_inputs import READ
 from axattn.hf.source_inspection import calls_interface, code_of, file_source, signature_of, tree_of
+from axattn.hf.trial import one_look
 from axattn.mixing import mixers, scaled_by_share, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
@@ -27,6 +28,7 @@ from axattn.recurrent import recurrent
 from axattn.rope import stretched_from
 
 
+@one_look()
 def add_doors(
     patches: PatchSet, model: torch.nn.Module, modules: Iterable[torch.nn.Module], native: dict[int, str | None]
 ) -> None:
@@ -73,7 +75,7 @@ def add_doors(
             overlays=flash_guard.overlays(module),
             reads=reads,
             first_position=first_position(module),
-            counts_mask=counts_mask(code_of(module)),
+            counts_mask=counts_mask(module),
             on_flash=flash,
             windowed=flash_guard.windowed(module),
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
