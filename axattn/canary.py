@@ -8,7 +8,6 @@ process.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -49,7 +48,7 @@ def look(apply: Apply) -> None:
     if _looked:
         return
     _looked = True  # the canary loads a model itself
-    newer = contracts.untested((package, _version(package)) for package in _WATCHED)
+    newer = contracts.untested((package, contracts.version_of(package)) for package in _WATCHED)
     broken = contracts.broken()
     if not newer and not broken:
         return
@@ -263,12 +262,8 @@ def _told(outcomes: dict[str, str], kept: bool) -> str:
     return f"the canary, a two-layer Qwen 2 against eager{when}: {'; '.join(said)}"
 
 
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
-
-
 def _key() -> str:
-    return ", ".join(f"{package} {_version(package)}" for package in ("axattn", *_WATCHED))
+    return ", ".join(f"{package} {contracts.version_of(package)}" for package in ("axattn", *_WATCHED))
 
 
 def _file() -> Path:

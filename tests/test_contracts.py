@@ -339,3 +339,8 @@ def test_nothing_is_checked_while_transformers_is_being_imported() -> None:
     code += "; print(axattn.registered(), c._broken.cache_info().misses)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "True 0", done.stderr
+
+
+def test_a_package_that_is_only_on_the_path_has_a_version_all_the_same() -> None:
+    assert contracts.version_of("transformers") == transformers.__version__
+    assert contracts.version_of("axattn_on_the_path") == "unknown"

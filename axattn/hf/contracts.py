@@ -106,6 +106,14 @@ def every_contract() -> tuple[Contract, ...]:
     return (*transformers_contracts.CONTRACTS, *library_contracts.CONTRACTS)
 
 
+def version_of(package: str) -> str:
+    """The version of an installed package; "unknown" for one that is only on the path."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(package), "__version__", "unknown"))
+
+
 def findings(*, imported_only: bool = False) -> list[Finding]:
     """Every contract of the packages that are installed, checked.
 
@@ -117,8 +125,7 @@ def findings(*, imported_only: bool = False) -> list[Finding]:
         module = contract.package.replace("-", "_")
         there = module in sys.modules if imported_only else importlib.util.find_spec(module) is not None
         if there:
-            version = importlib.metadata.version(contract.package)
-            found.append(Finding(contract, contract.difference(), version))
+            found.append(Finding(contract, contract.difference(), version_of(contract.package)))
     return found
 
 
