@@ -32,22 +32,22 @@ TOLERANCE = 1e-4
 """Largest relative error of norms in float32 that is rounding."""
 _LENGTHS = [7, 11]
 _WATCHED = ("transformers", "torch")
-_looked = False
+_checked = False
 
 Apply = Callable[[torch.nn.Module, str], torch.nn.Module]
 
 
-def look(apply: Apply) -> None:
+def check(apply: Apply) -> None:
     """Say it, once a process, if Transformers or torch is newer than the tests have seen, and what contracts and canary
     found; refuse from now on what is wrong.
 
     Args:
         apply: puts a model on a name (`axattn.apply`).
     """
-    global _looked  # noqa: PLW0603  # one set of versions a process
-    if _looked:
+    global _checked  # noqa: PLW0603  # one set of versions a process
+    if _checked:
         return
-    _looked = True  # the canary loads a model itself
+    _checked = True  # the canary loads a model itself
     newer = contracts.untested((package, contracts.version_of(package)) for package in _WATCHED)
     broken = contracts.broken()
     if not newer and not broken:
@@ -93,8 +93,11 @@ def results(apply: Apply) -> tuple[dict[str, str], bool]:
 def run(apply: Apply) -> dict[str, str]:
     """Run every scenario; what is wrong by scenario, ``""`` where it is right."""
     with contracts.on_a_cpu_in_float32():
-        subject, reference = _models()
-        apply(subject, "auto")
+        try:
+            subject, reference = _models()
+            apply(subject, "auto")
+        except Exception as raised:  # see `_outcome`; a load of the user's own model must not end here
+            return dict.fromkeys(SCENARIOS, _text(raised))
         return {name: _outcome(scenario, subject, reference) for name, scenario in SCENARIOS.items()}
 
 
@@ -102,8 +105,12 @@ def _outcome(scenario: Callable[[Any, Any], float], subject: Any, reference: Any
     try:
         error = scenario(subject, reference)
     except Exception as raised:  # a Transformers that nobody has seen may raise anything
-        return f"{type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''}"
+        return _text(raised)
     return "" if error <= TOLERANCE else f"error {error:.2g}"
+
+
+def _text(raised: Exception) -> str:
+    return f"{type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''}"
 
 
 # ---- the model and its rows ------------------------------------------------------------------------------------------

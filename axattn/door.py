@@ -20,7 +20,7 @@ from axattn.facts import Facts
 from axattn.hf.caches import caches_in, is_packed, mark_packed
 from axattn.hf.forward_inputs import INPUTS, LENGTHS, caches_of, is_paged_step, token_shape
 from axattn.hf.model_internals import wants_weights
-from axattn.hf.registries import require_standing
+from axattn.hf.registries import require_registered
 from axattn.numbering import counted
 from axattn.pooling import padding_is_read
 from axattn.reading import described, plain, read
@@ -48,7 +48,7 @@ class Door:
         that numbers them the model gets a plain one."""
         if is_paged_step(kwargs) and self.facts.native is not None:
             return None
-        require_standing(module)
+        require_registered(module)
         given = {**dict(zip(self.facts.parameters, args, strict=False)), **kwargs} if args else kwargs
         here, outer = slot(), current()
         weights = self._require_allowed(module, given)

@@ -17,7 +17,7 @@ from axattn.context import current
 from axattn.decisions import decide
 from axattn.derivatives import require_first
 from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
-from axattn.hf.caches import is_contiguous
+from axattn.hf.caches import is_unpaged_cache
 from axattn.hf.forward_inputs import AT_ATTENTION, CACHES, PAGED
 from axattn.hf.registries import require_mask
 from axattn.masks import LazyMask
@@ -97,7 +97,7 @@ def attend(
     for keyword, given in kwargs.items():
         if given is None or keyword in SERVED:
             continue
-        if keyword in AT_ATTENTION and (keyword not in CACHES or is_contiguous(given)):
+        if keyword in AT_ATTENTION and (keyword not in CACHES or is_unpaged_cache(given)):
             continue
         if keyword in SPARSE:
             sparse = True
@@ -261,10 +261,7 @@ def _refuse_keyword(route: Route, keyword: str, given: Any) -> None:
     if keyword in CACHES or keyword in PAGED:
         reason, advice = "axattn has no paged cache", 'Use attn_implementation="sdpa" for continuous batching.'
     else:
-        reason, advice = (
-            "an unsupported keyword",
-            'Use attn_implementation="eager".',
-        )
+        reason, advice = "an unsupported keyword", 'Use attn_implementation="eager".'
     raise UnsupportedAttentionError(
         f"{route.asked} can't serve {route.layer}", [Reason(keyword, f"{keyword}={shown} ({reason})")], advice
     )

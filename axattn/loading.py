@@ -81,7 +81,7 @@ def from_pretrained(
     """
     value = names.canonicalise_all("auto" if attn_implementation is None else attn_implementation)
     register_free()
-    canary.look(apply)
+    canary.check(apply)
     config, kwargs = load_config(pretrained_model_name_or_path, kwargs)
     cls = resolve_class(model_class, config)
     allow = bool(kwargs.get("allow_all_kernels", False))
@@ -130,7 +130,7 @@ def apply(
     """
     value = names.canonicalise_all(attn_implementation)
     register_free()
-    canary.look(apply)
+    canary.check(apply)
     base = transformers_model(model)
     policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     decided = _decide(base.config, type(base), value, policy)

@@ -90,7 +90,7 @@ def registered() -> bool:
     from axattn.hf import registries
 
     free = [name for name in registries.ours() if not registries.foreign(name)]
-    return bool(free) and all(registries.stands(name) for name in free)
+    return bool(free) and all(registries.is_axattns(name) for name in free)
 
 
 def register_when_imported() -> None:

@@ -19,7 +19,7 @@ from axattn.flat_row import FlatRow
 from axattn.hf import contracts
 from axattn.hf.forward_inputs import INPUTS, is_given, tokens_of, unpadded_as
 from axattn.hf.forward_outputs import Holds, tensors_of
-from axattn.hf.trial import one_look
+from axattn.hf.trial import shared_skeletons
 from axattn.inputs import require_ours
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
 from axattn.mixing import mixers
@@ -39,7 +39,7 @@ logger = logging.getLogger("axattn")
 _said: set[str] = set()
 
 
-@one_look()
+@shared_skeletons()
 def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
     """Every reason why a model's batches can't be flattened; empty when they can."""
     from axattn import names

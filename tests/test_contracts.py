@@ -30,7 +30,7 @@ NAMES = [contract.name for contract in every_contract()]
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing checked, nothing seen wrong, nothing kept."""
-    monkeypatch.setattr(canary, "_looked", False)
+    monkeypatch.setattr(canary, "_checked", False)
     monkeypatch.setattr(contracts, "_seen_wrong", [])
     monkeypatch.setattr(canary, "_file", lambda: tmp_path / "axattn" / "canary.json")
     contracts._broken.cache_clear()
@@ -238,7 +238,7 @@ def test_a_newer_version_is_tried_once_and_what_came_is_said(
     assert "wrong" not in text
     caplog.clear()
     assert "newer" not in said(caplog)  # once a process
-    monkeypatch.setattr(canary, "_looked", False)
+    monkeypatch.setattr(canary, "_checked", False)
     monkeypatch.setattr(canary, "run", None)  # kept on disk
     assert "(kept from an earlier run): right: packed" in said(caplog)
 
@@ -287,6 +287,16 @@ def test_a_scenario_that_raises_is_wrong_and_models_are_refused_where_rows_are(
     monkeypatch.setitem(canary.SCENARIOS, "padded", lambda *_: {}["x"])
     with pytest.raises(UnsupportedAttentionError, match=r"padded rows are wrong \(KeyError: 'x'\)\. Use .*sdpa"):
         axattn.apply(build("llama"), "auto")
+
+
+def test_a_canary_that_can_not_be_built_does_not_end_the_load_of_another_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer(monkeypatch)
+    monkeypatch.setattr(canary, "_models", lambda: {}["qwen2"])
+    with pytest.raises(UnsupportedAttentionError, match=r"padded rows are wrong \(KeyError"):
+        axattn.apply(build("llama"), "auto")
+    axattn.apply(build("llama"), "sdpa")
 
 
 def leak_through_caches(monkeypatch: pytest.MonkeyPatch) -> None:

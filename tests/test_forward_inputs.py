@@ -13,7 +13,7 @@ import transformers as tf
 import axattn
 from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionError
 from axattn.hf import forward_inputs
-from axattn.hf.caches import caches_in, is_cache, is_packed
+from axattn.hf.caches import caches_in, is_cache, is_packed, mark_packed
 from axattn.hf.forward_inputs import may_tell_documents, token_shape, unknown_tensors
 from axattn.parallel.rows import _require_known
 from tests.models import build, positions, tokens
@@ -209,6 +209,9 @@ def test_caches_are_known_by_what_they_are() -> None:
     others = [None, True, "cache", torch.zeros(2, 2), (torch.zeros(1, 2, 3),) * 3, {"update": 1}, build("llama")]
     assert not any(map(is_cache, others))
     assert list(caches_in({"states": [caches[0]]})) == [caches[0]]
+    for cache in (*caches, [layer, layer]):
+        mark_packed(cache, True)
+    assert is_packed(caches[0])
 
 
 def test_the_shape_of_tokens_under_an_unknown_keyword_is_that_of_the_positions() -> None:

@@ -68,7 +68,7 @@ def test_a_run_of_an_architecture_shows_what_its_source_says(head: str) -> None:
         model = _built(head, model_type)
         if model is None or model.config.is_encoder_decoder:  # nothing is packed there
             continue
-        with trial.one_look():
+        with trial.shared_skeletons():
             text = mixing.text_model(model)
             found = [*losses.contradictions(model), *numbering.contradictions(text), *pooling.contradictions(model)]
             found += [one for one in mixing.mixers(model, by_document=True) if "the source says" in one.text]
@@ -434,7 +434,7 @@ def test_one_skeleton_serves_for_all_questions_while_models_stay_as_they_are(mon
 
     monkeypatch.setattr(trial, "Skeleton", Counted)
     model = build("llama")
-    with trial.one_look():
+    with trial.shared_skeletons():
         assert None not in (probes.loss(model), probes.numbering(model), probes.mixing(model))
     assert made_of == [model]
     model.config.pad_token_id = 5

@@ -114,16 +114,16 @@ def test_a_name_that_another_package_holds_stays_its_as_a_whole_and_all_others_a
     with pytest.raises(RegistrationError, match=rf"'sage' is {WHOSE}") as raised:
         axattn.register()
     assert {reason.text.split()[1] for reason in raised.value.reasons} == {"'sage'"}
-    found = [registries.standing(interface, "sage") for interface in INTERFACES]
+    found = [registries.registered_function(interface, "sage") for interface in INTERFACES]
     assert not any(registries.of_axattn(function) for function in found)
     assert all(set(names.OURS) - {"sage"} <= set(table) for table in TABLES)
     assert axattn.registered()
     axattn.unregister()
-    assert [registries.standing(interface, "sage") for interface in INTERFACES] == found
+    assert [registries.registered_function(interface, "sage") for interface in INTERFACES] == found
     assert all(set(names.OURS) & set(table) <= {"sage"} for table in TABLES)
     gone()
     axattn.register()
-    assert registries.stands("sage")
+    assert registries.is_axattns("sage")
 
 
 @pytest.mark.parametrize("how", FOREIGN)
@@ -252,7 +252,7 @@ def test_what_an_earlier_import_of_axattn_has_left_is_no_other_packages() -> Non
     with pytest.raises(RegistrationError, match="not in Transformers' registries as this import"):
         packed(model)
     axattn.register()
-    assert registries.stands("varlen")
+    assert registries.is_axattns("varlen")
 
 
 @pytest.mark.parametrize("value", ["0", "false"])

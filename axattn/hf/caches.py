@@ -32,7 +32,7 @@ def is_paged(value: Any) -> bool:
     return type(value).__name__.startswith("Paged")
 
 
-def is_contiguous(value: Any) -> bool:
+def is_unpaged_cache(value: Any) -> bool:
     """Whether a value is a cache that gives an attention module all its keys, in the order of tokens."""
     return is_cache(value) and not is_paged(value)
 
@@ -62,7 +62,7 @@ def is_packed(cache: Any) -> bool:
 
 def mark_packed(cache: Any, packed: bool | torch.Tensor) -> None:
     """Note that a row of several documents (in a graph: that it may) has filled a cache."""
-    if not isinstance(cache, tuple):  # Transformers returns none of those any more
+    if not isinstance(cache, tuple | list):  # Transformers returns none of those any more
         setattr(cache, PACKED, packed)
 
 

@@ -98,9 +98,7 @@ INPUTS: Mapping[str, ForwardInput] = {
     # sizes of images, which LFM3-VL's tower hands on; its attention is given them as lengths
     "grid_thw": ForwardInput(Role.MEDIA, at_attention=True),
     "use_cache": ForwardInput(Role.SETTING, "drop", "drop", at_attention=True, read=True),
-    "cache_position": ForwardInput(
-        Role.SETTING, why_not="it numbers the tokens of the whole row", at_attention=True, read=False
-    ),
+    "cache_position": ForwardInput(Role.SETTING, why_not="it numbers the tokens of the whole row", at_attention=True),
     "logits_to_keep": ForwardInput(Role.SETTING, "drop", "copy", at_attention=True),
     "output_attentions": ForwardInput(
         Role.SETTING, "drop", why_not="the weights of a row are on several ranks", read=True

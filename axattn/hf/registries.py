@@ -41,7 +41,7 @@ def ours() -> dict[str, tuple[Any, Any]]:
     return _ours
 
 
-def standing(interface: Any, name: str) -> Any:
+def registered_function(interface: Any, name: str) -> Any:
     """The function that Transformers takes for a name: an instance's own (``interface[name] = f``) before everybody's.
 
     None when there is none.
@@ -50,11 +50,11 @@ def standing(interface: Any, name: str) -> Any:
     return local[name] if name in local else interface._global_mapping.get(name)
 
 
-def stands(name: str) -> bool:
+def is_axattns(name: str) -> bool:
     """Whether both functions under a name are axattn's."""
     attention, masks = _interfaces or interfaces()
     function, mask = _ours[name] if _ours else ours()[name]
-    return _is(standing(attention, name), function) and standing(masks, name) is mask
+    return _is(registered_function(attention, name), function) and registered_function(masks, name) is mask
 
 
 def _is(found: Any, function: functools.partial[Any]) -> bool:
@@ -74,7 +74,7 @@ def foreign(name: str, found: Iterable[tuple[str, Any]] = ()) -> list[Reason]:
         found: kind and function; those of Transformers' shared instances when empty.
     """
     looked_up = tuple(found) or [
-        (kind, standing(interface, name)) for kind, interface in zip(KINDS, interfaces(), strict=True)
+        (kind, registered_function(interface, name)) for kind, interface in zip(KINDS, interfaces(), strict=True)
     ]
     return [
         Reason("name", f"{kind} {name!r} is held by {described(function)}")
@@ -125,19 +125,19 @@ def require_own_file(name: str, layer: str, cls: Any) -> None:
     forward = inspect.unwrap(origin(cls).forward)
     interface = getattr(forward, "__globals__", {}).get("ALL_ATTENTION_FUNCTIONS")
     if interface is not interfaces()[0] and hasattr(interface, "_local_mapping"):
-        reasons = foreign(name, [(f"in {forward.__module__}, attention", standing(interface, name))])
+        reasons = foreign(name, [(f"in {forward.__module__}, attention", registered_function(interface, name))])
         if reasons:
             raise _held(name, layer, reasons)
 
 
-def require_standing(module: Any) -> None:
+def require_registered(module: Any) -> None:
     """Raise where the model of a forward that begins is on a name of axattn's that is no longer axattn's.
 
     Raises:
         RegistrationError: another package has registered the name since, or it was taken out.
     """
     name = _name(module.config)
-    if name in (_ours or ours()) and not stands(name):
+    if name in (_ours or ours()) and not is_axattns(name):
         model = type(module).__name__
         reasons = foreign(name)
         if reasons:
@@ -151,7 +151,7 @@ def require_standing(module: Any) -> None:
 def attends(config: Any) -> bool:
     """Whether no other package's attention function will be given the mask that is made for a config."""
     name = _name(config)
-    return name not in ours() or _is(standing(interfaces()[0], name), ours()[name][0])
+    return name not in ours() or _is(registered_function(interfaces()[0], name), ours()[name][0])
 
 
 def require_mask(name: str, layer: str) -> None:
@@ -160,7 +160,7 @@ def require_mask(name: str, layer: str) -> None:
     Raises:
         RegistrationError: as `require_free`.
     """
-    if name in ours() and standing(interfaces()[1], name) is not ours()[name][1]:
+    if name in ours() and registered_function(interfaces()[1], name) is not ours()[name][1]:
         reasons = foreign(name)
         if reasons:
             raise _held(name, layer, reasons)

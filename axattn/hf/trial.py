@@ -34,7 +34,7 @@ _open: ContextVar[dict[int, Skeleton] | None] = ContextVar("skeletons", default=
 
 
 @contextlib.contextmanager
-def one_look() -> Iterator[None]:
+def shared_skeletons() -> Iterator[None]:
     """While this is open models stay as they are, and one skeleton of each serves for all questions."""
     token = _open.set({}) if _open.get() is None else None
     try:

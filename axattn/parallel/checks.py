@@ -9,7 +9,7 @@ import torch
 from axattn import backends, names, numbering
 from axattn.errors import Reason
 from axattn.hf.source_inspection import code_of, signature_of
-from axattn.hf.trial import one_look
+from axattn.hf.trial import shared_skeletons
 from axattn.losses import contradictions, takes_keywords
 from axattn.mixing import mixers, text_model
 from axattn.needs import sub_configs
@@ -19,7 +19,7 @@ from axattn.routes import ATTRIBUTE
 from axattn.state import state_of
 
 
-@one_look()
+@shared_skeletons()
 def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
     """Every reason why rows of a model can't be split over ranks; empty when they can.
 

@@ -19,7 +19,7 @@ from axattn.guard import standing_reasons
 from axattn.hf import contracts
 from axattn.hf.forward_inputs import READ
 from axattn.hf.source_inspection import calls_interface, code_of, file_source, signature_of, tree_of
-from axattn.hf.trial import one_look
+from axattn.hf.trial import shared_skeletons
 from axattn.mixing import mixers, scaled_by_share, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
@@ -28,7 +28,7 @@ from axattn.recurrent import recurrent
 from axattn.rope import stretched_from
 
 
-@one_look()
+@shared_skeletons()
 def add_doors(
     patches: PatchSet, model: torch.nn.Module, modules: Iterable[torch.nn.Module], native: dict[int, str | None]
 ) -> None:
