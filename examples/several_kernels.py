@@ -5,13 +5,11 @@ python examples/several_kernels.py [MODEL_FOLDER]
 
 from __future__ import annotations
 
-import sys
-
 import torch
+from small import arguments
 from transformers import AutoModelForCausalLM
 
 import axattn
-from examples.small import small_model
 
 
 @torch.no_grad()
@@ -34,4 +32,4 @@ def main(folder: str) -> float:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or [small_model()]))
+    main(*arguments(__doc__, name=False))

@@ -5,15 +5,14 @@ python examples/sft.py [MODEL_FOLDER] [NAME]
 
 from __future__ import annotations
 
-import sys
 import tempfile
 
 from datasets import Dataset
+from small import arguments, documents
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import axattn
-from examples.small import documents, small_model
 
 
 def main(folder: str, name: str = "auto") -> float:
@@ -40,4 +39,4 @@ def main(folder: str, name: str = "auto") -> float:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or [small_model()]))
+    main(*arguments(__doc__))

@@ -1,13 +1,28 @@
-"""What the examples train on, so that they run anywhere: a tiny LLaMA and the docstrings of Python's library."""
+"""What the examples train on, so that they run anywhere: a tiny LLaMA and the docstrings of Python's library.
+
+Run a script by its path, ``python examples/trainer.py``: Python then finds this file beside it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import tempfile
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+def arguments(description: str | None, *, name: bool = True) -> list[str]:
+    """What the command line of an example gives its ``main``: a model's folder (a tiny one is made if there is none),
+    and the name of a kernel where `name` is true."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", metavar="MODEL_FOLDER", help="a causal language model with its tokenizer")
+    if name:
+        parser.add_argument("name", nargs="?", metavar="NAME", default="auto", help="attn_implementation (auto)")
+    given = parser.parse_args()
+    return [given.folder or small_model(), *([given.name] if name else [])]
 
 
 def small_model() -> str:

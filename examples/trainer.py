@@ -5,13 +5,12 @@ python examples/trainer.py [MODEL_FOLDER] [NAME]
 
 from __future__ import annotations
 
-import sys
 import tempfile
 
+from small import arguments, documents
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import axattn
-from examples.small import documents, small_model
 
 
 def main(folder: str, name: str = "auto") -> float:
@@ -35,4 +34,4 @@ def main(folder: str, name: str = "auto") -> float:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or [small_model()]))
+    main(*arguments(__doc__))

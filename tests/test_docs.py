@@ -50,18 +50,26 @@ def test_every_error_in_the_list_is_one_that_the_source_raises() -> None:
             assert not part or part in flat, (row, part)
 
 
+def example(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """An example run by its path, from elsewhere, with axattn installed and nothing else of the checkout to import."""
+    (folder / "site").mkdir()
+    (folder / "site" / "axattn").symlink_to(ROOT / "axattn")
+    own = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder / "site"), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize("name", ["trainer", "lora", "sft", "several_kernels"])
-def test_examples_run(name: str) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / f"{name}.py")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_examples_run(name: str, tmp_path: Path) -> None:
+    done = example(name, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_example_explains_its_arguments(tmp_path: Path) -> None:
+    done = example("trainer", tmp_path, "--help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "MODEL_FOLDER" in done.stdout
+    assert "python examples/trainer.py" in done.stdout
 
 
 def test_a_third_partys_kernel_is_found_planned_and_right(tmp_path: Path) -> None:
