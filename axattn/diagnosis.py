@@ -11,6 +11,7 @@ from axattn.environment import Environment
 from axattn.errors import Reason
 from axattn.hf import contracts
 from axattn.hf.contracts import Finding
+from axattn.machines import as_environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,13 @@ class Diagnosis:
         }
 
 
-def diagnose(environment: Environment | None = None) -> Diagnosis:
-    """Probe every built-in kernel against a machine (this one when None)."""
-    machine = environment or Environment.current()
+def diagnose(environment: Environment | str | None = None) -> Diagnosis:
+    """Probe every built-in kernel against a machine, also by name (``"sm90"``); this one when None.
+
+    Raises:
+        InvalidConfigError: no machine of that name.
+    """
+    machine = as_environment(environment) or Environment.current()
     if not importlib.util.find_spec("torch"):  # our kernels' own files can't be read without it
         why = (Reason("library", "torch is not installed", "pip install torch"),)
         return Diagnosis(machine, tuple(KernelDiagnosis(n, "", True, False, why) for n in backends.builtin_names()))

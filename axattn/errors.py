@@ -48,7 +48,8 @@ class UnsupportedAttentionError(AxattnError, ValueError):
 
 
 class InvalidInputError(AxattnError, ValueError):
-    """The tensors handed to a model (positions, cumulative lengths, masks) contradict each other."""
+    """What a call is given can't be used: no model, folder or batch is where one is wanted, or the tensors handed to a
+    model (positions, cumulative lengths, masks) contradict each other."""
 
 
 class InvalidConfigError(AxattnError, ValueError):

@@ -14,12 +14,15 @@ import torch
 from axattn import backends, canary, names, planning
 from axattn.by_path import nested
 from axattn.classes import around_towers, inner_model_classes, native_support_reasons, require_interface
+from axattn.config_values import require_possible
 from axattn.environment import Environment
-from axattn.errors import UnsupportedAttentionError
+from axattn.errors import InvalidConfigError, UnsupportedAttentionError
 from axattn.hf import contracts, mask_functions
 from axattn.hf.checkpoints import concrete_class, load_config, resolve_class
 from axattn.hf.registries import require_free
+from axattn.machines import as_environment
 from axattn.needs import ModelNeeds, model_needs, sub_configs
+from axattn.options import require_mapping
 from axattn.patches.cache import disable_cache
 from axattn.patches.doors import add_doors, native_name, require_first_gradients
 from axattn.patches.flash_slot import preload
@@ -84,6 +87,7 @@ def from_pretrained(
     canary.check(apply)
     config, kwargs = load_config(pretrained_model_name_or_path, kwargs)
     cls = resolve_class(model_class, config)
+    require_possible(config, concrete_class(cls, config))
     allow = bool(kwargs.get("allow_all_kernels", False))
     decided = _decide(
         config, concrete_class(cls, config), value, _policy(on_unsupported, allow, upgrade_flash, kernel_options)
@@ -128,11 +132,11 @@ def apply(
     Raises:
         AxattnError: as for `from_pretrained`; the model is then as it was.
     """
+    base = transformers_model(model)
     value = names.canonicalise_all(attn_implementation)
+    policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     register_free()
     canary.check(apply)
-    base = transformers_model(model)
-    policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     decided = _decide(base.config, type(base), value, policy)
     preload(decided.running.values(), allow_all_kernels=allow_all_kernels)
     before = state_of(base)
@@ -204,7 +208,7 @@ def plan(
     model: Any,
     attn_implementation: names.AttentionNames = "auto",
     *,
-    environment: Environment | None = None,
+    environment: Environment | str | None = None,
     on_unsupported: OnUnsupported = "raise",
     allow_all_kernels: bool = False,
     upgrade_flash: bool = True,
@@ -216,7 +220,7 @@ def plan(
     Args:
         model: a model, a config, a hub name or a local folder. No weights are loaded.
         attn_implementation: as for `from_pretrained`.
-        environment: the machine; this one when None.
+        environment: the machine, also by name (``"sm90"``, see `axattn.machines`); this one when None.
         on_unsupported: as for `from_pretrained`.
         allow_all_kernels: as for `from_pretrained`.
         upgrade_flash: as for `from_pretrained`.
@@ -228,17 +232,17 @@ def plan(
     """
     value = names.canonicalise_all(attn_implementation)
     policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
+    machine = as_environment(environment)
     if isinstance(model, torch.nn.Module):
         base = transformers_model(model)
         config: Any = base.config
         cls: type | None = type(base)
-    elif hasattr(model, "sub_configs"):
-        config = model
-        cls = concrete_class(resolve_class(None, config), config)
     else:
-        config, _ = load_config(model, kwargs)
+        is_config = hasattr(model, "sub_configs") and not isinstance(model, type)
+        config = model if is_config else load_config(model, kwargs)[0]
         cls = concrete_class(resolve_class(None, config), config)
-    return _decide(config, cls, value, policy, environment)
+        require_possible(config, cls)
+    return _decide(config, cls, value, policy, machine)
 
 
 def status(model: torch.nn.Module) -> Status:
@@ -250,7 +254,8 @@ def _policy(
     on_unsupported: OnUnsupported, allow_all_kernels: bool, upgrade_flash: bool, options: Mapping[str, Any] | None
 ) -> Policy:
     if on_unsupported not in ("raise", "route"):
-        raise ValueError(f'on_unsupported={on_unsupported!r} is neither "raise" nor "route"')
+        raise InvalidConfigError(f'on_unsupported={on_unsupported!r} is neither "raise" nor "route"')
+    require_mapping(options)
     kept = os.environ.get("AXATTN_NO_FA4", "").lower() in ("1", "true", "yes")
     return Policy(on_unsupported, allow_all_kernels, upgrade_flash and not kept, {} if options is None else options)
 

@@ -61,3 +61,17 @@ def machine(name: str) -> Environment:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = Reason("environment", f"{type(error).__name__}: {error}")
         raise InvalidConfigError(f"{path.name} describes no machine", [reason], advice) from error
+
+
+def as_environment(value: Environment | str | None) -> Environment | None:
+    """The machine that is meant: one by name as for `machine`; None stays None, which is this one.
+
+    Raises:
+        InvalidConfigError: as for `machine`, or `value` is something else.
+    """
+    if value is None or isinstance(value, Environment):
+        return value
+    if isinstance(value, str):
+        return machine(value)
+    advice = f"Give an axattn.Environment, or a name: {', '.join(NAMES)}."
+    raise InvalidConfigError(f"environment is a {type(value).__name__}, not a machine", advice=advice)

@@ -43,8 +43,7 @@ def require_options(given: Mapping[str, Any], offered: Mapping[str, Sequence[Opt
         InvalidConfigError: with every reason and what the kernels do offer.
     """
     reasons: list[Reason] = []
-    if not isinstance(given, Mapping):
-        raise InvalidConfigError(f"kernel_options must be a dict, not {type(given).__name__}")
+    require_mapping(given)
     for name, value in given.items():
         found = [option for options in offered.values() for option in options if option.name == name]
         if not found:
@@ -54,3 +53,14 @@ def require_options(given: Mapping[str, Any], offered: Mapping[str, Sequence[Opt
         lines = [f"{kernel}: {option.name} ({option.meaning})" for kernel, o in offered.items() for option in o]
         advice = f"Options: {'; '.join(lines)}." if lines else "These kernels have no options."
         raise InvalidConfigError("kernel_options can't be used", reasons, advice)
+
+
+def require_mapping(given: Any) -> None:
+    """Raise unless ``kernel_options`` is a dict or None.
+
+    Raises:
+        InvalidConfigError: it is something else.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        advice = 'Such as {"group_size": 512}; docs/attention.md lists them.'
+        raise InvalidConfigError(f"kernel_options must be a dict, not {type(given).__name__}", advice=advice)

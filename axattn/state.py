@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from axattn.errors import InvalidInputError
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
 
@@ -40,15 +41,22 @@ def transformers_model(model: torch.nn.Module) -> torch.nn.Module:
     """The outermost ``PreTrainedModel`` inside `model` (PEFT, DDP and compile wrap it).
 
     Raises:
-        TypeError: there is none.
+        InvalidInputError: there is none, or `model` is no model at all.
     """
     from transformers import PreTrainedModel
+
+    if not isinstance(model, torch.nn.Module):
+        shown = repr(model) if isinstance(model, str | type | None) else f"a {type(model).__name__}"
+        name = repr(model) if isinstance(model, str) else '"org/model"'
+        advice = f'Load it first: axattn.from_pretrained({name}, attn_implementation="auto").'
+        raise InvalidInputError(f"{shown} is not a model that is loaded", advice=advice)
 
     if isinstance(model, PreTrainedModel):
         return cast(torch.nn.Module, model)
     found = next((inner for inner in model.modules() if isinstance(inner, PreTrainedModel)), None)
     if found is None:
-        raise TypeError(f"{type(model).__name__} holds no Transformers model")
+        text = f"{type(model).__name__} holds no Transformers model"
+        raise InvalidInputError(text, advice="axattn works on Transformers models, also inside of wrappers.")
     return cast(torch.nn.Module, found)
 
 

@@ -12,7 +12,13 @@ import torch
 import transformers as tf
 
 import axattn
-from axattn.errors import AxattnError, BackendUnavailableError, UnknownAttentionError, UnsupportedAttentionError
+from axattn.errors import (
+    AxattnError,
+    BackendUnavailableError,
+    InvalidInputError,
+    UnknownAttentionError,
+    UnsupportedAttentionError,
+)
 from axattn.hf.registries import interfaces
 from tests.conformance.families import FAMILIES
 from tests.models import CONFIGS, REFUSED, build, positions, tokens
@@ -288,7 +294,7 @@ def test_what_is_saved_loads_in_stock_transformers(tmp_path: Path) -> None:
 
 
 def test_something_without_a_transformers_model_is_refused() -> None:
-    with pytest.raises(TypeError, match="holds no Transformers model"):
+    with pytest.raises(InvalidInputError, match="holds no Transformers model"):
         axattn.apply(torch.nn.Linear(1, 1), "varlen")
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+from pathlib import Path
 from typing import Any
+
+from axattn.errors import InvalidConfigError, InvalidInputError, Reason
 
 _HUB_KEYWORDS = (
     "cache_dir",
@@ -18,29 +23,160 @@ _HUB_KEYWORDS = (
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config", "device_map", "state_dict", "allow_all_kernels")
 
 
+_SECONDS = 10.0
+"""How long the hub may take to answer whether a model is there; Transformers would try again for half a minute."""
+
+
 def load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The config as Transformers' own loading would make it, and the keywords that it left over."""
+    """The config as Transformers' own loading would make it, and the keywords that it left over.
+
+    Raises:
+        InvalidInputError: `source` is no folder, file or hub name, or nothing is there.
+        InvalidConfigError: its config.json can't be read, or Transformers refuses what it says.
+    """
     from transformers import AutoConfig
 
     given = kwargs.pop("config", None)
-    if given is not None and not isinstance(given, str):
+    if given is not None and not isinstance(given, str | os.PathLike):
+        if not hasattr(given, "sub_configs"):
+            raise InvalidInputError(f"config is a {_kind(given)}, not a Transformers config or the path of one")
         return copy.deepcopy(given), kwargs
+    source = given or source
+    _require_source(source, kwargs)
     hub = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
     held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
     rest = {key: value for key, value in kwargs.items() if key not in hub}
-    config, unused = AutoConfig.from_pretrained(given or source, return_unused_kwargs=True, **hub, **rest)
+    try:
+        config, unused = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **rest)
+    except OSError as error:
+        raise InvalidInputError(f"{source} can't be loaded", [Reason("file", _one_line(error))]) from error
+    except Exception as error:  # a config class may raise anything over values of the wrong kind
+        reason = Reason("config", f"{type(error).__name__}: {_one_line(error)}")
+        advice = "Correct its config.json." if os.path.exists(source) else ""
+        raise InvalidConfigError(f"Transformers can't read the config of {source}", [reason], advice) from error
     return config, {**hub, **{k: v for k, v in unused.items() if k not in hub}, **held}
 
 
+def _require_source(source: Any, kwargs: dict[str, Any]) -> None:
+    """Raise unless there is a config where `source` leads; of a hub name, unless it is cached or the hub answers.
+
+    Raises:
+        InvalidInputError: nothing is there.
+        InvalidConfigError: what is there is no config.
+    """
+    if not isinstance(source, str | os.PathLike) or isinstance(os.fspath(source), bytes):
+        advice = 'For a model that is loaded: axattn.apply(model, "auto").' if hasattr(source, "parameters") else ""
+        text = f"a model is loaded from a folder or a hub name, not from a {_kind(source)}"
+        raise InvalidInputError(text, advice=advice or 'Such as "./my-model" or "org/model".')
+    path = Path(source)
+    if kwargs.get("gguf_file") is not None:
+        return
+    if path.is_dir():
+        _require_config_in(path / (kwargs.get("subfolder") or ""), path)
+    elif path.is_file():
+        _require_mapping(path)
+    else:
+        _require_hub_name(os.fspath(source), kwargs)
+
+
+def _require_config_in(folder: Path, named: Path) -> None:
+    file = folder / "config.json"
+    if file.is_file():
+        _require_mapping(file)
+        return
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = _require_mapping(adapter).get("base_model_name_or_path") or "its base model"
+        advice = f'Load {base} through axattn, then the adapter: PeftModel.from_pretrained(model, "{named}").'
+        raise InvalidInputError(f"{named} holds an adapter (adapter_config.json) and no model", advice=advice)
+    advice = "Give the folder that model.save_pretrained wrote."
+    inside = sorted(child.parent.name for child in folder.glob("*/config.json")) if folder.is_dir() else []
+    if inside:
+        advice = f"Folders in it that have one: {', '.join(inside[:8])}."
+    raise InvalidInputError(f"{folder} has no config.json", advice=advice)
+
+
+def _require_mapping(file: Path) -> dict[str, Any]:
+    """What a JSON file holds.
+
+    Raises:
+        InvalidConfigError: it is no JSON, or no mapping.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError too
+        raise InvalidConfigError(f"{file} is not JSON", [Reason("json", _one_line(error))]) from error
+    except OSError as error:
+        raise InvalidInputError(f"{file} can't be read", [Reason("file", _one_line(error))]) from error
+    if not isinstance(found, dict):
+        kind = "null" if found is None else f"a {type(found).__name__}"
+        raise InvalidConfigError(f"{file} is {kind}, not a mapping of settings", advice="Give a model's config.json.")
+    return found
+
+
+def _require_hub_name(name: str, kwargs: dict[str, Any]) -> None:
+    """Raise for what is meant as a path and leads nowhere, and where the hub can't be asked for the rest."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    path = Path(name)
+    beside = f" ({path.parent} is there)" if path.parent.is_dir() and len(path.parts) > 1 else ""
+    nothing = f"no such folder: {name!r}{beside}"
+    advice = "Give the folder of a model, its config.json, or a hub name such as org/model."
+    asked = {key: kwargs[key] for key in ("cache_dir", "revision") if kwargs.get(key) is not None}
+    inside = f"{kwargs['subfolder']}/" if kwargs.get("subfolder") else ""
+    shaped = not name or name.startswith((".", "~", os.sep)) or name.endswith((os.sep, ".json")) or "\\" in name
+    try:
+        cached = not shaped and isinstance(try_to_load_from_cache(name, f"{inside}config.json", **asked), str)
+    except HFValidationError:
+        shaped = True
+    if shaped:
+        raise InvalidInputError(nothing, advice=advice)
+    if cached or kwargs.get("local_files_only"):
+        return
+    try:
+        HfApi().model_info(name, timeout=_SECONDS, token=kwargs.get("token"))
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        return  # Transformers will say what the hub answered, or that it is not to be asked
+    except Exception as error:  # its client has an error for each way in which a line can be down
+        reason = Reason("hub", f"the hub can't be reached ({_one_line(error)}), and its cache has no {name}")
+        raise InvalidInputError(nothing, [reason], advice) from error
+
+
+def _kind(value: Any) -> str:
+    return "class" if isinstance(value, type) else "None" if value is None else type(value).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " ..."
+
+
 def resolve_class(model_class: Any, config: Any) -> Any:
-    """The class given, else the one that the checkpoint names in ``architectures``, else ``AutoModelForCausalLM``."""
+    """The class given, else the one that the checkpoint names in ``architectures``, else ``AutoModelForCausalLM``.
+
+    Raises:
+        InvalidInputError: `model_class` is no class that loads models.
+        InvalidConfigError: ``architectures`` is no list of names.
+    """
     import transformers
 
     if model_class is not None:
+        loads = isinstance(model_class, type) and callable(getattr(model_class, "from_pretrained", None))
+        if not loads or issubclass(model_class, transformers.PreTrainedConfig):
+            shown = repr(model_class) if isinstance(model_class, str) else f"a {_kind(model_class)}"
+            named = isinstance(model_class, str) and isinstance(getattr(transformers, model_class, None), type)
+            name = model_class if named else "AutoModelForCausalLM"
+            advice = f"Give the class itself: model_class=transformers.{name}."
+            raise InvalidInputError(f"model_class is {shown}, not a model class", advice=advice)
         return model_class
-    for name in getattr(config, "architectures", None) or ():
+    listed = getattr(config, "architectures", None) or ()
+    if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+        text = f"architectures is {listed!r} in the config, not a list of class names"
+        raise InvalidConfigError(text, advice="Correct it there, or give model_class.")
+    for name in listed:
         cls = getattr(transformers, name, None)
-        if cls is not None:
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
     return transformers.AutoModelForCausalLM
 
@@ -55,3 +191,21 @@ def concrete_class(cls: Any, config: Any) -> type | None:
     found = mapping[type(config)]
     concrete: type = found[0] if isinstance(found, tuple) else found
     return concrete
+
+
+def require_constructible(cls: Any, config: Any) -> None:
+    """Raise if the model class refuses the numbers of a config when it is built (on ``meta``: no weights are made).
+
+    Raises:
+        InvalidConfigError: it does; with its own words.
+    """
+    import torch
+
+    tried = copy.deepcopy(config)
+    tried._attn_implementation = "eager"
+    try:
+        with torch.device("meta"):
+            cls(tried)
+    except (ValueError, AssertionError) as error:
+        reason = Reason("config", _one_line(error))
+        raise InvalidConfigError(f"{cls.__name__} can't be built from this config", [reason]) from error

@@ -13,6 +13,7 @@ import torch
 
 from axattn import loading
 from axattn.capability import Exactness
+from axattn.config_values import require_possible
 from axattn.errors import AxattnError, InvalidInputError, Reason
 from axattn.hf.checkpoints import concrete_class, load_config, resolve_class
 from axattn.planning import backend_of
@@ -64,6 +65,8 @@ def verify(
     """
     live = copied(model) if isinstance(model, torch.nn.Module) else None
     config = load_config(_source(model), {})[0] if live is None else live.config
+    if live is None:
+        require_possible(config, concrete_class(resolve_class(None, config), config))
     text = config.get_text_config()
     if text is not config or getattr(config, "is_encoder_decoder", False):
         raise InvalidInputError(
