@@ -23,6 +23,7 @@ from axattn.hf.model_internals import wants_weights
 from axattn.hf.registries import require_registered
 from axattn.numbering import counted
 from axattn.pooling import padding_is_read
+from axattn.read_configs import NameCheck
 from axattn.reading import described, plain, read
 from axattn.segments import Segments
 from axattn.traced import TracedSegments
@@ -39,6 +40,7 @@ class Door:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
+        self.names = NameCheck()
 
     def enter(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -49,6 +51,7 @@ class Door:
         if is_paged_step(kwargs) and self.facts.native is not None:
             return None
         require_registered(module)
+        self.names.require(module)
         given = {**dict(zip(self.facts.parameters, args, strict=False)), **kwargs} if args else kwargs
         here, outer = slot(), current()
         weights = self._require_allowed(module, given)

@@ -34,6 +34,7 @@ from axattn.patches.routes import add_routes, set_names
 from axattn.patches.token_dropout import add_shares_by_document
 from axattn.plans import Plan, Policy
 from axattn.registration import register_free
+from axattn.read_configs import copies, paths_of
 from axattn.reporting import Status, read_status
 from axattn.routes import OnUnsupported
 from axattn.state import ATTRIBUTE, State, state_of, transformers_model
@@ -322,7 +323,8 @@ def _attach(
     configs = dict(sub_configs(model.config))
     modules = dict(model.named_modules())
     native_paths = {p for p, name in decided.running.items() if name is None or names.is_native(name)}
-    path_of = {id(config): path for path, config in configs.items()}
+    copied = copies(model)
+    path_of = paths_of(model, copied)
     inner = [
         m
         for m in modules.values()
@@ -336,17 +338,17 @@ def _attach(
     with PatchSet() as patches:
         state = State(decided, patches, value, allow_all_kernels, unpad)
         patches.set_attribute(model, ATTRIBUTE, state)
-        set_names(patches, model, modules.values(), decided, allow_all_kernels=allow_all_kernels)
+        set_names(patches, model, copied, decided, allow_all_kernels=allow_all_kernels)
         native = {
-            id(config): native_name(decided.running.get(path), config._attn_implementation)
-            for path, config in configs.items()
+            key: native_name(decided.running.get(path), configs[path]._attn_implementation)
+            for key, path in path_of.items()
         }
         add_doors(patches, model, modules.values(), native)
         require_first_gradients(patches, model, modules.values(), native)
         add_rope_by_document(patches, model)
         add_document_runs(patches, model)
         add_shares_by_document(patches, model)
-        add_routes(patches, model, modules, decided)
+        add_routes(patches, modules, path_of, decided)
         if "flex_attention" in decided.running.values():
             add_compile_room(patches, model)
         ours = [name for name in decided.running.values() if name in names.ours() and name != "auto"]

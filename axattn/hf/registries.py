@@ -136,7 +136,7 @@ def require_registered(module: Any) -> None:
     Raises:
         RegistrationError: another package has registered the name since, or it was taken out.
     """
-    name = _name(module.config)
+    name = name_of(module.config)
     if name in (_ours or ours()) and not is_axattns(name):
         model = type(module).__name__
         reasons = foreign(name)
@@ -150,7 +150,7 @@ def require_registered(module: Any) -> None:
 
 def attends(config: Any) -> bool:
     """Whether no other package's attention function will be given the mask that is made for a config."""
-    name = _name(config)
+    name = name_of(config)
     return name not in ours() or _is(registered_function(interfaces()[0], name), ours()[name][0])
 
 
@@ -166,7 +166,7 @@ def require_mask(name: str, layer: str) -> None:
             raise _held(name, layer, reasons)
 
 
-def _name(config: Any) -> Any:
+def name_of(config: Any) -> Any:
     """The name that a config runs on; read past its own ``__getattribute__``, which costs as much as all the rest."""
     if torch.compiler.is_compiling():  # and can't be passed by there
         return config.__dict__.get(CONFIG_NAME)

@@ -18,12 +18,13 @@ from axattn.facts import Facts
 from axattn.guard import standing_reasons
 from axattn.hf import contracts
 from axattn.hf.forward_inputs import READ
-from axattn.hf.source_inspection import calls_interface, code_of, file_source, signature_of, tree_of
+from axattn.hf.source_inspection import code_of, file_source, signature_of, tree_of
 from axattn.hf.trial import shared_skeletons
 from axattn.mixing import mixers, scaled_by_share, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
 from axattn.pooling import classifies_rows, read_at
+from axattn.read_configs import is_attention
 from axattn.recurrent import recurrent
 from axattn.rope import stretched_from
 
@@ -83,9 +84,10 @@ def add_doors(
             shares_keys=bool(getattr(module.config, "num_kv_shared_layers", 0)),
         )
         door = Door(facts)
+        door.names.look(module)
         patches.add_handle(module.register_forward_pre_hook(door.enter, with_kwargs=True, prepend=True))
         patches.add_handle(module.register_forward_hook(door.leave, always_call=True))
-        first = next((inner for inner in module.modules() if _is_attention(inner)), None)
+        first = next((inner for inner in module.modules() if is_attention(inner)), None)
         if flash and first is not None:
             patches.add_handle(first.register_forward_pre_hook(door.reached, with_kwargs=True))
 
@@ -100,15 +102,10 @@ def require_first_gradients(
     default = native.get(id(model.config))
     for module in modules:
         name = (native.get(id(getattr(module, "config", None)), default) or "").removeprefix("paged|")
-        known = names.is_native(name) and _is_attention(module)
+        known = names.is_native(name) and is_attention(module)
         if known and not backends.get(name).capability.second_gradient:
             hook = functools.partial(require_first_of_module, name)
             patches.add_handle(module.register_forward_hook(hook))
-
-
-def _is_attention(module: torch.nn.Module) -> bool:
-    cls: Any = type(module)
-    return calls_interface(cls)
 
 
 def native_name(name: str | None, default: str | None) -> str | None:
