@@ -7,6 +7,7 @@ names the same door is a guard: packed input that Transformers would leak is ref
 
 from __future__ import annotations
 
+import functools
 import inspect
 from types import FrameType
 from typing import Any
@@ -201,13 +202,15 @@ class Door:
     def _positions(self, segments: Segments | TracedSegments, given: dict[str, Any], seen: Seen) -> torch.Tensor:
         """int64 ``[B, S]`` that start anew in each document; in a graph that may not be packed at all, else the model's
         own count."""
-        facts = self.facts
-        anew: torch.Tensor = segments.positions + facts.first_position
+        facts, documents = self.facts, segments.document_ids
+        mask = seen.mask
+        if not isinstance(mask, torch.Tensor) or mask.shape != documents.shape:
+            mask = torch.ones_like(documents)
+        count = functools.partial(counted, facts.first_position, facts.counts_mask, given.get("input_ids"), mask)
+        anew: torch.Tensor = count(documents)
         if isinstance(segments, Segments) or seen.cu_q is not None or seen.cu_k is not None:
             return anew
-        mask = torch.ones_like(segments.document_ids) if seen.mask is None else seen.mask
-        own = counted(facts.first_position, facts.counts_mask, given.get("input_ids"), mask)
-        return torch.where((segments.document_ids[:, -1] > 0).any(), anew, own)
+        return torch.where((documents[:, -1] > 0).any(), anew, count())
 
 
 def _caller() -> FrameType | None:

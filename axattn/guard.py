@@ -18,7 +18,7 @@ from axattn.hf.forward_inputs import KINDS, caches_of, tokens_of
 from axattn.hf.model_internals import checkpoints_reentrantly
 from axattn.hf.source_inspection import tree_of
 from axattn.hf.torch_internals import in_context_parallel
-from axattn.segments import Segments
+from axattn.segments import Segments, documents_in
 
 _APART = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """What tells documents besides positions."""
@@ -56,7 +56,7 @@ def require_no_leak(
     )
     if reasons:
         raise UnsupportedAttentionError(
-            f"packed rows ({segments.documents} documents in {segments.rows} rows) would leak on {native}",
+            f"packed rows ({documents_in(segments, mask)} documents in {segments.rows} rows) would leak on {native}",
             reasons,
             'Use attn_implementation="varlen" or "auto", which keep documents apart.',
         )

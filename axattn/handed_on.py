@@ -13,7 +13,7 @@ import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.torch_internals import calls_around
-from axattn.segments import from_positions
+from axattn.segments import documents_in, from_positions
 
 
 def require_handed_on(module: torch.nn.Module, rows: int, length: int) -> None:
@@ -46,14 +46,15 @@ def require_handed_on(module: torch.nn.Module, rows: int, length: int) -> None:
         shape = (rows, told.shape[1])
         if positions is None and shape[1] == length:
             continue
-        found = from_positions(positions, mask if mask is not None and mask.shape == shape else None, *shape)
+        mask = mask if mask is not None and mask.shape == shape else None
+        found = from_positions(positions, mask, *shape)
         if found is not None and found.packed:
             name = type(wrapper).__name__
             text = f"{name} was given position_ids and did not hand them on"
             if positions is None:
                 text = f"{name} was given rows of {shape[1]} tokens and made rows of {length} of them"
             raise UnsupportedAttentionError(
-                f"packed rows ({found.documents} documents in {rows} rows) would leak in {type(module).__name__}",
+                f"packed rows ({documents_in(found, mask)} documents in {rows} rows) would leak in {type(module).__name__}",
                 [Reason("position_ids", text)],
                 "Give it one document a row, padded.",
             )

@@ -101,28 +101,42 @@ def counts_mask(model: torch.nn.Module) -> bool:
     return _counting(model).by_mask
 
 
-def own_positions(model: torch.nn.Module, ids: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
-    """The positions that a model gives the tokens of a padded batch where none are given.
+def own_positions(
+    model: torch.nn.Module, ids: torch.Tensor | None, mask: torch.Tensor, documents: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The positions that a model gives the tokens of a padded batch where none are given; in packed rows, those that it
+    gives the tokens of each document alone.
 
     Args:
         model: the model.
         ids: ``[B, S]`` token ids, None where embeddings are given.
         mask: ``[B, S]``, nonzero for real tokens.
+        documents: ``[B, S]``, the number of each token's document (`Segments.document_ids`), None for one a row.
 
     Returns:
         int64 ``[B, S]``.
     """
-    return counted(*_counting(model), ids, mask)
+    return counted(*_counting(model), ids, mask, documents)
 
 
-def counted(first: int, by_mask: bool, ids: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+def counted(
+    first: int, by_mask: bool, ids: torch.Tensor | None, mask: torch.Tensor, documents: torch.Tensor | None = None
+) -> torch.Tensor:
     """`own_positions` of a model of which `first_position` and `counts_mask` are known."""
-    if first and ids is not None:
-        real = ids.ne(first - 1).long()
-        return real.cumsum(-1) * real + first - 1
-    if not first and by_mask:
-        return ((mask != 0).cumsum(-1) - 1).clamp(min=0)
-    return torch.arange(first, first + mask.shape[1], device=mask.device).expand(mask.shape)
+    by_id = bool(first) and ids is not None
+    if ids is not None and by_id:
+        each = ids.ne(first - 1).long()
+    else:
+        each = (mask != 0).long() if by_mask and not first else torch.ones_like(mask, dtype=torch.long)
+    count = each.cumsum(-1)
+    if documents is not None:
+        starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+        count = count - torch.where(starts.to(count.device), count - each, 0).cummax(-1).values
+        if not by_id:  # padding behind a document needs no higher positions than the document
+            count = count.masked_fill(mask == 0, 1)
+    if by_id:
+        return count * each + first - 1
+    return (count - 1).clamp(min=0) + first
 
 
 def _takes_positions(text: torch.nn.Module) -> bool:

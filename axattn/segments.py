@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -134,8 +134,8 @@ def from_positions(
 ) -> Segments | None:
     """Documents from positions and a 2-D mask; None when every row is one document.
 
-    A document starts where a position is not its predecessor plus one, or where a mask of document numbers changes.
-    Padding tokens (mask 0) start no document.
+    Where documents start: see `starts_told`. In packed rows padding in front of a row's first document is no part of it:
+    it gets boundaries of its own.
 
     Args:
         position_ids: integer ``[B, S]``, ``[1, S]`` or ``[S]``, or None.
@@ -149,23 +149,16 @@ def from_positions(
     """
     if length < 2:
         return None
-    starts: torch.Tensor | None = None
-    device = torch.device("cpu")
-    if position_ids is not None:
-        positions = position_ids.reshape(-1, length)
-        starts = positions[:, 1:] != positions[:, :-1] + 1
-        device = positions.device
-    if attention_mask is not None:
-        if has_numbers(attention_mask) if numbered is None else numbered:
-            changed = document_changes(attention_mask)
-            if starts is not None:
-                _require_agreement(starts, changed.to(starts.device), attention_mask)
-            starts = changed
-        if starts is not None:
-            starts = starts & between_real(attention_mask).to(starts.device)
-            device = starts.device
+    if attention_mask is not None and numbered is None:
+        numbered = has_numbers(attention_mask)
+    told = starts_told(position_ids, attention_mask, bool(numbered))
+    starts = told.by_number if told.by_number is not None else told.by_position
     if starts is None:
         return None
+    if told.by_number is not None and told.by_position is not None and attention_mask is not None:
+        _require_agreement(told.by_position & ~told.by_number, attention_mask)
+    if told.padding_ends is not None:
+        starts = starts | (told.padding_ends & starts.any())
     found = starts.nonzero().tolist()  # the one transfer to the host
     if not found:
         return None
@@ -174,20 +167,61 @@ def from_positions(
     per_row: list[list[int]] = [[0] for _ in range(rows)]
     for row, at in found:
         per_row[row].append(at + 1)
-    return Segments(tuple((*row, length) for row in per_row), device)
+    return Segments(tuple((*row, length) for row in per_row), starts.device)
 
 
-def between_real(mask: torch.Tensor) -> torch.Tensor:
-    """bool ``[B, S - 1]``: where the second of two neighbours is a real token, and some token before it is one."""
-    real = mask != 0
-    return real[:, 1:] & (real.cumsum(-1)[:, :-1] > 0)
+class Starts(NamedTuple):
+    """Where documents start by what each input says: bool ``[B or 1, S - 1]``, from a row's second token on.
+
+    Attributes:
+        by_position: positions do not go on, None without any.
+        by_number: numbers change, None for a mask that has none.
+        padding_ends: padding in front of the row ends, None without a mask.
+    """
+
+    by_position: torch.Tensor | None
+    by_number: torch.Tensor | None
+    padding_ends: torch.Tensor | None
 
 
-def _require_agreement(starts: torch.Tensor, changed: torch.Tensor, numbers: torch.Tensor) -> None:
-    against = starts & ~changed & between_real(numbers).to(starts.device)
+def starts_told(positions: torch.Tensor | None, mask: torch.Tensor | None, numbered: bool) -> Starts:
+    """Where documents start, as positions and a 2-D mask tell it. Tensors only: also while a graph is traced.
+
+    Padding (mask 0) starts no document, and its own positions do not matter. A real token is compared with the last real
+    one before it. Its position goes on if it is one more (padding in between is not counted: ``cumsum(mask) - 1``, as
+    ``generate`` has it), or as much more as there are tokens in between (padding is counted). Its number goes on if it
+    is the same; numbers may fall or come back, and start another document each time.
+
+    Args:
+        positions: integers ``[B, S]``, ``[1, S]`` or ``[S]``, or None.
+        mask: ``[B, S]``, nonzero for real tokens, or None.
+        numbered: the mask numbers documents, or it may.
+    """
+    if positions is not None:
+        positions = positions.reshape(-1, positions.shape[-1]).long()
+    if mask is None:
+        by_position = None if positions is None else positions[:, 1:] != positions[:, :-1] + 1
+        return Starts(by_position, None, None)
+    if positions is not None:
+        positions, mask = torch.broadcast_tensors(positions, mask.to(positions.device))
+    real, index = mask != 0, torch.arange(mask.shape[-1], device=mask.device)
+    before = torch.where(real, index, -1).cummax(-1).values[:, :-1]  # the last real token, -1 for none
+    first, last = before < 0, before.clamp(min=0)
+    real = real[:, 1:]
+    inside = real & ~first
+    by_position = by_number = None
+    if positions is not None:
+        step = positions[:, 1:] - positions.gather(1, last)
+        by_position = inside & (step != 1) & (step != index[1:] - before)
+    if numbered:
+        by_number = inside & (mask[:, 1:] != mask.gather(1, last))
+    return Starts(by_position, by_number, real & first)
+
+
+def _require_agreement(against: torch.Tensor, numbers: torch.Tensor) -> None:
     if bool(against.any()):
         row, at = against.nonzero()[0].tolist()
-        number = int(numbers[row, at + 1])
+        number = int(numbers.expand(len(against), -1)[row, at + 1])
         raise InvalidInputError(
             "position_ids and the numbers of documents (attention_mask, seq_idx) do not agree",
             [Reason("position_ids", f"row {row}: they jump at token {at + 1}, inside of document {number}")],
@@ -200,12 +234,12 @@ def jumps(document_ids: torch.Tensor) -> torch.Tensor:
     return torch.arange(document_ids.shape[-1], device=document_ids.device) + 2 * document_ids
 
 
-def document_changes(numbers: torch.Tensor) -> torch.Tensor:
-    """bool ``[B, S - 1]``: where a mask of document numbers starts another document, padding in between or not."""
-    before, after = numbers[:, :-1], numbers[:, 1:]
-    highest = numbers.cummax(-1).values
-    adjacent = (before != after) & (before > 0) & (after > 0)
-    return adjacent | ((highest[:, 1:] != highest[:, :-1]) & (highest[:, :-1] > 0))
+def documents_in(segments: Segments, mask: torch.Tensor | None) -> int:
+    """How many documents hold a real token, for errors: padding in front of a row is none."""
+    if mask is None or tuple(mask.shape) != (segments.rows, segments.length):
+        return segments.documents
+    real = (mask != 0).tolist()
+    return sum(any(real[row][a:b]) for row, edges in enumerate(segments.boundaries) for a, b in pairwise(edges))
 
 
 def _invalid(name: str, reasons: Sequence[Reason]) -> InvalidInputError:

@@ -12,7 +12,7 @@ import torch
 
 from axattn import segments
 from axattn.errors import InvalidInputError
-from axattn.segments import Segments, between_real, document_changes
+from axattn.segments import Segments, starts_told
 from axattn.snapshots import snapshot
 
 
@@ -83,23 +83,16 @@ def from_positions(
     """As `axattn.segments.from_positions`; None only when there is nothing to read documents from."""
     if length < 2 or (position_ids is None and attention_mask is None):
         return None
-    starts = None
-    if position_ids is not None:
-        positions = position_ids.reshape(-1, length)
-        starts = positions[:, 1:] != positions[:, :-1] + 1
-    if attention_mask is not None:
-        if attention_mask.dtype is not torch.bool:
-            changed = document_changes(attention_mask)  # none in a mask of 0 and 1
-            if starts is not None:
-                changed = changed.to(starts.device)
-                agreed = (attention_mask.max() <= 1).to(starts.device) | changed | ~starts
-                agreed = agreed | ~between_real(attention_mask).to(starts.device)
-                text = "axattn: position_ids and the numbers of documents do not agree"
-                torch._assert_async(agreed.all(), text)
-            starts = changed if starts is None else starts | changed
-        if starts is not None:
-            starts = starts & between_real(attention_mask).to(starts.device)
+    numbered = attention_mask is not None and attention_mask.dtype is not torch.bool  # 0 and 1 are no two numbers
+    by_position, by_number, padding_ends = starts_told(position_ids, attention_mask, numbered)
+    starts = by_position if by_number is None else by_number
     if starts is None:
         return None
+    if by_position is not None and by_number is not None and attention_mask is not None:
+        agreed = (attention_mask.max() <= 1).to(starts.device) | by_number | ~by_position
+        torch._assert_async(agreed.all(), "axattn: position_ids and the numbers of documents do not agree")
+        starts = by_position | by_number
+    if padding_ends is not None:
+        starts = starts | (padding_ends & starts.any())
     ids = torch.nn.functional.pad(starts.cumsum(-1), (1, 0))
     return TracedSegments(ids.expand(rows, length), rows, length)
