@@ -124,11 +124,11 @@ class Door:
             return
         here.context = context.outer
         if context.segments is not None:
-            for cache in (*context.caches, *caches_in(output)):
-                packed: Any = True
-                if isinstance(context.segments, TracedSegments):
-                    packed = (context.segments.document_ids[:, -1] > 0).any()
-                mark_packed(cache, packed)
+            caches = [*context.caches, *caches_in(output)]
+            if caches:
+                alone = context.segments.alone
+                for cache in caches:
+                    mark_packed(cache, alone)
 
     def _require_allowed(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
         """Raise for what this model can't do on its kernel, whatever the tokens; whether attention weights are asked

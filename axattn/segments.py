@@ -51,6 +51,11 @@ class Segments:
         """Whether any row holds more than one document."""
         return any(len(row) > 2 for row in self.boundaries)
 
+    @property
+    def alone(self) -> int:
+        """How many tokens from the start of every row are of its first document."""
+        return min(row[1] for row in self.boundaries)
+
     @cached_property
     def document_ids(self) -> torch.Tensor:
         """int64 ``[B, S]``: the number of each token's document within its row."""

@@ -41,6 +41,12 @@ class TracedSegments:
         starts = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
         return index - torch.where(starts, index, 0).cummax(-1).values
 
+    @property
+    def alone(self) -> torch.Tensor:
+        """int64 ``[]``: how many tokens from the start of every row are of its first document; where every row is one,
+        more than there are."""
+        return torch.where((self.document_ids > 0).any(), (self.document_ids == 0).sum(-1).min(), 2**62)
+
     def read(self) -> Segments | None:
         """The same documents with their edges read on the host, None when every row is one; not while tracing."""
         found = segments.from_positions(segments.jumps(self.document_ids), None, self.rows, self.length)

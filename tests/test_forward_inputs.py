@@ -210,8 +210,9 @@ def test_caches_are_known_by_what_they_are() -> None:
     assert not any(map(is_cache, others))
     assert list(caches_in({"states": [caches[0]]})) == [caches[0]]
     for cache in (*caches, [layer, layer]):
-        mark_packed(cache, True)
-    assert is_packed(caches[0])
+        mark_packed(cache, 2)
+    assert is_packed(caches[2])
+    assert not any(map(is_packed, (caches[0], caches[1], caches[3])))  # nothing is in them
 
 
 def test_the_shape_of_tokens_under_an_unknown_keyword_is_that_of_the_positions() -> None:
