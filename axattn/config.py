@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 
-from axattn import backends, names
+from axattn import backends, config_file, names, setting_names
 from axattn.environment import Environment
 from axattn.errors import AxattnError, InvalidConfigError, Reason
 from axattn.planning import require_available
@@ -31,7 +31,7 @@ from axattn.routes import OnUnsupported  # pydantic reads it at run time
 if TYPE_CHECKING:
     from axattn.packing import PackingCollator
 
-COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
+COMPUTED = setting_names.COMPUTED
 
 
 def _legacy_schema(schema: JsonSchemaValue) -> None:
@@ -170,16 +170,19 @@ class AttentionConfig(BaseModel):
             environment: check the names against this machine too.
 
         Raises:
-            InvalidConfigError: no mapping, unreadable YAML, a key given twice, or settings that contradict each other.
+            InvalidConfigError: no file, no mapping, unreadable YAML, a key given twice or misspelt, or settings that
+                contradict each other.
         """
-        values = _load_yaml(Path(path))
         known = {*cls.model_fields, *names.LEGACY_FLAGS, *COMPUTED}
+        values = config_file.settings(Path(path), known)
         taken = {key: value for key, value in values.items() if key in known}
         if "model_type" not in taken or taken["model_type"] is None:
             taken["model_type"] = values.get("type_of_model") or values.get("model_config_type")
             if values.get("is_llama_derived_model"):
                 taken["model_type"] = "llama"
-        for key in ("sample_packing", "context_parallel_size"):
+        if taken.get("context_parallel_size") is None:  # under its older name, in axolotl
+            taken["context_parallel_size"] = values.get("sequence_parallel_degree")
+        for key in ("sample_packing", "context_parallel_size", "on_unsupported"):
             if key in taken and taken[key] is None:
                 del taken[key]
         try:
@@ -283,32 +286,3 @@ def _settle(values: dict[str, Any], listed: list[str]) -> None:
 
 def _is_llama(model: str) -> bool:
     return "llama" in model.lower() and "llama4" not in model.lower()
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    class UniqueKeys(yaml.SafeLoader):
-        """PyYAML's safe loader, with a key given twice an error instead of the last one winning."""
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        loader.flatten_mapping(node)
-        result: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            if key in result:
-                raise InvalidConfigError(f"{path.name} gives {key!r} twice (line {key_node.start_mark.line + 1})")
-            result[key] = loader.construct_object(value_node, deep=True)
-        return result
-
-    UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)  # a safe loader
-    except yaml.YAMLError as error:
-        raise InvalidConfigError(f"{path.name} is not YAML", [Reason("yaml", " ".join(str(error).split()))]) from error
-    except UnicodeDecodeError as error:
-        raise InvalidConfigError(f"{path.name} is not UTF-8 text", [Reason("yaml", str(error))]) from error
-    if not isinstance(values, dict):
-        kind = "empty" if values is None else f"a {type(values).__name__}"
-        raise InvalidConfigError(f"{path.name} is {kind}, not a mapping of settings")
-    return values

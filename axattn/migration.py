@@ -1,39 +1,28 @@
-"""Rewrites axolotl YAML to one ``attn_implementation``. Lines that are not about attention stay byte for byte.
+"""Rewrites axolotl YAML to one ``attn_implementation``. What is not about attention stays byte for byte.
 
-ruamel.yaml reads the file and says where each key stands; the text itself is changed line by line, so that comments,
-order, anchors, quoting and line ends are those of the file.
+`yaml_nodes` says where keys, values, anchors and aliases stand; the text is changed there and nowhere else. What comes
+out is read again: a text whose meaning is not the one intended is never handed back.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from axattn import names
-from axattn.errors import UnknownAttentionError
+from yaml import MappingNode
 
-HYBRID = "gemma4_hybrid_attn_impl"
-_TRUE, _FALSE = ("true", "yes", "on", "y"), ("false", "no", "off", "n", "null", "~", "")
-_LINE = re.compile(
-    r"^(?P<key>(?P<quote>[\"']?)(?P<name>\w+)(?P=quote)\s*:)(?P<space>\s*)(?P<value>.*?)(?P<tail>\s*(?:\s#.*)?)$"
-)
+from axattn.migration_rules import ATTENTION, Work, rewrite
+from axattn.setting_names import AXOLOTL_KEYS, meant
+from axattn.text_edits import Edits
+from axattn.yaml_nodes import Problem, UnreadableYamlError, compose
 
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What stands in the way of rewriting a file.
-
-    Attributes:
-        line: 1 for the first.
-        text: what is wrong, and what to write.
-    """
-
-    line: int
-    text: str
+_UNDECODED = re.compile("[\ud800-\udfff]")  # bytes that are no UTF-8, as `surrogateescape` reads them
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +35,7 @@ class Migration:
         after: the new text; that of `before` when there are problems.
         problems: why it was left alone.
         notes: what a reader of the diff should know.
+        encoding: of the file.
     """
 
     name: str
@@ -53,21 +43,28 @@ class Migration:
     after: str
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
+    encoding: str = "utf-8"
 
     @property
     def changed(self) -> bool:
         """Whether there is anything to write."""
         return self.before != self.after
 
+    @property
+    def shown(self) -> str:
+        """`name` as it can be printed."""
+        return _printable(self.name)
+
     def diff(self) -> str:
         """A unified diff, ``""`` when nothing changes."""
-        before, after = (text.replace("\r", "").splitlines(keepends=True) for text in (self.before, self.after))
-        return "".join(difflib.unified_diff(before, after, self.name, self.name))
+        before, after = (_printable(re.sub(r"\r\n?", "\n", text)) for text in (self.before, self.after))
+        lines = difflib.unified_diff(_lines(before), _lines(after), self.shown, self.shown)
+        return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description."""
         return {
-            "file": self.name,
+            "file": self.shown,
             "changed": self.changed,
             "diff": self.diff(),
             "problems": [{"line": problem.line, "text": problem.text} for problem in self.problems],
@@ -82,172 +79,152 @@ def migrate(text: str, name: str = "<text>") -> Migration:
         text: axolotl YAML.
         name: for messages.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-    yaml = YAML(typ="rt")
-    yaml.preserve_quotes = True
+    mark = "\ufeff" if text.startswith("\ufeff") else ""
+    body = text.removeprefix(mark)
+    readable = _UNDECODED.sub("\ufffd", body)  # character for character
     try:
-        documents = list(yaml.load_all(text))
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = 1 if mark is None else mark.line + 1
-        return Migration(name, text, text, (Problem(line, f"can't be read as YAML: {error.problem}"),))
-    except YAMLError as error:
-        return Migration(name, text, text, (Problem(1, f"can't be read as YAML: {error}"),))
-    lines = text.splitlines(keepends=True)
-    edits: dict[int, str | None] = {}
-    problems: list[Problem] = []
-    notes: list[str] = []
-    for document in documents:
-        if isinstance(document, Mapping):
-            _document(document, lines, edits, problems, notes)
-    if problems:
-        return Migration(name, text, text, tuple(sorted(problems, key=lambda p: p.line)))
-    kept = (edits.get(number, line) for number, line in enumerate(lines))
-    return Migration(name, text, "".join(line for line in kept if line is not None), notes=tuple(notes))
+        tree = compose(readable)
+        work = Work(tree, Edits(readable, tree))
+        for root in tree.documents:
+            if isinstance(root, MappingNode):
+                rewrite(root, work)
+        if not work.problems and work.edits.spans:
+            work.check()
+    except UnreadableYamlError as error:
+        return Migration(name, text, text, tuple(error.problems))
+    if work.problems:
+        return Migration(name, text, text, tuple(sorted(work.problems, key=lambda problem: problem.line)))
+    return Migration(name, text, mark + work.edits.applied(body), notes=tuple(dict.fromkeys(work.notes)))
 
 
 def migrate_file(path: Path, *, write: bool = False) -> Migration:
     """`migrate` for a file; with `write` the file is rewritten, unless there are problems.
 
-    Files that are not UTF-8 are read byte by byte and keep their bytes; a byte order mark stays.
+    Bytes that are not UTF-8 stay as they are, and so does a byte order mark.
 
     Raises:
         OSError: the file can't be read or written.
     """
-    raw = path.read_bytes()
-    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError:
-        encoding, text = "latin-1", raw.decode("latin-1")
-    mark = "\ufeff" if text.startswith("\ufeff") else ""
-    done = migrate(text.removeprefix(mark), str(path))
-    if write and done.changed:
-        path.write_bytes((mark + done.after).encode(encoding))
+    done = _migrated(path, *_decoded(path))
+    if write:
+        write_file(done)
     return done
 
 
-def _document(
-    document: Any, lines: list[str], edits: dict[int, str | None], problems: list[Problem], notes: list[str]
-) -> None:
-    found = {key: document[key] for key in (*names.LEGACY_FLAGS, HYBRID) if key in document}
-    inherited = [key for key in found if key not in document.lc.data]
-    for key in inherited:
-        text = f"{key} comes through a merge key (<<); write attn_implementation here and take it out there"
-        problems.append(Problem(document.lc.line + 1, text))
-        del found[key]
-    asked = document.get("attn_implementation")
-    states = {key: _truth(value) for key, value in found.items()}
-    for key, state in states.items():
-        if state is None:
-            better = names.LEGACY_FLAGS.get(key, "flash_attention_2")
-            text = f"{key} is {found[key]!r}, not true or false; write attn_implementation: {better}"
-            problems.append(Problem(document.lc.key(key)[0] + 1, text))
-    true = [key for key in names.LEGACY_FLAGS if states.get(key)]
-    target = names.LEGACY_FLAGS[true[0]] if true else None
-    if true and asked is not None:
-        text = f"{', '.join(true)} and attn_implementation: {asked} are both given; keep one"
-        problems.append(Problem(document.lc.key(true[0])[0] + 1, text))
-        return
-    if asked is not None:
-        _names(document, asked, "attn_implementation", lines, edits, problems)
-    hybrid = bool(states.get(HYBRID))
-    if hybrid:
-        current = target or (names.SHORT_FORMS.get(str(asked), str(asked)) if asked is not None else None)
-        if current not in (None, "flash_attention_2"):
-            line = document.lc.key(HYBRID)[0] + 1
-            problems.append(Problem(line, f"{HYBRID} works with flash_attention_2 only, and {current} is given"))
-            return
-    if len(true) > 1:
-        notes.append(f"{', '.join(true)} were all true; {true[0]} is the one that counted")
-    written = asked is not None
-    for key in found:
-        where = document.lc.key(key)[0]
-        if key in true[:1]:
-            _replace(where, key, f"attn_implementation: {target}", lines, edits, problems)
-            written = True
-        elif key != HYBRID:
-            _replace(where, key, None, lines, edits, problems)
-    if HYBRID in found:
-        where = document.lc.key(HYBRID)[0]
-        new = None
-        if hybrid:
-            new = (
-                "on_unsupported: route" if written else "attn_implementation: flash_attention_2\non_unsupported: route"
-            )
-            if "on_unsupported" in document:
-                text = f"{HYBRID} and on_unsupported are both given; keep on_unsupported"
-                problems.append(Problem(where + 1, text))
-        _replace(where, HYBRID, new, lines, edits, problems)
+def look_at(found: Found) -> Migration | None:
+    """`migrate_file` without writing; None for a file in a folder that says nothing of attention.
 
-
-def _truth(value: Any) -> bool | None:
-    """True or false as YAML 1.1 has it (axolotl reads that), None for anything else."""
-    from ruamel.yaml.scalarbool import ScalarBoolean
-
-    if isinstance(value, ScalarBoolean):  # one with an anchor
-        return bool(value)
-    text = "" if value is None else str(value).strip().lower()
-    return True if text in _TRUE else False if text in _FALSE else None
-
-
-def _replace(
-    where: int, key: str, new: str | None, lines: list[str], edits: dict[int, str | None], problems: list[Problem]
-) -> None:
-    """Put `new` in the place of a key's line (None: take it out), keeping its comment and line end."""
-    body = lines[where].rstrip("\r\n")
-    end = lines[where][len(body) :]
-    match = _LINE.match(body)
-    if match is None or match["name"] != key or match["value"] == "":
-        alone = match is not None and match["name"] == key and match["value"] == "" and new is None
-        if not alone:
-            problems.append(
-                Problem(where + 1, f"{key} is not written as `{key}: value` on a line of its own; change it by hand")
-            )
-            return
-    assert match is not None
-    tail = match["tail"]
-    if new is None:
-        edits[where] = tail.lstrip() + end if tail.strip() else None
-    else:
-        edits[where] = new.replace("\n", end or "\n") + tail + end
-
-
-def _names(
-    mapping: Any, value: Any, key: str, lines: list[str], edits: dict[int, str | None], problems: list[Problem]
-) -> None:
-    """Short forms in a name, or in a dict of names, become canonical ones in place."""
-    if isinstance(value, Mapping):
-        for inner in value:
-            _names(value, value[inner], inner, lines, edits, problems)
-        return
-    row, column = mapping.lc.value(key)
+    A file that can't be opened is a `Migration` with that problem.
+    """
     try:
-        names.canonicalise(str(value))
-    except UnknownAttentionError as error:
-        wanted = _canonical(str(value))
-        if wanted is None:
-            problems.append(Problem(row + 1, str(error)))
-            return
-        line = edits.get(row) or lines[row]
-        start = line.find(str(value), min(column, len(line)) if row not in edits else 0)
-        if start < 0:
-            problems.append(Problem(row + 1, f"write {wanted} in the place of {value} by hand"))
-            return
-        edits[row] = line[:start] + wanted + line[start + len(str(value)) :]
+        text, encoding = _decoded(found.path)
+    except OSError as error:
+        problem = Problem(1, f"can't be read: {error.strerror or error}")
+        return Migration(str(found.path), "", "", (problem,))
+    if not found.named and not _speaks_of_attention(text):
+        return None
+    return _migrated(found.path, text, encoding)
 
 
-def _canonical(name: str) -> str | None:
-    key = name.strip().lower().replace("-", "_").replace(" ", "_")
-    return names.SHORT_FORMS.get(key, key if key in names.CANONICAL else None)
+def _migrated(path: Path, text: str, encoding: str) -> Migration:
+    done = replace(migrate(text, str(path)), encoding=encoding)
+    if done.changed and _UNDECODED.search(text):
+        done = replace(done, notes=(*done.notes, "is not UTF-8 throughout; those bytes stay as they are"))
+    return done
 
 
-def files(paths: list[Path]) -> Iterator[Path]:
-    """The files themselves, and the YAML files inside folders."""
+def _decoded(path: Path) -> tuple[str, str]:
+    """The text of a file, its byte order mark included, and its encoding; bytes that are no text become surrogates."""
+    raw = path.read_bytes()
+    encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
+    try:
+        return raw.decode(encoding), encoding
+    except UnicodeDecodeError:
+        return raw.decode("utf-8", "surrogateescape"), "utf-8"
+
+
+_MARKS = (  # the longer ones first
+    (b"\xff\xfe\x00\x00", "utf-32-le"),
+    (b"\x00\x00\xfe\xff", "utf-32-be"),
+    (b"\xff\xfe", "utf-16-le"),
+    (b"\xfe\xff", "utf-16-be"),
+)
+
+
+def write_file(done: Migration) -> None:
+    """Write what `migrate_file` made of a file back to it, if that is another text.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    if done.changed:
+        Path(done.name).write_bytes(done.after.encode(done.encoding, "surrogateescape"))
+
+
+def _lines(text: str) -> list[str]:
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def _printable(text: str) -> str:
+    return _UNDECODED.sub("\ufffd", text)
+
+
+# ---- which files -----------------------------------------------------------------------------------------------------
+
+_KEYS = re.compile(r"""([\w-]+)["']?[ \t]*:(?:\s|$)""")
+_NOT_OURS = ("node_modules", "site-packages")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file to look at.
+
+    Attributes:
+        path: of it.
+        named: whether it was named itself, not found in a folder.
+    """
+
+    path: Path
+    named: bool
+
+
+def find(paths: Sequence[Path], exclude: Sequence[str] = ()) -> list[Found]:
+    """The files themselves, and the YAML files inside folders, each once.
+
+    Folders whose name starts with a dot, ``node_modules`` and ``site-packages`` are passed over.
+
+    Args:
+        paths: files and folders.
+        exclude: shell patterns (``*.gen.yml``, ``old``, ``configs/old``) of names of files and folders, or of paths, as
+            given or within a folder that is given.
+    """
+    found: dict[Path, Found] = {}
     for path in paths:
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml") and p.is_file())
-        else:
-            yield path
+        inside = _yaml_files(path) if path.is_dir() else [path]
+        for file in inside:
+            within = file.relative_to(path) if path.is_dir() else file
+            if not _excluded(file, within, exclude):
+                found.setdefault(file.resolve(), Found(file, file is path))
+    return list(found.values())
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    files: list[Path] = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _NOT_OURS]
+        files += [Path(here, name) for name in names if name.lower().endswith((".yml", ".yaml"))]
+    return sorted(files)
+
+
+def _excluded(file: Path, within: Path, patterns: Sequence[str]) -> bool:
+    paths = (file, *file.parents, within, *within.parents)
+    candidates = {*within.parts, *(path.as_posix() for path in paths)}
+    wanted = [pattern.removeprefix("./").rstrip("/") for pattern in patterns]
+    return any(fnmatchcase(one, pattern) for pattern in wanted for one in candidates)
+
+
+def _speaks_of_attention(text: str) -> bool:
+    """Whether any key, at whatever depth, is about attention or misspells one that is."""
+    known = {*ATTENTION, *AXOLOTL_KEYS}
+    keys = set(_KEYS.findall(text))
+    return not known.isdisjoint(keys) or any(meant(key, ATTENTION) for key in keys)

@@ -92,6 +92,9 @@ SHORT_FORMS: dict[str, str] = {
 }
 """Short forms that are refused, and the canonical name that the message gives."""
 
+ELSEWHERE: frozenset[str] = frozenset({"flash_attention_torch"})
+"""Names that axolotl takes and axattn does not: unknown here, and no misspelling of ours."""
+
 LEGACY_FLAGS: dict[str, str] = {
     "s2_attention": "s2",
     "sage_attention": "sage",
@@ -242,7 +245,8 @@ def canonicalise(name: str) -> str:
         raise UnknownAttentionError(
             f"attn_implementation={name!r} is not accepted", advice=f'Write attn_implementation="{canonical}".'
         )
-    close = difflib.get_close_matches(key, [*CANONICAL, *SHORT_FORMS], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, [*CANONICAL, *SHORT_FORMS], n=1, cutoff=0.6)
+    close = [] if key in ELSEWHERE else near
     advice = f"Names: {', '.join((*CANONICAL, *installed()))}, or a hub kernel path org/name."
     if close:
         advice = f'Did you mean "{SHORT_FORMS.get(close[0], close[0])}"? ' + advice

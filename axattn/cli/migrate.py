@@ -2,51 +2,86 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from axattn.migration import Migration
 
 
 def migrate(
     paths: list[Path] = typer.Argument(..., metavar="FILE…", help="YAML files, or folders of them."),
     write: bool = typer.Option(False, "--write", help="Rewrite the files; without it only the diff is printed."),
     check: bool = typer.Option(False, "--check", help="Exit with 1 if anything would change (for CI)."),
+    exclude: list[str] = typer.Option(
+        [], "--exclude", metavar="PATTERN", help="Files and folders to pass over (*.gen.yml, old); may be repeated."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
 ) -> None:
     """Rewrite axolotl YAML: legacy booleans and short forms become one attn_implementation. Comments stay.
 
-    A file with a conflict is left alone; the conflict is reported with its line, and the exit code is 1.
+    All files are read before any is rewritten. A file with a conflict, or that can't be read, is left alone; that is
+    reported with its line, the others are done, and the exit code is 1. In folders, files without a setting that is
+    about attention are passed over.
 
     Examples:
         axattn migrate config.yml
 
-        axattn migrate configs/ --write
+        axattn migrate configs/ --write --exclude old
 
         axattn migrate configs/ --check
     """
-    from importlib.util import find_spec
+    from rich.console import Console
+    from rich.progress import track
 
     from axattn.cli.output import print_json, user_errors
-    from axattn.errors import BackendUnavailableError, Reason
-    from axattn.migration import files, migrate_file
+    from axattn.errors import InvalidConfigError
+    from axattn.migration import find, look_at
 
     with user_errors():
-        if find_spec("ruamel") is None or find_spec("ruamel.yaml") is None:
-            reason = Reason("library", "ruamel.yaml is not installed")
-            raise BackendUnavailableError("migrate can't run here", [reason], 'Type: pip install "axattn[migrate]".')
-        done = [migrate_file(path, write=write and not check) for path in files(paths)]
+        if write and check:
+            advice = "Give --check to ask whether anything would change, or --write to change it."
+            raise InvalidConfigError("--write and --check contradict each other", advice=advice)
+    console = Console(stderr=True)
+    found = find(paths, exclude)
+    bar = track(found, "reading", console=console, transient=True, disable=not sys.stderr.isatty())
+    looked = [look_at(one) for one in bar]
+    done = [one for one in looked if one is not None]
+    if write:
+        done = [_written(one) for one in done]
     if as_json:
         print_json([one.to_dict() for one in done])
-    for one in done:
-        if not as_json:
-            typer.echo(one.diff(), nl=False)
-            for note in one.notes:
-                typer.echo(f"{one.name}: {note}", err=True)
-        for problem in one.problems:
-            typer.echo(f"{one.name}:{problem.line}: {problem.text}", err=True)
-    changed = sum(one.changed for one in done)
-    if not as_json:
-        verb = "rewritten" if write and not check else "would change"
-        typer.echo(f"{len(done)} files, {changed} {verb}", err=True)
-    if any(one.problems for one in done) or (check and changed):
+    else:
+        _print(done, "rewritten" if write else "would change", len(looked) - len(done))
+    if any(one.problems for one in done) or (check and any(one.changed for one in done)):
         raise typer.Exit(1)
+
+
+def _written(one: Migration) -> Migration:
+    """`one`, written; a file that can't be is another problem of its own."""
+    from axattn.migration import write_file
+    from axattn.yaml_nodes import Problem
+
+    try:
+        write_file(one)
+    except OSError as error:
+        return dataclasses.replace(one, after=one.before, problems=(Problem(1, f"can't be written: {error.strerror}"),))
+    return one
+
+
+def _print(done: list[Migration], verb: str, passed_over: int) -> None:
+    for one in done:
+        typer.echo(one.diff(), nl=False)
+        for note in one.notes:
+            typer.echo(f"{one.shown}: {note}", err=True)
+        for problem in one.problems:
+            typer.echo(f"{one.shown}:{problem.line}: {problem.text}", err=True)
+    parts = [f"{len(done)} files", f"{sum(one.changed for one in done)} {verb}"]
+    left = sum(bool(one.problems) for one in done)
+    parts += [f"{left} left alone"] if left else []
+    parts += [f"{passed_over} more say nothing of attention"] if passed_over else []
+    typer.echo(", ".join(parts), err=True)
