@@ -9,6 +9,8 @@ from typing import Any
 from axattn import setting_names, yaml_nodes
 from axattn.errors import InvalidConfigError, Reason
 
+_PLAIN = ("adapter", "model_type", "use_cache")  # words that settings of others resemble (`adapters`, `model_types`)
+
 
 def settings(path: Path, ours: Collection[str]) -> dict[Any, Any]:
     """The settings of a YAML file of one document, read by the safe loader.
@@ -44,7 +46,8 @@ def settings(path: Path, ours: Collection[str]) -> dict[Any, Any]:
 
 def _refuse_misspelt(path: Path, values: dict[Any, Any], ours: Collection[str]) -> None:
     """A setting of ours under a name that nobody reads would be lost in silence."""
-    pairs = [(key, setting_names.meant(key, ours)) for key in values if isinstance(key, str)]
+    targets = [name for name in ours if name not in _PLAIN]
+    pairs = [(key, setting_names.meant(key, targets)) for key in values if isinstance(key, str)]
     reasons = [Reason("name", f"{key} is no setting; did you mean {wanted}?") for key, wanted in pairs if wanted]
     if reasons:
         raise InvalidConfigError(f"{path.name} can't be used", reasons)

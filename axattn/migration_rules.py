@@ -121,7 +121,7 @@ def _rename(
         for key, inner in value.value:
             _rename(value, key.value, (key, inner), inner, work, renamed)
         return
-    where = mapping if pair is None else pair[0]
+    where = value if pair is None else pair[0]
     if not isinstance(value, ScalarNode):
         work.problem(where, f"{name} is a list; write one name, or a mapping of names")
         return

@@ -238,7 +238,21 @@ def test_the_model_type_of_a_yaml_reaches_the_s2_check(tmp_path: Path) -> None:
         ("", "is empty, not a mapping"),
         ("just text", "is a str, not a mapping"),
         ("a: [", "is not YAML"),
-        ("sdp_attention: true\nsdp_attention: false\n", "gives 'sdp_attention' twice \\(line 2\\)"),
+        ("sdp_attention: true\nsdp_attention: false\n", "line 2: .* sdp_attention is given twice, in line 1"),
+        ("a: {b: 1, b: 2}\n", "b is given twice"),
+        ("d: 2024-13-45\n", r"config.yaml .* line 1: 2024-13-45 is no date; write it in quotes"),
+        ("a: {d: 2024-02-30T10:00:00}\n", "is no date"),
+        ("a: !!int x\n", "x is no int"),
+        ("? [a]\n: 1\n", "unhashable key"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("a:\tb\n", "write spaces in the place of tabs"),
+        ("a: *b\n", "undefined alias"),
+        ("a: 1\n---\na: 2\n", "holds 2 YAML documents"),
+        ("a: \x07\n", "U\\+0007 is not allowed in YAML"),
+        ("flash_atention: true\n", "flash_atention is no setting; did you mean flash_attention\\?"),
+        ("attn-implementation: sdpa\nsample_packin: true\n", "did you mean attn_implementation.*mean sample_packing"),
+        ("attn_implementation: sdpa\nsequence_parallel_degree: 2\n", "context_parallel_size: 2 needs a flash"),
+        ("attn_implementation: flash_attention_torch\n", "is unknown. Names:"),
         ("a: !!python/object/apply:os.system ['true']\n", "is not YAML"),
         ("attn_implementation: fa2\n", "flash_attention_2"),
         ("attn_uses_flash_lib: true\n", "is computed"),
@@ -247,6 +261,16 @@ def test_the_model_type_of_a_yaml_reaches_the_s2_check(tmp_path: Path) -> None:
 def test_a_bad_yaml_is_one_clear_error(tmp_path: Path, text: str, part: str) -> None:
     with pytest.raises(InvalidConfigError, match=part):
         AttentionConfig.from_yaml(write(tmp_path, text))
+
+
+def test_a_missing_file_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigError, match="can't be read: No such file"):
+        AttentionConfig.from_yaml(tmp_path / "none.yaml")
+
+
+def test_a_mapping_overrides_what_it_merges(tmp_path: Path) -> None:
+    text = "\ufeffbase: &b {attn_implementation: sdpa, lr: 1, self: &s [*s]}\n<<: *b\nattn_implementation: varlen\n"
+    assert AttentionConfig.from_yaml(write(tmp_path, text)).attn_implementation == "varlen"
 
 
 def test_a_yaml_that_is_no_utf_8_is_one_clear_error(tmp_path: Path) -> None:
