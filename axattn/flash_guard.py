@@ -6,7 +6,6 @@ all. Measured on transformers 5.17 and 5.23, over strict fakes of the kernels.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from itertools import pairwise
@@ -18,6 +17,7 @@ from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.forward_inputs import KINDS, LENGTHS, tokens_of
 from axattn.hf.source_inspection import calls_interface, calls_of, code_of, file_source, signature_of, source_of
 from axattn.segments import Segments
+from axattn.weak_cache import weak_cache
 
 _ADVICE = 'Use attn_implementation="varlen" or "auto".'
 
@@ -152,7 +152,7 @@ def _has_holes(mask: torch.Tensor) -> bool:
     return bool(((real.sum(-1) > 0) & (real.sum(-1) != span)).any())
 
 
-@functools.cache
+@weak_cache
 def passes_keywords(cls: Any) -> bool:
     """Whether an attention class hands its ``**kwargs`` on to the attention function (read in its source)."""
     found = calls_of(cls.forward, "attention_interface")

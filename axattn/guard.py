@@ -7,7 +7,6 @@ transformers 5.17 and 5.23. Where a condition fails the documents would attend t
 from __future__ import annotations
 
 import ast
-import functools
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from axattn.hf.model_internals import checkpoints_reentrantly
 from axattn.hf.source_inspection import tree_of
 from axattn.hf.torch_internals import in_context_parallel
 from axattn.segments import Segments, documents_in
+from axattn.weak_cache import weak_cache
 
 _APART = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """What tells documents besides positions."""
@@ -237,7 +237,7 @@ def hands_positions_to_masks(module: torch.nn.Module) -> bool:
     return bool(found) and all(found)
 
 
-@functools.cache
+@weak_cache
 def _class_hands_positions(cls: Any) -> bool | None:
     """True or False for a class that builds masks, None for one that does not."""
     forward = getattr(cls, "forward", None)

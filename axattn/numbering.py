@@ -16,6 +16,7 @@ from axattn.errors import Reason
 from axattn.hf import probes
 from axattn.hf.source_inspection import calls_of, code_of, file_source, is_readable, signature_of, source_of, tree_of
 from axattn.mixing import text_model
+from axattn.weak_cache import weak_cache
 
 _OWN_COUNT = "create_position_ids_from_input_ids"
 """What Transformers calls fairseq's numbering: tokens that are not padding count from ``padding_idx + 1``."""
@@ -174,7 +175,7 @@ def _by_source(text: torch.nn.Module) -> Counting | None:
             continue
         if isinstance(padding, int) and not first and _OWN_COUNT in source_of(cls.forward):
             first = padding + 1
-    return Counting(first, _mentions_count(code_of(text)))
+    return Counting(first, _mentions_count(code_of(text).__module__))
 
 
 def _by_run(run: probes.Numbering) -> Counting | None:
@@ -189,7 +190,7 @@ def _gives(way: Counting, run: probes.Numbering) -> bool:
     return way.first == run.first and found == list(run.padded)
 
 
-@functools.cache
+@weak_cache
 def _drops_positions(forward: Any) -> bool:
     """Whether a forward sets ``position_ids`` to None where they are given."""
     tree = tree_of(forward)
@@ -202,14 +203,14 @@ def _drops_positions(forward: Any) -> bool:
 
 
 @functools.cache
-def _mentions_count(cls: Any) -> bool:
+def _mentions_count(module: str) -> bool:
     """Whether the file of a model computes positions from the attention mask."""
-    source = file_source(cls.__module__)
+    source = file_source(module)
     mentions = "cumsum(attention_mask" in source or "attention_mask.cumsum" in source
     return mentions and "position_ids = torch.arange(" not in source
 
 
-@functools.cache
+@weak_cache
 def _counts_tokens(cls: Any) -> bool:
     """Whether the forward of a layer numbers its tokens itself: ``torch.arange`` over a length, and not only where no
     ``position_ids`` are given."""

@@ -7,7 +7,6 @@ padding there is read too, and rows that are packed or put together have another
 from __future__ import annotations
 
 import ast
-import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from axattn.hf.source_inspection import (
     source_of,
     tree_of,
 )
+from axattn.weak_cache import weak_cache
 
 Place = Literal["first", "last", "every"]
 
@@ -202,7 +202,7 @@ def _unwrapped(part: torch.nn.Module) -> torch.nn.Module:
     return part
 
 
-@functools.cache
+@weak_cache
 def _picked(function: Any) -> frozenset[int]:
     """The tokens that a function picks out of each row: 0 of ``hidden[:, 0]``, -1 of ``hidden[:, -1, :]``."""
     found = set()

@@ -9,7 +9,6 @@ fallbacks ignore those (transformers 5.23, ``torch_chunk_gated_delta_rule``).
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from axattn.hf.forward_inputs import CACHES
 from axattn.hf.source_inspection import calls_interface, calls_of, code_of
 from axattn.segments import Segments
+from axattn.weak_cache import weak_cache
 
 _INPUTS = frozenset(CACHES) | {"hidden_states", "attention_mask", "cache_position"}
 _LOOSE = 1.5
@@ -73,7 +73,7 @@ def _carries(module: torch.nn.Module) -> bool:
     return first and bool(taken & set(CACHES)) and taken <= _INPUTS and not calls_interface(cls)
 
 
-@functools.cache
+@weak_cache
 def _mask_of(forward: Any, child: str) -> str:
     """The parameter of a ``forward`` that its calls of ``self.<child>`` get as ``attention_mask``, "" for none."""
     values = [

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import gc
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,3 +107,52 @@ def test_packed_rows_of_a_subclass_are_the_documents_alone(cls: type) -> None:
     mask = torch.ones_like(ids)
     assert torch.allclose(model(ids, mask, positions(lengths)).logits, alone, atol=1e-4)
     assert not reasons_against(model, 2)
+
+
+def used_class(use: str) -> list[weakref.ref[Any]]:
+    """What is left of classes made now, with forwards of their own, once a model of theirs was used."""
+
+    class Attention(type(build("llama").model.layers[0].self_attn)):  # type: ignore[misc]  # a class found at run time
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    class Mine(tf.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model = as_class(build("llama"), Mine)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Attention
+    if use == "set_attn_implementation":
+        model.set_attn_implementation("varlen")
+    else:
+        axattn.apply(model, "auto", unpad=use == "unpad")
+    if use == "packed":
+        model(tokens(1, 8), position_ids=positions((5, 3)))
+    else:
+        model(**batch("left", labels=False))
+    axattn.plan(model, "auto")
+    axattn.restore(model)
+    return [weakref.ref(one) for one in (Attention, Mine, Attention.forward, Mine.forward)]
+
+
+@pytest.mark.parametrize("use", ["packed", "unpad", "set_attn_implementation"])
+def test_classes_made_at_run_time_are_not_kept(use: str) -> None:
+    made = used_class(use)
+    gc.collect()
+    assert not [one() for one in made if one() is not None]
+
+
+VALUES = {"str", "int", "bool", "int | None", "torch.dtype", "torch.device", "frozenset[str]", "tuple[int, int]"}
+
+
+def test_caches_that_live_as_long_as_the_process_hold_values_only() -> None:
+    """``functools.cache`` keeps a class, a function or a module alive: `weak_cache` is for those."""
+    held = []
+    for file in Path(axattn.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            decorators = " ".join(map(ast.unparse, node.decorator_list)) if isinstance(node, ast.FunctionDef) else ""
+            if isinstance(node, ast.FunctionDef) and ("functools.cache" in decorators or "lru_cache" in decorators):
+                keys = {ast.unparse(one.annotation) for one in node.args.args if one.annotation is not None}
+                held += [f"{file.name}: {node.name}({key})" for key in keys - VALUES]
+    assert not held

@@ -8,7 +8,6 @@ and nothing of it changes. Lists of layers are empty in the copy, so no layer ru
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import types
 import weakref
@@ -18,6 +17,7 @@ from typing import Any, cast
 import torch
 
 from axattn.hf.source_inspection import code_of
+from axattn.weak_cache import weak_cache
 
 _LARGEST = 1 << 20
 """Numbers in a parameter up to which it is made; of a larger one there is only the shape."""
@@ -279,7 +279,7 @@ _SIZES = (("in_features", "out_features"), ("nx", "nf"))
 """What linear layers call their sizes; the second is GPT-2's."""
 
 
-@functools.cache
+@weak_cache
 def signature(forward: Any) -> inspect.Signature:
     """That of a ``forward`` under its decorators, ``self`` included."""
     return inspect.signature(inspect.unwrap(forward))

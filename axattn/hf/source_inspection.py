@@ -7,7 +7,7 @@ Only the text serves for what a layer would have to run for, or a whole model:
 - that fails closed, a text not understood being a no: ``guard.hands_positions_to_masks``, ``flash_guard``'s keywords of
   an attention module (packed rows are refused), ``recurrent`` (such a layer then counts as one that mixes tokens),
   ``doors.hands_on`` (a door more), ``doors._planes`` (positions of that shape are refused),
-  ``entrance._may_return_cache`` (a batch stays padded);
+  ``entrance.wants_cache`` (a batch stays padded);
 - what attention layers do: ``numbering.counters``; which mask functions a model calls: ``flash_guard.contradictions``,
   ``flash_guard.overlays`` (both asked only on names that Transformers serves itself);
 - what is asked before there is a model: ``needs`` (each call is checked again by what it brings), ``classes``;
@@ -23,6 +23,8 @@ import sys
 import textwrap
 from typing import Any
 
+from axattn.weak_cache import weak_cache
+
 
 def code_of(module: Any) -> Any:
     """The class whose source says what a module does (`origin` of its own)."""
@@ -30,19 +32,24 @@ def code_of(module: Any) -> Any:
     return origin(own)
 
 
-@functools.cache
 def origin(cls: Any) -> Any:
     """What a class is made of: Transformers' own under one that only adds to it, else the class itself.
 
     A user's subclass adds to it if its ``forward`` calls ``super()``, or if it has none; FSDP2 makes such a class too.
     """
-    for one in cls.__mro__:
+    return cls.__mro__[_origin(cls)]
+
+
+@weak_cache
+def _origin(cls: Any) -> int:
+    """Where the origin of a class stands among its bases (the class itself would be kept alive by its own answer)."""
+    for index, one in enumerate(cls.__mro__):
         if one.__module__.startswith("transformers.models."):
-            return one
+            return index
         own = vars(one).get("forward")
         if own is not None and "super()" not in source_of(own):
-            return one
-    return cls
+            return index
+    return 0
 
 
 def is_named(module: Any, endings: tuple[str, ...]) -> bool:
@@ -59,7 +66,7 @@ def signature_of(module: Any) -> inspect.Signature:
     return signature
 
 
-@functools.cache
+@weak_cache
 def source_of(function: Any) -> str:
     """The text of a function (of a class's ``forward``), under its decorators; "" where there is none to read."""
     try:
@@ -68,7 +75,7 @@ def source_of(function: Any) -> str:
         return ""
 
 
-@functools.cache
+@weak_cache
 def is_readable(cls: Any) -> bool:
     """Whether the ``forward`` of a module class has a text to read; a class made by ``exec`` has none."""
     return cls.__module__.startswith("torch.") or bool(source_of(cls.forward))
@@ -83,7 +90,7 @@ def file_source(module: str) -> str:
         return ""
 
 
-@functools.cache
+@weak_cache
 def tree_of(function: Any) -> ast.FunctionDef | None:
     """A function as a syntax tree, None where it can't be read. It is shared: do not change it."""
     try:
@@ -105,7 +112,7 @@ def calls_interface(cls: Any) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in used_in_forward(cls)
 
 
-@functools.cache
+@weak_cache
 def used_in_forward(cls: Any) -> frozenset[str]:
     """The globals and attributes that the ``forward`` of a class uses by name."""
     cls = origin(cls)

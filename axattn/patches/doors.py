@@ -27,6 +27,7 @@ from axattn.pooling import classifies_rows, read_at
 from axattn.read_configs import is_attention
 from axattn.recurrent import recurrent
 from axattn.rope import stretched_from
+from axattn.weak_cache import weak_cache
 
 
 @shared_skeletons()
@@ -120,7 +121,7 @@ def _positional(signature: inspect.Signature) -> tuple[str, ...]:
     return tuple(name for name, parameter in signature.parameters.items() if parameter.kind in kinds)[1:]
 
 
-@functools.cache
+@weak_cache
 def hands_on(forward: Any, child: str) -> bool:
     """Whether a ``forward`` method hands every input that a door reads on to ``self.<child>``, as it got them.
 

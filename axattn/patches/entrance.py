@@ -5,7 +5,6 @@ A hook would not do: PEFT calls ``model.forward`` itself, past every hook of the
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from axattn.hf.forward_inputs import caches_of, takes_cache
 from axattn.hf.source_inspection import code_of, signature_of, source_of
 from axattn.patches.patchset import PatchSet
+from axattn.weak_cache import weak_cache
 
 Forward = Callable[[dict[str, Any]], Any]
 Change = Callable[[torch.nn.Module, Forward, dict[str, Any]], Any]
@@ -75,18 +75,17 @@ def wants_cache(model: Any, inputs: dict[str, Any]) -> bool:
         return bool(asked)
     if not getattr(model.config, "use_cache", False) or model.training or inputs.get("labels") is not None:
         return False
-    return _may_return_cache(
-        code_of(model), code_of(model.base_model), bool(getattr(model.config, "is_decoder", False))
-    )
-
-
-@functools.cache
-def _may_return_cache(cls: Any, base: Any, is_decoder: bool) -> bool:
-    """Whether a model takes a cache, and does not make that depend on a ``config.is_decoder`` that is False."""
-    forwards = (cls.forward, base.forward)
-    if not any(takes_cache(inspect.signature(forward)) for forward in forwards):
+    forwards = (code_of(model).forward, code_of(model.base_model).forward)
+    if not any(_takes_cache(forward) for forward in forwards):
         return False
+    # a forward may make that depend on a `config.is_decoder` that is False
+    is_decoder = bool(getattr(model.config, "is_decoder", False))
     return is_decoder or not any("is_decoder" in source_of(forward) for forward in forwards)
+
+
+@weak_cache
+def _takes_cache(forward: Any) -> bool:
+    return takes_cache(inspect.signature(forward))
 
 
 class _Replicate:
