@@ -245,9 +245,10 @@ def _hit(
 def _one_dtype(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Under autocast its dtype (RoPE brings q and k back to fp32 there), else the widest of the three."""
+    """Under autocast its dtype (RoPE brings q and k back to fp32 there), else the widest of the three. Autocast leaves
+    float64 alone."""
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (query.dtype, key.dtype, value.dtype):
         dtype = torch.get_autocast_dtype(kind)
     elif query.dtype == key.dtype == value.dtype:
         return query, key, value

@@ -212,6 +212,20 @@ def test_under_autocast_the_output_has_its_dtype_and_equals_sdpa() -> None:
         assert torch.allclose(out[0], expected[0], atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["auto", "varlen"])
+def test_autocast_leaves_float64_alone(name: str) -> None:
+    model = build("llama").double()
+    ids, documents = tokens(1, 12), (7, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.cat([model(part).logits for part in ids.split(documents, 1)], 1)
+        axattn.apply(model, name)
+        found = model(ids, position_ids=positions(documents), use_cache=False).logits
+        whole = model(ids[:, :7]).logits
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, expected, atol=1e-9)
+    assert torch.allclose(whole, expected[:, :7], atol=1e-9)
+
+
 def test_padding_queries_give_zeros_and_no_nan_in_gradients() -> None:
     inputs = [x.requires_grad_() for x in qkv()]
     mask = lazy_mask(2, 6, 6, attention_mask=torch.tensor([[True] * 6, [False] * 6]))
