@@ -24,6 +24,7 @@ from pydantic.json_schema import JsonSchemaValue
 from axattn import backends, config_file, names, setting_names
 from axattn.environment import Environment
 from axattn.errors import AxattnError, InvalidConfigError, Reason
+from axattn.machines import as_environment
 from axattn.planning import require_available
 from axattn.plans import Plan
 from axattn.routes import OnUnsupported  # pydantic reads it at run time
@@ -50,8 +51,9 @@ class AttentionConfig(BaseModel):
     """What a training config says about attention.
 
     Validation raises ``pydantic.ValidationError`` with every problem at once, each with what to type instead. Machine
-    requirements are checked only against an `Environment` given as context:
-    ``AttentionConfig.model_validate(data, context={"environment": Environment.current()})``.
+    requirements are checked only against an `Environment` given as context, or the name of one (``"sm90"``):
+    ``AttentionConfig.model_validate(data, context={"environment": Environment.current()})``. Assigning to a setting
+    validates too.
 
     Attributes:
         attn_implementation: canonical name, hub path, dict per sub-config, or None (which means ``"auto"``).
@@ -80,6 +82,7 @@ class AttentionConfig(BaseModel):
     on_unsupported: OnUnsupported = "raise"
 
     _resolved: tuple[str, ...] | None = PrivateAttr(default=None)
+    _resolved_packs: bool | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -103,7 +106,7 @@ class AttentionConfig(BaseModel):
                 asked = None
         listed = [] if asked is None else names.names_in(asked)
         problems += _conflicts(values, listed)
-        environment = (info.context or {}).get("environment")
+        environment = as_environment((info.context or {}).get("environment"))
         for name in listed:
             if environment is not None:
                 problems += _machine_problems(name, environment)
@@ -115,10 +118,14 @@ class AttentionConfig(BaseModel):
     @computed_field  # type: ignore[prop-decorator]  # pydantic documents this order of decorators
     @property
     def attn_supports_packing(self) -> bool:
-        """Whether every kernel named keeps packed documents apart."""
-        if self._resolved is not None:
-            return all(backends.get(name).capability.segments for name in self._resolved)
-        return all(_packs(name) for name in self.names)
+        """Whether every name keeps packed documents apart whatever else is set, as axolotl's table answers it.
+
+        False for ``eager`` and ``sdpa``: Transformers keeps documents apart there without a cache and without an
+        ``attention_mask`` alone (`axattn.backends.packs`), and axattn refuses the rest.
+        """
+        if self._resolved_packs is not None:
+            return self._resolved_packs
+        return all(backends.supports_packing(name) for name in self.names)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -137,6 +144,16 @@ class AttentionConfig(BaseModel):
         """Whether a packing loader leaves the attention mask out of its batches: documents are told by positions and
         lengths where every kernel keeps them apart, and a mask would only hide them."""
         return self.sample_packing and self.attn_supports_packing
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check a setting with all the others, as if given at the start; after an error the config is as it was."""
+        if name not in type(self).model_fields:
+            super().__setattr__(name, value)
+            return
+        checked = type(self).model_validate({**self.__dict__, name: value})
+        self.__dict__.update(checked.__dict__)
+        self.__pydantic_fields_set__.add(name)
+        self._resolved = self._resolved_packs = None
 
     def collator(self, max_length: int, **options: Any) -> PackingCollator | None:
         """What builds rows for this config: a `PackingCollator` where it packs, None where each document has a row.
@@ -159,15 +176,23 @@ class AttentionConfig(BaseModel):
         resolved = self.model_copy()
         chosen = tuple(dict.fromkeys(entry.chosen for entry in plan.layers))
         resolved._resolved = chosen or None
+        if chosen:  # a native name is Transformers' to mask; under one of axattn's, axattn masks for every kernel
+            running = [(plan.running.get(entry.layer.path), entry.chosen) for entry in plan.layers]
+            resolved._resolved_packs = all(
+                backends.supports_packing(name or "sdpa")
+                if name is None or names.is_native(name)
+                else backends.get(kernel).capability.segments
+                for name, kernel in running
+            )
         return resolved
 
     @classmethod
-    def from_yaml(cls, path: str | Path, environment: Environment | None = None) -> Self:
+    def from_yaml(cls, path: str | Path, environment: Environment | str | None = None) -> Self:
         """Read an axolotl YAML file (safe loader) and take what is about attention; the rest is ignored.
 
         Args:
             path: the file.
-            environment: check the names against this machine too.
+            environment: check the names against this machine too, also by name.
 
         Raises:
             InvalidConfigError: no file, no mapping, unreadable YAML, a key given twice or misspelt, or settings that
@@ -190,12 +215,6 @@ class AttentionConfig(BaseModel):
         except ValidationError as error:
             reasons = [Reason(".".join(map(str, e["loc"])) or "config", _without_prefix(e)) for e in error.errors()]
             raise InvalidConfigError(f"{Path(path).name} can't be used", reasons) from error
-
-
-def _packs(name: str) -> bool:
-    if name in names.installed():
-        return backends.get(name).capability.segments
-    return names.flags(name).packing
 
 
 def _without_prefix(error: Any) -> str:
@@ -236,15 +255,22 @@ def _conflicts(values: Mapping[str, Any], listed: list[str]) -> list[str]:
     problems: list[str] = []
     packing = bool(values.get("sample_packing"))
     for name in listed:
-        if packing and not _packs(name):
-            unknown = "/" in name
-            why = "is a hub kernel that axattn does not know to separate documents" if unknown else "can't pack"
-            problems.append(f"sample_packing with {name}: it {why}; write attn_implementation: varlen.")
+        if packing and not backends.supports_packing(name):
+            why = "it can't pack"
+            if "/" in name:
+                why = "it is a hub kernel that axattn does not know to separate documents"
+            elif backends.packs(name) != "no":
+                why = f"it can't pack whatever else is set, only {backends.packs(name)} ({names.WITHOUT_A_CACHE})"
+            problems.append(f"sample_packing with {name}: {why}; write attn_implementation: varlen.")
         if name == "s2":
             model = values.get("model_type")
             if model is not None and not _is_llama(str(model)):
                 problems.append(f"s2 is defined for LLaMA models only, not {model}; write attn_implementation: varlen.")
-    parallel = values.get("context_parallel_size")
+    parallel = values.get("context_parallel_size", 1)
+    if isinstance(parallel, str) and parallel.strip().isdigit():
+        parallel = int(parallel)  # pydantic reads it so
+    if isinstance(parallel, int) and parallel < 1:
+        problems.append(f"context_parallel_size is {parallel}, not a number of ranks; write 1 for none.")
     if isinstance(parallel, int) and parallel > 1 and not (listed and all(names.flags(n).flash_lib for n in listed)):
         problems.append(
             f"context_parallel_size: {parallel} needs a flash attention library; "

@@ -12,6 +12,7 @@ from axattn.errors import Reason
 from axattn.hf import contracts
 from axattn.hf.contracts import Finding
 from axattn.machines import as_environment
+from axattn.names import Packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class KernelDiagnosis:
         name: canonical name.
         summary: one line.
         exact: False for int8, fp8 and sparse kernels.
-        packs: keeps packed documents apart.
+        packs: the flag ``attn_supports_packing``.
+        packing: whether documents of a row stay apart, and on what condition (`axattn.backends.packs`).
         reasons: why it can't run here; empty when it can.
     """
 
@@ -30,6 +32,7 @@ class KernelDiagnosis:
     summary: str
     exact: bool
     packs: bool
+    packing: Packs
     reasons: tuple[Reason, ...]
 
     @property
@@ -63,6 +66,7 @@ class Diagnosis:
                     "usable": kernel.usable,
                     "exact": kernel.exact,
                     "packs": kernel.packs,
+                    "packing": kernel.packing,
                     "reasons": [{"feature": r.feature, "text": r.text, "fix": r.fix} for r in kernel.reasons],
                 }
                 for kernel in self.kernels
@@ -89,7 +93,7 @@ def diagnose(environment: Environment | str | None = None) -> Diagnosis:
     machine = as_environment(environment) or Environment.current()
     if not importlib.util.find_spec("torch"):  # our kernels' own files can't be read without it
         why = (Reason("library", "torch is not installed", "pip install torch"),)
-        return Diagnosis(machine, tuple(KernelDiagnosis(n, "", True, False, why) for n in backends.builtin_names()))
+        return Diagnosis(machine, tuple(_kernel(n, "", True, why) for n in backends.builtin_names()))
     found = []
     for name in backends.builtin_names():
         backend = backends.get(name)
@@ -98,6 +102,10 @@ def diagnose(environment: Environment | str | None = None) -> Diagnosis:
         if not reasons and device not in backend.capability_on(machine).devices:
             reasons.append(Reason("gpu", f"{name} does not run on {device}"))
         exact = backend.capability.exactness == "exact"
-        found.append(KernelDiagnosis(name, backend.summary, exact, backend.capability.segments, tuple(reasons)))
+        found.append(_kernel(name, backend.summary, exact, tuple(reasons)))
     checked = contracts.findings() if environment is None and importlib.util.find_spec("transformers") else []
     return Diagnosis(machine, tuple(found), tuple(checked))
+
+
+def _kernel(name: str, summary: str, exact: bool, reasons: tuple[Reason, ...]) -> KernelDiagnosis:
+    return KernelDiagnosis(name, summary, exact, backends.supports_packing(name), backends.packs(name), reasons)

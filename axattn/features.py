@@ -10,6 +10,7 @@ from axattn.backends.ranking import PREFERENCES, ranking
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.machines import EVERY_LIBRARY
+from axattn.names import WITHOUT_A_CACHE
 
 _MACHINES: tuple[tuple[str, Environment], ...] = (
     ("CPU", Environment("cpu")),
@@ -36,7 +37,7 @@ _LABELS = {
     "dense_mask": "any 4-D mask",
     "padding": "padding",
     "holes": "padding between real tokens",
-    "segments": "packed documents",
+    "segments": "packed documents, called by axattn",
     "cross_lengths": "decoding, cross-attention",
     "gradient": "gradient",
     "second_gradient": "its own gradient (`create_graph=True`)",
@@ -50,6 +51,8 @@ def page() -> str:
     found = [backends.get(name) for name in backends.builtin_names()]
     lines = ["# Kernels", "", "Made by `make docs` from the capability records in `axattn/backends/`; do not edit.", ""]
     lines += ["## What each serves", "", *_table("feature", found, _features(found)), ""]
+    lines += [f"Without a cache: {WITHOUT_A_CACHE}. `axattn doctor` says the same.", ""]
+    lines += ["The flag `attn_supports_packing` answers as axolotl does: no for `eager`, `sdpa` and `s2`.", ""]
     lines += ["## Where each runs, with its library installed", "", *_table("machine", found, _machines(found)), ""]
     lines += ["## What `auto` tries, in this order", "", "The first that is installed and serves the layer.", ""]
     for label, machine in _MACHINES:
@@ -81,7 +84,13 @@ def _features(found: list[Backend]) -> list[tuple[str, list[str]]]:
     rows.append(("head dims", [_head_dims(record) for record in records]))
     for name in records[0].features():
         rows.append((_LABELS[name], [_mark(record.features()[name]) for record in records]))
+        if name == "segments":
+            rows.append(("packed documents, as a name of its own", [_packs(backend.name) for backend in found]))
     return rows
+
+
+def _packs(name: str) -> str:
+    return "-" if backends.packs(name) == "no" else backends.packs(name)
 
 
 def _machines(found: list[Backend]) -> list[tuple[str, list[str]]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
-from axattn.errors import InvalidInputError, Reason
+from axattn.errors import InvalidConfigError, InvalidInputError, Reason
 
 IGNORE_INDEX = -100
 
@@ -88,7 +88,7 @@ class PackingCollator:
 
     Args:
         max_length: tokens in a row. None puts all documents of a batch into one row.
-        pad_token_id: token that fills rows.
+        pad_token_id: token that fills rows; None only where none is filled (no `max_length`).
         too_long: what happens to a document longer than `max_length`: ``"split"`` cuts it into documents of their
             own, ``"error"`` refuses it.
         pad_rows: fill every row to `max_length`, not only to the longest (fixed shapes for compiled models).
@@ -105,14 +105,16 @@ class PackingCollator:
         stats: `PackingStats` so far.
 
     Raises:
-        InvalidInputError: an empty batch, an empty document, features of different lengths, a document too long.
+        InvalidConfigError: an argument that can't be used.
+        InvalidInputError: in a call: an empty batch, an empty document, features of different lengths or that are no
+            flat lists of whole numbers, a document too long.
     """
 
     def __init__(
         self,
         max_length: int | None = None,
         *,
-        pad_token_id: int = 0,
+        pad_token_id: int | None = 0,
         too_long: TooLong = "split",
         pad_rows: bool = False,
         pad_to_multiple_of: int | None = None,
@@ -120,16 +122,30 @@ class PackingCollator:
         first_position: int = 0,
         return_mask: bool = False,
     ) -> None:
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and not _is_whole(value):
+                raise InvalidConfigError(f"{name}={value!r} is not a whole number", advice="Give tokens, or None.")
         if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length={max_length}: a row needs at least two tokens to have one target")
+            text = f"max_length={max_length}: a row needs at least two tokens to have one target"
+            raise InvalidConfigError(text)
         if too_long not in ("split", "error"):
-            raise ValueError(f'too_long={too_long!r} is neither "split" nor "error"')
+            raise InvalidConfigError(f'too_long={too_long!r} is neither "split" nor "error"')
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 0:
+            raise InvalidConfigError(f"pad_to_multiple_of={pad_to_multiple_of} is negative")
         if pad_to_multiple_of and max_length is not None and max_length % pad_to_multiple_of:
-            raise ValueError(f"max_length={max_length} is no multiple of pad_to_multiple_of={pad_to_multiple_of}")
+            raise InvalidConfigError(
+                f"max_length={max_length} is no multiple of pad_to_multiple_of={pad_to_multiple_of}"
+            )
         if pad_rows and max_length is None:
-            raise ValueError("pad_rows=True needs a max_length")
-        if first_position < 0:
-            raise ValueError(f"first_position={first_position} is negative")
+            raise InvalidConfigError("pad_rows=True needs a max_length")
+        if not _is_whole(first_position) or first_position < 0:
+            kind = "negative" if _is_whole(first_position) else "not a position"
+            raise InvalidConfigError(f"first_position={first_position!r} is {kind}", advice="0, or padding_idx + 1.")
+        if not (_is_whole(pad_token_id) and pad_token_id >= 0):
+            rows_are_padded = max_length is not None or pad_to_multiple_of or pad_token_id is not None
+            if rows_are_padded:
+                advice = "A tokenizer without one: pad_token_id=tokenizer.eos_token_id; padding has no loss."
+                raise InvalidConfigError(f"pad_token_id={pad_token_id!r} is no token", advice=advice)
         self.max_length = max_length
         self.pad_token_id = pad_token_id
         self.too_long = too_long
@@ -153,7 +169,10 @@ class PackingCollator:
             Tensors as described for the class, rows first: ``[rows, row length]``.
         """
         if return_tensors not in (None, "pt"):
-            raise ValueError(f'return_tensors={return_tensors!r}: PackingCollator makes "pt" tensors only')
+            raise InvalidConfigError(f'return_tensors={return_tensors!r}: PackingCollator makes "pt" tensors only')
+        if not isinstance(features, Sequence) or isinstance(features, str | bytes):
+            text = f"the batch is a {type(features).__name__}, not a list of examples"
+            raise InvalidInputError(text, advice='Give [{"input_ids": [...]}, ...].')
         if not features:
             raise InvalidInputError("the batch is empty", advice="Give PackingCollator at least one example.")
         documents = [document for at, feature in enumerate(features) for document in _documents(feature, at)]
@@ -222,7 +241,10 @@ _CONSUMED = ("attention_mask", "position_ids", "seq_lengths", "completion_mask",
 
 def _documents(feature: Mapping[str, Any], at: int) -> list[Document]:
     """The documents of one example, with labels; padding that its attention mask marks is gone."""
-    if "input_ids" not in feature:
+    if not isinstance(feature, Mapping):
+        text = f"example {at} is a {type(feature).__name__}, not a mapping with input_ids"
+        raise InvalidInputError(text, advice='Give [{"input_ids": [...]}, ...].')
+    if feature.get("input_ids") is None:
         raise InvalidInputError(f"example {at} has no input_ids", advice="Tokenise the data set first.")
     columns = {key: _ints(feature[key], key, at) for key in feature if feature[key] is not None}
     count = len(columns["input_ids"])
@@ -270,8 +292,37 @@ def _changes(mask: list[int]) -> list[int]:
     return [i for before, i in pairwise(real) if mask[i] != mask[before]]
 
 
+_MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+"""Features whose 0 and 1 may come as floats."""
+
+
 def _ints(values: Any, key: str, at: int) -> list[int]:
+    """The whole numbers of a feature.
+
+    Raises:
+        InvalidInputError: it is no flat list of them.
+    """
     values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes) or any(isinstance(v, list) for v in values):
-        raise InvalidInputError(f"example {at}: {key} is not a flat list of integers")
+    flat = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    if flat and all(type(value) is int for value in values):
+        return list(values)
+    wrong = [value for value in values if not _is_number(value, key)][:1] if flat else [values]
+    if wrong:
+        shown = repr(wrong[0]) if len(repr(wrong[0])) <= 40 else f"{repr(wrong[0])[:40]}..."
+        raise InvalidInputError(
+            f"example {at}: {key} is not a flat list of integers",
+            [Reason(key, f"it holds {shown}" if flat else f"it is {shown}")],
+            "Tokenise the data set, and leave out columns that are not by token.",
+        )
     return [int(value) for value in values]
+
+
+def _is_number(value: Any, key: str) -> bool:
+    """Whether a value of a feature is a whole number; masks may say it as a bool or a float."""
+    if getattr(value, "shape", None) == ():  # of numpy or torch
+        value = value.item()
+    return isinstance(value, int) or (isinstance(value, float) and key in _MASKS and value.is_integer())
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(type(value), "__index__") and not isinstance(value, bool)

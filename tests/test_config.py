@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 import axattn
-from axattn import names
+from axattn import backends, features, names
 from axattn.config import COMPUTED, AttentionConfig
+from axattn.diagnosis import diagnose
 from axattn.environment import Environment
-from axattn.errors import InvalidConfigError
+from axattn.errors import InvalidConfigError, UnsupportedAttentionError
 from tests.environments import CPU, HOPPER, NPU
-from tests.models import CONFIGS
+from tests.models import CONFIGS, build, tokens
 
 LEGACY = sorted(names.LEGACY_FLAGS.items())
 
@@ -33,7 +35,7 @@ def quiet(**values: Any) -> AttentionConfig:
         return AttentionConfig(**values)
 
 
-def problems(environment: Environment | None = None, **values: Any) -> str:
+def problems(environment: Environment | str | None = None, **values: Any) -> str:
     with quietly(), pytest.raises(ValidationError) as caught:
         AttentionConfig.model_validate(values, context={"environment": environment})
     return str(caught.value)
@@ -101,6 +103,83 @@ def test_computed_flags_follow_the_name_and_are_dumped(name: str) -> None:
     assert [dumped[flag] for flag in COMPUTED] == [flags.packing, flags.flash_lib, flags.dtype_cast]
 
 
+def test_doctor_the_docs_and_a_config_give_one_answer_about_packing() -> None:
+    found = diagnose(CPU)
+    page = features.page()
+    row = next(line for line in page.splitlines() if line.startswith("| packed documents, as a name"))
+    cells = dict(zip(backends.builtin_names(), [cell.strip() for cell in row.strip("|").split("|")][1:], strict=True))
+    for kernel in found.kernels:
+        assert cells[kernel.name].replace("-", "no") == kernel.packing
+        record = backends.get(kernel.name).capability
+        if ":" in kernel.name:
+            continue
+        config = quiet(attn_implementation=kernel.name)
+        assert config.attn_supports_packing is kernel.packs
+        assert names.is_native(kernel.name) or record.segments is kernel.packs  # what axattn calls itself: its record
+        if kernel.packs:
+            assert quiet(attn_implementation=kernel.name, sample_packing=True).collator(64) is not None
+    assert {k.name for k in found.kernels if k.packing == "without a cache"} == {"eager", "sdpa", "flex_attention"}
+    assert {k["name"] for k in found.to_dict()["kernels"] if not k["packs"]} == {"eager", "sdpa", "s2"}
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "varlen", "auto"])
+def test_a_plan_does_not_change_the_answer_about_packing(name: str) -> None:
+    config = AttentionConfig(attn_implementation=name)
+    resolved = config.resolve(axattn.plan(CONFIGS["llama"](), name, environment=CPU))
+    assert resolved.attn_supports_packing is config.attn_supports_packing
+
+
+def test_what_the_answer_without_a_cache_says_is_what_happens() -> None:
+    model = axattn.apply(build("llama"), "sdpa")
+    row, where = tokens(1, 12), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    with torch.no_grad():
+        alone = torch.cat([model(row[:, :5]).logits, model(row[:, 5:]).logits], 1)
+        assert torch.allclose(model(row, position_ids=where, use_cache=False).logits, alone, atol=1e-5)
+        with pytest.raises(UnsupportedAttentionError, match="use_cache"):
+            model(row, position_ids=where, use_cache=True)
+        with pytest.raises(UnsupportedAttentionError, match="attention_mask"):
+            model(row, position_ids=where, use_cache=False, attention_mask=torch.ones_like(row))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_implementation", "fa2"),
+        ("attn_implementation", 3),
+        ("context_parallel_size", -2),
+        ("on_unsupported", "x"),
+    ],
+)
+def test_a_bad_value_is_refused_and_an_assignment_of_it_leaves_the_config_as_it_was(key: str, value: Any) -> None:
+    assert key in problems(**{key: value})
+    config = AttentionConfig(attn_implementation="flash_attention_2", sample_packing=True)
+    before = config.model_dump()
+    with pytest.raises(ValidationError, match=key):
+        setattr(config, key, value)
+    assert config.model_dump() == before
+
+
+def test_an_assignment_is_checked_with_all_other_settings() -> None:
+    config = AttentionConfig(attn_implementation="varlen", sample_packing=True)
+    with pytest.raises(ValidationError, match="can't pack"):
+        config.attn_implementation = "sdpa"
+    assert config.attn_supports_packing
+    config.sample_packing = False
+    config.attn_implementation = "sdpa"
+    assert not config.attn_supports_packing
+    with quietly():
+        config.attn_implementation = "fp8"
+    assert config.use_cache is False
+
+
+def test_a_machine_is_taken_by_its_name(tmp_path: Path) -> None:
+    assert "this machine has CPU" in problems("cpu", attn_implementation="flash_attention_3")
+    assert "no machine that axattn knows" in problems("sm91", attn_implementation="flash_attention_3")
+    AttentionConfig.from_yaml(write(tmp_path, "attn_implementation: flash_attention_3\n"), environment="sm90")
+    with pytest.raises(InvalidConfigError, match="can't be read"):
+        AttentionConfig.from_yaml(tmp_path / "none.yml")
+
+
 def test_a_dict_packs_only_if_all_its_names_do() -> None:
     assert AttentionConfig(attn_implementation={"": "varlen", "text_config": "auto"}).attn_supports_packing
     assert not AttentionConfig(attn_implementation={"": "varlen", "vision_config": "sdpa"}).attn_supports_packing
@@ -117,10 +196,11 @@ def test_auto_and_none_answer_before_and_after_they_are_resolved() -> None:
     assert not resolved.attn_needs_dtype_cast  # it became eager, through our masks
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "s2", "fp8"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "s2"])
 def test_packing_with_a_name_that_can_not_is_refused(name: str) -> None:
     text = problems(attn_implementation=name, sample_packing=True)
     assert "can't pack" in text
+    assert ("without a cache" in text) is (name != "s2")
     assert "write attn_implementation: varlen" in text
 
 

@@ -11,7 +11,7 @@ import importlib.metadata
 
 from axattn.backends.base import Backend
 from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError
-from axattn.names import ENTRY_POINT_GROUP, parse_hub_path
+from axattn.names import ENTRY_POINT_GROUP, Packs, flags, installed, parse_hub_path
 
 _MODULES: dict[str, str] = {
     "varlen": "axattn.backends.varlen",
@@ -63,3 +63,18 @@ def get(name: str) -> Backend:
             raise BackendUnavailableError(f"the entry point {entry.value!r} is no axattn Backend named {name!r}")
         return loaded
     raise UnknownAttentionError(f"no backend named {name!r}", advice=f"Backends: {', '.join(_MODULES)}.")
+
+
+def packs(name: str) -> Packs:
+    """Whether the documents of a row stay apart on a name, and on what condition: ``"yes"``, ``"no"``, or
+    ``"without a cache"`` (`axattn.names.WITHOUT_A_CACHE`). What `axattn doctor`, the docs and `AttentionConfig` say."""
+    if name in installed():
+        return "yes" if get(name).capability.segments else "no"
+    return flags(name.split(":", maxsplit=1)[0] if name in _MODULES else name).packs
+
+
+def supports_packing(name: str) -> bool:
+    """The flag ``attn_supports_packing`` of a name: axolotl's answer, which is no for ``eager`` and ``sdpa``."""
+    if name in installed():
+        return get(name).capability.segments
+    return flags(name.split(":", maxsplit=1)[0] if name in _MODULES else name).packing

@@ -21,7 +21,7 @@ CAPABILITY = dataclasses.replace(
     sparse=True,
     second_gradient=True,
     notes={
-        "segments": "through a dense S x S mask when called by axattn; the native name alone can't pack",
+        "segments": "through a dense S x S mask when called by axattn, as under `auto`",
         "second_gradient": "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); torch raises for its other kernels",
     },
 )

@@ -25,7 +25,7 @@ CAPABILITY = dataclasses.replace(
     dense_mask=True,
     weights=True,
     second_gradient=True,
-    notes={"segments": "through a dense S x S mask when called by axattn; the native name alone can't pack"},
+    notes={"segments": "through a dense S x S mask when called by axattn, as under `auto`"},
 )
 
 

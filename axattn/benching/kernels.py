@@ -17,7 +17,7 @@ from axattn import __version__, backends
 from axattn.benching.shapes import Shape
 from axattn.benching.timing import Run, matmul_tflops, peak_bytes, timed, working
 from axattn.environment import Environment
-from axattn.errors import UnknownAttentionError
+from axattn.errors import InvalidInputError, UnknownAttentionError
 from axattn.interface import attend
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
@@ -171,7 +171,14 @@ def bench(
         rounds: timed calls of each, in turn, after three to warm up.
         dtype: None: bfloat16 on a GPU, float32 on a CPU.
         progress: called with each shape before it runs.
+
+    Raises:
+        InvalidInputError: `shapes` holds something else.
+        UnknownAttentionError: a name that can't be measured alone.
     """
+    if isinstance(shapes, str) or not shapes or not all(isinstance(shape, Shape) for shape in shapes):
+        advice = 'Give [Shape.parse("1,32,8,8192,128")] or shapes_of(model, seq_len), of axattn.benching.shapes.'
+        raise InvalidInputError("shapes is no list of shapes", advice=advice)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     names = usable_kernels(kernels)

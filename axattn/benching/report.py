@@ -51,6 +51,9 @@ def read(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found["shapes"], list):
             raise TypeError("shapes is no list")
+        for shape in found["shapes"]:
+            for kernel in shape["kernels"]:
+                float(kernel["ratio"] or 0), str(shape["label"]), str(kernel["kernel"])
     except (ValueError, KeyError, TypeError) as error:
         reason = Reason("file", f"{type(error).__name__}: {error}")
         raise InvalidConfigError(f"{path.name} is no benchmark of axattn", [reason]) from error

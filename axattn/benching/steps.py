@@ -11,6 +11,7 @@ import torch
 from axattn import loading
 from axattn.benching.shapes import document_lengths
 from axattn.benching.timing import peak_bytes, timed
+from axattn.names import canonicalise
 
 
 def bench_step(
@@ -32,9 +33,13 @@ def bench_step(
         rounds: timed steps of each.
         progress: called with each name before it runs.
 
+    Raises:
+        UnknownAttentionError: a name that no kernel has.
+
     Returns:
         Per name: ``tokens_per_s``, ``ratio`` to ``sdpa``, ``peak_bytes``; or ``failed`` with the reason.
     """
+    names = [canonicalise(name) for name in names]
     device = next(model.parameters()).device
     lengths = document_lengths(tokens, max(tokens // documents, 1))
     where = torch.cat([torch.arange(n) for n in lengths])[None].to(device)

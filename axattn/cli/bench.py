@@ -25,6 +25,8 @@ def bench(
 ) -> None:
     """Time every kernel that this machine runs, side by side in one run, as ratios to sdpa.
 
+    Exit code 1 if none of the names given with --attn can be measured.
+
     Examples:
         axattn bench --shape 1,32,8,4096,128 --packed 16 --backward
 
@@ -37,8 +39,9 @@ def bench(
     from importlib.util import find_spec
 
     from axattn.cli.output import print_json, quiet_transformers, user_errors
+    from axattn.hf.checkpoints import require_source
 
-    with user_errors():
+    with user_errors(as_json):
         if compare is not None:
             from axattn.benching.report import compare as compared
             from axattn.benching.report import read
@@ -50,6 +53,8 @@ def bench(
             raise typer.BadParameter("give a MODEL or --shape, one of the two")
         if model_step and not model:
             raise typer.BadParameter("--model-step needs a MODEL")
+        if model:
+            require_source(model)  # before Transformers is imported
         quiet_transformers()
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -83,6 +88,15 @@ def bench(
             print_json(found)
         else:
             _print(found, output)
+    if attn and _all_failed(found):
+        raise typer.Exit(1)
+
+
+def _all_failed(found: Mapping[str, Any]) -> bool:
+    """Whether nothing of what was asked for was measured; ``sdpa`` is the base and runs unasked."""
+    each = [*found.get("steps", ()), *(k for shape in found.get("shapes", ()) for k in shape["kernels"])]
+    others = [one for one in each if one.get("name", one.get("kernel")) != "sdpa"] or each
+    return bool(others) and all(one.get("failed") for one in others)
 
 
 def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int, say: Any) -> dict[str, Any]:
@@ -91,16 +105,19 @@ def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int
     import axattn
     from axattn.benching.kernels import described, usable_kernels
     from axattn.benching.steps import bench_step
-    from axattn.errors import InvalidInputError
+    from axattn.errors import AxattnError, InvalidInputError, Reason
+    from axattn.names import canonicalise
 
+    asked = [canonicalise(name) for name in attn]  # before anything is loaded
     try:
         loaded = axattn.from_pretrained(model, attn_implementation="eager")
-    except (RuntimeError, OSError, ValueError):
+    except AxattnError:
         raise
-    except Exception as error:  # safetensors has errors of its own
-        raise InvalidInputError(f"{model} can't be loaded: {type(error).__name__}: {error}") from error
+    except Exception as error:  # weights that don't fit, or that safetensors can't read
+        reason = Reason("weights", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        raise InvalidInputError(f"{model} can't be loaded", [reason]) from error
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    names = attn or ["auto", *(name for name in usable_kernels() if ":" not in name)]
+    names = asked or ["auto", *(name for name in usable_kernels() if ":" not in name)]
     steps = bench_step(loaded, names, tokens=tokens, documents=documents, rounds=min(rounds, 5), progress=say)
     return {
         "machine": described(),

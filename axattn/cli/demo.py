@@ -28,7 +28,7 @@ def demo(
     from axattn.cli.output import quiet_transformers, user_errors
     from axattn.errors import BackendUnavailableError, Reason
 
-    with user_errors():
+    with user_errors(as_json):
         absent = [name for name in ("accelerate", "matplotlib", "tokenizers") if find_spec(name) is None]
         if absent:
             raise BackendUnavailableError(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
+
+if TYPE_CHECKING:
+    from axattn.diagnosis import Diagnosis
+    from axattn.errors import AxattnError
 
 
 def doctor(
@@ -19,29 +25,43 @@ def doctor(
         axattn doctor --require flash_attention_2
     """
     from axattn import names
-    from axattn.cli.output import print_json, user_errors
+    from axattn.cli.output import described, print_json, user_errors
     from axattn.diagnosis import diagnose
 
-    with user_errors():
+    with user_errors(as_json):
         wanted = names.canonicalise(require) if require else ""
         found = diagnose()
-        if as_json:
-            print_json(found.to_dict())
-        else:
-            _print_table(found)
-        if wanted and wanted != "auto":
-            from axattn.planning import require_available
+    lacking = _lacking(wanted, found)
+    if as_json:
+        print_json(found.to_dict() | ({} if lacking is None else {"error": described(lacking)}))
+    else:
+        _print_table(found)
+    if lacking is not None:
+        typer.echo(f"axattn: {lacking}", err=True)
+        raise typer.Exit(1)
 
-            require_available(wanted, found.environment)
+
+def _lacking(wanted: str, found: Diagnosis) -> AxattnError | None:
+    """Why the kernel that is required can't run here, None where it can."""
+    from axattn.errors import AxattnError
+
+    if not wanted or wanted == "auto":
+        return None
+    try:
+        from axattn.planning import require_available  # needs torch
+
+        require_available(wanted, found.environment)
+    except AxattnError as error:
+        return error
+    return None
 
 
-def _print_table(found: object) -> None:
+def _print_table(found: Diagnosis) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from axattn.diagnosis import Diagnosis
+    from axattn.names import WITHOUT_A_CACHE
 
-    assert isinstance(found, Diagnosis)
     console = Console()
     libraries = ", ".join(f"{name} {version}" for name, version in found.environment.libraries.items())
     console.print(f"[bold]{found.environment.describe()}[/bold]; Python {found.environment.python}; {libraries}")
@@ -49,8 +69,12 @@ def _print_table(found: object) -> None:
     for kernel in found.kernels:
         why = "\n".join(r.text + (f"\n  → {r.fix}" if r.fix else "") for r in kernel.reasons)
         runs = "[green]yes[/green]" if kernel.usable else "[red]no[/red]"
-        table.add_row(kernel.name, runs, "yes" if kernel.exact else "lossy", "yes" if kernel.packs else "no", why)
+        table.add_row(kernel.name, runs, "yes" if kernel.exact else "lossy", kernel.packing, why)
     console.print(table)
+    console.print(
+        f"packs without a cache: {WITHOUT_A_CACHE}. The flag attn_supports_packing, as in axolotl: "
+        f"no for {', '.join(kernel.name for kernel in found.kernels if not kernel.packs)}; yes for the others."
+    )
     broken = [one for one in found.contracts if one.different]
     console.print(f"{len(found.contracts) - len(broken)} of {len(found.contracts)} contracts with other packages hold.")
     for one in broken:

@@ -42,7 +42,7 @@ def migrate(
     from axattn.errors import InvalidConfigError
     from axattn.migration import find, look_at
 
-    with user_errors():
+    with user_errors(as_json):
         if write and check:
             advice = "Give --check to ask whether anything would change, or --write to change it."
             raise InvalidConfigError("--write and --check contradict each other", advice=advice)

@@ -4,30 +4,63 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import typer
 
+TRACEBACK = "AXATTN_TRACEBACK"
+"""In the environment: an error that axattn has no words for is shown with its traceback."""
+
 
 def print_json(value: Any) -> None:
-    """JSON on stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """JSON on stdout; numbers that JSON has no form of (NaN, infinity) are null."""
+    typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def described(error: BaseException) -> dict[str, Any]:
+    """An error as data: ``type``, ``message``, and for ours ``reasons`` and ``advice``."""
+    reasons = [{"feature": r.feature, "text": r.text, "fix": r.fix} for r in getattr(error, "reasons", ())]
+    text = error.format_message() if hasattr(error, "format_message") else _one_line(error)
+    return {"type": type(error).__name__, "message": text, "reasons": reasons, "advice": getattr(error, "advice", "")}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn an error of ours, or a model that can't be found, into one line on stderr and exit code 1."""
+def user_errors(as_json: bool = False) -> Iterator[None]:
+    """Turn an error into one line on stderr and exit code 1; with `as_json` also into JSON on stdout,
+    ``{"error": {...}}`` (see `described`)."""
     from axattn.errors import AxattnError
 
     try:
         yield
-    except AxattnError as error:
-        typer.echo(f"axattn: {error}", err=True)
+    except (AxattnError, OSError, ValueError) as error:
+        _say(error, as_json, "" if isinstance(error, AxattnError) or str(error) else f"{type(error).__name__}: ")
         raise typer.Exit(1) from None
-    except (OSError, ValueError) as error:
-        typer.echo(f"axattn: {str(error).splitlines()[0]}", err=True)
+    except Exception as error:
+        if hasattr(error, "exit_code") or os.environ.get(TRACEBACK):  # Typer's own: wrong usage, or an exit
+            raise
+        _say(error, as_json, f"{type(error).__name__}: ", f" ({TRACEBACK}=1 shows where)")
         raise typer.Exit(1) from None
+
+
+def _say(error: Exception, as_json: bool, before: str = "", behind: str = "") -> None:
+    if as_json:
+        print_json({"error": described(error)})
+    typer.echo(f"axattn: {before}{_one_line(error)}{behind}", err=True)
 
 
 def quiet_transformers() -> None:

@@ -25,8 +25,10 @@ def plan(
         axattn plan ./my-model --environment sm90 --seq-len 8192
     """
     from axattn.cli.output import print_json, quiet_transformers, user_errors
+    from axattn.hf.checkpoints import require_source
 
-    with user_errors():
+    with user_errors(as_json):
+        require_source(model)  # before Transformers is imported
         quiet_transformers()
         from dataclasses import asdict
 

@@ -30,8 +30,10 @@ def verify(
         axattn verify ./my-model --attn sage --layers 4 --data some.txt
     """
     from axattn.cli.output import print_json, quiet_transformers, user_errors
+    from axattn.hf.checkpoints import require_source
 
-    with user_errors():
+    with user_errors(as_json):
+        require_source(model)  # before Transformers is imported
         quiet_transformers()
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

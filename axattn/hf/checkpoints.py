@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ _HUB_KEYWORDS = (
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config", "device_map", "state_dict", "allow_all_kernels")
 
 
+_GIVE = "Give the folder of a model, its config.json, or a hub name such as org/model."
+_NONE: Mapping[str, Any] = {}
 _SECONDS = 10.0
 """How long the hub may take to answer whether a model is there; Transformers would try again for half a minute."""
 
@@ -42,7 +45,7 @@ def load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any
             raise InvalidInputError(f"config is a {_kind(given)}, not a Transformers config or the path of one")
         return copy.deepcopy(given), kwargs
     source = given or source
-    _require_source(source, kwargs)
+    require_source(source, kwargs)
     hub = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
     held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
     rest = {key: value for key, value in kwargs.items() if key not in hub}
@@ -57,8 +60,12 @@ def load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any
     return config, {**hub, **{k: v for k, v in unused.items() if k not in hub}, **held}
 
 
-def _require_source(source: Any, kwargs: dict[str, Any]) -> None:
+def require_source(source: Any, kwargs: Mapping[str, Any] = _NONE) -> None:
     """Raise unless there is a config where `source` leads; of a hub name, unless it is cached or the hub answers.
+
+    Args:
+        source: what a user gave as a model.
+        kwargs: for ``from_pretrained``: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``gguf_file``, ...
 
     Raises:
         InvalidInputError: nothing is there.
@@ -105,16 +112,16 @@ def _require_mapping(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError too
-        raise InvalidConfigError(f"{file} is not JSON", [Reason("json", _one_line(error))]) from error
+        raise InvalidConfigError(f"{file} is not JSON", [Reason("json", _one_line(error))], _GIVE) from error
     except OSError as error:
         raise InvalidInputError(f"{file} can't be read", [Reason("file", _one_line(error))]) from error
     if not isinstance(found, dict):
         kind = "null" if found is None else f"a {type(found).__name__}"
-        raise InvalidConfigError(f"{file} is {kind}, not a mapping of settings", advice="Give a model's config.json.")
+        raise InvalidConfigError(f"{file} is {kind}, not a mapping of settings", advice=_GIVE)
     return found
 
 
-def _require_hub_name(name: str, kwargs: dict[str, Any]) -> None:
+def _require_hub_name(name: str, kwargs: Mapping[str, Any]) -> None:
     """Raise for what is meant as a path and leads nowhere, and where the hub can't be asked for the rest."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -122,7 +129,6 @@ def _require_hub_name(name: str, kwargs: dict[str, Any]) -> None:
     path = Path(name)
     beside = f" ({path.parent} is there)" if path.parent.is_dir() and len(path.parts) > 1 else ""
     nothing = f"no such folder: {name!r}{beside}"
-    advice = "Give the folder of a model, its config.json, or a hub name such as org/model."
     asked = {key: kwargs[key] for key in ("cache_dir", "revision") if kwargs.get(key) is not None}
     inside = f"{kwargs['subfolder']}/" if kwargs.get("subfolder") else ""
     shaped = not name or name.startswith((".", "~", os.sep)) or name.endswith((os.sep, ".json")) or "\\" in name
@@ -131,7 +137,7 @@ def _require_hub_name(name: str, kwargs: dict[str, Any]) -> None:
     except HFValidationError:
         shaped = True
     if shaped:
-        raise InvalidInputError(nothing, advice=advice)
+        raise InvalidInputError(nothing, advice=_GIVE)
     if cached or kwargs.get("local_files_only"):
         return
     try:
@@ -140,7 +146,7 @@ def _require_hub_name(name: str, kwargs: dict[str, Any]) -> None:
         return  # Transformers will say what the hub answered, or that it is not to be asked
     except Exception as error:  # its client has an error for each way in which a line can be down
         reason = Reason("hub", f"the hub can't be reached ({_one_line(error)}), and its cache has no {name}")
-        raise InvalidInputError(nothing, [reason], advice) from error
+        raise InvalidInputError(nothing, [reason], _GIVE) from error
 
 
 def _kind(value: Any) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from axattn.errors import InvalidInputError
+from axattn.errors import InvalidInputError, Reason
 from axattn.hf.integrations import takes_masks_away
 from axattn.hf.torch_internals import pre_hooks, put_pre_hook, take_pre_hook
+from axattn.parallel.arithmetic import require_counts
 from axattn.patches.patchset import PatchSet
 
 BACKEND = "axattn"
@@ -29,14 +30,23 @@ def accelerate_config(size: int, **sizes: Any) -> Any:
         **sizes: further keywords of ``ParallelismConfig``, such as ``dp_shard_size``.
 
     Raises:
-        InvalidInputError: keywords that mean another kind of sequence parallelism.
+        InvalidInputError: sizes that are no whole numbers of 1 or more, or keywords that mean another kind of sequence
+            parallelism or that accelerate does not take.
     """
     from accelerate import ParallelismConfig
 
     clash = [key for key in sizes if key.startswith(("cp_", "sp_")) and sizes[key] not in (None, 1)]
     if clash:
         raise InvalidInputError(f"{', '.join(clash)} can't be combined with axattn's sequence parallelism")
-    config = ParallelismConfig(cp_size=size, **sizes)
+    given = {
+        "size": size,
+        **{key: value for key, value in sizes.items() if key.endswith("_size") and value is not None},
+    }
+    require_counts(given)
+    try:
+        config = ParallelismConfig(cp_size=size, **sizes)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError("accelerate takes no such sizes", [Reason("size", str(error))]) from error
     config.cp_backend = BACKEND  # after its own checks, which know one name
     return config
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from axattn.errors import InvalidConfigError, InvalidInputError
 from axattn.parallel.exchange import repeats
 
 ADAM_BYTES = 16
@@ -44,6 +46,17 @@ class Estimate:
         return self.states + self.checkpoints + max(self.layer, self.logits)
 
 
+def require_counts(given: Mapping[str, Any]) -> None:
+    """Raise unless all are whole numbers of 1 or more.
+
+    Raises:
+        InvalidInputError: with those that are not.
+    """
+    wrong = [f"{k}={v!r}" for k, v in given.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]
+    if wrong:
+        raise InvalidInputError(f"{', '.join(wrong)}: give whole numbers of 1 or more")
+
+
 def estimate(config: Any, tokens: int, ranks: int, shards: int | None = None) -> Estimate:
     """The `Estimate` of a decoder.
 
@@ -57,12 +70,14 @@ def estimate(config: Any, tokens: int, ranks: int, shards: int | None = None) ->
         shards: as in `Estimate`; P when None.
 
     Raises:
-        ValueError: the heads can't be shared out.
+        InvalidInputError: tokens, ranks or shards that are no whole numbers of 1 or more.
+        InvalidConfigError: the heads can't be shared out.
     """
+    require_counts({"tokens": tokens, "ranks": ranks, "shards": ranks if shards is None else shards})
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % ranks:
-        raise ValueError(f"{heads} heads can't be shared out to {ranks} ranks")
+        raise InvalidConfigError(f"{heads} heads can't be shared out to {ranks} ranks")
     width, inner, layers, vocabulary = (
         config.hidden_size,
         config.intermediate_size,

@@ -46,10 +46,10 @@ def sequence_parallel(model: Model, group: Any, *, gather: Gather = "auto") -> M
     Raises:
         UnsupportedAttentionError: the model mixes tokens elsewhere than in attention, its heads can't be shared out,
             or it runs on a name that Transformers serves; with every reason.
-        InvalidInputError: `group` is no group.
+        InvalidInputError: `group` is no group, `model` no model, or `gather` none of these.
     """
     if gather not in (True, False, "auto"):
-        raise ValueError(f'gather={gather!r} is none of True, False, "auto"')
+        raise InvalidInputError(f'gather={gather!r} is none of True, False, "auto"')
     mean = hasattr(group, "parallelism_config")
     _split(transformers_model(model), group=Group(process_group(group)), gather=gather, mean=mean)
     return model
