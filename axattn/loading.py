@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from axattn.hf.registries import require_free
 from axattn.machines import as_environment
 from axattn.needs import ModelNeeds, model_needs, sub_configs
 from axattn.options import require_mapping
+from axattn.patches import leftovers
 from axattn.patches.cache import disable_cache
 from axattn.patches.doors import add_doors, native_name, require_first_gradients
 from axattn.patches.flash_slot import preload
@@ -33,8 +34,8 @@ from axattn.patches.rope import add_rope_by_document
 from axattn.patches.routes import add_routes, set_names
 from axattn.patches.token_dropout import add_shares_by_document
 from axattn.plans import Plan, Policy
+from axattn.read_configs import Copy, copies, layers_apart, paths_of
 from axattn.registration import register_free
-from axattn.read_configs import copies, paths_of
 from axattn.reporting import Status, read_status
 from axattn.routes import OnUnsupported
 from axattn.state import ATTRIBUTE, State, state_of, transformers_model
@@ -138,7 +139,7 @@ def apply(
     policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     register_free()
     canary.check(apply)
-    decided = _decide(base.config, type(base), value, policy)
+    decided = _decide(base.config, type(base), value, policy, copied=copies(base))
     preload(decided.running.values(), allow_all_kernels=allow_all_kernels)
     before = state_of(base)
     restore(base)
@@ -155,11 +156,12 @@ def apply(
 def restore(model: torch.nn.Module) -> torch.nn.Module:
     """Undo everything axattn did to a model, exactly. Does nothing to an untouched model.
 
-    A model loaded by `from_pretrained` on a name of ours then runs on Transformers' default attention.
+    Copies of its layers and configs that were put into it since are put back like the originals. A model loaded by
+    `from_pretrained` on a name of ours then runs on Transformers' default attention.
     """
     state = state_of(model)
     if state is not None:
-        state.patches.undo()
+        leftovers.undo(transformers_model(model), state)
     return model
 
 
@@ -234,16 +236,18 @@ def plan(
     value = names.canonicalise_all(attn_implementation)
     policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     machine = as_environment(environment)
+    copied: list[Copy] = []
     if isinstance(model, torch.nn.Module):
         base = transformers_model(model)
         config: Any = base.config
         cls: type | None = type(base)
+        copied = copies(base)
     else:
         is_config = hasattr(model, "sub_configs") and not isinstance(model, type)
         config = model if is_config else load_config(model, kwargs)[0]
         cls = concrete_class(resolve_class(None, config), config)
         require_possible(config, cls)
-    return _decide(config, cls, value, policy, machine)
+    return _decide(config, cls, value, policy, machine, copied)
 
 
 def status(model: torch.nn.Module) -> Status:
@@ -267,10 +271,11 @@ def _decide(
     value: names.AttentionNames,
     policy: Policy,
     environment: Environment | None = None,
+    copied: Sequence[Copy] = (),
 ) -> Plan:
     """The plan, after the model's classes are known to run through Transformers' attention interface, and the names in
     it to be axattn's or Transformers' own."""
-    needs: ModelNeeds = model_needs(config, cls.__name__ if cls is not None else "")
+    needs: ModelNeeds = model_needs(config, cls.__name__ if cls is not None else "", layers_apart(copied))
     require_free(names.names_in(value), needs.model)
     spoken, notes = around_towers(config, cls, value, policy)
     machine = environment or Environment.current()
@@ -282,7 +287,7 @@ def _decide(
         classes = [*([cls] if path == "" else ()), *inner.get(path, ())]
         reasons = [reason for c in classes for reason in native_support_reasons(c, name)] if name else []
         if reasons and name != decided.asked[path]:  # an upgrade that the model does not take
-            return _decide(config, cls, value, dataclasses.replace(policy, upgrade_flash=False), machine)
+            return _decide(config, cls, value, dataclasses.replace(policy, upgrade_flash=False), machine, copied)
         if reasons:
             raise UnsupportedAttentionError(
                 f"{name} can't serve {needs.model}",
@@ -336,7 +341,7 @@ def _attach(
             _said.add(note)
             logger.warning("axattn: %s", note)
     with PatchSet() as patches:
-        state = State(decided, patches, value, allow_all_kernels, unpad)
+        state = State(decided, patches, value, allow_all_kernels, unpad, configs=configs)
         patches.set_attribute(model, ATTRIBUTE, state)
         set_names(patches, model, copied, decided, allow_all_kernels=allow_all_kernels)
         native = {

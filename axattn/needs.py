@@ -7,7 +7,8 @@ import functools
 import importlib
 import inspect
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from axattn.capability import Need
@@ -52,12 +53,13 @@ class ModelNeeds:
     unknown: tuple[str, ...]
 
 
-def model_needs(config: Any, model: str = "") -> ModelNeeds:
+def model_needs(config: Any, model: str = "", copied: Iterable[tuple[str, Any, int]] = ()) -> ModelNeeds:
     """The needs of every attention layer that a config describes.
 
     Args:
         config: a ``PreTrainedConfig``.
         model: name for messages, the config's model type if empty.
+        copied: path, config and layer number of attention modules that read a copy of a config.
     """
     layers: list[LayerNeed] = []
     paths: list[str] = []
@@ -68,6 +70,9 @@ def model_needs(config: Any, model: str = "") -> ModelNeeds:
         layers += found
         if not found and not inner.sub_configs:
             unknown.append(path)
+    apart = [layer for path, inner, index in copied for layer in _layer_of_copy(path, inner, index)]
+    if apart:
+        layers = sorted({*layers, *apart}, key=lambda layer: (paths.index(layer.path), layer.index))
     return ModelNeeds(model or config.model_type, tuple(layers), tuple(paths), tuple(unknown))
 
 
@@ -98,6 +103,14 @@ def _layers(path: str, config: Any) -> list[LayerNeed]:
         if need is not None:
             found.append(LayerNeed(path, index, kind, need))
     return found
+
+
+def _layer_of_copy(path: str, config: Any, index: int) -> list[LayerNeed]:
+    """The layer of a number, also where a config is a copy from a model of fewer layers, if all are alike."""
+    layers = _layers(path, config)
+    if len({(layer.kind, layer.need) for layer in layers}) == 1:
+        return [replace(layers[0], index=index)]
+    return [layer for layer in layers if layer.index == index]
 
 
 _OTHER_ATTENTION = ("hybrid", "hybrid_sliding", "minimax_m3_sparse")

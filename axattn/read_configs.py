@@ -16,7 +16,7 @@ import torch
 from axattn import names
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.model_internals import CONFIG_NAME, supports
-from axattn.hf.registries import name_of
+from axattn.hf.registries import name_of, ours
 from axattn.hf.source_inspection import calls_interface
 from axattn.needs import sub_configs
 
@@ -72,6 +72,19 @@ def copies(model: Any) -> list[Copy]:
     return found
 
 
+def layers_apart(copied: Iterable[Copy]) -> list[tuple[str, Any, int]]:
+    """Path, config and layer number of the attention modules with a config that no inner model has too."""
+    from transformers import PreTrainedModel
+
+    copied = list(copied)
+    owned = {id(copy.config) for copy in copied if isinstance(copy.module, PreTrainedModel)}
+    return [
+        (copy.path, copy.config, getattr(copy.module, "layer_idx", None) or 0)
+        for copy in copied
+        if copy.attends and id(copy.config) not in owned
+    ]
+
+
 def paths_of(model: Any, copied: Iterable[Copy]) -> dict[int, str]:
     """By ``id(config)``, the path of every config that a model's modules read."""
     return {**{id(copy.config): copy.path for copy in copied}, **{id(c): path for path, c in sub_configs(model.config)}}
@@ -100,9 +113,9 @@ def reads_masks_of(name: str | None, masks: str | None, cls: type) -> bool:
         cls: the model's class.
     """
     name, masks = ((one or "eager").removeprefix("paged|") for one in (name, masks))
-    if name == masks or name in names.ours():  # axattn's attention function knows every kind of mask
+    if name == masks or name in ours():  # axattn's attention function knows every kind of mask
         return True
-    if name == "sdpa" and (masks == "eager" or masks in names.ours()):
+    if name == "sdpa" and (masks == "eager" or masks in ours()):
         return supports(cls, "sdpa")
     return names.is_flash(name) and names.is_flash(masks)
 

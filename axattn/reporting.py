@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from axattn.hf.registries import foreign, ours
+from axattn.hf.registries import foreign, name_of, ours
 from axattn.needs import sub_configs
+from axattn.read_configs import copies
 from axattn.routes import ATTRIBUTE, Route, route_in_passing
 from axattn.state import state_of
 
@@ -45,6 +46,8 @@ class Status:
         patches: how many changes `axattn.restore` would undo.
         held: whose function is registered under a name of axattn's that runs but is no longer axattn's, by config path;
             the layers then say what axattn has served before.
+        apart: by attention module, the name in a config of its own, where that is another than its model's; a forward
+            in which it would misread its masks is refused.
     """
 
     asked: Mapping[str, str | None]
@@ -52,6 +55,7 @@ class Status:
     layers: tuple[LayerStatus, ...]
     patches: int
     held: Mapping[str, str] = field(default_factory=dict)
+    apart: Mapping[str, str | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = []
@@ -65,6 +69,7 @@ class Status:
             counts += [f"{layer.compiled} in a compiled graph"] if layer.compiled else []
             served = ", ".join(counts) or "no calls yet"
             lines.append(f"  {layer.layer}: planned {layer.planned}; served {served}")
+        lines += [f"  {layer}: runs {name}, in a config of its own" for layer, name in self.apart.items()]
         lines.append(f"{self.patches} patches active")
         return "\n".join(lines)
 
@@ -77,11 +82,16 @@ def read_status(model: torch.nn.Module) -> Status:
     for name, module in model.named_modules():
         planned, passing = vars(module).get(ATTRIBUTE), route_in_passing(module)
         if planned is not None:
-            routes.append((planned.layer, planned))
+            routes.append((name, planned))
         elif passing is not None:
             routes.append((name, passing))
     layers = tuple(LayerStatus(name, r.asked, r.planned, dict(r.served), r.compiled) for name, r in routes)
     asked = dict(state.plan.asked) if state is not None and state.plan is not None else {}
     held = {path: "; ".join(r.text for r in foreign(name)) for path, name in running.items() if name in ours()}
     held = {path: text for path, text in held.items() if text}
-    return Status(asked, running, layers, 0 if state is None else len(state.patches), held)
+    apart = {
+        copy.layer: one
+        for copy in copies(model)
+        if copy.attends and (one := name_of(copy.config)) != running[copy.path]
+    }
+    return Status(asked, running, layers, 0 if state is None else len(state.patches), held, apart)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from axattn.errors import InvalidInputError
+from axattn.needs import sub_configs
 from axattn.patches.patchset import PatchSet
 from axattn.plans import Plan
 
@@ -27,6 +28,7 @@ class State:
         unpad: as given.
         later: what else was done to the model (`prepare_for_training`, `sequence_parallel`): `apply` and `using` do it
             again after a new plan. Picklable and copyable like the model.
+        configs: the model's configs when it was changed, by path.
     """
 
     plan: Plan | None
@@ -35,6 +37,7 @@ class State:
     allow_all_kernels: bool = False
     unpad: bool = False
     later: list[Callable[[torch.nn.Module], object]] = field(default_factory=list)
+    configs: dict[str, Any] = field(default_factory=dict)
 
 
 def transformers_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -72,6 +75,6 @@ def ensure_state(model: torch.nn.Module) -> State:
     state = state_of(base)
     if state is None:
         patches = PatchSet()
-        state = State(None, patches)
+        state = State(None, patches, configs=dict(sub_configs(cast(Any, base).config)))
         patches.set_attribute(base, ATTRIBUTE, state)
     return state

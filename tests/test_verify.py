@@ -251,11 +251,37 @@ def test_the_callback_stops_a_run_whose_kernel_is_wrong(tmp_path: Path, monkeypa
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_a_model_that_axattn_does_not_route_is_said_to_be_unverified(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trained(tmp_path, build("llama"))
-    assert "nothing was verified" in caplog.text
+@pytest.mark.parametrize(
+    ("name", "reason"), [(None, "no attention module"), ("sdpa", "no attention"), ("s2", "s2 has")]
+)
+def test_the_callback_stops_a_run_on_which_it_can_verify_nothing(name: str | None, reason: str, tmp_path: Path) -> None:
+    model = build("llama") if name is None else axattn.apply(build("llama"), name)
+    with pytest.raises(
+        UnsupportedAttentionError, match=rf"training was not started.*{reason}.*leave VerifyCallback out"
+    ):
+        trained(tmp_path, model)
+
+
+@pytest.mark.parametrize("length", [1, 11, 0, -3, 12.5, True, "96"])
+def test_rows_too_short_to_verify_are_refused_at_once(length: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"length={length!r}.*Give 12 or more"):
+        axattn.verify("no such folder", length=length)
+
+
+def test_where_every_scenario_is_refused_nothing_is_right(folders: Any) -> None:
+    found = axattn.verify(folders("llama"), "varlen", length=100_000)
+    assert {check.outcome for check in found.checks} == {"refused"}
+    assert (found.verified, found.right) == (False, False)
+    arguments = ["verify", str(folders("llama")), "--length", "100000"]
+    done = runner.invoke(app, arguments)
+    assert (done.exit_code, "Nothing was verified" in done.output, "Nothing is wrong" in done.output) == (
+        1,
+        True,
+        False,
+    )
+    done = runner.invoke(app, [*arguments, "--json"])
+    assert (done.exit_code, json.loads(done.stdout)["right"]) == (1, False)
+    assert "Nothing was verified" in json.loads(done.stdout)["verdict"]
 
 
 # ---- the verb --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def verify(
 ) -> None:
     """Run a kernel on a model through padding, packing, decoding and gradients, and compare with eager in fp32.
 
-    Exit code 1 if anything is wrong. Weights are loaded if they are there, else random.
+    Exit code 1 if anything is wrong, or nothing could be tried. Weights are loaded if they are there, else random.
 
     Examples:
         axattn verify ./my-model
@@ -77,4 +77,4 @@ def _print(found: Verification) -> None:
         numbers = ["-" if value is None else f"{value:.2g}" for value in (check.error, check.budget)]
         table.add_row(check.scenario, shown, *numbers, check.detail)
     console.print(table)
-    console.print("Nothing is wrong." if found.right else "[red]Something is wrong.[/red]")
+    console.print(found.verdict if found.right else f"[red]{found.verdict}[/red]")

@@ -45,6 +45,8 @@ def adapters_run() -> bool:
     return frame is not None
 
 
+ORIGINAL = ".original_module"
+"""How the name of a module ends of which PEFT's ``modules_to_save`` trains and runs a copy beside it (peft 0.21)."""
 CONTEXT_PARALLEL_HOOK = "_attach_context_parallel_hooks"
 """The function of accelerate that makes the hooks which `takes_masks_away` knows."""
 

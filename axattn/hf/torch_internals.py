@@ -7,6 +7,7 @@ One function for each use, so that a new torch is met in this file alone; the co
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -208,6 +209,16 @@ def put_pre_hook(module: torch.nn.Module, hook: Any, key: int, with_kwargs: bool
     module._forward_pre_hooks[key] = hook
     if with_kwargs:
         module._forward_pre_hooks_with_kwargs[key] = True
+
+
+def remove_hooks(module: torch.nn.Module, whose: Callable[[Any], bool]) -> None:
+    """Take forward pre-hooks and forward hooks off a module that `whose` says yes to."""
+    before: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs]
+    after: list[dict[int, Any]] = [module._forward_hooks, module._forward_hooks_with_kwargs]
+    for tables in (before, [*after, module._forward_hooks_always_called]):
+        for key in [key for key, hook in tables[0].items() if whose(hook)]:
+            for table in tables:
+                table.pop(key, None)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from axattn.facts import Facts
 from axattn.guard import standing_reasons
 from axattn.hf import contracts
 from axattn.hf.forward_inputs import READ
+from axattn.hf.integrations import ORIGINAL
 from axattn.hf.source_inspection import code_of, file_source, signature_of, tree_of
 from axattn.hf.trial import shared_skeletons
 from axattn.mixing import mixers, scaled_by_share, text_model
@@ -88,9 +89,18 @@ def add_doors(
         door.names.look(module)
         patches.add_handle(module.register_forward_pre_hook(door.enter, with_kwargs=True, prepend=True))
         patches.add_handle(module.register_forward_hook(door.leave, always_call=True))
-        first = next((inner for inner in module.modules() if is_attention(inner)), None)
-        if flash and first is not None:
+        for first in _first_attention(module) if flash else ():
             patches.add_handle(first.register_forward_pre_hook(door.reached, with_kwargs=True))
+
+
+def _first_attention(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The first attention module of a model; with its copies, one of which PEFT's ``modules_to_save`` runs instead."""
+    found = {name: module for name, module in model.named_modules() if is_attention(module)}
+    first = next(iter(found), "")
+    wrapper = first.removesuffix(ORIGINAL)
+    return [
+        one for name, one in found.items() if name == first or (wrapper != first and name.startswith(f"{wrapper}."))
+    ]
 
 
 def require_first_gradients(

@@ -45,6 +45,11 @@ class Entrance:
         cls: Any = type(self.model)
         return inspect.signature(self.inner if self.inner is not None else cls.forward.__get__(self.model))
 
+    @property
+    def innermost(self) -> Any:
+        """What stood in the model's ``forward`` before all entrances, None for the class's own."""
+        return self.inner.innermost if isinstance(self.inner, Entrance) else self.inner
+
     def _run(self, inputs: dict[str, Any]) -> Any:
         """The ``forward`` inside, on inputs by name."""
         if self.inner is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -51,8 +51,16 @@ class PatchSet:
         """Take over a change made elsewhere: `undo` calls ``function(*arguments)`` (module-level, so it pickles)."""
         self._undo.append(("call", function, arguments, None))
 
-    def undo(self) -> None:
+    def targets(self) -> list[object]:
+        """The objects whose attributes were set."""
+        return [target for kind, target, _, _ in self._undo if kind == "attribute"]
+
+    def undo(self, copies: Mapping[int, Sequence[object]] | None = None) -> None:
         """Undo everything, last first. Idempotent. An undo that fails does not keep the others from running.
+
+        Args:
+            copies: by ``id``, copies of a target that were made since: an attribute goes back on them too where it is
+                still what it is on the target.
 
         Raises:
             ExceptionGroup: with every error met.
@@ -65,11 +73,11 @@ class PatchSet:
                     target.remove()
                 elif kind == "call":
                     target(*name)
-                elif old is _Absent.ABSENT:
-                    if name in vars(target):
-                        delattr(target, name)
                 else:
-                    setattr(target, name, old)
+                    changed = vars(target).get(name, _Absent.ABSENT)
+                    alike = [one for one in (copies or {}).get(id(target), ()) if _has(one, name, changed)]
+                    for one in (target, *alike):
+                        _put_back(one, name, old)
             except Exception as error:  # gathered and raised below
                 errors.append(error)
         if errors:
@@ -82,3 +90,14 @@ class PatchSet:
         """Roll back when the block raised; keep the changes otherwise."""
         if kind is not None:
             self.undo()
+
+
+def _has(target: object, name: str, value: Any) -> bool:
+    return bool(vars(target).get(name, _Absent.ABSENT) == value)
+
+
+def _put_back(target: object, name: str, old: Any) -> None:
+    if old is not _Absent.ABSENT:
+        setattr(target, name, old)
+    elif name in vars(target):
+        delattr(target, name)

@@ -48,9 +48,7 @@ def set_names(
         setattr(copy.config, CONFIG_NAME, getattr(configs[copy.path], CONFIG_NAME))
 
 
-def add_routes(
-    patches: PatchSet, modules: dict[str, torch.nn.Module], path_of: Mapping[int, str], plan: Plan
-) -> None:
+def add_routes(patches: PatchSet, modules: dict[str, torch.nn.Module], path_of: Mapping[int, str], plan: Plan) -> None:
     """Put a `Route` on every attention module whose config runs on a name of ours.
 
     Args:

@@ -14,13 +14,13 @@ logger = logging.getLogger("axattn")
 
 
 class VerifyCallback(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
-    """Stops a run before step 1 if a kernel gives wrong, zero or non-finite outputs or gradients.
+    """Stops a run before step 1 if a kernel gives wrong, zero or non-finite outputs or gradients, or none can be tried.
 
     Every kind of attention module is run alone on two packed documents (see `axattn.verification.modules`): seconds,
     whatever the size of the model. Give it to the Trainer: ``Trainer(..., callbacks=[axattn.VerifyCallback()])``.
 
     Raises:
-        UnsupportedAttentionError: a kernel is wrong; with what is, and where.
+        UnsupportedAttentionError: a kernel is wrong, with what is, and where; or nothing could be verified.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -29,8 +29,14 @@ class VerifyCallback(TrainerCallback):  # type: ignore[misc]  # Transformers has
 
         dtype = torch.bfloat16 if getattr(args, "bf16", False) else torch.float16 if args.fp16 else None
         checks = verify_modules(model, dtype)
-        if not checks:
-            logger.warning("axattn: VerifyCallback found no attention module that axattn routes; nothing was verified")
+        if all(check.outcome == "refused" for check in checks):
+            refused = [Reason("verify", f"{check.scenario}: {check.detail}") for check in checks]
+            nothing = Reason("verify", "no attention module runs a kernel of axattn's that can be run by itself")
+            raise UnsupportedAttentionError(
+                "VerifyCallback can verify nothing on this model; training was not started",
+                refused or [nothing],
+                'Put the model on a kernel first (axattn.apply(model, "auto")), or leave VerifyCallback out.',
+            )
         wrong = [check for check in checks if check.outcome == "wrong"]
         if wrong:
             error: AxattnError = UnsupportedAttentionError(

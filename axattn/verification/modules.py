@@ -17,10 +17,12 @@ from axattn.backends.eager import eager
 from axattn.call import AttentionCall
 from axattn.capability import Need
 from axattn.errors import AxattnError
+from axattn.hf.registries import name_of
 from axattn.interface import attend
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
 from axattn.needs import sub_configs
+from axattn.read_configs import copies, paths_of, reads_masks_of
 from axattn.routes import ATTRIBUTE, Route
 from axattn.segments import Segments
 from axattn.state import state_of, transformers_model
@@ -44,8 +46,14 @@ def verify_modules(model: torch.nn.Module, dtype: torch.dtype | None = None) -> 
     planned = (
         {} if state is None or state.plan is None else {(e.layer.path, e.layer.index): e for e in state.plan.layers}
     )
-    path_of = {id(config): path for path, config in sub_configs(base.config)}
+    copied = copies(base)
+    path_of, configs = paths_of(base, copied), dict(sub_configs(base.config))
     checks, seen = [], set()
+    for copy in copied:
+        name, masks = name_of(copy.config), name_of(configs[copy.path])
+        if copy.attends and not reads_masks_of(name, masks, type(base)):
+            text = f"it reads {name!r} in a config of its own, and its masks are made for {masks!r}"
+            checks.append(Check(copy.layer, "wrong", math.inf, 0.0, text))
     for name, module in base.named_modules():
         route: Route | None = vars(module).get(ATTRIBUTE)
         if route is None:

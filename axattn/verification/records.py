@@ -53,10 +53,25 @@ class Verification:
     checks: tuple[Check, ...]
 
     @property
+    def verified(self) -> bool:
+        """Whether any scenario was compared; all may have been refused."""
+        return any(check.outcome != "refused" for check in self.checks)
+
+    @property
     def right(self) -> bool:
-        """Whether nothing is wrong."""
-        return all(check.outcome != "wrong" for check in self.checks)
+        """Whether something was compared and nothing is wrong."""
+        return self.verified and all(check.outcome != "wrong" for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence for people."""
+        if not self.verified:
+            return "Nothing was verified: every scenario was refused."
+        if not self.right:
+            return "Something is wrong."
+        refused = sum(check.outcome == "refused" for check in self.checks)
+        return "Nothing is wrong." + (f" {refused} of {len(self.checks)} scenarios were refused." if refused else "")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description."""
-        return {**asdict(self), "kernels": dict(self.kernels), "right": self.right}
+        return {**asdict(self), "kernels": dict(self.kernels), "right": self.right, "verdict": self.verdict}

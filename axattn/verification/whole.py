@@ -29,6 +29,8 @@ LOSSY = 0.15
 EXACT: Exactness = "exact"
 LONGEST = 8300
 """Tokens of the longest row: eager's weights are heads x S x S."""
+SHORTEST = 12
+"""Tokens of the shortest row: three documents in it, and four tokens to decode."""
 
 
 def verify(
@@ -53,7 +55,7 @@ def verify(
             a model, which is left as it is (a copy is tried, whole).
         attn_implementation: a name.
         layers: keep the first so many; None: as many as show every kind of layer, at most 8.
-        length: tokens of a row; where a window is longer, one scenario takes longer rows (up to `LONGEST` tokens).
+        length: tokens of a row, `SHORTEST` or more; where a window is longer, one scenario takes longer rows (up to `LONGEST` tokens).
         data: a text file to take the tokens from; None draws them at random.
         dtype: of the model under test; None: that of the checkpoint.
         device: None: the GPU if there is one.
@@ -61,8 +63,12 @@ def verify(
         options: ``on_unsupported``, ``kernel_options``, ... as for `axattn.from_pretrained`.
 
     Raises:
-        AxattnError: the model can't be put on the kernel at all, or is of a kind that this can't drive.
+        AxattnError: the model can't be put on the kernel at all, or is of a kind that this can't drive; rows that are
+            too short.
     """
+    if not isinstance(length, int) or isinstance(length, bool) or length < SHORTEST:
+        text = f"length={length!r} is no number of tokens that rows of several documents can have"
+        raise InvalidInputError(text, advice=f"Give {SHORTEST} or more.")
     live = copied(model) if isinstance(model, torch.nn.Module) else None
     config = load_config(_source(model), {})[0] if live is None else live.config
     if live is None:
