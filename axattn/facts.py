@@ -15,7 +15,7 @@ class Facts:
         parameters: names of the positional parameters of its ``forward``, in order.
         native: the native name that Transformers serves here, None for our own names.
         encoder_decoder: it is an encoder-decoder, whose rows can't be packed.
-        position_planes: how many leading planes ``position_ids`` may have (Qwen-VL: 3 or 4), () for none.
+        position_planes: how many leading planes ``position_ids`` may have (Qwen-VL: 1, 3 or 4), () for none.
         shares_keys: some layers read the keys and values of another one.
         on_flash: its native name is a flash name.
         windowed: some layers have a sliding window.
@@ -23,7 +23,7 @@ class Facts:
         mixers: layers that mix tokens outside of attention (`axattn.mixing`): documents would leak through them.
         by_document: some of its layers run document by document (`axattn.recurrent`, `axattn.mixing.scaled_by_share`).
         counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
-        stretched_from: the longest document whose rotary frequencies are its own (`axattn.rope`), None for any length.
+        stretched_from: positions up to here (exclusive) have the original rotary frequencies (`axattn.rope`), None for all.
         unfit: why packed rows can't be what is meant: positions that do not reach the model, one output a row, a
             version on which they are wrong.
         unfit_in_graph: the same inside of a compiled graph.

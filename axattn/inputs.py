@@ -118,7 +118,7 @@ def text_positions(positions: Any, rows: int, length: int, planes: tuple[int, ..
         raise InvalidInputError(f"position_ids have dtype {dtype}", advice="Positions are integers (torch.long).")
     if positions.ndim == 3 and planes:
         if shape[0] in planes and shape[1] in (1, rows) and shape[2] == length:
-            return positions[0] if shape[0] == 4 else None
+            return None if shape[0] == 3 else positions[0]
     elif positions.ndim == 2 and shape[0] in (1, rows) and shape[1] == length:
         return positions
     elif positions.ndim == 1 and shape[0] == length:
@@ -274,16 +274,33 @@ def require_packable(
             [Reason("segments", text)],
             f"Pack into rows of at most {facts.counted} tokens.",
         )
-    longest = max(b - a for row in segments.boundaries for a, b in pairwise(row))
-    if facts.stretched_from is not None and longest > facts.stretched_from:
-        text = f"its rotary embedding (dynamic) is stretched by the longest document, of {longest} tokens"
-        raise UnsupportedAttentionError(
-            f"{name} can't take packed rows with documents of over {facts.stretched_from} tokens",
-            [Reason("segments", text)],
-            _ALONE,
-        )
+    if facts.stretched_from is not None:
+        _require_not_stretched(facts.stretched_from, name, inputs.get("position_ids"), segments, mask)
     if facts.native is not None:
         follow = facts.on_flash and facts.takes_lengths
         guard.require_no_leak(
             facts.native, module, inputs, segments, mask, lengths_follow=follow, overlays=facts.overlays
+        )
+
+
+def _require_not_stretched(limit: int, name: str, positions: Any, segments: Segments, mask: Any) -> None:
+    """Raise where dynamic NTK would stretch the frequencies of all documents: by the highest position that is given,
+    padding's too; where none are, by the longest document (`axattn.door` counts no padding).
+
+    Raises:
+        UnsupportedAttentionError: it would.
+    """
+    longest = max(b - a for row in segments.boundaries for a, b in pairwise(row))
+    if isinstance(positions, torch.Tensor):
+        reach = int(positions.max()) + 1
+    elif isinstance(mask, torch.Tensor) and mask.shape == segments.document_ids.shape:
+        reach = int(segments.positions.masked_fill(mask == 0, 0).max()) + 1
+    else:
+        reach = longest
+    if reach > limit:
+        by = f"longest document, of {reach} tokens" if reach <= longest else f"highest position, {reach - 1}"
+        raise UnsupportedAttentionError(
+            f"{name} can't take packed rows with positions above {limit - 1}",
+            [Reason("segments", f"its rotary embedding (dynamic) is stretched by the {by}")],
+            _ALONE,
         )

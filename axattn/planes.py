@@ -17,18 +17,20 @@ _SEEN = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_th
 _POSITIONS = "position_ids"
 
 
-def text_positions(positions: torch.Tensor) -> torch.Tensor:
+def text_positions(positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """int64 ``[B or 1, S]`` that jump where a document starts, from planes ``[3, B or 1, S]`` without one of text.
 
-    A document starts where all planes are zero; no later token of it is there.
+    A document starts where all planes are zero; no later token of it is there, but padding (0 in the mask ``[B, S]``)
+    may be.
     """
-    return jumps((positions == 0).all(0).cumsum(-1))
+    zero = (positions == 0).all(0)
+    return jumps((zero if mask is None else zero & (mask != 0).to(zero.device)).cumsum(-1))
 
 
 def lacks_planes(inputs: dict[str, Any]) -> bool:
-    """Whether a model that takes planes is given images, and positions of one plane."""
+    """Whether a model that takes planes is given images, and positions of one plane (``[B, S]``, ``[1, B, S]``)."""
     positions = inputs.get(_POSITIONS)
-    one = isinstance(positions, torch.Tensor) and positions.ndim < 3
+    one = isinstance(positions, torch.Tensor) and (positions.ndim < 3 or positions.shape[0] == 1)
     return one and any(inputs.get(name) is not None for name in _SEEN)
 
 

@@ -111,10 +111,10 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         inputs.require_first_is_real(facts.first_must_be_real, mask)
     lengths = cu_q is not None or cu_k is not None
     if not lengths:
-        positions = _text_positions(facts, positions, rows, length, outer)
+        mask = inputs.mask_of_tokens(mask, length, caches)
+        positions = _text_positions(facts, positions, mask, shape, outer)
         if finished:  # a 4-D mask (the user's own, or one that `generate` built before) already says it all
             return Found(None, shape)
-        mask = inputs.mask_of_tokens(mask, length, caches)
         if index is not None:
             mask = inputs.numbers_of(index, mask, rows, length)
         if positions is not None and facts.first_position and not _decodes(given):
@@ -134,6 +134,10 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
             in_graph.require_single("packed rows can't run document by document in a graph; run without torch.compile")
         elif in_graph is not None and (unknown or not _packable_in_graph(facts, module, given, length)):
             in_graph.require_single("packed rows would leak here; run without torch.compile to see why")
+        where = given.get("position_ids")
+        if in_graph is not None and facts.stretched_from is not None and isinstance(where, torch.Tensor):
+            text = f"dynamic NTK would stretch packed rows with positions above {facts.stretched_from - 1}"
+            in_graph.require_single(text, unless=where.max() < facts.stretched_from)
         return Found(in_graph, shape, numbered)
     segments: Segments | None = None
     if lengths:
@@ -150,11 +154,13 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
     return Found(segments, shape, numbered)
 
 
-def _text_positions(facts: Facts, positions: Any, rows: int, length: int, outer: Context | None) -> torch.Tensor | None:
+def _text_positions(
+    facts: Facts, positions: Any, mask: torch.Tensor | None, shape: tuple[int, int], outer: Context | None
+) -> torch.Tensor | None:
     """`inputs.text_positions`; of planes without one of text, if a user gives them, what tells the documents."""
-    text = inputs.text_positions(positions, rows, length, facts.position_planes)
+    text = inputs.text_positions(positions, *shape, facts.position_planes)
     if text is None and outer is None and isinstance(positions, torch.Tensor):
-        return planes.text_positions(positions)
+        return planes.text_positions(positions, mask)
     return text
 
 

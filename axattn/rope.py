@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies follow the longest position in a batch: read from a model's config and modules.
+"""Rotary embeddings whose frequencies follow the highest position in a batch: read from a model's config and modules.
 
 LongRoPE (arXiv:2402.13753; Phi-3, Phi-4) takes its long factors once any row is longer than
 ``original_max_position_embeddings``; dynamic NTK scales by the longest length that it has met (``dynamic_rope_update``,
@@ -30,7 +30,7 @@ def limits(model: torch.nn.Module) -> list[int]:
 
 
 def stretched_from(model: torch.nn.Module) -> int | None:
-    """The longest document whose frequencies are its own under dynamic NTK, None for other models."""
+    """The number of positions from 0 on at which dynamic NTK leaves frequencies as they are, None for other models."""
     found = [limit(module, layer) for module, layer in _embeddings(model) if kind(module, layer) == DYNAMIC]
     return min(found, default=None)
 

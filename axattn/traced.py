@@ -52,9 +52,11 @@ class TracedSegments:
         found = segments.from_positions(segments.jumps(self.document_ids), None, self.rows, self.length)
         return found if found is not None and found.packed else None
 
-    def require_single(self, text: str) -> None:
-        """Assert, when the graph runs, that every row is one document; `text` says why it has to be."""
-        torch._assert_async((self.document_ids == 0).all(), f"axattn: {text}")
+    def require_single(self, text: str, unless: torch.Tensor | None = None) -> None:
+        """Assert, when the graph runs, that every row is one document, or that `unless` (bool, a scalar) holds; `text`
+        says why it has to be."""
+        single = (self.document_ids == 0).all()
+        torch._assert_async(single if unless is None else single | unless.to(single.device), f"axattn: {text}")
 
     def snapshot(self) -> TracedSegments:
         """The same documents in a tensor of their own, from which operators of a graph may keep what they read."""

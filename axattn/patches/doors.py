@@ -177,11 +177,12 @@ def _first_must_be_real(module: torch.nn.Module, native: str | None) -> str:
 
 
 def _planes(module: torch.nn.Module) -> tuple[int, ...]:
-    """Leading planes of position_ids in models with multimodal rotary embeddings (Qwen-VL: 3, or 4 with text first)."""
+    """Leading planes of position_ids in models with multimodal rotary embeddings: 3, 4 with text first, or 1 for all,
+    which ``generate`` gives where it goes on from a cache (transformers 5.17 and 5.24)."""
     config: Any = module.config
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     if isinstance(parameters, dict) and "mrope_section" in parameters:
-        return (3, 4)
+        return (1, 3, 4)
     files = {code_of(inner).__module__ for inner in module.modules() if hasattr(inner, "config_class")}
-    return (3, 4) if any("mrope_section" in file_source(name) for name in files) else ()
+    return (1, 3, 4) if any("mrope_section" in file_source(name) for name in files) else ()

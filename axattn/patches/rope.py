@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ import torch
 from axattn import rope
 from axattn.context import current, slot
 from axattn.patches.patchset import PatchSet
-from axattn.segments import Segments
 
 
 def add_rope_by_document(patches: PatchSet, model: torch.nn.Module) -> None:
@@ -25,10 +23,10 @@ def add_rope_by_document(patches: PatchSet, model: torch.nn.Module) -> None:
 
 
 def _by_document(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a rotary embedding: ``cos`` and ``sin`` ``[B, S, D]``, each document's by its own length.
+    """Forward hook of a rotary embedding: ``cos`` and ``sin`` ``[B, S, D]``, each document's by its own highest position.
 
-    The module chooses by the longest position that it is given, for all: it is asked once more, with positions that are
-    short. Rows without padding (``unpad=True``) stay as they are: there the padded batch is what they have to equal.
+    The module chooses by the highest position that it is given, for all: it is asked once more, with positions that are
+    short. (Whether any is not would be read on the host.) Rows without padding (``unpad=True``) stay as they are: there the padded batch is what they have to equal.
     """
     context = current()
     segments = None if context is None or slot().told is not None else context.segments
@@ -39,8 +37,6 @@ def _by_document(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
     if positions.shape[-1] != segments.length:
         return None
     limit = rope.limit(module, layer)
-    if isinstance(segments, Segments) and all(b - a <= limit for row in segments.boundaries for a, b in pairwise(row)):
-        return None
     ids = segments.document_ids.to(positions.device)
     at = positions.reshape(-1, positions.shape[-1]).to(ids.dtype).expand(ids.shape)
     mask = context.seen.mask
