@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from axattn.context import Context, current
-from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.hf.callers import reads_last_token
 from axattn.hf.mask_functions import Pattern, known, recognise, recognise_traced
 from axattn.masks import LazyMask
 from axattn.overlays import blocks_in_place, require_one_document
@@ -101,7 +102,8 @@ def lazy_mask(
         elif not torch.compiler.is_compiling():
             function = blocks_in_place(function)
     padding = _padding(attention_mask, kv_length, kv_offset)
-    every_query = padding is not None and context is not None and context.reads_padding
+    last_is_read = padding is not None and _last_is_read(padding, pattern, q_length, offset, kv_offset)
+    every_query = last_is_read or (padding is not None and context is not None and context.reads_padding)
 
     def materialise() -> torch.Tensor:
         from transformers.masking_utils import sdpa_mask
@@ -128,6 +130,8 @@ def lazy_mask(
             dense = dense & _same_document(segments, kv_length)
         return dense
 
+    if last_is_read and pattern is not None and (pattern.window or pattern.chunk):
+        _require_last_sees_keys(materialise())
     return LazyMask(
         shape=(batch_size, 1, q_length, kv_length),
         pattern=None if every_query else pattern,  # spans leave padding out
@@ -243,6 +247,31 @@ def _crosses(pattern: Pattern | None, context: Context | None, shape: tuple[int,
     if pattern is None or pattern.causal or pattern.window is not None:
         return False
     return context is None or context.crosses or context.shape != shape
+
+
+def _last_is_read(padding: torch.Tensor, pattern: Pattern | None, q_length: int, q_offset: Any, kv_offset: int) -> bool:
+    """Whether the last query of some row is padding, and its caller reads that (``generate`` on rows padded on the
+    right). A single query is never left out of spans."""
+    if torch.compiler.is_compiling() or q_length == 1 or pattern is None or not pattern.causal:
+        return False
+    return reads_last_token() and not bool(padding[:, q_offset + q_length - 1 - kv_offset].all())
+
+
+def _require_last_sees_keys(dense: torch.Tensor) -> None:
+    """What a query that sees no key is given is another thing on each kernel.
+
+    Args:
+        dense: the mask, ``[B, 1, S, T]``.
+
+    Raises:
+        InvalidInputError: the last query of a row sees none. Of a row that is padding from end to end nothing is asked.
+    """
+    seen = dense.any(-1)[:, 0]
+    if not bool((seen[:, -1] | ~seen.any(-1)).all()):
+        text = "the last token of each row is read, which is padding, and all that its window holds is padding too"
+        raise InvalidInputError(
+            "rows are padded on the right", [Reason("padding", text)], 'Set tokenizer.padding_side = "left".'
+        )
 
 
 def _segments(

@@ -119,7 +119,7 @@ class PackedKeys(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As a tensor's; of another shape (a cut, scores, an output) the result is a plain tensor."""
-        found = super().__torch_function__(func, types, args, kwargs or {})
+        found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch's
         if not isinstance(found, cls):
             return found
         given = (x for one in args for x in (one if isinstance(one, tuple | list) else (one,)))
@@ -133,7 +133,7 @@ class PackedKeys(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As a plain tensor's."""
-        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch's
 
 
 def _holders(cache: Any) -> list[Any]:

@@ -164,7 +164,7 @@ CONTRACTS = (
     Contract("flash attention on a CPU", "torch", ("backends.tiles",), _cpu_flash, "packed rows"),
     Contract("flash attention on a GPU", "torch", ("backends.flash_gradient",), _gpu_flash, "packed rows"),
     Contract("autograd inside operators", "torch", ("backends.inside",), _dispatch_keys, "compiled packed rows"),
-    Contract("calls of modules", "torch", ("handed_on",), _module_calls, ""),
+    Contract("calls of modules", "torch", ("handed_on", "hf.callers"), _module_calls, ""),
     Contract("hooks of modules", "torch", ("patches.doors", "parallel.accelerate"), _hooks, "models"),
     Contract("replicas of modules", "torch", ("patches.entrance",), _replicas, "unpadded rows"),
     Contract("frames", "torch", ("context",), _frames, "models"),

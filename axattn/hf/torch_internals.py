@@ -179,6 +179,11 @@ def calls_around(module: torch.nn.Module) -> tuple[bool, list[tuple[torch.nn.Mod
     return own, found
 
 
+def keywords_of_call(frame: FrameType) -> dict[str, Any] | None:
+    """What a module is called with by keyword, in the frame in which torch calls it; None in any other frame."""
+    return frame.f_locals["kwargs"] if frame.f_code is _CALL else None
+
+
 def is_executing(frame: FrameType) -> bool:
     """Whether a frame still runs: Python clears a frame that does not, and refuses to clear one that does.
 

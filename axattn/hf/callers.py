@@ -1,0 +1,41 @@
+"""Who called the forward that is running, as far as Python's frames tell: what its caller reads of it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from types import CodeType
+from typing import Any
+
+from axattn.hf.torch_internals import keywords_of_call
+
+_FRAMES = 60
+
+
+def reads_last_token() -> bool:
+    """Whether a caller of the forward that is running reads the last token of each row and no other: it is called with
+    ``logits_to_keep=1``, or by Transformers' ``generate``. Not while a graph is traced, which has no callers."""
+    generate = _generate()
+    frame = inspect.currentframe()
+    for _ in range(_FRAMES):
+        if frame is None:
+            break
+        keywords = keywords_of_call(frame)
+        keep = None if keywords is None else keywords.get("logits_to_keep")
+        if frame.f_code is generate or (type(keep) is int and keep == 1):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _generate() -> CodeType | None:
+    """The code of ``generate``; None before anything can have called it."""
+    module = sys.modules.get("transformers.generation.utils")
+    return None if module is None else _code_of(module.GenerationMixin.generate)
+
+
+@functools.cache
+def _code_of(function: Any) -> CodeType:
+    code: CodeType = inspect.unwrap(function).__code__
+    return code

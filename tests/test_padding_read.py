@@ -1,0 +1,92 @@
+"""Padding that is read: the last token of rows padded on the right, by ``generate`` and ``logits_to_keep``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+import axattn
+from axattn.errors import InvalidInputError
+from axattn.hf.forward_inputs import cache_keyword
+from tests.models import build, tokens
+
+
+def padded(real: int = 6) -> dict[str, torch.Tensor]:
+    """Two rows of eight tokens, one with `real` of them and padding on the right."""
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, real:] = 0
+    return {"input_ids": tokens(2, 8) * mask, "attention_mask": mask}
+
+
+def generated(model: Any, **options: Any) -> Any:
+    greedy = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    return model.generate(**padded(), **greedy, output_logits=True, return_dict_in_generate=True, **options)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "no cache": {"use_cache": False},
+    "chunks": {"prefill_chunk_size": 7},
+    "beams": {"num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["auto", "varlen"])
+@torch.no_grad()
+def test_rows_padded_on_the_right_generate_what_eager_does(name: str, way: str) -> None:
+    expected = generated(build("llama"), **WAYS[way])
+    found = generated(axattn.apply(build("llama"), name), **WAYS[way])
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "llama4"])
+@torch.no_grad()
+def test_a_last_token_alone_is_right_or_refused(family: str) -> None:
+    """A window of 5, or a chunk of 4, that ends 2 tokens behind the real ones holds some of them, 5 behind none."""
+    model, given = build(family), padded()
+    expected = model(**given).logits
+    axattn.apply(model, "auto")
+    assert torch.allclose(model(**given, logits_to_keep=1).logits, expected[:, -1:], atol=1e-4)
+    real = given["attention_mask"].bool()
+    assert torch.allclose(model(**given).logits[real], expected[real], atol=1e-4)
+    blind = padded(3)
+    if family in ("mistral", "gemma3", "llama4"):
+        with pytest.raises(InvalidInputError, match=r"padded on the right.*padding_side"):
+            model(**blind, logits_to_keep=1)
+    real = blind["attention_mask"].bool()
+    assert torch.allclose(model(**blind).logits[real], build(family)(**blind).logits[real], atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_that_nobody_reads_makes_no_dense_mask() -> None:
+    model = axattn.apply(build("llama"), "varlen")
+    seen: list[Any] = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["attention_mask"].pattern), with_kwargs=True
+    )
+    left = {key: value.flip(1) for key, value in padded().items()}
+    for given, keep in ((padded(), 0), (padded(), 3), (left, 1), (padded(), 1)):
+        model(**given, logits_to_keep=keep)
+    assert [pattern is None for pattern in seen] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_a_single_token_is_never_left_out(family: str) -> None:
+    """A row that has ended is given mask 0 for its next token."""
+    found = []
+    for model in (build(family), axattn.apply(build(family), "varlen")):
+        cache = tf.DynamicCache(config=model.config)
+        word = {cache_keyword(model): cache}
+        left = {key: value.flip(1) for key, value in padded().items()}
+        model(**left, **word)
+        mask = torch.cat([left["attention_mask"], torch.tensor([[1], [0]])], 1)
+        found.append(model(tokens(2, 1), attention_mask=mask, **word).logits)
+    assert torch.allclose(*found, atol=1e-4)
