@@ -57,6 +57,7 @@ class Context:
         reads_padding: what padding attends to matters: a head of the model reads it.
         flat: where the tokens of an unpadded row stand in its batch.
         caches: those that packed rows are given, which they fill.
+        behind: the model, where code that is not known runs between its input hook and its forward (`axattn.behind`).
         caller: the frame in which the forward runs, None where nobody can tell (compiled frames).
     """
 
@@ -73,6 +74,7 @@ class Context:
     plain: torch.Tensor | None = None
     flat: FlatRow | None = None
     caches: tuple[Any, ...] = ()
+    behind: torch.nn.Module | None = None
 
     @property
     def running(self) -> bool:
@@ -81,12 +83,20 @@ class Context:
 
 
 class _Slot:
-    """What runs in a thread."""
+    """What runs in a thread.
 
-    __slots__ = ("context", "share", "told")
+    Attributes:
+        context: of the innermost model that is running.
+        entered: the changes around whole models that are running (`axattn.patches.entrance.OncePerCall`).
+        share: as for `inside`.
+        told: as for `inside`.
+    """
+
+    __slots__ = ("context", "entered", "share", "told")
 
     def __init__(self) -> None:
         self.context: Context | None = None
+        self.entered: tuple[object, ...] = ()
         self.share: Share | None = None
         self.told: Segments | None = None
 

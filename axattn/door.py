@@ -15,14 +15,19 @@ from typing import Any
 import torch
 
 from axattn import flash_guard, guard, planes
+from axattn.behind import look
 from axattn.context import Context, Seen, current, slot
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.hf.caches import caches_in, is_packed, mark_packed
+from axattn.hf.foreign_code import changes_inputs
 from axattn.hf.forward_inputs import INPUTS, LENGTHS, caches_of, is_paged_step, token_shape
 from axattn.hf.model_internals import wants_weights
 from axattn.hf.registries import require_registered
+from axattn.hf.source_inspection import calls_interface
+from axattn.hf.torch_internals import last_pre_hook
 from axattn.numbering import counted
+from axattn.patches.patchset import PatchSet
 from axattn.pooling import padding_is_read
 from axattn.read_configs import NameCheck
 from axattn.reading import described, plain, read
@@ -37,11 +42,23 @@ class Door:
 
     Args:
         facts: about the model.
+        patches: takes over what is hooked later.
     """
 
-    def __init__(self, facts: Facts) -> None:
+    _own: Any = None
+    _last = -1
+    _behind = False
+    _watches = False
+
+    def __init__(self, facts: Facts, patches: PatchSet) -> None:
         self.facts = facts
         self.names = NameCheck()
+        self.patches = patches
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what it has found of the hooks and the ``forward`` of its module, to find it again in a copy."""
+        kept = ("facts", "names", "patches", "_watches")
+        return {name: value for name, value in vars(self).items() if name in kept}
 
     def enter(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -55,6 +72,7 @@ class Door:
         self.names.require(module)
         given = {**dict(zip(self.facts.parameters, args, strict=False)), **kwargs} if args else kwargs
         here, outer = slot(), current()
+        behind = None if torch.compiler.is_compiling() or not self._is_behind(module) else module
         weights = self._require_allowed(module, given)
         seen = described(given, outer)
         unchanged: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -64,10 +82,13 @@ class Door:
             seen, unchanged = seen._replace(cu_q=None, cu_k=None), (args, kwargs)
         if here.share is not None or here.told is not None:
             segments, shape = self._told(module, given, here.told)
-            here.context = Context(segments, shape, weights, seen, self, outer, here.share, caller=_caller())
+            here.context = Context(
+                segments, shape, weights, seen, self, outer, here.share, caller=_caller(), behind=behind
+            )
             return unchanged
         if (
             outer is not None
+            and behind is None
             and not weights
             and outer.segments is None
             and outer.door is not self
@@ -104,6 +125,7 @@ class Door:
             caller=_caller(),
             plain=masked,
             caches=tuple(caches_of(given)) if segments is not None else (),
+            behind=behind,
         )
         return unchanged
 
@@ -129,6 +151,24 @@ class Door:
                 alone = context.segments.alone
                 for cache in caches:
                     mark_packed(cache, alone)
+
+    def _is_behind(self, module: torch.nn.Module) -> bool:
+        """Whether code that is not known runs between this hook and the model's own ``forward``, and may change its
+        inputs (`axattn.behind`)."""
+        own, last = module.__dict__.get("forward"), last_pre_hook(module)
+        if own is not self._own or last != self._last:
+            self._own, self._last = own, last
+            self._behind = changes_inputs(module, self.enter)
+            if self._behind and self.facts.native is not None and not self._watches:
+                self._watch(module)
+        return self._behind
+
+    def _watch(self, module: torch.nn.Module) -> None:
+        """On names that Transformers serves nothing of ours is called inside of its forward: hook a module that is."""
+        first = next((inner for inner in module.modules() if calls_interface(type(inner))), None)
+        if first is not None:
+            self._watches = True
+            self.patches.add_handle(first.register_forward_pre_hook(_look))
 
     def _require_allowed(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
         """Raise for what this model can't do on its kernel, whatever the tokens; whether attention weights are asked
@@ -211,6 +251,13 @@ class Door:
         if isinstance(segments, Segments) or seen.cu_q is not None or seen.cu_k is not None:
             return anew
         return torch.where((documents[:, -1] > 0).any(), anew, count())
+
+
+def _look(module: torch.nn.Module, args: Any) -> None:
+    """Forward pre-hook of an attention module (see `Door._watch`)."""
+    context = None if torch.compiler.is_compiling() else current()
+    if context is not None and context.behind is not None:
+        look(context)
 
 
 def _caller() -> FrameType | None:

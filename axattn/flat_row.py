@@ -33,3 +33,11 @@ class FlatRow:
         """``[1, N, ...]`` → ``[B, S, ...]``, zeros where padding is."""
         whole = x.new_zeros(self.rows * self.length, *x.shape[2:])
         return whole.index_copy(0, self.keep, x[0]).view(self.rows, self.length, *x.shape[2:])
+
+    def restore_along_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """``[N, ...]`` → ``[B * S, ...]``, zeros where padding is; what has another length stays as it is."""
+        if self.holds(x):
+            return self.restore(x)
+        if x.shape[0] != self.keep.numel():
+            return x
+        return self.restore(x[None]).flatten(0, 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from axattn.behind import look
 from axattn.context import Context, current
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.hf.callers import reads_last_token
@@ -56,6 +57,8 @@ def lazy_mask(
         A `LazyMask` of shape ``[B, 1, S, T]``.
     """
     context = current()
+    if context is not None and context.behind is not None:
+        look(context)
     if context is not None and context.share is not None:
         return _shared(context.share, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
     if (

@@ -25,7 +25,7 @@ from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
 from axattn.mixing import mixers
 from axattn.needs import sub_configs
 from axattn.numbering import counters, own_positions, unread_positions
-from axattn.patches.entrance import Forward, add_entrance, wants_cache
+from axattn.patches.entrance import Forward, add_model_entrances, wants_cache
 from axattn.patches.patchset import PatchSet
 from axattn.patches.pooler import add_whole_rows
 from axattn.plans import Plan
@@ -82,7 +82,8 @@ def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> N
     inner = inner_part(model)
     add_whole_rows(patches, inner)
     reads_first = "first" in read_at(model) | read_at(inner)
-    add_entrance(patches, inner, Unpad(limits(model), stretched_from(model), reads_first))
+    change = Unpad(limits(model), stretched_from(model), reads_first)
+    add_model_entrances(patches, inner, change, at_head=False)
 
 
 class Unpad:
@@ -139,6 +140,12 @@ class Unpad:
         _restore(model, output, flat)
         return output.to_tuple() if inputs.get("return_dict") is False else output
 
+    def missed(self, context: Context) -> str:
+        """See `axattn.patches.entrance.WholeModel`: batches without padding miss nothing."""
+        mask = context.seen.mask
+        padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all())
+        return "this batch would not run unpadded, as unpad=True says" if padded else ""
+
     def _stretches(
         self, inputs: dict[str, Any], positions: torch.Tensor, segments: Segments, rows: int, length: int
     ) -> bool:
@@ -181,6 +188,8 @@ def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
     for key, holds, value in tensors_of(output):
         if holds is Holds.LAYERS:
             output[key] = tuple(map(flat.restore, value))
+        elif holds is Holds.ROUTING:
+            output[key] = tuple(flat.restore_along_rows(x) for x in value)
         elif holds is Holds.TOKENS and flat.holds(value):
             output[key] = flat.restore(value)
         elif holds is not Holds.WHOLE and not (holds is Holds.ROWS and len(value) == flat.rows):

@@ -16,8 +16,9 @@ class Holds(Enum):
 
     TOKENS = "a value of each token [B, S, ...]"
     LAYERS = "a tuple of such, by layer"
+    ROUTING = "a tuple, by layer, of a value of each token along the rows [B * S, E]"
     ROWS = "a value of each row [B, ...]"
-    WHOLE = "one value of the batch, or one of each real token in the order of the run"
+    WHOLE = "one value of the batch"
 
 
 OUTPUTS = {
@@ -28,7 +29,7 @@ OUTPUTS = {
     "pooler_output": Holds.ROWS,
     "loss": Holds.WHOLE,
     "aux_loss": Holds.WHOLE,
-    "router_logits": Holds.WHOLE,
+    "router_logits": Holds.ROUTING,
 }
 """The outputs that axattn knows; of a cache the name says nothing, and of any other nothing is known."""
 

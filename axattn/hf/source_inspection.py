@@ -21,6 +21,7 @@ import functools
 import inspect
 import sys
 import textwrap
+from types import CodeType
 from typing import Any
 
 from axattn.weak_cache import weak_cache
@@ -119,3 +120,27 @@ def used_in_forward(cls: Any) -> frozenset[str]:
     forward = cls.__dict__.get("forward") or getattr(cls, "forward", None)
     code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
     return frozenset() if code is None else frozenset(code.co_names)
+
+
+@functools.cache
+def _inner_code(cls: Any) -> tuple[CodeType | None, tuple[str, ...], str]:
+    """The code of a model class's own ``forward`` under its decorators, its parameters, and the name of ``**kwargs``."""
+    code = getattr(inspect.unwrap(origin(cls).forward), "__code__", None)
+    if code is None:
+        return None, (), ""
+    count = code.co_argcount + code.co_kwonlyargcount
+    rest = count + bool(code.co_flags & inspect.CO_VARARGS)
+    spread = code.co_varnames[rest] if code.co_flags & inspect.CO_VARKEYWORDS else ""
+    return code, code.co_varnames[1:count], spread
+
+
+def inputs_in_frame(module: Any) -> dict[str, Any] | None:
+    """The inputs, by name, of a model's ``forward`` that leads to this call, as they are now; None if none is found."""
+    code, names, spread = _inner_code(type(module))
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is code and code is not None and frame.f_locals.get(code.co_varnames[0]) is module:
+            here = frame.f_locals
+            return {name: here[name] for name in names if name in here} | dict(here.get(spread) or {})
+        frame = frame.f_back
+    return None

@@ -202,6 +202,11 @@ def pre_hooks(module: torch.nn.Module) -> list[Any]:
     return list(module._forward_pre_hooks.values())
 
 
+def last_pre_hook(module: torch.nn.Module) -> int:
+    """The key of the forward pre-hook of a module that runs last; it has one."""
+    return next(reversed(module._forward_pre_hooks))
+
+
 def take_pre_hook(module: torch.nn.Module, hook: Any) -> tuple[int, bool]:
     """Take a forward pre-hook off a module; returns what `put_pre_hook` needs to put it back in its place."""
     key = next(key for key, one in module._forward_pre_hooks.items() if one is hook)

@@ -15,8 +15,8 @@ from axattn.parallel import accelerate
 from axattn.parallel.checks import reasons_against
 from axattn.parallel.collectives import total
 from axattn.parallel.rows import Group, join, split
-from axattn.patches.entrance import Entrance, Forward, add_entrance, wants_cache
-from axattn.state import state_of, transformers_model
+from axattn.patches.entrance import Forward, OncePerCall, add_model_entrances, changes_around, wants_cache
+from axattn.state import ATTRIBUTE, state_of, transformers_model
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Gather = bool | Literal["auto"]
@@ -58,14 +58,13 @@ def sequence_parallel(model: Model, group: Any, *, gather: Gather = "auto") -> M
 def _split(model: torch.nn.Module, *, group: Group, gather: Gather, mean: bool, again: bool = False) -> None:
     """Put a `Split` around a model, now and after every later `axattn.apply`."""
     reasons = reasons_against(model, group.ranks)
-    present = vars(model).get("forward")
-    if isinstance(present, Entrance) and isinstance(present.change, Split):
+    if any(isinstance(change.change, Split) for change in changes_around(model) if isinstance(change, OncePerCall)):
         reasons.append(Reason("model", "it is sequence-parallel already"))
     state = state_of(model)
     if state is None or reasons:
         advice = "axattn.restore(model) takes the split off that it has." if again else ""
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run over {group.ranks} ranks", reasons, advice)
-    add_entrance(state.patches, model, Split(group, gather, state.patches, mean))
+    add_model_entrances(state.patches, model, Split(group, gather, state.patches, mean), at_head=True)
     state.later.append(functools.partial(_split, group=group, gather=gather, mean=mean, again=True))
 
 
@@ -137,17 +136,24 @@ class Split:
         return output.to_tuple() if as_tuple else output
 
 
+    def missed(self, context: Context) -> str:
+        """See `axattn.patches.entrance.WholeModel`."""
+        return "this batch would not be split over ranks, as axattn.sequence_parallel says"
+
+
 def _require_own_loss(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
     """Raise where Trainer will compute the loss of a training step outside of the model: it takes the labels away, and
-    leaves ``num_items_in_batch`` (transformers 5.17 and 5.23).
+    leaves ``num_items_in_batch`` (transformers 5.17 and 5.23); or a forward in the place of the model's does.
 
     Raises:
         UnsupportedAttentionError: it will. Every rank would hold the whole loss, which Trainer multiplies by all ranks.
     """
     training = model.training and torch.is_grad_enabled()
-    if training and inputs.get("labels") is None and inputs.get("num_items_in_batch") is not None:
+    head = ATTRIBUTE not in vars(model)  # a model inside of it was called: something stands in the place of its forward
+    if training and inputs.get("labels") is None and (head or inputs.get("num_items_in_batch") is not None):
         text = (
-            "a loss computed outside of the model (label smoothing, compute_loss_func) would count once for each rank"
+            "a loss computed outside of the model (label smoothing, compute_loss_func, TRL's fused head) would count "
+            "once for each rank"
         )
         raise UnsupportedAttentionError(
             f"{type(model).__name__} can't train in Trainer with its rows split over ranks",

@@ -16,7 +16,7 @@ class _Absent(enum.Enum):
 class PatchSet:
     """Changes made through this object are undone by `undo`, in reverse order. Copyable and picklable with a model.
 
-    Only `set_attribute` and `add_handle` change anything; nothing else in axattn sets attributes on foreign objects.
+    Only `set_attribute`, `put_method` and `add_handle` change anything; nothing else in axattn sets attributes on foreign objects.
     """
 
     def __init__(self) -> None:
@@ -41,6 +41,12 @@ class PatchSet:
             raise AttributeError(f"{type(target).__name__} has no attribute {name!r} to patch")
         old = vars(target).get(name, _Absent.ABSENT)
         self._undo.append(("attribute", target, name, old))
+        setattr(target, name, value)
+
+    def put_method(self, target: object, name: str, value: Any) -> None:
+        """As `set_attribute`; but what others have put there since stays when this is undone: it may call `value`."""
+        old = vars(target).get(name, _Absent.ABSENT)
+        self._undo.append(("method", target, name, (value, old)))
         setattr(target, name, value)
 
     def add_handle(self, handle: Any) -> None:
@@ -69,6 +75,10 @@ class PatchSet:
         while self._undo:
             kind, target, name, old = self._undo.pop()
             try:
+                if kind == "method":
+                    value, old = old
+                    if vars(target).get(name) is not value:
+                        continue
                 if kind == "handle":
                     target.remove()
                 elif kind == "call":
