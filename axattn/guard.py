@@ -15,7 +15,7 @@ from axattn import flash_guard, names
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.forward_inputs import KINDS, caches_of, tokens_of
 from axattn.hf.model_internals import checkpoints_reentrantly
-from axattn.hf.source_inspection import tree_of
+from axattn.hf.source_inspection import code_of, tree_of
 from axattn.hf.torch_internals import in_context_parallel
 from axattn.segments import Segments, documents_in
 from axattn.weak_cache import weak_cache
@@ -232,7 +232,7 @@ def hands_positions_to_masks(module: torch.nn.Module) -> bool:
 
     Unreadable source counts as no.
     """
-    classes: set[Any] = {type(inner) for inner in module.modules()}
+    classes: set[Any] = {code_of(inner) for inner in module.modules()}
     found = [answer for cls in classes if (answer := _class_hands_positions(cls)) is not None]
     return bool(found) and all(found)
 
