@@ -10,6 +10,7 @@ from axattn.backends.base import Backend
 from axattn.call import AttentionCall
 from axattn.capability import Need
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.torch_internals import is_tracing
 from axattn.masks import LazyMask
 from axattn.routes import Route
 
@@ -38,7 +39,7 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
                 [Reason("causal", f"causal attention of {query.shape[2]} queries over {key.shape[2]} keys, no mask")],
                 "Transformers' own kernels disagree on what that means; pass an attention mask.",
             )
-    if torch.compiler.is_compiling():  # a memo read while tracing would be a guard, and each call a new graph
+    if is_tracing():  # a memo read while tracing would be a guard, and each call a new graph
         return route.choose(need_of(call, sparse))
     fingerprint = (
         kind,
@@ -99,7 +100,7 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
         padding=padding,
         holes=holes,
         segments=segments,
-        traced=isinstance(mask, LazyMask) and torch.compiler.is_compiling() and mask.plain is None,
+        traced=isinstance(mask, LazyMask) and is_tracing() and mask.plain is None,
         cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # a symbol while tracing
         gradient=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         dtype=str(query.dtype).removeprefix("torch."),

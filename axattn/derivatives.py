@@ -12,6 +12,7 @@ import functools
 import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.torch_internals import is_tracing
 
 
 def require_first(out: torch.Tensor, kernel: str) -> None:
@@ -20,7 +21,7 @@ def require_first(out: torch.Tensor, kernel: str) -> None:
     Nothing is done where no gradient is asked for, and inside compiled graphs, whose backward torch refuses to
     differentiate.
     """
-    if out.requires_grad and not torch.compiler.is_compiling():
+    if out.requires_grad and not is_tracing():
         out.register_hook(functools.partial(_refuse, kernel))  # type: ignore[no-untyped-call]  # torch's has no types
 
 

@@ -14,6 +14,7 @@ from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.hf.caches import cache_length
 from axattn.hf.forward_inputs import caches_of, may_tell_documents
+from axattn.hf.torch_internals import is_tracing, require_when_run
 from axattn.segments import Segments, from_cu_seqlens
 
 _ALONE = "Give it one document a row, padded."
@@ -51,7 +52,7 @@ def mask_of_tokens(mask: torch.Tensor | None, length: int, caches: list[Any]) ->
     cache = next((cache for cache in caches if hasattr(cache, "get_seq_length")), None)
     held = 0 if cache is None else cache.get_seq_length()
     if isinstance(held, torch.Tensor):
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return None
         held = int(held)
     own = mask[:, held : held + length]
@@ -138,9 +139,9 @@ def require_counted_from(first: int, module: torch.nn.Module, positions: torch.T
     Raises:
         InvalidInputError: a real token has such a position.
     """
-    if torch.compiler.is_compiling():
+    if is_tracing():
         real = positions if mask is None else positions.masked_fill(mask == 0, first)
-        torch._assert_async((real >= first).all(), "axattn: position_ids start at padding_idx + 1 in this model")
+        require_when_run((real >= first).all(), "position_ids start at padding_idx + 1 in this model")
         return
     real = positions if mask is None else positions.expand(mask.shape)[mask != 0]
     low = int(real.min()) if real.numel() else first
@@ -158,8 +159,8 @@ def require_first_is_real(text: str, mask: torch.Tensor) -> None:
     Raises:
         InvalidInputError: a row starts with padding.
     """
-    if torch.compiler.is_compiling():
-        torch._assert_async((mask[:, 0] != 0).all(), f"axattn: {text}, and rows are padded on the left")
+    if is_tracing():
+        require_when_run((mask[:, 0] != 0).all(), f"{text}, and rows are padded on the left")
     elif not bool((mask[:, 0] != 0).all()):
         advice = 'Set tokenizer.padding_side = "right", or use attn_implementation="eager".'
         raise InvalidInputError("rows are padded on the left", [Reason("padding", text)], advice)
@@ -214,8 +215,8 @@ def require_known(
             told = may_tell_documents(x, mask, rows, length)
             if told is None:
                 continue
-            if torch.compiler.is_compiling():
-                torch._assert_async(~told, f"axattn: {name} is not known, and may describe packed documents")
+            if is_tracing():
+                require_when_run(~told, f"{name} is not known, and may describe packed documents")
             elif bool(told):
                 raise UnsupportedAttentionError(
                     f"{type(module).__name__} can't run this batch",

@@ -11,6 +11,7 @@ import torch
 
 from axattn.backends.base import Backend, keep_nan
 from axattn.backends.compiled import over_documents
+from axattn.backends.portable import portable
 from axattn.call import AttentionCall
 from axattn.call_masks import read_mask, with_keyword_segments
 from axattn.context import current
@@ -20,9 +21,11 @@ from axattn.errors import AxattnError, BackendUnavailableError, Reason, Unsuppor
 from axattn.hf.caches import is_unpaged_cache
 from axattn.hf.forward_inputs import AT_ATTENTION, CACHES, PAGED
 from axattn.hf.registries import require_mask
+from axattn.hf.torch_internals import is_tracing, leaves_kernels
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route, route_of
 from axattn.shares import ShareMask
+from axattn.traced import TracedSegments
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -69,7 +72,7 @@ def attend(
     plain_key = None
     if type(attention_mask) is LazyMask and kwargs.keys() <= PLAIN and not kwargs.get("dropout"):
         # the common call: nothing that F.scaled_dot_product_attention would not do by itself, as an earlier layer found
-        compiling = torch.compiler.is_compiling()
+        compiling = is_tracing()
         hit = None if compiling else attention_mask.hit
         if hit is None and not compiling:
             plain_key = _plain_key(attention_mask, query, key, value)
@@ -140,6 +143,10 @@ def attend(
         options=route.options,
         want_weights=bool(kwargs.get("output_attentions")) or _door_wants_weights(mask),
     )
+    if leaves_kernels():
+        out = portable(call, route.planned, route.layer)
+        route.count(call.ran)
+        return out.contiguous(), call.weights
     backend = decide(route, call, sparse)
     out = run_library(backend, call, route) if backend.install else run(backend, call, route)
     route.count(call.ran or backend.name)
@@ -153,7 +160,7 @@ def attend(
 def run(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
     """The kernel itself; returns ``[B, S, H, Dv]``."""
     assert backend.forward is not None
-    if backend.spans and torch.compiler.is_compiling():
+    if backend.spans and is_tracing():
         call.ran = backend.name if call.module.training or not backend.evaluates else backend.evaluates
         return over_documents(call, call.ran, route.options_json)
     return backend.forward(call)
@@ -165,7 +172,7 @@ def run_library(backend: Backend, call: AttentionCall, route: Route) -> torch.Te
     Raises:
         BackendUnavailableError: with the library's own error as its cause.
     """
-    if backend.name in route.served or torch.compiler.is_compiling():
+    if backend.name in route.served or is_tracing():
         return run(backend, call, route)
     try:
         return run(backend, call, route)
@@ -201,6 +208,9 @@ def _require_our_mask(route: Route, query: torch.Tensor, key: torch.Tensor, mask
     if (query.shape[0], query.shape[2]) != context.shape or key.shape[2] != query.shape[2]:
         return
     text = "the mask with the documents of its rows did not reach it (context parallelism takes masks away)"
+    if isinstance(context.segments, TracedSegments):
+        context.segments.require_single(text)
+        return
     advice = "Split rows over ranks with axattn.sequence_parallel."
     if mask is not None:
         text, advice = "it makes its mask itself, without the documents", "Give it one document a row, padded."

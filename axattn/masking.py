@@ -12,6 +12,7 @@ from axattn.context import Context, current
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.hf.callers import reads_last_token
 from axattn.hf.mask_functions import Pattern, known, recognise, recognise_traced
+from axattn.hf.torch_internals import is_tracing
 from axattn.masks import LazyMask
 from axattn.overlays import blocks_in_place, require_one_document
 from axattn.segments import Segments, from_positions, jumps
@@ -65,7 +66,7 @@ def lazy_mask(
         type(attention_mask) is torch.Tensor
         and kv_offset == 0
         and attention_mask.shape[-1] == kv_length
-        and not torch.compiler.is_compiling()
+        and not is_tracing()
         and bool(attention_mask.all())
     ):
         attention_mask = None  # no padding: the commonest mask that is given
@@ -75,7 +76,7 @@ def lazy_mask(
         and q_length == kv_length
         and (context is None or (context.segments is None and not context.weights))
         and type(q_offset) is int
-        and not torch.compiler.is_compiling()
+        and not is_tracing()
         and q_offset == kv_offset
         and not use_vmap
     ):
@@ -85,14 +86,14 @@ def lazy_mask(
     function = known().causal if mask_function is None else mask_function
     device = torch.device(device)
     offset: Any
-    if torch.compiler.is_compiling() and isinstance(q_offset, torch.Tensor):
+    if is_tracing() and isinstance(q_offset, torch.Tensor):
         # a static cache in a compiled graph: its offset can't be read, so the mask is dense, as Transformers' own
         offset, pattern, segments = q_offset, None, None
     else:
         offset = int(q_offset)
         if use_vmap:
             pattern = None
-        elif torch.compiler.is_compiling():
+        elif is_tracing():
             pattern = recognise_traced(function, local_size, config, "allow_is_bidirectional_skip" in others)
         else:
             pattern = recognise(function)
@@ -102,7 +103,7 @@ def lazy_mask(
     elif pattern is None and segments is not None:
         if isinstance(segments, TracedSegments) and use_vmap:
             require_one_document(segments)
-        elif not torch.compiler.is_compiling():
+        elif not is_tracing():
             function = blocks_in_place(function)
     padding = _padding(attention_mask, kv_length, kv_offset)
     last_is_read = padding is not None and _last_is_read(padding, pattern, q_length, offset, kv_offset)

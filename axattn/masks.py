@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from axattn.hf.mask_functions import Pattern
+from axattn.hf.torch_internals import is_tracing, leaves_kernels
 from axattn.layouts import Layout, build_layout
 from axattn.segments import Segments
 from axattn.snapshots import snapshot
@@ -71,7 +72,7 @@ class LazyMask(TensorLike):
         weights: bool = False,
         crosses: bool = False,
     ) -> None:
-        if torch.compiler.is_compiling():  # what operators of the graph will read on the host, once for all layers
+        if is_tracing() and not leaves_kernels():  # what operators of the graph read on the host, once for all layers
             padding = None if padding is None else snapshot(padding)
             segments = segments.snapshot() if isinstance(segments, TracedSegments) else segments
         self.shape = torch.Size(shape)
@@ -92,12 +93,12 @@ class LazyMask(TensorLike):
         self._signature: tuple[Any, ...] | None = None
         self._plain: str | None = "unread"
         self._moved: dict[torch.device, LazyMask] = {}
-        self.handle = None if torch.compiler.is_compiling() else self._new_handle()
+        self.handle = None if is_tracing() else self._new_handle()
 
     @property
     def padding(self) -> torch.Tensor | None:
         """Bool ``[B, T]``, None when no key is padding. Reads the mask's values once, but for compiled graphs."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return self._padding
         if not self._padding_checked:
             self._padding_checked = True
@@ -112,7 +113,7 @@ class LazyMask(TensorLike):
 
     def dense(self) -> torch.Tensor:
         """The bool tensor ``[B, 1, S, T]``, built on the first call."""
-        if torch.compiler.is_compiling() and self.handle is not None:
+        if self.handle is not None and is_tracing() and not leaves_kernels():
             rows, _, queries, keys = self.shape
             dense: torch.Tensor = dense_mask_op(self.handle, rows, queries, keys)
             return dense
@@ -154,7 +155,7 @@ class LazyMask(TensorLike):
     @property
     def plain(self) -> str | None:
         """``"causal"`` or ``"full"`` when one call of plain attention over whole rows is all there is, else None."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return self._read_plain()
         if self._plain == "unread":
             self._settle()
@@ -176,7 +177,7 @@ class LazyMask(TensorLike):
 
     def signature(self) -> tuple[Any, ...]:
         """What of this mask decides which kernel may serve it: hashable, equal for masks of the same kind."""
-        if torch.compiler.is_compiling():  # nothing is kept on the mask: the next layer's graph would differ
+        if is_tracing():  # nothing is kept on the mask: the next layer's graph would differ
             return self._read_signature(self.whole)
         if self._signature is None:
             self._signature = self._read_signature(bool(self.plain) or self.layout() is not None)
@@ -196,7 +197,7 @@ class LazyMask(TensorLike):
 
     def on(self, device: torch.device) -> LazyMask:
         """The same mask for layers on another device (accelerate's ``device_map``), one for all layers there."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return self._on(device)
         if device not in self._moved:
             self._moved[device] = self._on(device)

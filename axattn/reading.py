@@ -13,6 +13,7 @@ from axattn.facts import Facts
 from axattn.handed_on import require_handed_on
 from axattn.hf.caches import cache_length, is_packed
 from axattn.hf.forward_inputs import caches_of, token_shape, unknown_tensors
+from axattn.hf.torch_internals import is_tracing, require_when_run
 from axattn.segments import Segments, from_positions, has_numbers
 from axattn.traced import TracedSegments
 
@@ -95,7 +96,7 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         raise InvalidInputError(
             f"the batch is empty: {rows} rows of {length} tokens", advice="Give at least one row with one token."
         )
-    if positions is cu_q is cu_k is None and outer is None and length > 1 and not torch.compiler.is_compiling():
+    if positions is cu_q is cu_k is None and outer is None and length > 1 and not is_tracing():
         require_handed_on(module, rows, length)
     unknown = unknown_tensors(given, rows, length)
     if unknown:
@@ -122,8 +123,8 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
     # inside of a model that was given numbers for these tokens, a mask that is made of theirs has them no more
     numbers = outer if outer is not None and outer.plain is not None and outer.shape == shape else None
     given_mask = None if finished or length == 1 else seen.mask
-    numbered = given_mask is not None and (torch.compiler.is_compiling() or has_numbers(given_mask))
-    if torch.compiler.is_compiling():
+    numbered = given_mask is not None and (is_tracing() or has_numbers(given_mask))
+    if is_tracing():
         if numbers is not None:
             return Found(numbers.segments, shape, numbered)
         if lengths:
@@ -172,7 +173,7 @@ def _decodes(given: dict[str, Any]) -> bool:
 def _traced_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> TracedSegments:
     """As `inputs.documents_of_lengths`, while a graph is traced: that they are equal is asserted when it runs."""
     if cu_q is not None and cu_k is not None and cu_q is not cu_k:
-        torch._assert_async((cu_q == cu_k).all(), "axattn: cu_seq_lens_q and cu_seq_lens_k differ")
+        require_when_run((cu_q == cu_k).all(), "cu_seq_lens_q and cu_seq_lens_k differ")
     return traced.from_cu_seqlens(cu_q if cu_q is not None else cu_k, rows, length, "cu_seq_lens_q")
 
 

@@ -17,6 +17,7 @@ from axattn.backends.ranking import by_need, interned, usable
 from axattn.capability import Capability, Need, missing
 from axattn.environment import Environment
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.torch_internals import is_tracing
 
 logger = logging.getLogger("axattn")
 
@@ -71,7 +72,7 @@ class Route:
 
     def count(self, name: str) -> None:
         """Note that the kernel of a backend has served a call."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             self.compiled = name
         else:
             self.served[name] = self.served.get(name, 0) + 1
@@ -84,7 +85,7 @@ class Route:
         """
         reasons: list[Reason] = []
         shown: Callable[[object], str] = str
-        if torch.compiler.is_compiling():
+        if is_tracing():
             shown = _untold
             if len(self.kernels) > 1:
                 need = replace(need, traced=True)  # there is a choice: one that is known to trace
@@ -107,7 +108,7 @@ class Route:
     def _say_routed(self, name: str, reasons: list[Reason]) -> None:
         text = "; ".join(reason.text for reason in reasons)
         key = (self.asked, name, text)
-        if key not in _said and not torch.compiler.is_compiling():
+        if key not in _said and not is_tracing():
             _said.add(key)
             logger.warning("axattn: %s runs on %s instead of %s: %s", self.layer, name, self.planned, text)
 

@@ -12,6 +12,7 @@ import torch
 
 from axattn import segments
 from axattn.errors import InvalidInputError
+from axattn.hf.torch_internals import require_when_run
 from axattn.segments import Segments, starts_told
 from axattn.snapshots import snapshot
 
@@ -56,7 +57,7 @@ class TracedSegments:
         """Assert, when the graph runs, that every row is one document, or that `unless` (bool, a scalar) holds; `text`
         says why it has to be."""
         single = (self.document_ids == 0).all()
-        torch._assert_async(single if unless is None else single | unless.to(single.device), f"axattn: {text}")
+        require_when_run(single if unless is None else single | unless.to(single.device), text)
 
     def snapshot(self) -> TracedSegments:
         """The same documents in a tensor of their own, from which operators of a graph may keep what they read."""
@@ -77,11 +78,11 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str)
         raise InvalidInputError(f"{name} must be an int32 tensor [documents + 1]")
     total = rows * length
     whole = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-    torch._assert_async(whole, f"axattn: {name} must start at 0, never decrease and end at the token count")
+    require_when_run(whole, f"{name} must start at 0, never decrease and end at the token count")
     flat = torch.searchsorted(cu_seqlens, torch.arange(total, device=cu_seqlens.device, dtype=torch.int32), right=True)
     ids = flat.view(rows, length)
     edges = torch.arange(1, rows, device=ids.device)
-    torch._assert_async((ids[edges, 0] != ids[edges - 1, -1]).all(), f"axattn: a document of {name} spans two rows")
+    require_when_run((ids[edges, 0] != ids[edges - 1, -1]).all(), f"a document of {name} spans two rows")
     return TracedSegments(ids - ids[:, :1], rows, length)
 
 
@@ -98,7 +99,7 @@ def from_positions(
         return None
     if by_position is not None and by_number is not None and attention_mask is not None:
         agreed = (attention_mask.max() <= 1).to(starts.device) | by_number | ~by_position
-        torch._assert_async(agreed.all(), "axattn: position_ids and the numbers of documents do not agree")
+        require_when_run(agreed.all(), "position_ids and the numbers of documents do not agree")
         starts = by_position | by_number
     if padding_ends is not None:
         starts = starts | (padding_ends & starts.any())

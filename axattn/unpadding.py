@@ -19,6 +19,7 @@ from axattn.flat_row import FlatRow
 from axattn.hf import contracts
 from axattn.hf.forward_inputs import INPUTS, is_given, tokens_of, unpadded_as
 from axattn.hf.forward_outputs import Holds, tensors_of
+from axattn.hf.torch_internals import is_tracing
 from axattn.hf.trial import shared_skeletons
 from axattn.inputs import require_ours
 from axattn.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
@@ -110,7 +111,7 @@ class Unpad:
             not isinstance(mask, torch.Tensor)
             or mask.ndim != 2
             or wants_cache(model, inputs)
-            or torch.compiler.is_compiling()
+            or is_tracing()
         ):
             return forward(inputs)
         tokens = tokens_of(inputs)

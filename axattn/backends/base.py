@@ -124,7 +124,9 @@ def keep_nan(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    if query.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    from axattn.hf.torch_internals import is_tracing
+
+    if query.device.type != "cpu" or not torch.is_grad_enabled() or is_tracing():
         return out
     return nan_where_not_finite(out, query)
 

@@ -37,7 +37,7 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
     elif call.bias is None and plain is not None:
         mask, causal = None, plain == "causal"
     elif call.bias is None and call.mask is None and call.window is None:
-        mask, causal = None, call.causal and query.shape[2] > 1
+        mask, causal = None, call.causal and bool(query.shape[2] > 1)
     else:
         mask, causal = _with_bias(call.dense_mask(), call.bias, query.dtype), False
     if mask is not None or call.dropout:
@@ -50,7 +50,7 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
         dropout_p=call.dropout,
         is_causal=causal,
         scale=call.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),
     )
     return keep_nan(out.transpose(1, 2), query)
 

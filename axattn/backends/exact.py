@@ -8,6 +8,7 @@ from axattn.backends import dense
 from axattn.backends.eager import eager
 from axattn.backends.spans import over_layout
 from axattn.call import AttentionCall
+from axattn.hf.torch_internals import is_tracing
 from axattn.masks import LazyMask
 
 
@@ -20,6 +21,6 @@ def exactly(call: AttentionCall) -> torch.Tensor:
         return eager(call)
     call.ran = "varlen"
     mask, layout = call.mask, None
-    if isinstance(mask, LazyMask) and mask.plain is None and not call.dropout and not torch.compiler.is_compiling():
+    if isinstance(mask, LazyMask) and mask.plain is None and not call.dropout and not is_tracing():
         layout = mask.layout()
     return dense.sdpa(call) if layout is None else over_layout(call, layout)

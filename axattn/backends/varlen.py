@@ -16,6 +16,7 @@ from axattn.backends.flash_gradient import exact_forward
 from axattn.backends.passes import TILES, PackedPasses, Passes, over_packed
 from axattn.backends.spans import over_layout, runs_flash
 from axattn.call import AttentionCall
+from axattn.hf.torch_internals import is_tracing
 from axattn.masks import LazyMask
 
 CAPABILITY = dataclasses.replace(
@@ -34,7 +35,7 @@ def varlen(call: AttentionCall) -> torch.Tensor:
     """Attention that costs what the documents cost; returns ``[B, S, H, Dv]``."""
     if call.dropout or not isinstance(call.mask, LazyMask) or call.mask.plain is not None:
         return dense.sdpa(call)
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return compiled.over_documents(call, "varlen")
     layout = call.mask.layout()
     return dense.sdpa(call) if layout is None else over_layout(call, layout)

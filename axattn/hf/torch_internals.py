@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from axattn.errors import Reason, UnsupportedAttentionError
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +145,51 @@ def autograd_in_operator() -> Any:
     for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutogradOther"):
         exclude = exclude.remove(torch._C._dispatch_key_parse(key))
     return torch._C._ForceDispatchKeyGuard(include, exclude)
+
+
+# ---- tracers and transforms ------------------------------------------------------------------------------------------
+
+
+def is_tracing() -> bool:
+    """Whether values of tensors can't be read now: a graph is recorded (``torch.compile``, ``torch.export``,
+    ``torch.jit.trace``), or ``torch.func.vmap`` runs many samples as one."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or _maps_samples()
+
+
+def leaves_kernels() -> bool:
+    """Whether attention has to run in torch's own operators: the graph is for other programs (``torch.export``,
+    ``torch.onnx.export``, ``torch.jit.trace``), or a transform of ``torch.func`` differentiates or maps them."""
+    if torch.compiler.is_compiling():
+        return torch.compiler._is_exporting_flag  # Dynamo before torch 2.13 says True for is_exporting()
+    return torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def is_exporting() -> bool:
+    """Whether a graph for other programs is recorded."""
+    return torch.compiler._is_exporting_flag or torch._C._is_tracing()
+
+
+def require_when_run(condition: torch.Tensor, text: str) -> None:
+    """Assert that a bool tensor ``[]`` is True when the graph that is being recorded runs; under ``torch.func.vmap``
+    at once, for all samples.
+
+    Raises:
+        UnsupportedAttentionError: a sample under ``vmap`` for which it is False.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        torch._assert_async(condition, f"axattn: {text}")
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(condition):
+        condition = torch._C._functorch.get_unwrapped(condition)
+    if not bool(condition.all()):
+        raise UnsupportedAttentionError("this batch can't run under torch.func.vmap", [Reason("values", text)])
+
+
+def _maps_samples() -> bool:
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
 # ---- calls of modules ------------------------------------------------------------------------------------------------

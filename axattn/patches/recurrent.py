@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from axattn.context import current
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.source_inspection import signature_of
+from axattn.hf.torch_internals import is_tracing
 from axattn.mixing import text_model
 from axattn.patches.entrance import Forward, add_entrance
 from axattn.patches.patchset import PatchSet
@@ -77,7 +78,7 @@ class _HandOn:
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put what the door found into the mask."""
         context = current()
-        if torch.compiler.is_compiling():
+        if is_tracing():
             if context is not None and isinstance(context.segments, Segments):  # the graph would be for these alone
                 _refuse("packed rows", "the layer is compiled by itself, and documents are read outside of its graph")
             return None
@@ -122,7 +123,7 @@ class _ByDocument:
         """Run one forward; returns what the layer returns."""
         mask = inputs.get("attention_mask")
         if not isinstance(mask, DocumentMask):
-            if not torch.compiler.is_compiling():
+            if not is_tracing():
                 self._require_nothing_lost()
             return forward(inputs)
         hidden = inputs["hidden_states"]
