@@ -15,6 +15,7 @@ import torch
 from axattn.errors import Reason
 from axattn.hf import probes
 from axattn.hf.source_inspection import calls_of, code_of, file_source, is_readable, signature_of, source_of, tree_of
+from axattn.hf.torch_internals import running_max
 from axattn.mixing import text_model
 from axattn.weak_cache import weak_cache
 
@@ -132,7 +133,7 @@ def counted(
     count = each.cumsum(-1)
     if documents is not None:
         starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-        count = count - torch.where(starts.to(count.device), count - each, 0).cummax(-1).values
+        count = count - running_max(torch.where(starts.to(count.device), count - each, 0))
         if not by_id:  # padding behind a document needs no higher positions than the document
             count = count.masked_fill(mask == 0, 1)
     if by_id:

@@ -25,7 +25,7 @@ from axattn.hf.source_inspection import (
     source_of,
     tree_of,
 )
-from axattn.hf.torch_internals import is_tracing, require_when_run
+from axattn.hf.torch_internals import is_tracing, leaves_kernels, require_when_run
 from axattn.weak_cache import weak_cache
 
 Place = Literal["first", "last", "every"]
@@ -138,10 +138,12 @@ def padding_is_read(facts: Facts, model: torch.nn.Module, given: dict[str, Any])
     for place in sorted(facts.reads):
         read = mask[..., 0 if place == "first" else -1] != 0
         text = f"{type(model).__name__} reads the {place} token of each row, which is padding"
+        blind = facts.windowed or (place == "first" and getattr(model.config, "is_decoder", False))
         if is_tracing():
+            if facts.native is None and not blind and leaves_kernels():
+                return True  # masks are dense there
             require_when_run(read.all(), text)
         elif not bool(read.all()):
-            blind = facts.windowed or (place == "first" and getattr(model.config, "is_decoder", False))
             if facts.native is None and not blind:  # else it may attend to padding alone: kernels differ in that
                 return True
             other = {"left": "right", "right": "left"}[_SIDES[place]]

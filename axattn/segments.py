@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from axattn.errors import InvalidInputError, Reason
+from axattn.hf.torch_internals import running_max
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def starts_told(positions: torch.Tensor | None, mask: torch.Tensor | None, numbe
     if positions is not None:
         positions, mask = torch.broadcast_tensors(positions, mask.to(positions.device))
     real, index = mask != 0, torch.arange(mask.shape[-1], device=mask.device)
-    before = torch.where(real, index, -1).cummax(-1).values[:, :-1]  # the last real token, -1 for none
+    before = running_max(torch.where(real, index, -1))[:, :-1]  # the last real token, -1 for none
     first, last = before < 0, before.clamp(min=0)
     real = real[:, 1:]
     inside = real & ~first

@@ -12,7 +12,7 @@ import torch
 
 from axattn import segments
 from axattn.errors import InvalidInputError
-from axattn.hf.torch_internals import require_when_run
+from axattn.hf.torch_internals import require_when_run, running_max
 from axattn.segments import Segments, starts_told
 from axattn.snapshots import snapshot
 
@@ -40,7 +40,7 @@ class TracedSegments:
         ids = self.document_ids
         index = torch.arange(self.length, device=ids.device).expand(self.rows, self.length)
         starts = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
-        return index - torch.where(starts, index, 0).cummax(-1).values
+        return index - running_max(torch.where(starts, index, 0))
 
     @property
     def alone(self) -> torch.Tensor:

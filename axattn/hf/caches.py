@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from axattn.hf.torch_internals import require_when_run
+
 PACKED = "_axattn_one_document"
 """Attribute on what a row of several documents has filled: how many of its first tokens are of one document (the fewest
 of all rows); from a compiled graph a tensor, more than there are where no row was packed."""
@@ -79,7 +81,7 @@ def is_packed(cache: Any) -> bool:
         return isinstance(keys, PackedKeys) and keys.shape[-2] > 0
     held = _held_tokens(holders)
     if torch.compiler.is_compiling() and (isinstance(alone, torch.Tensor) or isinstance(held, torch.Tensor)):
-        torch._assert_async(held <= alone, "axattn: this cache was filled by a row of several documents")
+        require_when_run(held <= alone, "this cache was filled by a row of several documents")
     elif bool(held > alone):
         return True
     for one in holders:

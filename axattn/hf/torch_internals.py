@@ -185,6 +185,16 @@ def require_when_run(condition: torch.Tensor, text: str) -> None:
         raise UnsupportedAttentionError("this batch can't run under torch.func.vmap", [Reason("values", text)])
 
 
+def running_max(x: torch.Tensor) -> torch.Tensor:
+    """int ``[B, S]``: the highest value of each row up to here, without ``cummax`` where ONNX, which lacks it, may be
+    the target."""
+    if not is_exporting():
+        return x.cummax(-1).values
+    size = x.shape[-1]
+    earlier = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
+    return torch.where(earlier, x[:, None, :], x[:, None, :1]).amax(-1)
+
+
 def _maps_samples() -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False
