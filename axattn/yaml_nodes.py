@@ -148,8 +148,8 @@ def build(node: Node) -> Any:
 
 
 def own(mapping: MappingNode) -> dict[str, tuple[Node, Node]]:
-    """Key and value nodes of the keys that a mapping gives itself, by name."""
-    return {key.value: (key, value) for key, value in mapping.value if isinstance(key, ScalarNode)}
+    """Key and value nodes of the keys that a mapping gives itself and that are text, by name."""
+    return {key.value: (key, value) for key, value in mapping.value if key.tag == _TAG + "str"}
 
 
 def merged(mapping: MappingNode) -> dict[str, Node]:

@@ -1,4 +1,4 @@
-"""The real kernels on a real GPU: ``pytest -m gpu``. Imports neither pydantic, datasets, trl nor ruamel.yaml."""
+"""The real kernels on a real GPU: ``pytest -m gpu``. Imports neither pydantic, datasets nor trl."""
 
 from __future__ import annotations
 
