@@ -26,6 +26,7 @@ from axattn.hf.model_internals import wants_weights
 from axattn.hf.registries import require_registered
 from axattn.hf.source_inspection import calls_interface
 from axattn.hf.torch_internals import last_pre_hook
+from axattn.inputs import switched
 from axattn.numbering import counted
 from axattn.patches.patchset import PatchSet
 from axattn.pooling import padding_is_read
@@ -66,7 +67,7 @@ class Door:
         """Forward pre-hook (``with_kwargs=True``). Packed rows get what they lack: on a flash name the lengths of their
         documents, which Transformers' flash path reads at any batch size; positions that start anew in each. Of a mask
         that numbers them the model gets a plain one."""
-        if is_paged_step(kwargs) and self.facts.native is not None:
+        if is_paged_step(kwargs) and (self.facts.native is not None or switched(self.facts, module)):
             return None
         require_registered(module)
         self.names.require(module)
@@ -174,6 +175,8 @@ class Door:
         """Raise for what this model can't do on its kernel, whatever the tokens; whether attention weights are asked
         for."""
         facts = self.facts
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            guard.require_prefix_survives(module, given)
         if facts.shares_keys:
             guard.require_gradients_of_shared_keys(module)
         if torch.nn.functional.scaled_dot_product_attention is not _SDPA and facts.native is None:

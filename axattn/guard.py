@@ -13,8 +13,9 @@ import torch
 
 from axattn import flash_guard, names
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.caches import cache_length
 from axattn.hf.forward_inputs import KINDS, caches_of, tokens_of
-from axattn.hf.model_internals import checkpoints_reentrantly
+from axattn.hf.model_internals import checkpoints_reentrantly, checkpoints_without_cache
 from axattn.hf.source_inspection import code_of, tree_of
 from axattn.hf.torch_internals import in_context_parallel
 from axattn.segments import Segments, documents_in
@@ -122,6 +123,25 @@ def require_gradients_of_shared_keys(module: torch.nn.Module) -> None:
             f"reentrant gradient checkpointing can't serve {type(module).__name__}",
             [Reason("gradient", "layers share keys and values, whose gradients it drops")],
             'Use gradient_checkpointing_kwargs={"use_reentrant": False}.',
+        )
+
+
+def require_prefix_survives(module: torch.nn.Module, inputs: dict[str, Any]) -> None:
+    """Raise where gradient checkpointing would drop what a cache holds: Transformers' layers take the cache away from a
+    call that they checkpoint, and only the mask still counts its tokens (transformers 5.17 and 5.24).
+
+    PEFT's prefix tuning hands its prefix over in a cache.
+
+    Raises:
+        UnsupportedAttentionError: it would.
+    """
+    held = max(map(cache_length, caches_of(inputs)), default=0)
+    if held and torch.is_grad_enabled() and checkpoints_without_cache(module):
+        text = f"it takes the cache away from the layers, and with it {held} tokens (a prefix, in PEFT's prefix tuning)"
+        raise UnsupportedAttentionError(
+            f"gradient checkpointing can't serve {type(module).__name__} over a filled cache",
+            [Reason("cache", text)],
+            "Call model.gradient_checkpointing_disable(), or train LoRA or prompt tuning, which need no cache.",
         )
 
 

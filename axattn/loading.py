@@ -28,6 +28,7 @@ from axattn.patches.cache import disable_cache
 from axattn.patches.doors import add_doors, native_name, require_first_gradients
 from axattn.patches.flash_slot import preload
 from axattn.patches.flex import add_compile_room
+from axattn.patches.paged_steps import add_paged_steps
 from axattn.patches.patchset import PatchSet
 from axattn.patches.recurrent import add_document_runs
 from axattn.patches.rope import add_rope_by_document
@@ -359,5 +360,6 @@ def _attach(
         ours = [name for name in decided.running.values() if name in names.ours() and name != "auto"]
         if not all(backends.get(name).caches for name in ours):
             disable_cache(patches, model)
+        add_paged_steps(patches, model, decided)
         if unpad:
             add_unpadding(patches, model, decided)

@@ -107,12 +107,7 @@ class Unpad:
         and those that read a cache or whose caller may go on from theirs, run as they are; so does everything inside a
         compiled graph."""
         mask = inputs.get("attention_mask")
-        if (
-            not isinstance(mask, torch.Tensor)
-            or mask.ndim != 2
-            or wants_cache(model, inputs)
-            or is_tracing()
-        ):
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or wants_cache(model, inputs) or is_tracing():
             return forward(inputs)
         tokens = tokens_of(inputs)
         if tokens is None or mask.shape != tokens.shape[:2]:
@@ -135,7 +130,9 @@ class Unpad:
             return forward(inputs)
         if inputs.get("labels") is not None:
             given |= _targets(model, inputs, mask, flat)
-        context = Context(segments if segments.packed else None, (1, keep.numel()), False, Seen(), self, current(), flat=flat)
+        context = Context(
+            segments if segments.packed else None, (1, keep.numel()), False, Seen(), self, current(), flat=flat
+        )
         with inside(told=segments), reading(context):  # a door inside is told; a model without one reads its own
             output = forward(given)
         _restore(model, output, flat)

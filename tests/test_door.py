@@ -444,9 +444,3 @@ def test_continuous_batching_is_transformers_own(name: str) -> None:
     model = build("llama")
     expected = [model.generate(torch.tensor([ids]), **greedy)[0, len(ids) :].tolist() for ids in prompts]
     assert run(axattn.apply(model, name)) == expected
-
-
-def test_continuous_batching_on_our_names_says_what_to_use() -> None:
-    model = axattn.apply(build("llama"), "varlen")
-    with pytest.raises((ValueError, axattn.AxattnError), match=r"continuous batching|paged"):
-        model.generate_batch([[3, 4, 5]], generation_config=tf.GenerationConfig(max_new_tokens=2))

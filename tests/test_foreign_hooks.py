@@ -88,7 +88,10 @@ def test_what_comes_too_late_for_everything_that_reads_it_is_refused(added: str,
     elif added == "other positions":
         new, given = {"position_ids": positions((6, 7))}, {"position_ids": positions(LENGTHS)}
     elif added == "unpadded":
-        new, given = {"position_ids": positions(LENGTHS)[:, :10]}, {"attention_mask": torch.tensor([[1] * 10 + [0] * 3])}
+        new, given = (
+            {"position_ids": positions(LENGTHS)[:, :10]},
+            {"attention_mask": torch.tensor([[1] * 10 + [0] * 3])},
+        )
     way(model, new)
     with pytest.raises(axattn.InvalidInputError, match=r"a hook or a wrapper of \w+\.forward gave it"):
         model(ids, **given)

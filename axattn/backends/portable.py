@@ -38,7 +38,7 @@ def portable(call: AttentionCall, kernel: str, layer: str) -> torch.Tensor:
         raise UnsupportedAttentionError(
             f"{kernel} can't serve {layer} in {what}",
             [Reason("exact", f"exact attention would run there, and {kernel} computes something else")],
-            'Say so by "with axattn.using(model, \'auto\"):" around it.',
+            'Say so by "with axattn.using(model, \'auto"):" around it.',
         )
     call.mask = call.dense_mask()  # whether a mask is a plain one depends on the length, which a graph leaves open
     if call.softcap is not None or call.sinks is not None or call.want_weights:

@@ -38,7 +38,7 @@ def migrate(
     from rich.console import Console
     from rich.progress import track
 
-    from axattn.cli.output import print_json
+    from axattn.cli.output import print_json, user_errors
     from axattn.errors import InvalidConfigError
     from axattn.migration import find, look_at
 

@@ -8,9 +8,7 @@ from typing import Any
 from axattn.hf.source_inspection import origin
 from axattn.hf.torch_internals import pre_hooks
 
-_HAND_ON = frozenset(
-    {"accelerate", "axattn", "deepspeed", "liger_kernel", "peft", "torch", "transformers", "trl"}
-)
+_HAND_ON = frozenset({"accelerate", "axattn", "deepspeed", "liger_kernel", "peft", "torch", "transformers", "trl"})
 """Packages whose hooks and wrappers hand positions, lengths and masks on as they came."""
 
 

@@ -48,6 +48,15 @@ def checkpoints_reentrantly(module: torch.nn.Module) -> bool:
     return bool(getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant"))
 
 
+def checkpoints_without_cache(module: torch.nn.Module) -> bool:
+    """Whether a model's gradient checkpointing is on, and a layer that it runs again goes without the cache."""
+    return any(
+        getattr(inner, "gradient_checkpointing", False) and not getattr(inner, "_can_checkpoint_with_cache", False)
+        for inner in module.modules()
+        if inner is not module
+    )
+
+
 def flash_slot() -> ModuleType:
     """The module that holds Transformers' one process-wide slot for flash functions: ``_loaded_implementation`` is its
     name, ``lazy_import_flash_attention`` fills it."""

@@ -135,7 +135,6 @@ class Split:
             join(output, share, length)
         return output.to_tuple() if as_tuple else output
 
-
     def missed(self, context: Context) -> str:
         """See `axattn.patches.entrance.WholeModel`."""
         return "this batch would not be split over ranks, as axattn.sequence_parallel says"

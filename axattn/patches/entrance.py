@@ -209,7 +209,9 @@ class OncePerCall:
         missed = "" if context is None or caches_of(kwargs) else self.change.missed(context)
         if missed:
             text = "something else stands in the place of the model's forward, and does not call the one that was there"
-            advice = "Call axattn.apply (and axattn.sequence_parallel) on the model after whatever replaces its forward."
+            advice = (
+                "Call axattn.apply (and axattn.sequence_parallel) on the model after whatever replaces its forward."
+            )
             raise UnsupportedAttentionError(missed, [Reason("model", text)], advice)
 
 

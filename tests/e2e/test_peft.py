@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import axattn
-from axattn.errors import AxattnError
+from axattn.errors import AxattnError, UnsupportedAttentionError
 from axattn.hf import forward_inputs
 from tests.e2e.test_trainer import padded, train
 from tests.models import build, positions, tokens
@@ -219,3 +219,18 @@ def test_a_lora_run_of_trainer_follows_padded_documents(tmp_path: Path) -> None:
     _, expected = train(tmp_path / "a", stock, padded)
     _, found = train(tmp_path / "b", axattn.prepare_for_training(model))
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["auto", "eager"])
+def test_a_prefix_that_checkpointing_would_take_away_is_refused_with_its_cause(name: str) -> None:
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model: Any = axattn.apply(peft.get_peft_model(build("llama"), prefix), name)
+    ids = tokens(2, 6)
+    plain = model.eval()(ids).logits
+    model.train().base_model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(
+        UnsupportedAttentionError, match=r"checkpointing can't serve .* 3 tokens.*checkpointing_disable"
+    ):
+        model(ids)
+    model.base_model.gradient_checkpointing_disable()
+    assert torch.allclose(model(ids).logits, plain, atol=1e-5)
