@@ -198,6 +198,8 @@ class AttentionConfig(BaseModel):
             InvalidConfigError: no file, no mapping, unreadable YAML, a key given twice or misspelt, or settings that
                 contradict each other.
         """
+        if not isinstance(path, str | Path):
+            raise InvalidConfigError(f"a config is read from a path, not from a {type(path).__name__}")
         known = {*cls.model_fields, *names.LEGACY_FLAGS, *COMPUTED}
         values = config_file.settings(Path(path), known)
         taken = {key: value for key, value in values.items() if key in known}

@@ -18,7 +18,7 @@ from axattn.config_values import require_possible
 from axattn.environment import Environment
 from axattn.errors import InvalidConfigError, UnsupportedAttentionError
 from axattn.hf import contracts, mask_functions
-from axattn.hf.checkpoints import concrete_class, load_config, resolve_class
+from axattn.hf.checkpoints import concrete_class, load_config, load_weights, resolve_class
 from axattn.hf.registries import require_free
 from axattn.machines import as_environment
 from axattn.needs import ModelNeeds, model_needs, sub_configs
@@ -83,7 +83,9 @@ def from_pretrained(
         BackendUnavailableError: this machine can't run it.
         UnsupportedAttentionError: the model or one of its layers needs what the kernel lacks.
         RegistrationError: another package has registered a function of its own under the name.
-        InvalidConfigError: an option that no kernel named offers, or a value that it can't use.
+        InvalidConfigError: an option that no kernel named offers, or a value that it can't use; a config whose numbers
+            of heads, sizes or windows can't be.
+        InvalidInputError: nothing to load is where the name leads, or `model_class` is no model class.
     """
     value = names.canonicalise_all("auto" if attn_implementation is None else attn_implementation)
     register_free()
@@ -100,7 +102,7 @@ def from_pretrained(
     native = {path: name for path, name in decided.running.items() if name is not None and names.is_native(name)}
     if native:
         kwargs["attn_implementation"] = nested(dict(native))
-    loaded = cls.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+    loaded = load_weights(cls, pretrained_model_name_or_path, *args, config=config, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     _attach(model, decided, value, allow, unpad)
     return loaded

@@ -29,7 +29,8 @@ class Option:
 def one_of(*values: Any) -> Callable[[Any], str]:
     """A check for `Option.wrong`: one of a few values."""
     shown = ", ".join(repr(value) for value in values)
-    return lambda given: "" if any(given is v or given == v for v in values) else f"is none of {shown}"
+    kinds = tuple({type(value) for value in values})
+    return lambda given: "" if isinstance(given, kinds) and given in values else f"is none of {shown}"
 
 
 def require_options(given: Mapping[str, Any], offered: Mapping[str, Sequence[Option]]) -> None:

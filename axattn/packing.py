@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -254,6 +255,8 @@ def _documents(feature: Mapping[str, Any], at: int) -> list[Document]:
         for key, values in columns.items()
         if len(values) != count
     ]
+    if lengths is not None and min(lengths, default=0) < 0:
+        reasons.append(Reason("seq_lengths", f"seq_lengths holds {min(lengths)}"))
     if lengths is not None and sum(lengths) != count:
         reasons.append(Reason("seq_lengths", f"seq_lengths add up to {sum(lengths)} for {count} tokens"))
     if reasons:
@@ -325,4 +328,9 @@ def _is_number(value: Any, key: str) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return hasattr(type(value), "__index__") and not isinstance(value, bool)
+    """Whether it is a whole number, also one of numpy or torch."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)

@@ -25,6 +25,7 @@ def demo(
     """
     from importlib.util import find_spec
 
+    from axattn import names
     from axattn.cli.output import quiet_transformers, user_errors
     from axattn.errors import BackendUnavailableError, Reason
 
@@ -36,7 +37,12 @@ def demo(
                 [Reason("library", f"{name} is not installed") for name in absent],
                 'Type: pip install "axattn[demo]".',
             )
+        wanted = names.canonicalise(attn)  # before anything is made
         quiet_transformers()
+        from axattn.environment import Environment
+        from axattn.planning import require_available
+
+        require_available(wanted, Environment.current())
         from axattn.demo.job import run
 
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

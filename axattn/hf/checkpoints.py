@@ -45,7 +45,7 @@ def load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any
             raise InvalidInputError(f"config is a {_kind(given)}, not a Transformers config or the path of one")
         return copy.deepcopy(given), kwargs
     source = given or source
-    require_source(source, kwargs)
+    raw = require_source(source, kwargs)
     hub = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
     held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
     rest = {key: value for key, value in kwargs.items() if key not in hub}
@@ -54,14 +54,25 @@ def load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any
     except OSError as error:
         raise InvalidInputError(f"{source} can't be loaded", [Reason("file", _one_line(error))]) from error
     except Exception as error:  # a config class may raise anything over values of the wrong kind
-        reason = Reason("config", f"{type(error).__name__}: {_one_line(error)}")
+        odd = [f"{key}={raw[key]!r} is not a whole number" for key in _WHOLE if not _is_whole_or_none(raw.get(key))]
+        reasons = [Reason("config", text) for text in (*odd, f"{type(error).__name__}: {_one_line(error)}")]
         advice = "Correct its config.json." if os.path.exists(source) else ""
-        raise InvalidConfigError(f"Transformers can't read the config of {source}", [reason], advice) from error
+        raise InvalidConfigError(f"Transformers can't read the config of {source}", reasons, advice) from error
     return config, {**hub, **{k: v for k, v in unused.items() if k not in hub}, **held}
 
 
-def require_source(source: Any, kwargs: Mapping[str, Any] = _NONE) -> None:
+_WHOLE = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "num_hidden_layers", "vocab_size")
+
+
+def _is_whole_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def require_source(source: Any, kwargs: Mapping[str, Any] = _NONE) -> Mapping[str, Any]:
     """Raise unless there is a config where `source` leads; of a hub name, unless it is cached or the hub answers.
+
+    Returns:
+        What its config.json holds; nothing for a name on the hub.
 
     Args:
         source: what a user gave as a model.
@@ -75,25 +86,47 @@ def require_source(source: Any, kwargs: Mapping[str, Any] = _NONE) -> None:
         advice = 'For a model that is loaded: axattn.apply(model, "auto").' if hasattr(source, "parameters") else ""
         text = f"a model is loaded from a folder or a hub name, not from a {_kind(source)}"
         raise InvalidInputError(text, advice=advice or 'Such as "./my-model" or "org/model".')
-    path = Path(source)
     if kwargs.get("gguf_file") is not None:
-        return
+        return _NONE
+    path = Path(source)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # a name too long, or with a null byte
+        raise InvalidInputError("no such folder", [Reason("file", _one_line(error))], _GIVE) from error
     if path.is_dir():
-        _require_config_in(path / (kwargs.get("subfolder") or ""), path)
-    elif path.is_file():
-        _require_mapping(path)
-    else:
-        _require_hub_name(os.fspath(source), kwargs)
+        return _config_in(path / (kwargs.get("subfolder") or ""), path)
+    if path.is_file():
+        return _config_of(path)
+    _require_hub_name(os.fspath(source), kwargs)
+    return _NONE
 
 
-def _require_config_in(folder: Path, named: Path) -> None:
+def load_weights(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+    """``cls.from_pretrained(source, ...)``; files that are missing or damaged are one error of ours.
+
+    Raises:
+        InvalidInputError: there are no weights, or they can't be read.
+    """
+    from safetensors import SafetensorError
+
+    if isinstance(source, str | os.PathLike) and os.path.isfile(source) and kwargs.get("gguf_file") is None:
+        folder = os.path.dirname(source) or "."
+        raise InvalidInputError(f"{source} is a file, not the folder of a model", advice=f"Give {folder!r}.")
+    try:
+        return cls.from_pretrained(source, *args, **kwargs)
+    except (OSError, SafetensorError) as error:
+        advice = "axattn.plan and `axattn verify` need its config alone." if os.path.isdir(str(source)) else ""
+        reason = Reason("weights", f"{type(error).__name__}: {_one_line(error)}")
+        raise InvalidInputError(f"the weights of {source} can't be loaded", [reason], advice) from error
+
+
+def _config_in(folder: Path, named: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if file.is_file():
-        _require_mapping(file)
-        return
+        return _config_of(file)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        base = _require_mapping(adapter).get("base_model_name_or_path") or "its base model"
+        base = _mapping_in(adapter).get("base_model_name_or_path") or "its base model"
         advice = f'Load {base} through axattn, then the adapter: PeftModel.from_pretrained(model, "{named}").'
         raise InvalidInputError(f"{named} holds an adapter (adapter_config.json) and no model", advice=advice)
     advice = "Give the folder that model.save_pretrained wrote."
@@ -103,7 +136,15 @@ def _require_config_in(folder: Path, named: Path) -> None:
     raise InvalidInputError(f"{folder} has no config.json", advice=advice)
 
 
-def _require_mapping(file: Path) -> dict[str, Any]:
+def _config_of(file: Path) -> dict[str, Any]:
+    found = _mapping_in(file)
+    kind = found.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise InvalidConfigError(f"{file}: model_type={kind!r} is not the name of a model type", advice=_GIVE)
+    return found
+
+
+def _mapping_in(file: Path) -> dict[str, Any]:
     """What a JSON file holds.
 
     Raises:
@@ -145,6 +186,8 @@ def _require_hub_name(name: str, kwargs: Mapping[str, Any]) -> None:
     except (HfHubHTTPError, OfflineModeIsEnabled):
         return  # Transformers will say what the hub answered, or that it is not to be asked
     except Exception as error:  # its client has an error for each way in which a line can be down
+        if "Timeout" in type(error).__name__:
+            return  # slow, not away: Transformers tries again
         reason = Reason("hub", f"the hub can't be reached ({_one_line(error)}), and its cache has no {name}")
         raise InvalidInputError(nothing, [reason], _GIVE) from error
 
@@ -169,7 +212,8 @@ def resolve_class(model_class: Any, config: Any) -> Any:
 
     if model_class is not None:
         loads = isinstance(model_class, type) and callable(getattr(model_class, "from_pretrained", None))
-        if not loads or issubclass(model_class, transformers.PreTrainedConfig):
+        others = (transformers.PreTrainedConfig, transformers.AutoConfig, transformers.AutoTokenizer)
+        if not loads or issubclass(model_class, others):
             shown = repr(model_class) if isinstance(model_class, str) else f"a {_kind(model_class)}"
             named = isinstance(model_class, str) and isinstance(getattr(transformers, model_class, None), type)
             name = model_class if named else "AutoModelForCausalLM"

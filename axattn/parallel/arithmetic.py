@@ -70,10 +70,12 @@ def estimate(config: Any, tokens: int, ranks: int, shards: int | None = None) ->
         shards: as in `Estimate`; P when None.
 
     Raises:
-        InvalidInputError: tokens, ranks or shards that are no whole numbers of 1 or more.
+        InvalidInputError: no config of a decoder; tokens, ranks or shards that are no whole numbers of 1 or more.
         InvalidConfigError: the heads can't be shared out.
     """
     require_counts({"tokens": tokens, "ranks": ranks, "shards": ranks if shards is None else shards})
+    if not isinstance(getattr(config, "num_attention_heads", None), int):
+        raise InvalidInputError(f"config is a {type(config).__name__}, not the config of a decoder")
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % ranks:
