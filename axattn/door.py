@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from axattn import flash_guard, guard, planes
+from axattn import flash_guard, guard, picks, planes
 from axattn.behind import look
 from axattn.context import Context, Seen, current, slot
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
@@ -102,6 +102,8 @@ class Door:
         reads_padding = outer is not None and outer.reads_padding
         if self.facts.reads and not reads_padding:
             reads_padding = padding_is_read(self.facts, module, given)
+        if self.facts.picks and not reads_padding:
+            reads_padding = picks.padding_is_read(self.facts.picks, self.facts.native, module, given)
         masked = outer.plain if outer is not None and seen.mask is outer.seen.mask else None
         if outer is not None and seen.same(outer.seen):
             segments, shape = outer.segments, outer.shape

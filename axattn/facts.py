@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from axattn.errors import Reason
+from axattn.picks import Pick
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Facts:
         first_must_be_real: why rows can't be padded on the left (sparse layers that count blocks), "" if they can.
         takes_lengths: its forward takes ``cu_seq_lens_*`` and ``max_length_*``, so the door can add them.
         overlays: it lays image blocks over its masks (`axattn.flash_guard.overlays`).
+        picks: which tokens its outputs are read from that it finds by ids (`axattn.picks`).
         reads: where its outputs are read from, padding or not (`axattn.pooling.read_at`).
     """
 
@@ -55,3 +57,4 @@ class Facts:
     takes_lengths: bool = False
     overlays: bool = False
     reads: frozenset[str] = frozenset()
+    picks: tuple[Pick, ...] = ()

@@ -24,10 +24,15 @@ _ADVICE = 'Use attn_implementation="varlen" or "auto".'
 
 def windowed(module: torch.nn.Module) -> bool:
     """Whether some layers of a model have a sliding window (read in its config)."""
+    return window_of(module) is not None
+
+
+def window_of(module: torch.nn.Module) -> int | None:
+    """The narrowest sliding window of a model (read in its config), None where it has none."""
     config: Any = module.config
     text = config.get_text_config()
     windows = [getattr(c, name, None) for c in (config, text) for name in ("sliding_window", "local_attention")]
-    return any(isinstance(window, int) and window > 0 for window in windows)
+    return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
 
 
 def overlays(module: torch.nn.Module) -> bool:

@@ -26,6 +26,7 @@ from axattn.hf.source_inspection import (
     tree_of,
 )
 from axattn.hf.torch_internals import is_tracing, leaves_kernels, require_when_run
+from axattn.picks import Pick, picks_of
 from axattn.weak_cache import weak_cache
 
 Place = Literal["first", "last", "every"]
@@ -262,6 +263,13 @@ def reads_first(model: torch.nn.Module) -> bool:
 def reads_last(model: torch.nn.Module) -> bool:
     """Whether a head reads the last real token of each row, found by its token id: those of decoders."""
     return _reads(model) == "last_real"
+
+
+def picked(model: torch.nn.Module) -> tuple[Pick, ...]:
+    """The tokens of a row that a model finds by ids (`axattn.picks`)."""
+    if is_readable(code_of(model)):
+        return picks_of(model, _own_parts(model))
+    return (Pick("last_not_pad"),) if reads_last(model) else ()
 
 
 def _reads(model: torch.nn.Module) -> probes.Pattern | None:

@@ -106,8 +106,14 @@ class Unpad:
         """Run one forward; returns the model's output. Batches without padding, those where something reads padding,
         and those that read a cache or whose caller may go on from theirs, run as they are; so does everything inside a
         compiled graph."""
-        mask = inputs.get("attention_mask")
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or wants_cache(model, inputs) or is_tracing():
+        mask, around = inputs.get("attention_mask"), current()
+        if (
+            not isinstance(mask, torch.Tensor)
+            or mask.ndim != 2
+            or (around is not None and around.reads_padding)
+            or wants_cache(model, inputs)
+            or is_tracing()
+        ):
             return forward(inputs)
         tokens = tokens_of(inputs)
         if tokens is None or mask.shape != tokens.shape[:2]:
@@ -130,9 +136,8 @@ class Unpad:
             return forward(inputs)
         if inputs.get("labels") is not None:
             given |= _targets(model, inputs, mask, flat)
-        context = Context(
-            segments if segments.packed else None, (1, keep.numel()), False, Seen(), self, current(), flat=flat
-        )
+        packed = segments if segments.packed else None
+        context = Context(packed, (1, keep.numel()), False, Seen(), self, around, flat=flat)
         with inside(told=segments), reading(context):  # a door inside is told; a model without one reads its own
             output = forward(given)
         _restore(model, output, flat)

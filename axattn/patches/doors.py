@@ -24,7 +24,7 @@ from axattn.hf.trial import shared_skeletons
 from axattn.mixing import mixers, scaled_by_share, text_model
 from axattn.numbering import counts_mask, first_position, unread_positions
 from axattn.patches.patchset import PatchSet
-from axattn.pooling import classifies_rows, read_at
+from axattn.pooling import classifies_rows, picked, read_at
 from axattn.read_configs import is_attention
 from axattn.recurrent import recurrent
 from axattn.rope import stretched_from
@@ -54,8 +54,8 @@ def add_doors(
     for module in [m for m in modules if isinstance(m, PreTrainedModel)]:
         inside = [name for name, child in module.named_children() if isinstance(child, PreTrainedModel)]
         text, rows = text_model(module), classifies_rows(module)
-        reads = read_at(module)
-        if len(inside) == 1 and not rows and not reads and hands_on(code_of(module).forward, inside[0]):
+        reads, picks = read_at(module), picked(module)
+        if len(inside) == 1 and not rows and not reads and not picks and hands_on(code_of(module).forward, inside[0]):
             continue
         name = native.get(id(module.config), native.get(id(model.config)))
         flash = name is not None and names.is_flash(name)
@@ -77,6 +77,7 @@ def add_doors(
             takes_lengths=flash_guard.takes_lengths(module),
             overlays=flash_guard.overlays(module),
             reads=reads,
+            picks=picks,
             first_position=first_position(module),
             counts_mask=counts_mask(module),
             on_flash=flash,
