@@ -16,7 +16,7 @@ from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from axattn.pooling import read_at, reads_first
 from tests.census.configs import of_class
 from tests.fakes.machine import hopper
-from tests.models import amplify, positions, tokens
+from tests.models import amplify, build, positions, tokens
 from tests.test_mixing import made
 
 ROWS = tf.AutoModelForSequenceClassification
@@ -197,10 +197,26 @@ def test_a_head_that_reads_whole_rows_is_refused_over_a_pooler_too() -> None:
         axattn.apply(model, "auto", unpad=True)
 
 
+class Digesting(tf.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output["digest"] = output.logits.sum((1, 2))
+        return output
+
+
 def test_an_output_of_which_nobody_knows_the_shape_is_refused_unpadded() -> None:
-    model = axattn.apply(tiny_of(tf.GPT2DoubleHeadsModel), "auto", unpad=True)
-    with pytest.raises(UnsupportedAttentionError, match="how to put padding back in its output mc_logits"):
+    model = axattn.apply(Digesting._from_config(build("llama").config), "auto", unpad=True)
+    with pytest.raises(UnsupportedAttentionError, match="how to put padding back in its output digest"):
         model(**padded("right"), use_cache=False)
+
+
+@torch.no_grad()
+def test_a_batch_whose_padding_is_read_runs_as_it_is_though_unpad_is_on() -> None:
+    eager = tiny_of(tf.GPT2DoubleHeadsModel)
+    model = axattn.apply(copy.deepcopy(eager), "auto", unpad=True)
+    for side in ("left", "right"):
+        given = {**padded(side), "use_cache": False}
+        assert torch.allclose(model(**given).mc_logits, eager(**given).mc_logits, atol=2e-5)
 
 
 def test_labels_of_a_row_take_no_packed_rows() -> None:
