@@ -144,7 +144,7 @@ def attend(
         want_weights=bool(kwargs.get("output_attentions")) or _door_wants_weights(mask),
     )
     if leaves_kernels():
-        out = portable(call, route.planned, route.layer)
+        out = portable(call, route.kernels[route.planned][0], route.layer)
         route.count(call.ran)
         return out.contiguous(), call.weights
     backend = decide(route, call, sparse)

@@ -113,7 +113,7 @@ def lazy_mask(
         from transformers.masking_utils import sdpa_mask
 
         if pattern is not None and pattern.chunk is not None and segments is not None:
-            dense = _chunks_in_documents(segments, pattern.chunk, kv_length)
+            dense = _chunks_in_documents(segments, pattern.chunk, kv_length, padding)
         else:
             dense = sdpa_mask(
                 batch_size=batch_size,
@@ -311,12 +311,18 @@ def _same_document(segments: Segments | TracedSegments, kv_length: int) -> torch
     return (ids[:, None, :, None] == keys[:, None, None, :]).contiguous()
 
 
-def _chunks_in_documents(segments: Segments | TracedSegments, chunk: int, kv_length: int) -> torch.Tensor:
-    """Chunked causal attention where the chunks restart with each document (Transformers counts from the row's start).
+def _chunks_in_documents(
+    segments: Segments | TracedSegments, chunk: int, kv_length: int, padding: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Chunked causal attention where the chunks restart with each document (Transformers counts from the row's start,
+    or from its first real token; what is traced counts padding before that to the first document).
 
     bool ``[B, 1, S, T]``.
     """
     positions = segments.positions
+    if padding is not None and isinstance(segments, TracedSegments):
+        first = padding.long().argmax(-1, keepdim=True)
+        positions = positions - torch.where(segments.document_ids == 0, first, 0)
     keys = torch.nn.functional.pad(positions, (0, kv_length - positions.shape[-1]))
     index = torch.arange(kv_length, device=positions.device)
     causal = index[None, None, None, :] <= index[: positions.shape[-1]][None, None, :, None]

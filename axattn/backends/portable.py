@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from axattn import backends
+from axattn.backends.base import Backend
 from axattn.backends.dense import sdpa
 from axattn.backends.eager import eager
 from axattn.call import AttentionCall
@@ -17,13 +17,13 @@ from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.torch_internals import is_exporting
 
 
-def portable(call: AttentionCall, kernel: str, layer: str) -> torch.Tensor:
+def portable(call: AttentionCall, planned: Backend, layer: str) -> torch.Tensor:
     """Exact attention through ``F.scaled_dot_product_attention``, or the model's own eager function where that serves
     less (a softcap, sinks, attention weights).
 
     Args:
         call: any.
-        kernel: the backend that the layer is planned for.
+        planned: the backend of the layer's plan.
         layer: for errors.
 
     Returns:
@@ -32,13 +32,12 @@ def portable(call: AttentionCall, kernel: str, layer: str) -> torch.Tensor:
     Raises:
         UnsupportedAttentionError: the kernel computes something else, which nothing exact may stand in for.
     """
-    planned = backends.get(kernel)
     if planned.capability.exactness == "lossy" and (call.module.training or not planned.evaluates):
         what = "an exported graph" if is_exporting() else "a transform of torch.func"
         raise UnsupportedAttentionError(
-            f"{kernel} can't serve {layer} in {what}",
-            [Reason("exact", f"exact attention would run there, and {kernel} computes something else")],
-            'Say so by "with axattn.using(model, \'auto"):" around it.',
+            f"{planned.name} can't serve {layer} in {what}",
+            [Reason("exact", f"exact attention would run there, and {planned.name} computes something else")],
+            "Put it inside of `with axattn.using(model, 'auto')`, which says so.",
         )
     call.mask = call.dense_mask()  # whether a mask is a plain one depends on the length, which a graph leaves open
     if call.softcap is not None or call.sinks is not None or call.want_weights:
