@@ -17,6 +17,7 @@ from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.flat_row import FlatRow
 from axattn.hf import contracts
+from axattn.hf.foreign_code import foreign_hooks, takes_gradients_by_row
 from axattn.hf.forward_inputs import INPUTS, is_given, tokens_of, unpadded_as
 from axattn.hf.forward_outputs import Holds, tensors_of
 from axattn.hf.torch_internals import is_tracing
@@ -101,6 +102,7 @@ class Unpad:
         self.limits = limits
         self.stretched_from = stretched_from
         self.reads_first = reads_first
+        self.looked = False
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
         """Run one forward; returns the model's output. Batches without padding, those where something reads padding,
@@ -123,6 +125,9 @@ class Unpad:
             return forward(inputs)
         require_ours(self.facts, model)
         _require_known(model, inputs)
+        if not self.looked:
+            self.looked = True
+            _say_what_hooks_see(model)
         rows, length = mask.shape
         flat = FlatRow(keep, rows, length)
         packed = documents(self.facts, model, inputs)
@@ -236,6 +241,17 @@ def _targets(
     return {"labels": before}
 
 
+def _say_what_hooks_see(model: torch.nn.Module) -> None:
+    """Warn of hooks inside of a model: whether they read dim 0 as samples can't be seen."""
+    hooked = foreign_hooks(model)
+    if hooked:
+        some = hooked[0] if len(hooked) == 1 else f"{hooked[0]} and {len(hooked) - 1} more"
+        logger.warning(
+            "axattn: unpad=True runs a batch as one row of real tokens: hooks on %s see [1, N, ...], not [B, S, ...]",
+            some,
+        )
+
+
 def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
     reasons = [
         Reason(key, f"{key}: how to put its padded rows together is not known")
@@ -243,6 +259,11 @@ def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         if (key not in INPUTS or INPUTS[key].unpads == "refuse") and is_given(value)
     ]
     reasons += reasons_by_row(model)
+    if takes_gradients_by_row(model):
+        text = (
+            "Opacus takes a gradient for each index of dim 0: one for the whole batch, clipped as if it were a sample"
+        )
+        reasons.append(Reason("gradient", text))
     if inputs.get("output_attentions"):
         reasons.append(Reason("weights", "output_attentions=True (the weights would be those of the flat row)"))
     keep = inputs.get("logits_to_keep")

@@ -250,6 +250,46 @@ def without_heads() -> dict[str, float]:
     return found
 
 
+def passed_by() -> dict[str, Any]:
+    """A forward in the place of the model's, which computes the loss from hidden states: the largest error, tokens that
+    a layer saw, and the text of what is refused where it is not the model inside that is called."""
+    import types
+
+    inputs = packed_batch(1, 24)
+
+    def fused(self: Any, labels: Any, **given: Any) -> Any:
+        hidden = self.model(**given).last_hidden_state
+        return torch.nn.functional.cross_entropy(self.lm_head(hidden[:, :-1])[0], labels[0, 1:])
+
+    found: dict[str, Any] = {}
+    for mean in (False, True):
+        whole, split = (axattn.apply(build("llama"), "varlen").train() for _ in range(2))
+        axattn.sequence_parallel(split, dist.group.WORLD)
+        for model in (whole, split):
+            model.forward = types.MethodType(fused, model)
+        if mean:  # as with an accelerator, whose Trainer multiplies a rank's loss
+            split.model.forward.change.change.mean = True
+        seen: list[int] = []
+        split.model.layers[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[1]))
+        try:
+            loss, expected = split(**inputs), whole(**inputs)
+        except axattn.AxattnError as error:
+            found["mean"] = str(error)
+            continue
+        loss.backward()
+        expected.backward()
+        axattn.parallel.average_gradients(split, dist.group.WORLD)
+        both = zip(split.parameters(), whole.parameters(), strict=True)
+        found["error"] = worst([(loss, expected), *((a.grad, b.grad) for a, b in both)])
+        found["tokens"] = seen
+    split.model.forward = types.MethodType(type(split.model).forward, split.model)
+    try:
+        split(**inputs)
+    except axattn.AxattnError as error:
+        found["passed by"] = str(error)
+    return found
+
+
 def refusals() -> dict[str, str]:
     """The texts of what is refused, by what was tried."""
     import pickle

@@ -74,6 +74,14 @@ def test_what_comes_back() -> None:
         assert all(value < BUDGET for value in found.values()), found
 
 
+def test_a_forward_in_the_place_of_the_models_own_is_split_where_it_calls_the_model_inside() -> None:
+    for found in run(2, jobs.passed_by):
+        assert found["error"] < BUDGET
+        assert found["tokens"] == [12]
+        assert "TRL's fused head" in found["mean"]
+        assert "this batch would not be split over ranks" in found["passed by"]
+
+
 REFUSED = {
     "native name": "it runs on sdpa, which Transformers calls",
     "not applied": "axattn does not run it yet",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +361,118 @@ def test_noise_that_depends_on_the_length_of_a_row_is_refused() -> None:
     del embeddings.neftune_noise_alpha
     handle.remove()
     assert model.train()(**batch("right")).loss.isfinite()
+
+
+def fused_head(model: Any) -> None:
+    """As TRL's trainers (1.16) and Liger put theirs: a loss from the hidden states of the model inside."""
+    original = model.forward
+
+    def forward(self: Any, *args: Any, fused: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not fused:
+            return original(*args, labels=labels, **kwargs)
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        logits = self.get_output_embeddings()(hidden).transpose(1, 2)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:])
+
+    model.forward = types.MethodType(forward, model)
+
+
+@pytest.mark.parametrize("order", ["before", "after", "applied again"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
+def test_a_forward_in_the_place_of_the_models_own_runs_unpadded_and_stays(family: str, order: str) -> None:
+    model, reference = build(family).train(), axattn.apply(build(family), "auto").train()
+    if order != "before":
+        axattn.apply(model, "auto", unpad=True)
+    fused_head(model)
+    fused_head(reference)
+    if order == "before":
+        axattn.apply(model, "auto", unpad=True)
+    elif order == "applied again":
+        with axattn.using(model, "varlen"):
+            assert model(**batch("left"), fused=True).isfinite()
+    sizes, theirs = Sizes(model), vars(model)["forward"]
+    given = batch("left")
+    found, expected = model(**given, fused=True), reference(**given, fused=True)
+    assert torch.allclose(found, expected, rtol=1e-5)
+    found.backward()
+    expected.backward()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert b.grad is None or torch.allclose(a.grad, b.grad, atol=1e-5 * max(b.grad.abs().max().item(), 1e-2))
+    assert torch.allclose(model(**given).loss, reference(**given).loss, rtol=1e-5)
+    assert {tuple(size[:2]) for size in sizes.seen} == {(1, sum(LENGTHS))}
+    axattn.restore(model)
+    if order == "before":
+        assert vars(model)["forward"] is theirs
+    assert torch.allclose(model(**given, fused=True), expected, rtol=1e-4)
+    assert tuple(sizes.seen[-1][:2]) == (3, 12)
+
+
+def test_a_forward_that_passes_every_entrance_by_is_refused() -> None:
+    model = axattn.apply(build("llama"), "auto", unpad=True).train()
+    for one in (model, model.model):
+        one.forward = types.MethodType(type(one).forward, one)
+    assert model(tokens(2, 8)).logits.shape == (2, 8, 97)  # nothing to take out
+    with pytest.raises(axattn.UnsupportedAttentionError, match="this batch would not run unpadded, as unpad=True says"):
+        model(**batch("left"))
+    axattn.restore(model)
+    assert not model.model.layers[0].self_attn._forward_pre_hooks
+    assert model(**batch("left")).loss.isfinite()
+
+
+def test_router_logits_come_back_in_their_places() -> None:
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    model, reference = (axattn.apply(build("mixtral", **sizes), "auto", unpad=unpad).train() for unpad in (True, False))
+    for given in (batch("left"), batch("right")):
+        for part in ("", "model"):
+            inputs = {key: x for key, x in given.items() if key != "labels" or not part}
+            found, expected = (one.get_submodule(part)(**inputs) for one in (model, reference))
+            real = given["attention_mask"].bool().flatten()
+            for a, b in zip(found.router_logits, expected.router_logits, strict=True):
+                assert torch.allclose(a[real], b[real], atol=1e-5)
+            if not part:
+                assert torch.allclose(found.loss, expected.loss, rtol=1e-5)
+                assert torch.allclose(found.aux_loss, expected.aux_loss, rtol=1e-5)
+
+
+def test_wrappers_of_accelerate_call_the_entrance() -> None:
+    import accelerate
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model, reference = both("llama")
+    sizes, given = Sizes(model), batch("left")
+    for one in (model, model.model):
+        add_hook_to_module(one, AlignDevicesHook(execution_device="cpu"))
+    expected = reference(**given).loss
+    assert torch.allclose(model(**given).loss, expected, rtol=1e-5)
+    for one in (model, model.model):
+        remove_hook_from_module(one)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    assert torch.allclose(accelerator.prepare(model)(**given).loss, expected, rtol=1e-2)
+    unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert torch.allclose(unwrapped(**given).loss, expected, rtol=1e-5)
+    assert {tuple(size[:2]) for size in sizes.seen} == {(1, sum(LENGTHS))}
+
+
+def test_hooks_that_take_gradients_by_row_are_refused_and_others_are_told_what_they_see(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = axattn.apply(build("llama"), "auto", unpad=True).train()
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: None)
+    with caplog.at_level(logging.WARNING, logger="axattn"):
+        model(**batch("left"))
+        model(**batch("left"))
+    said = [record.getMessage() for record in caplog.records if "hooks on" in record.getMessage()]
+    assert len(said) == 1
+    assert "model.layers.0.mlp and 1 more see [1, N, ...]" in said[0]
+    monkeypatch.setitem(sys.modules, "opacus", types.ModuleType("opacus"))
+    wrapper = torch.nn.Module()
+    wrapper.inner = model
+    wrapper.forward = model.__call__  # type: ignore[method-assign]
+    for one in (model, wrapper):
+        assert wrapper(**batch("left")).loss.isfinite()
+        monkeypatch.setattr(one, "autograd_grad_sample_hooks", [], raising=False)
+        with pytest.raises(axattn.InvalidInputError, match="Opacus takes a gradient for each index of dim 0"):
+            wrapper(**batch("left"))
+        assert wrapper(tokens(2, 8)).logits.shape == (2, 8, 97)
+        monkeypatch.delattr(one, "autograd_grad_sample_hooks")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from axattn.hf.source_inspection import origin
-from axattn.hf.torch_internals import pre_hooks
+from axattn.hf.torch_internals import calls_around, hooks_of, pre_hooks
 
 _HAND_ON = frozenset({"accelerate", "axattn", "deepspeed", "liger_kernel", "peft", "torch", "transformers", "trl"})
 """Packages whose hooks and wrappers hand positions, lengths and masks on as they came."""
@@ -49,3 +50,21 @@ def changes_inputs(module: Any, hook: Any) -> bool:
     if cls.forward is not origin(cls).forward:
         between.append(cls.forward)
     return any(not packages_of(one) <= _HAND_ON for one in between)
+
+
+def foreign_hooks(model: Any) -> list[str]:
+    """The modules inside of a model that have hooks from packages that are not known."""
+    some = [(name, hooks_of(module)) for name, module in model.named_modules() if name]
+    return [name for name, hooks in some if any(not packages_of(hook) <= _HAND_ON for hook in hooks)]
+
+
+_PER_SAMPLE = "autograd_grad_sample_hooks"
+"""The attribute in which Opacus keeps its hooks on the module that it was given (opacus 1.6)."""
+
+
+def takes_gradients_by_row(module: Any) -> bool:
+    """Whether the call of a module runs under Opacus' hooks, which take a gradient for each index of dim 0."""
+    if "opacus" not in sys.modules:
+        return False
+    modules = [module, *(around for around, _, _ in calls_around(module)[1])]
+    return any(_PER_SAMPLE in vars(one) for one in modules)

@@ -136,7 +136,8 @@ def _inner_code(cls: Any) -> tuple[CodeType | None, tuple[str, ...], str]:
 
 def inputs_in_frame(module: Any) -> dict[str, Any] | None:
     """The inputs, by name, of a model's ``forward`` that leads to this call, as they are now; None if none is found."""
-    code, names, spread = _inner_code(type(module))
+    cls: Any = type(module)
+    code, names, spread = _inner_code(cls)
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is code and code is not None and frame.f_locals.get(code.co_varnames[0]) is module:

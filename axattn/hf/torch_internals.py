@@ -259,9 +259,16 @@ def pre_hooks(module: torch.nn.Module) -> list[Any]:
     return list(module._forward_pre_hooks.values())
 
 
+def hooks_of(module: torch.nn.Module) -> list[Any]:
+    """Every hook of a module, before and after its forward and its backward."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for kind in kinds for hook in kind.values()]
+
+
 def last_pre_hook(module: torch.nn.Module) -> int:
     """The key of the forward pre-hook of a module that runs last; it has one."""
-    return next(reversed(module._forward_pre_hooks))
+    last: int = next(reversed(module._forward_pre_hooks))
+    return last
 
 
 def take_pre_hook(module: torch.nn.Module, hook: Any) -> tuple[int, bool]:

@@ -18,6 +18,7 @@ import torch
 
 from axattn.context import Context, current, slot
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.caches import cache_length
 from axattn.hf.foreign_code import packages_of
 from axattn.hf.forward_inputs import caches_of, takes_cache
 from axattn.hf.source_inspection import calls_interface, code_of, signature_of, source_of
@@ -206,7 +207,10 @@ class OncePerCall:
         if torch.compiler.is_compiling() or self in slot().entered:
             return
         context = current()  # None in a layer by itself, or that runs again in a checkpoint
-        missed = "" if context is None or caches_of(kwargs) else self.change.missed(context)
+        caches = caches_of(kwargs)
+        if module.training:  # the model makes one where nobody turns it off, and nobody goes on from it
+            caches = [cache for cache in caches if cache_length(cache) > 0]
+        missed = "" if context is None or caches else self.change.missed(context)
         if missed:
             text = "something else stands in the place of the model's forward, and does not call the one that was there"
             advice = (

@@ -16,7 +16,8 @@ class _Absent(enum.Enum):
 class PatchSet:
     """Changes made through this object are undone by `undo`, in reverse order. Copyable and picklable with a model.
 
-    Only `set_attribute`, `put_method` and `add_handle` change anything; nothing else in axattn sets attributes on foreign objects.
+    Only `set_attribute`, `put_method` and `add_handle` change anything; nothing else in axattn sets attributes on
+    foreign objects.
     """
 
     def __init__(self) -> None:
