@@ -124,7 +124,7 @@ def used_in_forward(cls: Any) -> frozenset[str]:
 
 @functools.cache
 def _inner_code(cls: Any) -> tuple[CodeType | None, tuple[str, ...], str]:
-    """The code of a model class's own ``forward`` under its decorators, its parameters, and the name of ``**kwargs``."""
+    """The code of a model class's own ``forward`` below its decorators, its parameters, the name of ``**kwargs``."""
     code = getattr(inspect.unwrap(origin(cls).forward), "__code__", None)
     if code is None:
         return None, (), ""

@@ -68,6 +68,15 @@ def test_padding_free_batches_follow_padded_ones(tmp_path: Path) -> None:
     assert sft(tmp_path / "b", model, padding_free=True, max_length=None) == pytest.approx(expected, rel=1e-4)
 
 
+def test_padded_batches_run_unpadded_under_the_fused_head_of_trl(tmp_path: Path) -> None:
+    expected = sft(tmp_path / "a", stock())
+    model = axattn.prepare_for_training(axattn.apply(build("llama"), "auto", unpad=True))
+    rows: set[int] = set()
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: rows.add(args[0].shape[0]))
+    assert sft(tmp_path / "b", model) == pytest.approx(expected, rel=1e-4)
+    assert rows == {1}
+
+
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
 @pytest.mark.parametrize("name", ["auto", "varlen"])
 def test_packed_batches_are_the_documents_alone(tmp_path: Path, strategy: str, name: str) -> None:
