@@ -44,7 +44,8 @@ def lazy_mask(
         batch_size: B.
         q_length: S.
         kv_length: T.
-        q_offset: absolute position of the first query; a tensor with a static cache (read now: the cache changes it).
+        q_offset: absolute position of the first query; a tensor with a static cache (read or copied now: the cache
+            changes it).
         kv_offset: absolute position of the first key.
         mask_function: Transformers' mask function over absolute indices; causal when None.
         attention_mask: bool ``[B, T']``, True for real tokens, or None.
@@ -60,12 +61,16 @@ def lazy_mask(
     context = current()
     if context is not None and context.behind is not None:
         look(context)
+    # a static cache in a graph, or before one: `generate` makes the masks outside of the forward. Its offset can't be
+    # read there, or would be waited for.
+    static = isinstance(q_offset, torch.Tensor) and (context is None or is_tracing())
     if context is not None and context.share is not None:
         return _shared(context.share, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
     if (
         type(attention_mask) is torch.Tensor
         and kv_offset == 0
         and attention_mask.shape[-1] == kv_length
+        and not static
         and not is_tracing()
         and bool(attention_mask.all())
     ):
@@ -85,19 +90,14 @@ def lazy_mask(
         return attention_mask
     function = known().causal if mask_function is None else mask_function
     device = torch.device(device)
-    offset: Any
-    if is_tracing() and isinstance(q_offset, torch.Tensor):
-        # a static cache in a compiled graph: its offset can't be read, so the mask is dense, as Transformers' own
-        offset, pattern, segments = q_offset, None, None
+    offset: Any = q_offset.clone() if static and isinstance(q_offset, torch.Tensor) else int(q_offset)
+    if use_vmap:
+        pattern = None
+    elif is_tracing():
+        pattern = recognise_traced(function, local_size, config, "allow_is_bidirectional_skip" in others)
     else:
-        offset = int(q_offset)
-        if use_vmap:
-            pattern = None
-        elif is_tracing():
-            pattern = recognise_traced(function, local_size, config, "allow_is_bidirectional_skip" in others)
-        else:
-            pattern = recognise(function)
-        segments = _segments(pattern, batch_size, q_length, offset, kv_length, device)
+        pattern = recognise(function)
+    segments = None if static else _segments(pattern, batch_size, q_length, offset, kv_length, device)
     if pattern is not None and pattern.base is not None:
         function = pattern.base
     elif pattern is None and segments is not None:
@@ -142,12 +142,13 @@ def lazy_mask(
         segments=segments,
         padding=padding,
         materialise=materialise,
-        q_offset=offset if isinstance(offset, int) else 0,
+        q_offset=offset,
         kv_offset=kv_offset,
         device=device,
         guarded=context is not None,
         weights=context is not None and context.weights,
         crosses=_crosses(pattern, context, (batch_size, q_length)),
+        ready=materialise().contiguous() if static and context is None and q_length == 1 else None,
     )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from axattn.handles import entry_of, new_handle
 from axattn.hf.mask_functions import Pattern
-from axattn.hf.torch_internals import is_tracing, leaves_kernels
+from axattn.hf.torch_internals import in_traced_subgraph, is_tracing, leaves_kernels
 from axattn.layouts import Layout, build_layout
 from axattn.segments import Segments
-from axattn.snapshots import snapshot
+from axattn.snapshots import READS_ON_HOST, snapshot
 from axattn.tensor_like import TensorLike
 from axattn.traced import TracedSegments
 
@@ -33,6 +34,9 @@ class LazyMask(TensorLike):
         crosses: the queries may be other tokens than the keys, as in cross-attention: padding among the keys then says
             nothing of the queries.
         weights: the door saw that the attention weights are asked for.
+        static_cache: the first query's position is a tensor, as Transformers' static caches count it. A graph takes
+            such a mask dense, since it must serve every position.
+        ready: such a mask ``[B, 1, S, T]``, made before the graph that takes it.
     """
 
     __slots__ = (
@@ -40,6 +44,7 @@ class LazyMask(TensorLike):
         "_layout",
         "_materialise",
         "_moved",
+        "_offset",
         "_padding",
         "_padding_checked",
         "_plain",
@@ -51,9 +56,10 @@ class LazyMask(TensorLike):
         "hit",
         "kv_offset",
         "pattern",
-        "q_offset",
+        "ready",
         "segments",
         "shape",
+        "static_cache",
         "weights",
     )
 
@@ -65,20 +71,24 @@ class LazyMask(TensorLike):
         segments: Segments | TracedSegments | None,
         padding: torch.Tensor | None,
         materialise: Callable[[], torch.Tensor],
-        q_offset: int = 0,
+        q_offset: int | torch.Tensor = 0,
         kv_offset: int = 0,
         device: torch.device,
         guarded: bool = False,
         weights: bool = False,
         crosses: bool = False,
+        ready: torch.Tensor | None = None,
     ) -> None:
-        if is_tracing() and not leaves_kernels():  # what operators of the graph read on the host, once for all layers
+        self.static_cache = isinstance(q_offset, torch.Tensor)
+        if is_tracing() and not leaves_kernels() and not self.static_cache:
+            # what operators of the graph will read on the host, once for all layers
             padding = None if padding is None else snapshot(padding)
             segments = segments.snapshot() if isinstance(segments, TracedSegments) else segments
         self.shape = torch.Size(shape)
         self.pattern = pattern
         self.segments = segments
-        self.q_offset = q_offset
+        self._offset = q_offset
+        self.ready = ready
         self.kv_offset = kv_offset
         self.device = device
         self.guarded = guarded
@@ -107,27 +117,46 @@ class LazyMask(TensorLike):
         return self._padding
 
     @property
+    def q_offset(self) -> int:
+        """Position of the first query. Of a mask of a static cache read on the host, once; not while tracing."""
+        if not isinstance(self._offset, int):
+            self._offset = int(self._offset)
+        return self._offset
+
+    @property
     def materialised(self) -> bool:
         """Whether the dense tensor has been built (and is held)."""
         return self._dense is not None
 
     def dense(self) -> torch.Tensor:
         """The bool tensor ``[B, 1, S, T]``, built on the first call."""
-        if self.handle is not None and is_tracing() and not leaves_kernels():
-            rows, _, queries, keys = self.shape
-            dense: torch.Tensor = dense_mask_op(self.handle, rows, queries, keys)
-            return dense
+        if is_tracing() and not leaves_kernels():
+            return self._traced_dense()
         if self._dense is None:
-            self._dense = self._materialise()
+            self._dense = self._materialise() if self.ready is None else self.ready
         return self._dense
 
+    def _traced_dense(self) -> torch.Tensor:
+        if self.ready is not None:
+            return self.ready
+        if self.handle is not None:
+            rows, _, queries, keys = self.shape
+            found: torch.Tensor = dense_mask_op(self.handle, rows, queries, keys, self.device)
+            return found
+        if self._dense is not None:
+            return self._dense
+        dense = self._materialise()
+        if not in_traced_subgraph():  # a checkpoint's body may not keep it
+            self._dense = dense
+        return dense
+
     def _new_handle(self) -> torch.Tensor:
-        """An empty tensor that leads to a copy of this mask (`of_handle`): what a compiled layer can be given."""
-        handle = torch.empty(0, device=self.device)
-        fields = ("shape", "pattern", "segments", "q_offset", "kv_offset", "device", "guarded", "weights", "crosses")
+        """A tensor that leads to a copy of this mask (`of_handle`): what a compiled layer can be given."""
+        fields = ("shape", "pattern", "segments", "kv_offset", "device", "guarded", "weights", "crosses", "ready")
         made = {name: getattr(self, name) for name in fields}
-        handle._axattn_mask = {**made, "padding": self._padding, "materialise": self._materialise}  # type: ignore[attr-defined]  # tensors take attributes
-        return handle
+        return new_handle(
+            {**made, "q_offset": self._offset, "padding": self._padding, "materialise": self._materialise}
+        )
 
     @property
     def whole(self) -> bool:
@@ -135,6 +164,7 @@ class LazyMask(TensorLike):
         _, _, q_length, kv_length = self.shape
         return (
             self.pattern is not None
+            and not (self.static_cache and torch.compiler.is_compiling())
             and self.q_offset == self.kv_offset
             and q_length == kv_length
             and not (self.crosses and self._padding is not None)
@@ -166,6 +196,8 @@ class LazyMask(TensorLike):
         pattern = self.pattern
         if pattern is None or self.segments is not None or pattern.chunk is not None or self.weights:
             return None
+        if self.static_cache and torch.compiler.is_compiling():
+            return None
         _, _, q_length, kv_length = self.shape
         if pattern.window is not None and pattern.window < kv_length:
             return None
@@ -178,7 +210,7 @@ class LazyMask(TensorLike):
     def signature(self) -> tuple[Any, ...]:
         """What of this mask decides which kernel may serve it: hashable, equal for masks of the same kind."""
         if is_tracing():  # nothing is kept on the mask: the next layer's graph would differ
-            return self._read_signature(self.whole)
+            return self._read_signature(self.whole or self.static_cache)
         if self._signature is None:
             self._signature = self._read_signature(bool(self.plain) or self.layout() is not None)
         return self._signature
@@ -211,12 +243,13 @@ class LazyMask(TensorLike):
             segments=None if self.segments is None else self.segments.to(device),
             padding=None if padding is None else padding.to(device),
             materialise=lambda: materialise().to(device),
-            q_offset=self.q_offset,
+            q_offset=self._offset,
             kv_offset=self.kv_offset,
             device=device,
             guarded=self.guarded,
             weights=self.weights,
             crosses=self.crosses,
+            ready=None if self.ready is None else self.ready.to(device),
         )
         there._padding_checked = self._padding_checked
         return there
@@ -267,7 +300,7 @@ class LazyMask(TensorLike):
             segments=None,
             padding=self._padding,
             materialise=lambda: self.dense()[:, :, start:],
-            q_offset=self.q_offset + start,
+            q_offset=self._offset + start,
             kv_offset=self.kv_offset,
             device=self.device,
             guarded=self.guarded,
@@ -281,20 +314,21 @@ class LazyMask(TensorLike):
 
 def of_handle(handle: torch.Tensor) -> LazyMask:
     """The mask behind a handle, the same object for all layers that are given the same handle."""
-    found: Any = handle._axattn_mask  # type: ignore[attr-defined]  # set by `LazyMask`
-    if isinstance(found, dict):
-        found = LazyMask(**found)
+    entry = entry_of(handle)
+    if isinstance(entry.value, dict):
+        found = LazyMask(**entry.value)
         found.handle = None  # no way back: a cycle would keep the mask of every batch until the next collection
-        handle._axattn_mask = found  # type: ignore[attr-defined]
-    return found  # type: ignore[no-any-return]
+        entry.value = found
+    mask: LazyMask = entry.value
+    return mask
 
 
-@torch.library.custom_op("axattn::dense_mask", mutates_args=())
-def dense_mask_op(handle: torch.Tensor, rows: int, queries: int, keys: int) -> torch.Tensor:
+@torch.library.custom_op("axattn::dense_mask", mutates_args=(), tags=READS_ON_HOST)
+def dense_mask_op(handle: torch.Tensor, rows: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """bool ``[B, 1, S, T]`` of the mask behind a handle, for what reads masks inside a compiled layer."""
     return of_handle(handle).dense().clone()
 
 
 @dense_mask_op.register_fake
-def _(handle: torch.Tensor, rows: int, queries: int, keys: int) -> torch.Tensor:
-    return handle.new_empty(rows, 1, queries, keys, dtype=torch.bool)
+def _(handle: torch.Tensor, rows: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    return handle.new_empty(rows, 1, queries, keys, dtype=torch.bool, device=device)

@@ -17,7 +17,7 @@ from axattn.backends.ranking import by_need, interned, usable
 from axattn.capability import Capability, Need, missing
 from axattn.environment import Environment
 from axattn.errors import Reason, UnsupportedAttentionError
-from axattn.hf.torch_internals import is_tracing
+from axattn.hf.torch_internals import in_traced_subgraph, is_tracing
 
 logger = logging.getLogger("axattn")
 
@@ -72,10 +72,17 @@ class Route:
 
     def count(self, name: str) -> None:
         """Note that the kernel of a backend has served a call."""
-        if is_tracing():
-            self.compiled = name
-        else:
+        if not is_tracing():
             self.served[name] = self.served.get(name, 0) + 1
+        elif torch.compiler.is_compiling() and in_traced_subgraph():
+            self._note_compiled(name)
+        else:
+            self.compiled = name  # replayed at each call, also where layers share the graph of one of them
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.13
+    def _note_compiled(self, name: str) -> None:
+        """Note it while the graph is traced, and no more: Dynamo calls this itself."""
+        self.compiled = name
 
     def choose(self, need: Need) -> Backend:
         """The first candidate that serves `need`.

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+READS_ON_HOST = (torch.Tag.cudagraph_unsafe,)
+"""The tags of operators that read values on the host, or hand on an object: no CUDA graph may replay them."""
+
 _memos: Any = WeakTensorKeyDictionary()  # by object, and a new tensor is never taken for a dead one with its id
 
 
-# a CUDA graph would hand on the same object at every replay
-@torch.library.custom_op("axattn::snapshot", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("axattn::snapshot", mutates_args=(), tags=READS_ON_HOST)
 def snapshot(x: torch.Tensor) -> torch.Tensor:
     """A copy for operators that read values on the host.
 

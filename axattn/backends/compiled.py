@@ -18,7 +18,7 @@ from axattn.backends.masked_operator import masked_attention_op
 from axattn.call import AttentionCall
 from axattn.hf.mask_functions import Pattern
 from axattn.masks import LazyMask
-from axattn.snapshots import memo_of
+from axattn.snapshots import READS_ON_HOST, memo_of
 from axattn.traced import TracedSegments
 
 
@@ -173,7 +173,7 @@ def _rule(
     return seen[:, None]
 
 
-@torch.library.custom_op("axattn::attention", mutates_args=())
+@torch.library.custom_op("axattn::attention", mutates_args=(), tags=READS_ON_HOST)
 def attention_op(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -214,7 +214,7 @@ def attention_op(
 attention_op.register_fake(fake_output)
 
 
-@torch.library.custom_op("axattn::attention_backward", mutates_args=())
+@torch.library.custom_op("axattn::attention_backward", mutates_args=(), tags=READS_ON_HOST)
 def attention_backward_op(
     grad: torch.Tensor,
     query: torch.Tensor,

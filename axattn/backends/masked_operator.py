@@ -11,9 +11,10 @@ import torch
 
 from axattn.backends.inside import Inside, fake_gradients, fake_output, keep
 from axattn.masks import of_handle
+from axattn.snapshots import READS_ON_HOST
 
 
-@torch.library.custom_op("axattn::masked_attention", mutates_args=())
+@torch.library.custom_op("axattn::masked_attention", mutates_args=(), tags=READS_ON_HOST)
 def masked_attention_op(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -36,7 +37,7 @@ def masked_attention_op(
 masked_attention_op.register_fake(fake_output)
 
 
-@torch.library.custom_op("axattn::masked_attention_backward", mutates_args=())
+@torch.library.custom_op("axattn::masked_attention_backward", mutates_args=(), tags=READS_ON_HOST)
 def masked_attention_backward_op(
     grad: torch.Tensor,
     query: torch.Tensor,

@@ -202,6 +202,22 @@ def _maps_samples() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.13
+def in_traced_subgraph() -> bool:
+    """Whether Dynamo is tracing the body of a higher-order operator such as a checkpoint's, which may change nothing
+    that outlives it. To be asked while a graph is traced.
+
+    Where a newer torch keeps that elsewhere the answer is yes: nothing is then changed where nothing may be.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tracer = InstructionTranslator.current_tx().output.current_tracer
+    except AttributeError:  # not Dynamo: `torch.export` without it
+        return True
+    return getattr(tracer, "parent", tracer) is not None
+
+
 # ---- calls of modules ------------------------------------------------------------------------------------------------
 
 _CALL = torch.nn.Module._call_impl.__code__
