@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from axattn import traced
 from axattn.errors import InvalidInputError, Reason
 from axattn.hf.mask_functions import Pattern
 from axattn.masking import lazy_mask
 from axattn.masks import LazyMask
 from axattn.segments import Segments, from_cu_seqlens, from_positions
+from axattn.traced import TracedSegments
 
 
 def read_mask(
@@ -80,15 +82,19 @@ def with_keyword_segments(
     lengths, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if length != key.shape[2] or (mask is not None and mask.segments is not None):
         return mask
-    segments: Segments | None = None
-    if lengths is not None:
+    in_graph = torch.compiler.is_compiling()  # no value can be read there, so rows may all be packed
+    segments: Segments | TracedSegments | None = None
+    if lengths is not None and in_graph:
+        segments = traced.from_cu_seqlens(lengths, rows, length, "cu_seq_lens_q")
+    elif lengths is not None:
         segments = from_cu_seqlens(lengths, rows, length)
     elif mask is not None and isinstance(positions, torch.Tensor) and positions.shape[-1] == length:
         text = positions[0] if positions.ndim == 3 and positions.shape[0] == 4 else positions
         if text.ndim == 2 and text.shape[0] in (1, rows):
             padding = mask.padding
-            segments = from_positions(text, None if padding is None else padding[:, :length], rows, length)
-    if segments is None or not segments.packed:
+            real = None if padding is None else padding[:, :length]
+            segments = (traced.from_positions if in_graph else from_positions)(text, real, rows, length)
+    if segments is None or (isinstance(segments, Segments) and not segments.packed):
         return mask
     if mask is not None:
         return mask.with_segments(segments)

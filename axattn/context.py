@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 
 from axattn.flat_row import FlatRow
+from axattn.handles import new_handle
 from axattn.hf.torch_internals import is_executing
 from axattn.segments import Segments
 from axattn.shares import Share
-from axattn.traced import TracedSegments
+from axattn.traced import TracedSegments, document_ids_op
 
 
 class Seen(NamedTuple):
@@ -59,6 +60,7 @@ class Context:
         caches: those that packed rows are given, which they fill.
         behind: the model, where code that is not known runs between its input hook and its forward (`axattn.behind`).
         caller: the frame in which the forward runs, None where nobody can tell (compiled frames).
+        handle: leads a graph to the documents that were read before it.
     """
 
     segments: Segments | TracedSegments | None
@@ -75,6 +77,21 @@ class Context:
     flat: FlatRow | None = None
     caches: tuple[Any, ...] = ()
     behind: torch.nn.Module | None = None
+    handle: torch.Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.segments, Segments) and not torch.compiler.is_compiling():
+            self.handle = new_handle(self.segments)
+
+    @property
+    def documents(self) -> Segments | TracedSegments | None:
+        """The documents for who may be in a graph that the door is not in (``model.forward = torch.compile(...)``):
+        there a tensor, or the graph would be for these documents alone."""
+        if not torch.compiler.is_compiling() or self.handle is None or self.shape is None:
+            return self.segments
+        assert isinstance(self.segments, Segments)
+        rows, length = self.shape
+        return TracedSegments(document_ids_op(self.handle, rows, length, self.segments.device), rows, length)
 
     @property
     def running(self) -> bool:

@@ -106,7 +106,7 @@ class Door:
             reads_padding = picks.padding_is_read(self.facts.picks, self.facts.native, module, given)
         masked = outer.plain if outer is not None and seen.mask is outer.seen.mask else None
         if outer is not None and seen.same(outer.seen):
-            segments, shape = outer.segments, outer.shape
+            segments, shape = outer.documents, outer.shape
         else:
             segments, shape, numbered = read(self.facts, module, given, seen, outer)
             if numbered and masked is None:

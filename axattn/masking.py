@@ -284,7 +284,8 @@ def _segments(
 ) -> Segments | TracedSegments | None:
     context = current()
     if context is not None and context.segments is not None:
-        found = context.segments
+        found = context.documents
+        assert found is not None
         if (found.rows, found.length) != (rows, q_length) or q_offset != 0 or kv_length < q_length:
             return None
         return found.to(device)

@@ -254,7 +254,7 @@ class LazyMask(TensorLike):
         there._padding_checked = self._padding_checked
         return there
 
-    def with_segments(self, segments: Segments) -> LazyMask:
+    def with_segments(self, segments: Segments | TracedSegments) -> LazyMask:
         """The same mask with documents separated (for models without a door)."""
         mine, rule = self, segments.document_ids
 
@@ -267,7 +267,7 @@ class LazyMask(TensorLike):
             segments=segments,
             padding=self._padding,
             materialise=materialise,
-            q_offset=self.q_offset,
+            q_offset=self._offset,
             kv_offset=self.kv_offset,
             device=self.device,
             guarded=True,

@@ -103,7 +103,7 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         mask_here = mask if isinstance(mask, torch.Tensor) and tuple(mask.shape) == shape else None
         inputs.require_known(module, unknown, mask_here, rows, length)
     if seen.nothing:
-        return Found(outer.segments if outer is not None and outer.shape == shape else None, shape)
+        return Found(outer.documents if outer is not None and outer.shape == shape else None, shape)
     finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
     if finished and facts.native is not None and isinstance(mask, torch.Tensor):
         guard.require_mask_is_read(facts.native, module, mask)
@@ -126,7 +126,7 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
     numbered = given_mask is not None and (is_tracing() or has_numbers(given_mask))
     if is_tracing():
         if numbers is not None:
-            return Found(numbers.segments, shape, numbered)
+            return Found(numbers.documents, shape, numbered)
         if lengths:
             in_graph: TracedSegments | None = _traced_lengths(cu_q, cu_k, rows, length)
         else:

@@ -12,9 +12,10 @@ import torch
 
 from axattn import segments
 from axattn.errors import InvalidInputError
+from axattn.handles import entry_of
 from axattn.hf.torch_internals import require_when_run, running_max
 from axattn.segments import Segments, starts_told
-from axattn.snapshots import snapshot
+from axattn.snapshots import READS_ON_HOST, snapshot
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,18 @@ class TracedSegments:
     def to(self, device: torch.device) -> TracedSegments:
         """The same documents on `device`."""
         return TracedSegments(self.document_ids.to(device), self.rows, self.length)
+
+
+@torch.library.custom_op("axattn::document_ids", mutates_args=(), tags=READS_ON_HOST)
+def document_ids_op(handle: torch.Tensor, rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """int64 ``[B, S]`` of the `Segments` behind a handle (`axattn.handles`), read before the graph on `device`."""
+    found: torch.Tensor = entry_of(handle).value.document_ids
+    return found.clone()
+
+
+@document_ids_op.register_fake
+def _(handle: torch.Tensor, rows: int, length: int, device: torch.device) -> torch.Tensor:
+    return handle.new_empty(rows, length, device=device)
 
 
 def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str) -> TracedSegments:

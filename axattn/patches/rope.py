@@ -29,7 +29,7 @@ def _by_document(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
     short. (Whether any is not would be read on the host.) Rows without padding (``unpad=True``) stay as they are: there the padded batch is what they have to equal.
     """
     context = current()
-    segments = None if context is None or slot().told is not None else context.segments
+    segments = None if context is None or slot().told is not None else context.documents
     given = {**dict(zip(("x", "position_ids", "layer_type"), args, strict=False)), **kwargs}
     positions, layer = given["position_ids"], given.get("layer_type")
     if context is None or segments is None or rope.kind(module, layer) != rope.LONGROPE:
