@@ -61,17 +61,18 @@ def lazy_mask(
     context = current()
     if context is not None and context.behind is not None:
         look(context)
-    # a static cache in a graph, or before one: `generate` makes the masks outside of the forward. Its offset can't be
-    # read there, or would be waited for.
-    static = isinstance(q_offset, torch.Tensor) and (context is None or is_tracing())
+    tracing = is_tracing()
+    # over a cache whose length a graph must not depend on: `generate` makes the masks of static caches outside of the
+    # forward that it compiles, and in a graph their length is a tensor
+    dense = isinstance(q_offset, torch.Tensor) if tracing else context is None and q_length != kv_length
     if context is not None and context.share is not None:
         return _shared(context.share, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
     if (
         type(attention_mask) is torch.Tensor
         and kv_offset == 0
         and attention_mask.shape[-1] == kv_length
-        and not static
-        and not is_tracing()
+        and not dense
+        and not tracing
         and bool(attention_mask.all())
     ):
         attention_mask = None  # no padding: the commonest mask that is given
@@ -81,7 +82,7 @@ def lazy_mask(
         and q_length == kv_length
         and (context is None or (context.segments is None and not context.weights))
         and type(q_offset) is int
-        and not is_tracing()
+        and not tracing
         and q_offset == kv_offset
         and not use_vmap
     ):
@@ -90,20 +91,20 @@ def lazy_mask(
         return attention_mask
     function = known().causal if mask_function is None else mask_function
     device = torch.device(device)
-    offset: Any = q_offset.clone() if static and isinstance(q_offset, torch.Tensor) else int(q_offset)
+    offset: Any = q_offset.clone() if dense and isinstance(q_offset, torch.Tensor) else int(q_offset)
     if use_vmap:
         pattern = None
-    elif is_tracing():
+    elif tracing:
         pattern = recognise_traced(function, local_size, config, "allow_is_bidirectional_skip" in others)
     else:
         pattern = recognise(function)
-    segments = None if static else _segments(pattern, batch_size, q_length, offset, kv_length, device)
+    segments = None if dense else _segments(pattern, batch_size, q_length, offset, kv_length, device)
     if pattern is not None and pattern.base is not None:
         function = pattern.base
     elif pattern is None and segments is not None:
         if isinstance(segments, TracedSegments) and use_vmap:
             require_one_document(segments)
-        elif not is_tracing():
+        elif not tracing:
             function = blocks_in_place(function)
     padding = _padding(attention_mask, kv_length, kv_offset)
     last_is_read = padding is not None and _last_is_read(padding, pattern, q_length, offset, kv_offset)
@@ -113,9 +114,9 @@ def lazy_mask(
         from transformers.masking_utils import sdpa_mask
 
         if pattern is not None and pattern.chunk is not None and segments is not None:
-            dense = _chunks_in_documents(segments, pattern.chunk, kv_length, padding)
+            seen = _chunks_in_documents(segments, pattern.chunk, kv_length, padding)
         else:
-            dense = sdpa_mask(
+            seen = sdpa_mask(
                 batch_size=batch_size,
                 q_length=q_length,
                 kv_length=kv_length,
@@ -129,13 +130,15 @@ def lazy_mask(
                 device=device,
             )
         if padding is not None:
-            dense = dense & padding[:, None, None, :]
+            seen = seen & padding[:, None, None, :]
         if segments is not None:
-            dense = dense & _same_document(segments, kv_length)
-        return dense
+            seen = seen & _same_document(segments, kv_length)
+        return seen
 
     if last_is_read and pattern is not None and (pattern.window or pattern.chunk):
         _require_last_sees_keys(materialise())
+    # an overlay of the user's or of images is dense in any case, and can't be made inside of an operator (vmap)
+    ready = not tracing and (use_vmap or (dense and q_length == 1))
     return LazyMask(
         shape=(batch_size, 1, q_length, kv_length),
         pattern=None if every_query else pattern,  # spans leave padding out
@@ -148,7 +151,8 @@ def lazy_mask(
         guarded=context is not None,
         weights=context is not None and context.weights,
         crosses=_crosses(pattern, context, (batch_size, q_length)),
-        ready=materialise().contiguous() if static and context is None and q_length == 1 else None,
+        dense_in_graphs=dense,
+        ready=materialise().contiguous() if ready else None,
     )
 
 
@@ -257,7 +261,7 @@ def _crosses(pattern: Pattern | None, context: Context | None, shape: tuple[int,
 def _last_is_read(padding: torch.Tensor, pattern: Pattern | None, q_length: int, q_offset: Any, kv_offset: int) -> bool:
     """Whether the last query of some row is padding, and its caller reads that (``generate`` on rows padded on the
     right). A single query is never left out of spans."""
-    if torch.compiler.is_compiling() or q_length == 1 or pattern is None or not pattern.causal:
+    if is_tracing() or q_length == 1 or pattern is None or not pattern.causal:
         return False
     return reads_last_token() and not bool(padding[:, q_offset + q_length - 1 - kv_offset].all())
 

@@ -34,9 +34,8 @@ class LazyMask(TensorLike):
         crosses: the queries may be other tokens than the keys, as in cross-attention: padding among the keys then says
             nothing of the queries.
         weights: the door saw that the attention weights are asked for.
-        static_cache: the first query's position is a tensor, as Transformers' static caches count it. A graph takes
-            such a mask dense, since it must serve every position.
-        ready: such a mask ``[B, 1, S, T]``, made before the graph that takes it.
+        dense_in_graphs: a graph takes this mask dense, since it must serve every length of the cache.
+        ready: the dense mask, where a graph must find it made.
     """
 
     __slots__ = (
@@ -50,6 +49,7 @@ class LazyMask(TensorLike):
         "_plain",
         "_signature",
         "crosses",
+        "dense_in_graphs",
         "device",
         "guarded",
         "handle",
@@ -59,7 +59,6 @@ class LazyMask(TensorLike):
         "ready",
         "segments",
         "shape",
-        "static_cache",
         "weights",
     )
 
@@ -77,10 +76,10 @@ class LazyMask(TensorLike):
         guarded: bool = False,
         weights: bool = False,
         crosses: bool = False,
+        dense_in_graphs: bool = False,
         ready: torch.Tensor | None = None,
     ) -> None:
-        self.static_cache = isinstance(q_offset, torch.Tensor)
-        if is_tracing() and not leaves_kernels() and not self.static_cache:
+        if is_tracing() and not leaves_kernels() and not dense_in_graphs:
             # what operators of the graph will read on the host, once for all layers
             padding = None if padding is None else snapshot(padding)
             segments = segments.snapshot() if isinstance(segments, TracedSegments) else segments
@@ -88,6 +87,7 @@ class LazyMask(TensorLike):
         self.pattern = pattern
         self.segments = segments
         self._offset = q_offset
+        self.dense_in_graphs = dense_in_graphs
         self.ready = ready
         self.kv_offset = kv_offset
         self.device = device
@@ -118,7 +118,7 @@ class LazyMask(TensorLike):
 
     @property
     def q_offset(self) -> int:
-        """Position of the first query. Of a mask of a static cache read on the host, once; not while tracing."""
+        """Position of the first query: that of a static cache is a tensor, read on the host once; not in graphs."""
         if not isinstance(self._offset, int):
             self._offset = int(self._offset)
         return self._offset
@@ -154,9 +154,8 @@ class LazyMask(TensorLike):
         """A tensor that leads to a copy of this mask (`of_handle`): what a compiled layer can be given."""
         fields = ("shape", "pattern", "segments", "kv_offset", "device", "guarded", "weights", "crosses", "ready")
         made = {name: getattr(self, name) for name in fields}
-        return new_handle(
-            {**made, "q_offset": self._offset, "padding": self._padding, "materialise": self._materialise}
-        )
+        rest = {"q_offset": self._offset, "padding": self._padding, "materialise": self._materialise}
+        return new_handle({**made, **rest})
 
     @property
     def whole(self) -> bool:
@@ -164,7 +163,7 @@ class LazyMask(TensorLike):
         _, _, q_length, kv_length = self.shape
         return (
             self.pattern is not None
-            and not (self.static_cache and torch.compiler.is_compiling())
+            and not (self.dense_in_graphs and torch.compiler.is_compiling())
             and self.q_offset == self.kv_offset
             and q_length == kv_length
             and not (self.crosses and self._padding is not None)
@@ -196,7 +195,7 @@ class LazyMask(TensorLike):
         pattern = self.pattern
         if pattern is None or self.segments is not None or pattern.chunk is not None or self.weights:
             return None
-        if self.static_cache and torch.compiler.is_compiling():
+        if self.dense_in_graphs and torch.compiler.is_compiling():
             return None
         _, _, q_length, kv_length = self.shape
         if pattern.window is not None and pattern.window < kv_length:
@@ -210,7 +209,7 @@ class LazyMask(TensorLike):
     def signature(self) -> tuple[Any, ...]:
         """What of this mask decides which kernel may serve it: hashable, equal for masks of the same kind."""
         if is_tracing():  # nothing is kept on the mask: the next layer's graph would differ
-            return self._read_signature(self.whole or self.static_cache)
+            return self._read_signature(self.whole or self.dense_in_graphs)
         if self._signature is None:
             self._signature = self._read_signature(bool(self.plain) or self.layout() is not None)
         return self._signature
@@ -249,6 +248,7 @@ class LazyMask(TensorLike):
             guarded=self.guarded,
             weights=self.weights,
             crosses=self.crosses,
+            dense_in_graphs=self.dense_in_graphs,
             ready=None if self.ready is None else self.ready.to(device),
         )
         there._padding_checked = self._padding_checked
@@ -272,6 +272,7 @@ class LazyMask(TensorLike):
             device=self.device,
             guarded=True,
             weights=self.weights,
+            dense_in_graphs=self.dense_in_graphs,
         )
 
     def __getitem__(self, index: Any) -> torch.Tensor | LazyMask:
@@ -305,6 +306,8 @@ class LazyMask(TensorLike):
             device=self.device,
             guarded=self.guarded,
             weights=self.weights,
+            dense_in_graphs=self.dense_in_graphs,
+            ready=None if self.ready is None else self.ready[:, :, start:],
         )
 
     def __repr__(self) -> str:
