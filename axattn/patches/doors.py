@@ -98,10 +98,10 @@ def _first_attention(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The first attention module of a model; with its copies, one of which PEFT's ``modules_to_save`` runs instead."""
     found = {name: module for name, module in model.named_modules() if is_attention(module)}
     first = next(iter(found), "")
-    wrapper = first.removesuffix(ORIGINAL)
-    return [
-        one for name, one in found.items() if name == first or (wrapper != first and name.startswith(f"{wrapper}."))
-    ]
+    if not first.endswith(ORIGINAL):
+        return [found[first]] if first else []
+    wrapper = first.removesuffix(ORIGINAL) + "."
+    return [one for name, one in found.items() if name.startswith(wrapper)]
 
 
 def require_first_gradients(

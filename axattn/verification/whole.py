@@ -55,7 +55,8 @@ def verify(
             a model, which is left as it is (a copy is tried, whole).
         attn_implementation: a name.
         layers: keep the first so many; None: as many as show every kind of layer, at most 8.
-        length: tokens of a row, `SHORTEST` or more; where a window is longer, one scenario takes longer rows (up to `LONGEST` tokens).
+        length: tokens of a row, `SHORTEST` or more; where a window is longer, one scenario takes longer rows (up to
+            `LONGEST` tokens).
         data: a text file to take the tokens from; None draws them at random.
         dtype: of the model under test; None: that of the checkpoint.
         device: None: the GPU if there is one.
