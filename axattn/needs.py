@@ -72,7 +72,7 @@ def model_needs(config: Any, model: str = "", copied: Iterable[tuple[str, Any, i
             unknown.append(path)
     apart = [layer for path, inner, index in copied for layer in _layer_of_copy(path, inner, index)]
     if apart:
-        layers = sorted({*layers, *apart}, key=lambda layer: (paths.index(layer.path), layer.index))
+        layers = sorted(dict.fromkeys((*layers, *apart)), key=lambda layer: (paths.index(layer.path), layer.index))
     return ModelNeeds(model or config.model_type, tuple(layers), tuple(paths), tuple(unknown))
 
 
