@@ -104,19 +104,19 @@ def _original(config: Any, own: list[tuple[str, Any]], around: str) -> str:
     return next((path for path, one in alike.items() if one.to_dict() == config.to_dict()), next(iter(alike)))
 
 
-def reads_masks_of(name: str | None, masks: str | None, cls: type) -> bool:
+def reads_masks_of(name: str | None, masks: str | None, model: Any) -> bool:
     """Whether an attention module on a name computes what is meant with masks that are made for another one.
 
     Args:
         name: what the module reads.
         masks: what its model reads.
-        cls: the model's class.
+        model: the model.
     """
     name, masks = ((one or "eager").removeprefix("paged|") for one in (name, masks))
     if name == masks or name in ours():  # axattn's attention function knows every kind of mask
         return True
     if name == "sdpa" and (masks == "eager" or masks in ours()):
-        return supports(cls, "sdpa")
+        return supports(type(model), "sdpa") and not getattr(model.config, "attn_logit_softcapping", None)
     return names.is_flash(name) and names.is_flash(masks)
 
 
@@ -185,7 +185,7 @@ class NameCheck:
             self.look(model)
         for layer, config, original in self._apart:
             name, masks = name_of(config), name_of(original)
-            if name != masks and not reads_masks_of(name, masks, type(model)):
+            if name != masks and not reads_masks_of(name, masks, model):
                 raise UnsupportedAttentionError(
                     f"{masks} can't serve {layer} of {type(model).__name__}",
                     [

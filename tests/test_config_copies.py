@@ -170,6 +170,17 @@ def test_names_and_configs_exchanged_later_are_seen() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_a_layer_on_sdpa_is_refused_where_sdpa_would_drop_what_it_asks_for(family: str) -> None:
+    model = axattn.apply(build(family), "varlen", on_unsupported="route")
+    attention = layer_of(model).self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "sdpa"
+    with pytest.raises(UnsupportedAttentionError, match=r"layers.1.self_attn"):
+        model(IDS)
+
+
+@torch.no_grad()
 def test_a_graph_is_made_and_refused_alike() -> None:
     torch._dynamo.reset()
     model = axattn.apply(layer_copied(mistral("eager")), "sdpa")

@@ -51,7 +51,7 @@ def verify_modules(model: torch.nn.Module, dtype: torch.dtype | None = None) -> 
     checks, seen = [], set()
     for copy in copied:
         name, masks = name_of(copy.config), name_of(configs[copy.path])
-        if copy.attends and not reads_masks_of(name, masks, type(base)):
+        if copy.attends and not reads_masks_of(name, masks, base):
             text = f"it reads {name!r} in a config of its own, and its masks are made for {masks!r}"
             checks.append(Check(copy.layer, "wrong", math.inf, 0.0, text))
     for name, module in base.named_modules():
