@@ -143,40 +143,32 @@ WITHOUT_A_CACHE = (
 
 @dataclass(frozen=True, slots=True)
 class NameFlags:
-    """The three capability flags of a name (see `AttentionConfig`), and on what condition it packs.
-
-    Attributes:
-        packing: axolotl's answer, yes or no.
-        flash_lib: as for `AttentionConfig`.
-        dtype_cast: as for `AttentionConfig`.
-        packs: whether the documents of a row stay apart, and when: `WITHOUT_A_CACHE` is the condition in full.
-    """
+    """The three capability flags of a name (see `AttentionConfig`); on what condition it packs: `packs`."""
 
     packing: bool
     flash_lib: bool
     dtype_cast: bool
-    packs: Packs
 
 
 _FLAGS: dict[str, NameFlags] = {
-    #                      packing, flash library, dtype cast, on what condition it packs
-    "eager": NameFlags(False, False, False, "without a cache"),
-    "sdpa": NameFlags(False, False, False, "without a cache"),
-    "flash_attention_2": NameFlags(True, True, True, "yes"),
-    "flash_attention_3": NameFlags(True, True, True, "yes"),
-    "flash_attention_4": NameFlags(True, True, True, "yes"),
-    "flex_attention": NameFlags(True, False, True, "without a cache"),
-    "varlen": NameFlags(True, False, True, "yes"),
-    "xformers": NameFlags(True, False, True, "yes"),
-    "sage": NameFlags(True, False, True, "yes"),
-    "s2": NameFlags(False, True, True, "no"),
-    "fp8": NameFlags(True, False, True, "yes"),
-    "auto": NameFlags(True, False, False, "yes"),
+    #                      packing, flash library, dtype cast
+    "eager": NameFlags(False, False, False),
+    "sdpa": NameFlags(False, False, False),
+    "flash_attention_2": NameFlags(True, True, True),
+    "flash_attention_3": NameFlags(True, True, True),
+    "flash_attention_4": NameFlags(True, True, True),
+    "flex_attention": NameFlags(True, False, True),
+    "varlen": NameFlags(True, False, True),
+    "xformers": NameFlags(True, False, True),
+    "sage": NameFlags(True, False, True),
+    "s2": NameFlags(False, True, True),
+    "fp8": NameFlags(True, False, True),
+    "auto": NameFlags(True, False, False),
 }
-_HUB_FLASH_FLAGS = NameFlags(True, True, True, "yes")
-_HUB_SAGE_FLAGS = NameFlags(True, False, True, "yes")
-_HUB_UNKNOWN_FLAGS = NameFlags(False, False, True, "no")
-_INSTALLED_FLAGS = NameFlags(False, False, True, "no")  # whether it packs is in its record: see `axattn.backends.packs`
+_HUB_FLASH_FLAGS = NameFlags(True, True, True)
+_HUB_SAGE_FLAGS = NameFlags(True, False, True)
+_HUB_UNKNOWN_FLAGS = NameFlags(False, False, True)
+_INSTALLED_FLAGS = NameFlags(False, False, True)  # whether it packs is in its record: see `axattn.backends.packs`
 
 
 def parse_hub_path(name: str) -> HubPath | None:
@@ -229,6 +221,13 @@ def flags(name: str) -> NameFlags:
     if path.repository in HUB_FLASH_REPOSITORIES:
         return _HUB_FLASH_FLAGS
     return _HUB_SAGE_FLAGS if path.repository in HUB_SAGE_REPOSITORIES else _HUB_UNKNOWN_FLAGS
+
+
+def packs(name: str) -> Packs:
+    """Whether the documents of a row stay apart on a canonical name or hub path, and on what condition."""
+    if name.removeprefix("paged|") in ("eager", "sdpa", "flex_attention"):
+        return "without a cache"
+    return "yes" if flags(name).packing else "no"
 
 
 def canonicalise(name: str) -> str:

@@ -142,13 +142,13 @@ class PackingCollator:
         if not _is_whole(first_position) or first_position < 0:
             kind = "negative" if _is_whole(first_position) else "not a position"
             raise InvalidConfigError(f"first_position={first_position!r} is {kind}", advice="0, or padding_idx + 1.")
-        if not (_is_whole(pad_token_id) and pad_token_id >= 0):
-            rows_are_padded = max_length is not None or pad_to_multiple_of or pad_token_id is not None
-            if rows_are_padded:
-                advice = "A tokenizer without one: pad_token_id=tokenizer.eos_token_id; padding has no loss."
-                raise InvalidConfigError(f"pad_token_id={pad_token_id!r} is no token", advice=advice)
+        filler = 0 if pad_token_id is None else pad_token_id
+        needed = max_length is not None or bool(pad_to_multiple_of)
+        if (pad_token_id is None and needed) or not _is_whole(filler) or filler < 0:
+            advice = "A tokenizer without one: pad_token_id=tokenizer.eos_token_id; padding has no loss."
+            raise InvalidConfigError(f"pad_token_id={pad_token_id!r} is no token", advice=advice)
         self.max_length = max_length
-        self.pad_token_id = pad_token_id
+        self.pad_token_id = filler
         self.too_long = too_long
         self.pad_rows = pad_rows
         self.pad_to_multiple_of = pad_to_multiple_of

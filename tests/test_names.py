@@ -86,7 +86,7 @@ def test_values_that_are_no_names_are_refused(value: object) -> None:
         ("sage", True, False, True),
         ("varlen", True, False, True),
         ("s2", False, True, True),
-        ("fp8", False, False, True),
+        ("fp8", True, False, True),
         ("auto", True, False, False),
         ("kernels-community/flash-attn2@v1:fn", True, True, True),
         ("kernels-community/flash-attn3", True, True, True),

@@ -12,6 +12,7 @@ import importlib.metadata
 from axattn.backends.base import Backend
 from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError
 from axattn.names import ENTRY_POINT_GROUP, Packs, flags, installed, parse_hub_path
+from axattn.names import packs as packs_by_name
 
 _MODULES: dict[str, str] = {
     "varlen": "axattn.backends.varlen",
@@ -70,7 +71,7 @@ def packs(name: str) -> Packs:
     ``"without a cache"`` (`axattn.names.WITHOUT_A_CACHE`). What `axattn doctor`, the docs and `AttentionConfig` say."""
     if name in installed():
         return "yes" if get(name).capability.segments else "no"
-    return flags(name.split(":", maxsplit=1)[0] if name in _MODULES else name).packs
+    return packs_by_name(name.split(":", maxsplit=1)[0] if name in _MODULES else name)
 
 
 def supports_packing(name: str) -> bool:
