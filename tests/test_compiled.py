@@ -148,6 +148,41 @@ def test_a_model_without_a_head_tells_its_graph_of_the_documents(family: str, ho
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "bert"])
+@pytest.mark.parametrize("hooks", ["run", "are passed by"])
+def test_a_compiled_forward_method_takes_packed_rows(model_type: str, hooks: str) -> None:
+    """The door of the model runs before the graph, or not at all: then the call's keywords tell."""
+    ids = tokens(2, 12)
+    reference = build("llama").model if model_type == "llama" else examine.build("bert", "masked").bert
+    more = {"use_cache": False} if model_type == "llama" else {}
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    layouts = (((5, 7), (3, 9)), ((2, 10), (4, 4, 4)))
+    alone = [
+        torch.stack(
+            [torch.cat([reference(p[None], **more)[0][0] for p in ids[row].split(rows[row])]) for row in (0, 1)]
+        )
+        for rows in layouts
+    ]
+    padded = reference(ids, attention_mask=mask, **more)[0]
+    model, graphs = axattn.apply(reference, "auto"), 0
+
+    def counted(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled: Any = torch.compile(model.forward, backend=counted, fullgraph=True)
+    if hooks == "run":
+        model.forward, compiled = compiled, model
+    for rows, expected in zip(layouts, alone, strict=True):
+        found = compiled(ids, position_ids=positions(*rows), **more)[0]
+        assert torch.allclose(found, expected, atol=1e-4)
+    assert graphs == 1
+    assert torch.allclose(compiled(ids, attention_mask=mask, **more)[0][mask.bool()], padded[mask.bool()], atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("model_type", "head"), [("camembert", "masked"), ("opt", "causal"), ("gpt2", "causal")])
 @pytest.mark.parametrize("name", ["auto", "eager"])

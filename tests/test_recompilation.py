@@ -106,6 +106,20 @@ def test_a_layer_compiled_by_itself_goes_back_through_its_checkpoint() -> None:
     assert compare(found, grads) < 1e-5
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("family", "kernel"), [("llama", "varlen"), ("gemma2", "eager")])  # one takes masks dense
+def test_a_model_compiles_whole_with_its_checkpoints(family: str, kernel: str, reentrant: bool) -> None:
+    reference, model = (axattn.apply(build(family), "auto").train() for _ in range(2))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    runs = torch.compile(model, backend=Counted(), fullgraph=True)
+    batch = packed_batch(1)
+    loss, grads = step(reference, batch)
+    mine, found = step(runs, batch)
+    assert torch.allclose(mine, loss, rtol=1e-6)
+    assert compare({k.removeprefix("_orig_mod."): v for k, v in found.items()}, grads) < 1e-5
+    assert {layer.compiled for layer in axattn.status(model).layers} == {kernel}
+
+
 def test_masks_of_compiled_layers_are_freed_with_their_batch() -> None:
     import gc
     import weakref
