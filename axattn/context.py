@@ -137,7 +137,7 @@ def slot() -> _Slot:
 def current() -> Context | None:
     """The context of the innermost model that is running, None outside of any model with a door."""
     here = _threads.slot
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():  # `torch.export` runs the frames themselves, and ends some by an error
         while here.context is not None and not here.context.running:
             here.context = here.context.outer
     return here.context

@@ -267,7 +267,7 @@ def _look(module: torch.nn.Module, args: Any) -> None:
 
 def _caller() -> FrameType | None:
     """The frame that calls the hook in which this is called: it runs the model's forward next."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return None
     here = inspect.currentframe()
     return here.f_back.f_back if here is not None and here.f_back is not None else None

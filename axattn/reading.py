@@ -8,12 +8,12 @@ import torch
 
 from axattn import flash_guard, guard, inputs, planes, traced
 from axattn.context import Context, Seen, current
-from axattn.errors import InvalidInputError, Reason
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.handed_on import require_handed_on
 from axattn.hf.caches import cache_length, is_packed
 from axattn.hf.forward_inputs import caches_of, token_shape, unknown_tensors
-from axattn.hf.torch_internals import is_tracing, require_when_run
+from axattn.hf.torch_internals import is_mapped, is_tracing, require_when_run
 from axattn.segments import Segments, from_positions, has_numbers
 from axattn.traced import TracedSegments
 
@@ -104,6 +104,17 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         inputs.require_known(module, unknown, mask_here, rows, length)
     if seen.nothing:
         return Found(outer.documents if outer is not None and outer.shape == shape else None, shape)
+    if (
+        mask is None
+        and isinstance(positions, torch.Tensor)
+        and not torch.compiler.is_compiling()
+        and is_mapped(positions)
+    ):
+        raise UnsupportedAttentionError(
+            f"{type(module).__name__} can't run this batch under torch.func.vmap",
+            [Reason("position_ids", "Transformers reads the values of position_ids where there is no attention_mask")],
+            "Give an attention_mask of ones beside them.",
+        )
     finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
     if finished and facts.native is not None and isinstance(mask, torch.Tensor):
         guard.require_mask_is_read(facts.native, module, mask)

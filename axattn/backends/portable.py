@@ -37,7 +37,7 @@ def portable(call: AttentionCall, planned: Backend, layer: str) -> torch.Tensor:
         raise UnsupportedAttentionError(
             f"{planned.name} can't serve {layer} in {what}",
             [Reason("exact", f"exact attention would run there, and {planned.name} computes something else")],
-            "Put it inside of `with axattn.using(model, 'auto')`, which says so.",
+            f"Put \"with axattn.using(model, 'auto'):\" around it{', or call model.eval()' * bool(planned.evaluates)}.",
         )
     call.mask = call.dense_mask()  # whether a mask is a plain one depends on the length, which a graph leaves open
     if call.softcap is not None or call.sinks is not None or call.want_weights:

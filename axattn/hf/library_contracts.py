@@ -132,6 +132,20 @@ def _frames() -> str:
     return "" if running else "a frame does not tell whether it runs"
 
 
+def _tracers() -> str:
+    """Do ``torch.func`` and ``torch.jit.trace`` say that they run (`is_tracing`, `leaves_kernels`)?"""
+    found: list[bool] = [torch_internals.is_tracing(), torch_internals.leaves_kernels(), torch_internals.is_exporting()]
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        found.extend((torch_internals.is_tracing(), torch_internals.leaves_kernels(), torch_internals.is_mapped(x)))
+        return x.sum()
+
+    torch.func.vmap(look)(torch.zeros(1, 1))
+    torch.func.grad(look)(torch.zeros(1))
+    wanted = [False] * 3 + [True] * 3 + [False, True, False]
+    return "" if found == wanted else "transforms of torch.func do not say that they run"
+
+
 def _adapter_hooks() -> str:
     """One forward of a layer under LoRA, with an adapter for each row: do the hooks of PEFT say so?"""
     import peft
@@ -168,6 +182,7 @@ CONTRACTS = (
     Contract("hooks of modules", "torch", ("patches.doors", "parallel.accelerate"), _hooks, "models"),
     Contract("replicas of modules", "torch", ("patches.entrance",), _replicas, "unpadded rows"),
     Contract("frames", "torch", ("context",), _frames, "models"),
+    Contract("tracers and transforms", "torch", ("backends.portable",), _tracers, "models"),
     Contract("hooks of adapters", "peft", ("by_row",), _adapter_hooks, "adapters by row"),
     Contract("hooks of context parallelism", "accelerate", ("parallel.accelerate",), _accelerate_hooks, ""),
     Contract("the fp8 quantiser", "torchao", ("backends.fp8",), _quantiser, "fp8"),

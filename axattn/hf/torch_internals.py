@@ -176,13 +176,23 @@ def require_when_run(condition: torch.Tensor, text: str) -> None:
     Raises:
         UnsupportedAttentionError: a sample under ``vmap`` for which it is False.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         torch._assert_async(condition, f"axattn: {text}")
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(condition):
         condition = torch._C._functorch.get_unwrapped(condition)
     if not bool(condition.all()):
         raise UnsupportedAttentionError("this batch can't run under torch.func.vmap", [Reason("values", text)])
+
+
+def is_mapped(x: torch.Tensor) -> bool:
+    """Whether a tensor holds another value for each sample of ``torch.func.vmap``."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def running_max(x: torch.Tensor) -> torch.Tensor:
