@@ -24,7 +24,7 @@ class Facts:
         mixers: layers that mix tokens outside of attention (`axattn.mixing`): documents would leak through them.
         by_document: some of its layers run document by document (`axattn.recurrent`, `axattn.mixing.scaled_by_share`).
         counted: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
-        stretched_from: positions up to here (exclusive) have the original rotary frequencies (`axattn.rope`), None for all.
+        stretched_from: positions below this one have the original rotary frequencies (`axattn.rope`), None for all.
         unfit: why packed rows can't be what is meant: positions that do not reach the model, one output a row, a
             version on which they are wrong.
         unfit_in_graph: the same inside of a compiled graph.

@@ -54,7 +54,8 @@ def require_handed_on(module: torch.nn.Module, rows: int, length: int) -> None:
             if positions is None:
                 text = f"{name} was given rows of {shape[1]} tokens and made rows of {length} of them"
             raise UnsupportedAttentionError(
-                f"packed rows ({documents_in(found, mask)} documents in {rows} rows) would leak in {type(module).__name__}",
+                f"packed rows ({documents_in(found, mask)} documents in {rows} rows) would leak in "
+                f"{type(module).__name__}",
                 [Reason("position_ids", text)],
                 "Give it one document a row, padded.",
             )

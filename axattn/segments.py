@@ -140,8 +140,8 @@ def from_positions(
 ) -> Segments | None:
     """Documents from positions and a 2-D mask; None when every row is one document.
 
-    Where documents start: see `starts_told`. In packed rows padding in front of a row's first document is no part of it:
-    it gets boundaries of its own.
+    Where documents start: see `starts_told`. In packed rows padding in front of a row's first document is no part of
+    it: it gets boundaries of its own.
 
     Args:
         position_ids: integer ``[B, S]``, ``[1, S]`` or ``[S]``, or None.
@@ -193,9 +193,9 @@ class Starts(NamedTuple):
 def starts_told(positions: torch.Tensor | None, mask: torch.Tensor | None, numbered: bool) -> Starts:
     """Where documents start, as positions and a 2-D mask tell it. Tensors only: also while a graph is traced.
 
-    Padding (mask 0) starts no document, and its own positions do not matter. A real token is compared with the last real
-    one before it. Its position goes on if it is one more (padding in between is not counted: ``cumsum(mask) - 1``, as
-    ``generate`` has it), or as much more as there are tokens in between (padding is counted). Its number goes on if it
+    Padding (mask 0) starts no document, and its own positions do not matter. A real token is compared with the last
+    real one before it. Its position goes on if it is one more (padding in between is not counted: ``cumsum(mask) - 1``,
+    as ``generate`` has it), or as much more as there are tokens in between (padding is counted). Its number goes on if it
     is the same; numbers may fall or come back, and start another document each time.
 
     Args:
@@ -209,7 +209,7 @@ def starts_told(positions: torch.Tensor | None, mask: torch.Tensor | None, numbe
         by_position = None if positions is None else positions[:, 1:] != positions[:, :-1] + 1
         return Starts(by_position, None, None)
     if positions is not None:
-        positions, mask = torch.broadcast_tensors(positions, mask.to(positions.device))
+        positions, mask = torch.broadcast_tensors(positions, mask.to(positions.device))  # type: ignore[no-untyped-call]  # torch 2.13
     real, index = mask != 0, torch.arange(mask.shape[-1], device=mask.device)
     before = running_max(torch.where(real, index, -1))[:, :-1]  # the last real token, -1 for none
     first, last = before < 0, before.clamp(min=0)

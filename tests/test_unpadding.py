@@ -446,6 +446,7 @@ def test_wrappers_of_accelerate_call_the_entrance() -> None:
     assert torch.allclose(model(**given).loss, expected, rtol=1e-5)
     for one in (model, model.model):
         remove_hook_from_module(one)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's, in this process
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     assert torch.allclose(accelerator.prepare(model)(**given).loss, expected, rtol=1e-2)
     unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)

@@ -23,10 +23,11 @@ def add_rope_by_document(patches: PatchSet, model: torch.nn.Module) -> None:
 
 
 def _by_document(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a rotary embedding: ``cos`` and ``sin`` ``[B, S, D]``, each document's by its own highest position.
+    """Forward hook of a rotary embedding: ``cos`` and ``sin`` ``[B, S, D]``, each document's by its highest position.
 
     The module chooses by the highest position that it is given, for all: it is asked once more, with positions that are
-    short. (Whether any is not would be read on the host.) Rows without padding (``unpad=True``) stay as they are: there the padded batch is what they have to equal.
+    short. (Whether any is not would be read on the host.) Rows without padding (``unpad=True``) stay as they are: there
+    the padded batch is what they have to equal.
     """
     context = current()
     segments = None if context is None or slot().told is not None else context.documents
