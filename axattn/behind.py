@@ -54,7 +54,8 @@ def look(context: Context) -> None:
         return
     positions_alone = seen._replace(positions=None, mask=None).nothing and not found.numbered
     known = context.segments is not None
-    if known or (facts.native is None and (not positions_alone or facts.by_document or any(rope.longropes(module)))):
+    late = facts.by_document or any(rope.longropes(module))  # what runs document by document has run, or may have
+    if known or late or (facts.native is None and not positions_alone):
         _refuse(module, seen, context, "they tell other documents than the model was called with")
     if facts.native is None:
         context.segments, context.seen, context.shape = found.segments, seen, found.shape

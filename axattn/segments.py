@@ -195,8 +195,8 @@ def starts_told(positions: torch.Tensor | None, mask: torch.Tensor | None, numbe
 
     Padding (mask 0) starts no document, and its own positions do not matter. A real token is compared with the last
     real one before it. Its position goes on if it is one more (padding in between is not counted: ``cumsum(mask) - 1``,
-    as ``generate`` has it), or as much more as there are tokens in between (padding is counted). Its number goes on if it
-    is the same; numbers may fall or come back, and start another document each time.
+    as ``generate`` has it), or as much more as there are tokens in between (padding is counted). Its number goes on if
+    it is the same; numbers may fall or come back, and start another document each time.
 
     Args:
         positions: integers ``[B, S]``, ``[1, S]`` or ``[S]``, or None.

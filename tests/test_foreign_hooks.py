@@ -97,6 +97,17 @@ def test_what_comes_too_late_for_everything_that_reads_it_is_refused(added: str,
         model(ids, **given)
 
 
+@pytest.mark.parametrize("name", ["auto", "eager"])
+@torch.no_grad()
+def test_documents_that_come_behind_a_layer_that_runs_by_document_are_refused(name: str) -> None:
+    model = axattn.apply(build("lfm2"), name)  # its convolution has run when its attention is reached
+    model.model.register_forward_pre_hook(
+        lambda _, a, k: (a, {**k, "position_ids": positions(LENGTHS)}), with_kwargs=True
+    )
+    with pytest.raises(axattn.InvalidInputError, match=r"a hook or a wrapper of \w+\.forward gave it position_ids"):
+        model(tokens(1, sum(LENGTHS)), use_cache=False)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["auto", "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "opt", "roberta"])

@@ -70,7 +70,7 @@ class _Start:
                         "softcap", "Transformers' paged eager attention drops the softcap of its layers, sdpa has none"
                     )
                 ],
-                "Install flash-attn, to which it then switches by itself, or use model.generate, which runs on any kernel.",
+                "Install flash-attn, to which it then switches, or use model.generate, which runs on any kernel.",
             )
 
 
