@@ -127,7 +127,7 @@ def test_planes_of_multimodal_positions_are_legal_and_packed_ones_kept_apart() -
     packed = model(ids, position_ids=where[None].expand(4, 1, 10)).logits
     assert torch.allclose(packed, alone, atol=1e-5)
     model(ids, position_ids=torch.arange(10).expand(3, 1, 10))
-    with pytest.raises(InvalidInputError, match=r"This model takes \[3\|4, 1, 10\]"):
+    with pytest.raises(InvalidInputError, match=r"This model takes \[1\|3\|4, 1, 10\]"):
         model(ids, position_ids=torch.arange(10).expand(5, 1, 10))
 
 

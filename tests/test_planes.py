@@ -86,3 +86,41 @@ def test_one_document_keeps_the_positions_that_it_is_given() -> None:
 def test_names_of_transformers_refuse_documents_in_planes(name: str, text: bool) -> None:
     with pytest.raises(UnsupportedAttentionError, match=r"3 documents in 1 rows.* would leak"):
         model(name)(**PACKED, position_ids=planes(text))
+
+
+# ---- a second turn over a cache: generate gives one plane for all, [1, B, S] ----------------------------------------
+
+
+@pytest.mark.parametrize("name", ["auto", "varlen", "sdpa"])
+def test_generate_goes_on_from_its_own_cache(name: str) -> None:
+    greedy = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    ids, mask = tokens(2, 7).clamp(max=80), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :2] = 0
+
+    def chat(ours: Any) -> torch.Tensor:
+        one = ours.generate(ids, attention_mask=mask, **greedy)
+        more = torch.cat([one.sequences, tokens(2, 4, seed=4).clamp(max=80)], 1)
+        wider = torch.cat([mask, torch.ones(2, 7, dtype=torch.long)], 1)
+        wider[1, 10:12] = 0
+        found: torch.Tensor = ours.generate(
+            more, attention_mask=wider, past_key_values=one.past_key_values, **greedy
+        ).sequences
+        return found
+
+    assert torch.equal(chat(model(name)), chat(model()))
+
+
+@torch.no_grad()
+def test_one_plane_for_all_tells_documents_as_positions_of_text_do(alone: torch.Tensor) -> None:
+    where = positions(LENGTHS)[None]
+    assert torch.allclose(model("auto")(**PACKED, position_ids=where).logits, alone, atol=1e-5)
+    with pytest.raises(UnsupportedAttentionError, match=r"3 documents in 1 rows.* would leak"):
+        model("sdpa")(**PACKED, position_ids=where)
+
+
+@torch.no_grad()
+def test_a_hole_ends_no_document_in_planes_whose_padding_is_zero() -> None:
+    ids, mask = tokens(1, 10).clamp(max=80), torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])
+    where = ((mask.cumsum(-1) - 1) * mask).expand(3, 1, 10)
+    found, expected = (m(ids, attention_mask=mask, position_ids=where).logits for m in (model("auto"), model()))
+    assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-5)

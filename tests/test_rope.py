@@ -61,6 +61,28 @@ def test_padding_behind_a_document_does_not_make_it_long() -> None:
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("parameters", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
+@pytest.mark.parametrize("starts", [(0, 1), (1, 20), (30, 0)], ids=["low", "second high", "first high"])
+def test_what_counts_is_the_highest_position_of_a_document(
+    starts: tuple[int, int], parameters: dict[str, Any], compiled: bool
+) -> None:
+    """Documents of few tokens that do not start at 0."""
+    torch._dynamo.reset()
+    model = build("llama", head_dim=8, rope_parameters=parameters, max_position_embeddings=LIMIT)
+    ids, where = tokens(1, 5), [torch.arange(start, start + n)[None] for start, n in zip(starts, (3, 2), strict=True)]
+    given = zip(ids.split((3, 2), 1), where, strict=True)
+    expected = torch.cat([model(part, position_ids=at, use_cache=False).logits for part, at in given], 1)
+    axattn.apply(model, "auto")
+    run = torch.compile(model, backend="eager") if compiled else model
+    if parameters is DYNAMIC and max(starts) > 1:
+        with pytest.raises((axattn.UnsupportedAttentionError, RuntimeError), match="positions above 5"):
+            run(ids, position_ids=torch.cat(where, 1), use_cache=False)
+        return
+    assert torch.allclose(run(ids, position_ids=torch.cat(where, 1), use_cache=False).logits, expected, atol=1e-5)
+
+
 def test_gradients_and_checkpointing() -> None:
     model = long()
     ids = tokens(1, sum(LENGTHS))
@@ -126,6 +148,27 @@ def test_dynamic_ntk_depends_on_the_longest_document_and_is_refused(name: str) -
         model(**given)
     with pytest.raises(RuntimeError, match="packed rows would leak here"):
         torch.compile(model, backend="eager")(**given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", [0, 2])
+def test_unpadded_rows_are_stretched_as_far_as_the_padded_batch(start: int) -> None:
+    """Padding behind the longest row counts there."""
+    model = build("llama", rope_parameters=DYNAMIC, max_position_embeddings=LIMIT)
+    ids, mask = tokens(2, 16), torch.zeros(2, 16, dtype=torch.long)
+    mask[0, start : start + 10], mask[1, start : start + 4] = 1, 1
+    expected = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    axattn.apply(model, "auto", unpad=True)
+    assert torch.allclose(model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()], expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_behind_a_short_document_stretches_nothing() -> None:
+    model = build("llama", rope_parameters=DYNAMIC, max_position_embeddings=LIMIT)
+    ids, numbers = tokens(1, 18), torch.tensor([[1] * 5 + [2] * 4 + [0] * 9])
+    expected = alone(model, ids[:, :9], (5, 4))
+    axattn.apply(model, "auto")
+    assert torch.allclose(model(ids, attention_mask=numbers, use_cache=False).logits[:, :9], expected, atol=1e-5)
 
 
 def test_what_a_config_asks_for() -> None:

@@ -36,6 +36,7 @@ def _by_document(module: Any, forward: Forward, inputs: dict[str, Any]) -> Any:
     parts = []
     for group in documents.groups:
         real = group.real if mask is None else group.real & (mask.flatten()[group.tokens] != 0)
+        real = real | ~real.any(-1, keepdim=True)  # padding in front of packed rows: a share of no tokens is NaN
         given = {"input_ids": ids.flatten()[group.tokens].masked_fill(~real, other), "attention_mask": real.long()}
         if positions is not None:
             given["position_ids"] = positions.expand(ids.shape).flatten()[group.tokens]

@@ -9,6 +9,7 @@ import torch
 
 from tests.conformance.cases import Case, Result, packed, padded
 from tests.conformance.scenarios.base import DECODERS, scenario
+from tests.models import tokens
 
 
 def _generated(case: Case, **options: Any) -> tuple[Result, Callable[[], Result]]:
@@ -59,3 +60,24 @@ def chunks_over_a_cache(case: Case) -> Any:
         return {"logits": torch.cat(parts)}
 
     return expected, found
+
+
+@scenario("second turn of a batch over the cache", DECODERS)
+def second_turn(case: Case) -> Any:
+    """Prompts of two lengths in each turn, padded on the left: padding between the turns, and then a decoded token.
+    Eager with the same masks says what is right."""
+    ids, mask = tokens(2, 17), torch.ones(2, 17, dtype=torch.long)
+    mask[0, :3], mask[1, 8:11] = 0, 0
+    where = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+    def run(model: Any) -> Result:
+        cache, parts = None, []
+        with torch.no_grad():
+            for a, b in ((0, 8), (8, 15), (15, 16), (16, 17)):
+                given = {"attention_mask": mask[:, :b], "position_ids": case.positions(where[:, a:b])}
+                out = model(ids[:, a:b], **given, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                parts.append(out[0][mask[:, a:b].bool()])
+        return {"logits": torch.cat(parts)}
+
+    return run(case.reference()), lambda: run(case.candidate())

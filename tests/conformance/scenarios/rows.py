@@ -61,6 +61,21 @@ def hole(case: Case) -> Any:
     return run(case.reference()), lambda: run(case.candidate())
 
 
+@scenario("holes, positions counted from the mask", DECODERS)
+def counted_hole(case: Case) -> Any:
+    """As ``generate`` counts positions of a prompt with padding in it: they go on behind a hole."""
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :2], mask[0, 9:], mask[1, 4:6], mask[1, 8:9] = 0, 0, 0, 0
+    real = mask.bool()
+    where = case.positions((mask.cumsum(-1) - 1).masked_fill(~real, 1))
+
+    def run(model: Any) -> Result:
+        with torch.no_grad():
+            return {"logits": case.forward(model, ids, attention_mask=mask, position_ids=where)[real]}
+
+    return run(case.reference()), lambda: run(case.candidate())
+
+
 @scenario("packed, cache on by default", SELF)
 def packed_default(case: Case) -> Any:
     batch = packed(LENGTHS)
