@@ -166,9 +166,7 @@ def leaves_kernels() -> bool:
 
 def is_exporting() -> bool:
     """Whether a graph for other programs is recorded."""
-    if torch.compiler.is_compiling():  # Dynamo traces no call of `_is_tracing`
-        return torch.compiler._is_exporting_flag
-    return torch.compiler._is_exporting_flag or torch._C._is_tracing()
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # Dynamo knows this one
 
 
 def require_when_run(condition: torch.Tensor, text: str) -> None:
