@@ -61,6 +61,7 @@ newest:
 nightly: newest $(READY)
 	$(BIN)/python -m tests.conformance
 	$(BIN)/python -m tests.census
+	$(BIN)/python -m tests.fuzz --examples 20000
 	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/test_probes.py
 
 # Every test on another torch, laid over the same environment: `make torch-2.11.0`. The registry's builds are gigabytes.

@@ -1,4 +1,4 @@
-"""Padding in front of documents, between them and inside of one: none of it is a document's end, or part of the next."""
+"""Padding in front of documents, between them and inside of one: none of it ends a document, or is part of the next."""
 
 from __future__ import annotations
 
