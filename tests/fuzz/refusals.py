@@ -1,0 +1,38 @@
+"""Refusals that are true although stock eager attention is right on the same inputs: what, and when it may be said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from tests.fuzz.chat import Chat
+from tests.fuzz.example import Example
+
+
+def _unpads(example: Example | Chat) -> bool:
+    return isinstance(example, Example) and example.unpad
+
+
+def _lacks(name: str, *families: str) -> Callable[[Example | Chat], bool]:
+    return lambda example: example.name == name and example.family in families
+
+
+def _packs(example: Example | Chat) -> bool:
+    return example.name in ("eager", "sdpa") and example.packed
+
+
+TRUE: tuple[tuple[str, Callable[[Example | Chat], bool]], ...] = (
+    ("unpad=True can't serve .*: eager is called by Transformers", lambda e: _unpads(e) and e.name == "eager"),
+    ("unpad=True can't serve .*: sdpa is called by Transformers", lambda e: _unpads(e) and e.name == "sdpa"),
+    (r"would leak on (eager|sdpa)", lambda e: isinstance(e, Chat) and _packs(e)),  # its cache is on
+    (r"varlen has no softcap", _lacks("varlen", "gemma2")),
+    (r"sdpa has no softcap", _lacks("sdpa", "gemma2")),
+    (r"varlen has no attention sinks", _lacks("varlen", "gpt_oss")),
+    (r"sdpa has no attention sinks", _lacks("sdpa", "gpt_oss")),
+)
+"""(a pattern of the message, whether it is true of an example)."""
+
+
+def is_true(example: Example | Chat, message: str) -> bool:
+    """Whether a refusal is one of those listed."""
+    return any(re.search(pattern, message) and holds(example) for pattern, holds in TRUE)

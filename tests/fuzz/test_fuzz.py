@@ -1,0 +1,82 @@
+"""Random batches: right or refused with a true reason. ``make nightly`` tries a hundred times as many."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from axattn import reading
+from axattn.errors import UnsupportedAttentionError
+from tests.fuzz.strategies import chats, examples
+from tests.fuzz.verdict import Chat, Example, Prompt, Verdict, run
+
+_OURS = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+def _require_fine(example: Example | Chat) -> None:
+    verdict = run(example)
+    assert verdict.fine, f"{verdict.status}: {verdict.detail}\nTo run it again:\n    {example.script}"
+
+
+@settings(_OURS, max_examples=140)
+@given(examples())
+def test_a_batch_is_right_or_truly_refused(example: Example) -> None:
+    _require_fine(example)
+
+
+@settings(_OURS, max_examples=60)
+@given(chats())
+def test_a_chat_is_right_or_truly_refused(chat: Chat) -> None:
+    _require_fine(chat)
+
+
+def test_a_script_is_the_example() -> None:
+    example = Example(family="gemma2", rows=(((1, 3), (0, 2)),), told="numbers", steps=("pickle",))
+    code = example.script.removeprefix('python -c "').removesuffix('"').replace("print(run(", "same = ((")
+    found: dict[str, Any] = {}
+    exec(code, found)  # our own text
+    assert found["same"] == example
+
+
+# does it see what is wrong?
+
+PACKED = Example(rows=(((0, 4), (0, 3)),))
+FOLLOWED = Chat(turns=(Prompt((6, 6)), Prompt((2, 2))), packed=True)
+
+
+def test_sound_examples_are_right() -> None:
+    assert run(PACKED).status == run(dataclasses.replace(PACKED, training="plain")).status == "right"
+    assert run(FOLLOWED).status == "refused"
+
+
+def test_documents_that_leak_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("axattn.door.read", lambda *a: (None, tuple(a[2]["input_ids"].shape), False))
+    assert run(PACKED).status == "wrong"
+    assert run(dataclasses.replace(PACKED, training="plain")).status == "wrong"
+
+
+def test_a_cache_that_forgets_its_documents_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("axattn.door.mark_packed", lambda *a: None)
+    assert run(FOLLOWED).status == "wrong"
+
+
+def test_a_refusal_that_nobody_needs_is_untrue(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise UnsupportedAttentionError("no rows", [])
+
+    monkeypatch.setattr("axattn.door.read", refuse)
+    alone = Example(rows=(((0, 4),),), told="nothing")
+    assert run(alone).status == run(dataclasses.replace(alone, told="positions")).status == "untrue refusal"
+
+
+def test_an_error_of_somebody_else_is_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise KeyError("somewhere")
+
+    monkeypatch.setattr("axattn.door.read", fail)
+    assert run(PACKED) == Verdict("foreign error", "KeyError: 'somewhere'")
+    assert callable(reading.read) and torch.is_grad_enabled()
