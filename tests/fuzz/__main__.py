@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz --examples 20000 --seed 7``: tries many, prints counts and a script for each kind of failure."""
+"""``python -m tests.fuzz --examples 20000 --seed 7``: prints counts, and a script for each kind of failure."""
 
 from __future__ import annotations
 

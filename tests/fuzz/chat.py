@@ -1,4 +1,4 @@
-"""`Chat`: turns over one cache, and what happens to the cache in between; the same calls on stock eager are the oracle."""
+"""`Chat`: turns over one cache, and what happens to it in between; the same calls on stock eager are the oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Example`: one random case, made of plain values, so that its ``repr`` is a script; and the tensors that it stands for."""
+"""`Example`: one random case of plain values, so that its ``repr`` is a script; and the tensors that it stands for."""
 
 from __future__ import annotations
 

@@ -6,10 +6,8 @@ import dataclasses
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 
-from axattn import reading
 from axattn.errors import UnsupportedAttentionError
 from tests.fuzz.strategies import chats, examples
 from tests.fuzz.verdict import Chat, Example, Prompt, Verdict, run
@@ -79,4 +77,3 @@ def test_an_error_of_somebody_else_is_foreign(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("axattn.door.read", fail)
     assert run(PACKED) == Verdict("foreign error", "KeyError: 'somewhere'")
-    assert callable(reading.read) and torch.is_grad_enabled()

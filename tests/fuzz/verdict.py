@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,8 +128,9 @@ def _error(found: Result, expected: Result) -> tuple[float, str]:
             continue
         largest = max(1e-9, floor if name.startswith("d ") else 0.0, wanted.abs().max().item())
         value = (got.double() - wanted.double()).abs().max().item() / largest
-        if not value <= worst:
-            worst, where = (value if value == value else float("inf")), name
+        value = float("inf") if math.isnan(value) else value
+        if value > worst:
+            worst, where = value, name
     return worst, where
 
 
