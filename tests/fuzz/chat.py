@@ -76,7 +76,8 @@ class Chat:
         """Whether a turn goes on from documents that a row of several has left in the cache."""
         first = self.turns[0]
         two = self.packed and max(first.lengths) > 1
-        return two and len(self.turns) > 1 and self.last != "beams" and self.between not in EMPTIES
+        following = len(self.turns) - (2 if self.last == "beams" else 1)  # beams have a cache of their own
+        return two and following > 0 and self.between not in EMPTIES
 
     def play(self, model: Any) -> dict[str, torch.Tensor]:
         """What the turns give: logits of real tokens ``[tokens, V]``, and tokens."""
