@@ -135,7 +135,7 @@ class Example:
             number = number + 1 if row == last else 1
             numbers[row, a:b] = number
             last = row
-        return numbers
+        return numbers * self.real
 
     @cached_property
     def where(self) -> torch.Tensor:

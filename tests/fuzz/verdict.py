@@ -58,7 +58,7 @@ def _run(example: Example) -> Verdict:
         example,
         expected,
         lambda: _found(example, _candidate(example)),
-        lambda: _found(example, _weights(example)),
+        lambda: _found(example, copy.deepcopy(_weights(example))),
         TOLERANCE[example.number],
     )
 
