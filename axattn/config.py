@@ -5,6 +5,7 @@ Legacy booleans are input only; the three capability flags are computed, never g
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,13 +48,23 @@ def _legacy_schema(schema: JsonSchemaValue) -> None:
         }
 
 
-class AttentionConfig(BaseModel):
+class _OurErrors(type(BaseModel)):  # type: ignore[misc]  # pydantic's metaclass has no public name
+    """``AttentionConfig(...)`` raises an error of axattn's; pydantic's own methods raise pydantic's."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            raise _invalid(f"{cls.__name__} can't be made", error) from error
+
+
+class AttentionConfig(BaseModel, metaclass=_OurErrors):
     """What a training config says about attention.
 
-    Validation raises ``pydantic.ValidationError`` with every problem at once, each with what to type instead. Machine
+    Every problem is told at once, each with what to type instead: as an `axattn.InvalidConfigError` where the config is
+    made, read from a file or assigned to, as a ``pydantic.ValidationError`` by pydantic's own methods. Machine
     requirements are checked only against an `Environment` given as context, or the name of one (``"sm90"``):
-    ``AttentionConfig.model_validate(data, context={"environment": Environment.current()})``. Assigning to a setting
-    validates too.
+    ``AttentionConfig.model_validate(data, context={"environment": Environment.current()})``.
 
     Attributes:
         attn_implementation: canonical name, hub path, dict per sub-config, or None (which means ``"auto"``).
@@ -150,7 +161,10 @@ class AttentionConfig(BaseModel):
         if name not in type(self).model_fields:
             super().__setattr__(name, value)
             return
-        checked = type(self).model_validate({**self.__dict__, name: value})
+        try:
+            checked = type(self).model_validate({**self.__dict__, name: value})
+        except ValidationError as error:
+            raise _invalid(f"{name} can't be {value!r}", error) from error
         self.__dict__.update(checked.__dict__)
         self.__pydantic_fields_set__.add(name)
         self._resolved = self._resolved_packs = None
@@ -215,8 +229,20 @@ class AttentionConfig(BaseModel):
         try:
             return cls.model_validate(taken, context={"environment": environment})
         except ValidationError as error:
-            reasons = [Reason(".".join(map(str, e["loc"])) or "config", _without_prefix(e)) for e in error.errors()]
-            raise InvalidConfigError(f"{Path(path).name} can't be used", reasons) from error
+            raise _invalid(f"{Path(path).name} can't be used", error) from error
+
+
+def _warn(text: str, category: type[Warning]) -> None:
+    """A warning at the line of who made the config, wherever that was."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("axattn", "pydantic"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level - 1)
+
+
+def _invalid(text: str, error: ValidationError) -> InvalidConfigError:
+    reasons = [Reason(".".join(map(str, one["loc"])) or "config", _without_prefix(one)) for one in error.errors()]
+    return InvalidConfigError(text, reasons)
 
 
 def _without_prefix(error: Any) -> str:
@@ -239,7 +265,7 @@ def _take_legacy(values: dict[str, Any], problems: list[str]) -> None:
             continue
         seen.append(flag)
         text = f"{flag} is deprecated; write attn_implementation: {name}"
-        warnings.warn(text, DeprecationWarning, stacklevel=4)
+        _warn(text, DeprecationWarning)
     if not seen:
         return
     if values.get("attn_implementation") is not None:
@@ -306,10 +332,10 @@ def _settle(values: dict[str, Any], listed: list[str]) -> None:
     """Warnings, and the settings that a kernel brings with it."""
     if "s2" in listed:
         text = "s2 (shifted sparse attention) is deprecated; write attn_implementation: varlen"
-        warnings.warn(text, DeprecationWarning, stacklevel=4)
+        _warn(text, DeprecationWarning)
     if "fp8" in listed and values.get("use_cache") is not False:
         values["use_cache"] = False
-        warnings.warn("fp8 sets use_cache: false", UserWarning, stacklevel=4)
+        _warn("fp8 sets use_cache: false", UserWarning)
 
 
 def _is_llama(model: str) -> bool:

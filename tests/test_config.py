@@ -43,8 +43,9 @@ def problems(environment: Environment | str | None = None, **values: Any) -> str
 
 @pytest.mark.parametrize(("flag", "name"), LEGACY)
 def test_a_legacy_flag_maps_to_its_name_warns_and_is_gone(flag: str, name: str) -> None:
-    with pytest.warns(DeprecationWarning, match=rf"^{flag} is deprecated; write attn_implementation: {name}$"):
+    with pytest.warns(DeprecationWarning, match=rf"^{flag} is deprecated; write attn_implementation: {name}$") as said:
         config = AttentionConfig(**{flag: True})
+    assert said[0].filename == __file__
     assert config.attn_implementation == name
     assert flag not in config.model_dump()
     assert not hasattr(config, flag)
@@ -154,14 +155,16 @@ def test_a_bad_value_is_refused_and_an_assignment_of_it_leaves_the_config_as_it_
     assert key in problems(**{key: value})
     config = AttentionConfig(attn_implementation="flash_attention_2", sample_packing=True)
     before = config.model_dump()
-    with pytest.raises(ValidationError, match=key):
+    with pytest.raises(InvalidConfigError, match=key):
         setattr(config, key, value)
     assert config.model_dump() == before
+    with pytest.raises(InvalidConfigError, match=key):
+        AttentionConfig(**{key: value})
 
 
 def test_an_assignment_is_checked_with_all_other_settings() -> None:
     config = AttentionConfig(attn_implementation="varlen", sample_packing=True)
-    with pytest.raises(ValidationError, match="can't pack"):
+    with pytest.raises(InvalidConfigError, match="can't pack"):
         config.attn_implementation = "sdpa"
     assert config.attn_supports_packing
     config.sample_packing = False

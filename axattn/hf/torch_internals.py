@@ -166,7 +166,8 @@ def leaves_kernels() -> bool:
 
 def is_exporting() -> bool:
     """Whether a graph for other programs is recorded."""
-    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # Dynamo knows this one
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # Dynamo knows this one
+    return torch.compiler._is_exporting_flag or tracing
 
 
 def require_when_run(condition: torch.Tensor, text: str) -> None:
