@@ -166,8 +166,9 @@ def leaves_kernels() -> bool:
 
 def is_exporting() -> bool:
     """Whether a graph for other programs is recorded."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # Dynamo knows this one
-    return torch.compiler._is_exporting_flag or tracing
+    # Dynamo knows `torch.jit.is_tracing` and not the private one
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch's has no types
+    return torch.compiler._is_exporting_flag or traced
 
 
 def require_when_run(condition: torch.Tensor, text: str) -> None:
