@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from torch._dynamo.backends.debugging import aot_eager
 
 import axattn
 from axattn.masks import LazyMask
@@ -22,36 +20,40 @@ def nothing_compiled() -> None:
 
 
 class Copying:
-    """A compiler that counts its graphs, and copies their inputs into buffers of its own as CUDA graphs do."""
+    """A compiler that counts its graphs, and copies their inputs as CUDA graphs do: into buffers of its own, or new
+    ones where backward is still to read the last."""
 
-    def __init__(self) -> None:
-        self.graphs = 0
+    def __init__(self, fresh: bool = False) -> None:
+        self.graphs, self.fresh = 0, fresh
+
+    def __deepcopy__(self, memo: Any) -> Copying:
+        return self  # `CompileConfig` copies what it hands to torch.compile
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         self.graphs += 1
-        run, buffers = aot_eager(graph, inputs), {}
+        buffers: dict[Any, torch.Tensor] = {}
 
         def copied(at: int, x: Any) -> Any:
             if not isinstance(x, torch.Tensor) or isinstance(x, torch.nn.Parameter) or x.requires_grad:
                 return x
             if hasattr(x, "_dynamo_static_input_type"):  # a static cache: its address is the same at each call
                 return x
-            if (at, x.shape) not in buffers:
+            if self.fresh or (at, x.shape) not in buffers:
                 buffers[at, x.shape] = torch.empty_like(x)
             return buffers[at, x.shape].copy_(x)
 
-        return lambda *given: run(*(copied(at, x) for at, x in enumerate(given)))
+        return lambda *given: graph(*(copied(at, x) for at, x in enumerate(given)))
 
 
-def decode(model: Any, ids: torch.Tensor, compiler: Any, **given: Any) -> torch.Tensor:
+def decode(model: Any, ids: torch.Tensor, compiler: Any, dynamic: bool | None = None, **given: Any) -> torch.Tensor:
     model.__dict__.pop("_compiled_call", None)
     torch._dynamo.reset()
-    how = tf.CompileConfig(fullgraph=True, dynamic=False, backend=compiler, mode=None)
+    how = tf.CompileConfig(fullgraph=True, dynamic=dynamic, backend=compiler, mode=None)
     how._compile_all_devices = True
     out: torch.Tensor = model.generate(
         ids,
         do_sample=False,
-        max_new_tokens=7,
+        max_new_tokens=6,
         cache_implementation="static",
         compile_config=how,
         eos_token_id=None,
@@ -61,24 +63,20 @@ def decode(model: Any, ids: torch.Tensor, compiler: Any, **given: Any) -> torch.
     return out
 
 
-# mistral's window is passed in the middle; gemma2 has a softcap and both kinds of layers
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("family", "padded"), [("llama", True), ("gemma3", False)])
 def test_decoding_compiles_as_often_as_stock_and_gives_its_tokens(family: str, padded: bool) -> None:
-    logging.disable(logging.WARNING)
-    model = build(family, sliding_window=10) if family != "llama" else build(family)
+    model = build(family, **({"sliding_window": 9} if family == "gemma3" else {}))  # passed in the middle
     ids, given = tokens(2, 6), {}
     if padded:
         given["attention_mask"] = torch.ones_like(ids)
         given["attention_mask"][0, :3] = 0
-    native = "eager" if family == "gemma2" else "sdpa"
-    model.set_attn_implementation(native)
+    model.set_attn_implementation("sdpa")
+    dynamic = False if family == "llama" else None  # with a window stock compiles each step where dynamic is False
     stock, ours = Copying(), Copying()
-    expected = decode(model, ids, stock, **given)
+    expected = decode(model, ids, stock, dynamic, **given)
     axattn.apply(model, "auto")
-    assert torch.equal(decode(model, ids, ours, **given), expected)
-    assert ours.graphs == stock.graphs
-    logging.disable(logging.NOTSET)
+    assert torch.equal(decode(model, ids, ours, dynamic, **given), expected)
+    assert ours.graphs == stock.graphs > 0
 
 
 def test_images_compile_too() -> None:
@@ -99,28 +97,31 @@ def test_images_compile_too() -> None:
     expected = decode(model, ids, stock, mm_token_type_ids=kind)
     axattn.apply(model, "auto")
     assert torch.equal(decode(model, ids, ours, mm_token_type_ids=kind), expected)
-    assert ours.graphs == stock.graphs
+    assert ours.graphs == stock.graphs > 0
 
 
 @torch.no_grad()
-def test_a_static_cache_in_a_compiled_model() -> None:
-    """A loop of one's own: the masks are made in the graph."""
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_static_cache_in_a_compiled_model(broken: bool) -> None:
+    """A loop of one's own: the masks are made in the graph, which may break before the layers read them."""
     model = axattn.apply(build("llama"), "varlen")
     ids = tokens(2, 9)
     expected = model(ids, use_cache=False).logits
     counted = Copying()
-    compiled = torch.compile(model, backend=counted, fullgraph=True, dynamic=False)
+    if broken:
+        model.model.layers[0].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    compiled = torch.compile(model, backend=counted, fullgraph=not broken, dynamic=False)
     cache = tf.StaticCache(model.config, max_cache_len=12)
     model(ids[:, :4], past_key_values=cache)
     for at in range(4, 9):
         found = compiled(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
         assert torch.allclose(found[:, 0], expected[:, at], atol=1e-5)
-    assert counted.graphs == 1
+    assert broken or counted.graphs == 1
 
 
 def test_compiled_layers_find_their_mask_from_copies_of_its_handle() -> None:
     reference, model = (axattn.apply(build("llama"), "varlen").train() for _ in range(2))
-    counted = Copying()
+    counted = Copying(fresh=True)
     for layer in model.model.layers:
         layer.compile(backend=counted, fullgraph=True)
     for lengths in ((7, 11, 3), (4, 17), (21,)):
