@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 
 import axattn
+from axattn.handles import entry_of, new_handle
 from axattn.masks import LazyMask
 from tests.models import build, positions, tokens
 from tests.parallel_jobs import compare, gradients
@@ -151,3 +152,15 @@ def test_a_mask_over_a_static_cache_reads_its_offset_when_eager_asks() -> None:
     assert isinstance(mask, LazyMask)
     assert mask.q_offset == 4
     assert mask.dense()[0, 0, 0].tolist() == [True] * 5 + [False] * 3
+
+
+def test_a_buffer_that_holds_another_handle_leads_to_another_object() -> None:
+    first, second = new_handle("first"), new_handle("second")
+    buffer = first.clone()
+    assert entry_of(buffer).value == "first"
+    buffer.copy_(second)
+    assert entry_of(buffer).value == "second"
+    buffer.copy_(first)
+    del first
+    with pytest.raises(RuntimeError, match="mask of this call is gone"):
+        entry_of(buffer)
