@@ -167,11 +167,13 @@ class Door:
         return self._behind
 
     def _watch(self, module: torch.nn.Module) -> None:
-        """On names that Transformers serves nothing of ours is called inside of its forward: hook a module that is."""
-        first = next((inner for inner in module.modules() if calls_interface(type(inner))), None)
-        if first is not None:
-            self._watches = True
-            self.patches.add_handle(first.register_forward_pre_hook(_look))
+        """On names that Transformers serves nothing of ours is called inside of its forward: hook modules that are, the
+        first of which is called before a finished mask takes the place of the one that was given (BERT)."""
+        self._watches = True
+        attention = next((inner for inner in module.modules() if calls_interface(type(inner))), None)
+        for inner in dict.fromkeys((*module.children(), attention)):
+            if inner is not None:
+                self.patches.add_handle(inner.register_forward_pre_hook(_look))
 
     def _require_allowed(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
         """Raise for what this model can't do on its kernel, whatever the tokens; whether attention weights are asked

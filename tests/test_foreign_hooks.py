@@ -97,6 +97,18 @@ def test_what_comes_too_late_for_everything_that_reads_it_is_refused(added: str,
         model(ids, **given)
 
 
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@torch.no_grad()
+def test_native_names_guard_a_mask_that_a_model_makes_anew_under_its_own_name(name: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    model = axattn.apply(tf.BertModel(tf.BertConfig(vocab_size=97, **sizes)).eval(), name)
+    numbers = torch.tensor([[1] * 8 + [2] * 5])
+    model.register_forward_pre_hook(lambda _, a, k: (a, {**k, "attention_mask": numbers}), with_kwargs=True)
+    with pytest.raises(axattn.UnsupportedAttentionError, match=f"would leak on {name}"):
+        model(tokens(1, 13))
+
+
 @pytest.mark.parametrize("name", ["auto", "eager"])
 @torch.no_grad()
 def test_documents_that_come_behind_a_layer_that_runs_by_document_are_refused(name: str) -> None:
