@@ -30,6 +30,10 @@ Row = tuple[tuple[int, int], ...]
 """Documents of a row: (padding in front, tokens)."""
 
 
+FIRST = {"roberta": 2}
+"""Where families count positions from, if not from 0: the one before is that of padding, and refused."""
+
+
 @dataclass(frozen=True)
 class Example:
     """What is drawn.
@@ -143,7 +147,7 @@ class Example:
         where = torch.ones_like(self.ids)
         for number, (row, a, b) in enumerate(self.documents):
             start = self.starts[number % len(self.starts)]
-            where[row, a:b] = start + (self.real[row, a:b].cumsum(0) - 1).clamp(min=0)
+            where[row, a:b] = FIRST.get(self.family, 0) + start + (self.real[row, a:b].cumsum(0) - 1).clamp(min=0)
         return where
 
     @cached_property

@@ -24,6 +24,7 @@ def _packs(example: Example | Chat) -> bool:
 TRUE: tuple[tuple[str, Callable[[Example | Chat], bool]], ...] = (
     ("unpad=True can't serve .*: eager is called by Transformers", lambda e: _unpads(e) and e.name == "eager"),
     ("unpad=True can't serve .*: sdpa is called by Transformers", lambda e: _unpads(e) and e.name == "sdpa"),
+    (r"unpad=True can't serve .*: it takes images", lambda e: _unpads(e) and e.family in ("qwen2_5_vl", "gemma3_vl")),
     (r"would leak on (eager|sdpa)", lambda e: isinstance(e, Chat) and _packs(e)),  # its cache is on
     (r"varlen has no softcap", _lacks("varlen", "gemma2")),
     (r"sdpa has no softcap", _lacks("sdpa", "gemma2")),

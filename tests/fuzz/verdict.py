@@ -18,7 +18,7 @@ from axattn.errors import AxattnError
 from tests.fuzz import refusals
 from tests.fuzz.chat import Chat, Prompt
 from tests.fuzz.example import Example
-from tests.fuzz.families import ENCODERS, PLANES, made
+from tests.fuzz.families import ENCODERS, INNER, PLANES, made
 
 __all__ = ["Chat", "Example", "Prompt", "Verdict", "run"]
 Result = dict[str, torch.Tensor]
@@ -179,7 +179,7 @@ def _found(example: Example, model: Any) -> Result:
     """What a model gives for the batch as it is told."""
     given = example.description(PLANES.get(example.family, 0))
     handles: list[Any] = []
-    inner = model.base_model if model.base_model is not model else model
+    inner = model.get_submodule(INNER[example.family]) if example.family in INNER else model.base_model
     cache = _cache(example, model) if example.family not in ENCODERS else {}
     called = dict(given)
     if example.giver != "caller" and given:
@@ -281,7 +281,7 @@ def _real(example: Example, out: torch.Tensor) -> torch.Tensor:
 def _alone(example: Example) -> Result:
     """The oracle: stock eager on each document by itself, or, where rows hold one each, on the batch."""
     model = _weights(example)
-    if not example.packed and example.told in ("nothing", "positions and mask"):
+    if not example.packed and example.told != "lengths":  # there padding is documents of its own
         called = example.description(PLANES.get(example.family, 0))
         if example.family not in ENCODERS:
             called["use_cache"] = False
