@@ -49,13 +49,12 @@ def require_handed_on(module: torch.nn.Module, rows: int, length: int) -> None:
         mask = mask if mask is not None and mask.shape == shape else None
         found = from_positions(positions, mask, *shape)
         if found is not None and found.packed:
-            name = type(wrapper).__name__
+            name, several = type(wrapper).__name__, documents_in(found, mask)
             text = f"{name} was given position_ids and did not hand them on"
             if positions is None:
                 text = f"{name} was given rows of {shape[1]} tokens and made rows of {length} of them"
             raise UnsupportedAttentionError(
-                f"packed rows ({documents_in(found, mask)} documents in {rows} rows) would leak in "
-                f"{type(module).__name__}",
+                f"packed rows ({several} documents in {rows} rows) would leak in {type(module).__name__}",
                 [Reason("position_ids", text)],
                 "Give it one document a row, padded.",
             )

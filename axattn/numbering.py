@@ -103,28 +103,25 @@ def counts_mask(model: torch.nn.Module) -> bool:
     return _counting(model).by_mask
 
 
-def own_positions(
-    model: torch.nn.Module, ids: torch.Tensor | None, mask: torch.Tensor, documents: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The positions that a model gives the tokens of a padded batch where none are given; in packed rows, those that it
-    gives the tokens of each document alone.
+def own_positions(model: torch.nn.Module, ids: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+    """The positions that a model gives the tokens of a padded batch where none are given.
 
     Args:
         model: the model.
         ids: ``[B, S]`` token ids, None where embeddings are given.
         mask: ``[B, S]``, nonzero for real tokens.
-        documents: ``[B, S]``, the number of each token's document (`Segments.document_ids`), None for one a row.
 
     Returns:
         int64 ``[B, S]``.
     """
-    return counted(*_counting(model), ids, mask, documents)
+    return counted(*_counting(model), ids, mask)
 
 
 def counted(
     first: int, by_mask: bool, ids: torch.Tensor | None, mask: torch.Tensor, documents: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`own_positions` of a model of which `first_position` and `counts_mask` are known."""
+    """`own_positions` of a model of which `first_position` and `counts_mask` are known; in packed rows, those that it
+    gives the tokens of each document alone (`documents`: ``[B, S]``, the number of each token's)."""
     by_id = bool(first) and ids is not None
     if ids is not None and by_id:
         each = ids.ne(first - 1).long()

@@ -209,7 +209,8 @@ def starts_told(positions: torch.Tensor | None, mask: torch.Tensor | None, numbe
         by_position = None if positions is None else positions[:, 1:] != positions[:, :-1] + 1
         return Starts(by_position, None, None)
     if positions is not None:
-        positions, mask = torch.broadcast_tensors(positions, mask.to(positions.device))  # type: ignore[no-untyped-call]  # torch 2.13
+        rows = max(positions.shape[0], mask.shape[0])
+        positions, mask = positions.expand(rows, -1), mask.to(positions.device).expand(rows, -1)
     real, index = mask != 0, torch.arange(mask.shape[-1], device=mask.device)
     before = running_max(torch.where(real, index, -1))[:, :-1]  # the last real token, -1 for none
     first, last = before < 0, before.clamp(min=0)

@@ -60,6 +60,23 @@ def test_generate_goes_on_behind_padding_in_the_prompt_and_over_the_cache(
     assert torch.equal(chat(axattn.apply(model, name)), expected)
 
 
+def test_a_prompt_with_padding_in_a_decoder_that_has_an_encoder() -> None:
+    """Whisper's long form gives its decoder earlier text, padded to the longest of the batch."""
+    torch.manual_seed(0)
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 32))}
+    sides |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "suppress_tokens": None}
+    ids = {"pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 4}
+    sizes = {"vocab_size": 97, "num_mel_bins": 8, "d_model": 32, "max_source_positions": 30, "max_target_positions": 40}
+    config = tf.WhisperConfig(**sizes, **sides, **ids, begin_suppress_tokens=None)
+    model = tf.WhisperForConditionalGeneration(config).eval()
+    amplify(model)
+    model.set_attn_implementation("eager")
+    given = {"input_features": torch.randn(2, 8, 60), "decoder_input_ids": IDS, "decoder_attention_mask": MASK}
+    expected = tf.GenerationMixin.generate(model, **given, **GREEDY)  # as Whisper's own generate calls it for a segment
+    for name in ("auto", "sdpa"):
+        assert torch.equal(tf.GenerationMixin.generate(axattn.apply(model, name), **given, **GREEDY), expected)
+
+
 # ---- documents with padding in front of them and between them -------------------------------------------------------
 
 

@@ -60,7 +60,7 @@ def test_padding_starts_no_document() -> None:
     [
         ([[1, 1, 2, 2, 0, 3], [2, 2, 1, 1, 0, 0]], ((0, 2, 5, 6), (0, 2, 6))),
         ([[2, 2, 0, 1, 1, 0], [1, 2, 0, 1, 0, 2]], ((0, 3, 6), (0, 1, 3, 5, 6))),  # numbers fall, and come back
-        ([[0, 0, 1, 1, 2, 2], [0, 2, 2, 2, 2, 2]], ((0, 2, 4, 6), (0, 1, 6))),  # padding in front is a part of none
+        ([[0, 0, 1, 1, 2, 2], [0, 2, 2, 2, 2, 2]], ((0, 2, 4, 6), (0, 1, 6))),  # padding in front is no document's
         ([[1, 1, 0, 0, 1, 2], [3, 0, 3, 0, 0, 3]], ((0, 5, 6), (0, 6))),  # holes inside of a document
     ],
 )

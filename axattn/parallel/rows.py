@@ -86,8 +86,7 @@ def split(
     whole = split_as(inputs, "cut")
     if "position_ids" not in whole:
         real = torch.ones(rows, length, device=tokens.device) if mask is None else mask
-        ids = None if segments is None else segments.document_ids.to(real.device)
-        whole["position_ids"] = own_positions(model, inputs.get("input_ids"), real, ids)
+        whole["position_ids"] = own_positions(model, inputs.get("input_ids"), real)
     if "labels" in whole and "shift_labels" not in whole and predicts_next(model):
         whole["shift_labels"] = shifted(whole["labels"])
     part = (length + extra) // P
