@@ -183,7 +183,7 @@ def _by_run(run: probes.Numbering) -> Counting | None:
 
 
 def _gives(way: Counting, run: probes.Numbering) -> bool:
-    ids, mask = torch.tensor([run.ids]), torch.tensor([run.mask])
+    ids, mask = (torch.tensor([row], device="cpu") for row in (run.ids, run.mask))  # models are made under "meta", too
     found = counted(*way, ids, mask)[mask != 0].tolist()
     return way.first == run.first and found == list(run.padded)
 

@@ -21,7 +21,7 @@ from axattn.errors import (
 )
 from axattn.hf.registries import interfaces
 from tests.conformance.families import FAMILIES
-from tests.models import CONFIGS, REFUSED, build, positions, tokens
+from tests.models import CONFIGS, REFUSED, alone, build, positions, tokens
 from tests.test_door import qwen_vl
 
 
@@ -173,6 +173,17 @@ def test_apply_and_restore_hold_no_memory() -> None:
     del model
     gc.collect()
     assert reference() is None
+
+
+def test_a_model_made_on_the_meta_device_is_put_on_auto_there() -> None:
+    reference, ids, packed = build("opt"), tokens(1, 7), positions((3, 4))
+    with torch.device("meta"):  # a default device, which tensors of ours would take, too
+        model = tf.OPTForCausalLM(CONFIGS["opt"]())
+        axattn.apply(model, "auto")
+    model.to_empty(device="cpu").load_state_dict(reference.state_dict())
+    model.tie_weights()
+    found = model.eval()(ids, position_ids=packed, use_cache=False).logits
+    torch.testing.assert_close(found, alone(reference, ids, (3, 4)), atol=1e-5, rtol=1e-4)
 
 
 def test_using_goes_back_to_what_ran_before() -> None:
