@@ -23,6 +23,8 @@ HEADS = (
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
 )
 """Transformers' mappings from configs to classes."""
+SEQ2SEQ = ("MODEL_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING")
+"""Those of T5 that take any ids: its other heads want an end token in every row."""
 BATCH, LENGTH = 5, 7
 
 
@@ -33,6 +35,7 @@ class Upstream:
     Attributes:
         config: makes a tiny config.
         inputs: what one forward gets.
+        heads: the classes that are tried.
         composite: Transformers' tests are told that the model is made of several.
         encoder_decoder: they are told that it is one.
         compiled: its causal model is trained under ``torch.compile``, too, which takes long.
@@ -40,6 +43,7 @@ class Upstream:
 
     config: Callable[[], Any]
     inputs: Inputs
+    heads: tuple[str, ...] = HEADS
     composite: bool = False
     encoder_decoder: bool = False
     compiled: bool = False
@@ -93,6 +97,6 @@ FAMILIES: dict[str, Upstream] = {
     },
     "bert": _of_conformance("bert", _text),
     "modernbert": _of_conformance("modernbert", _text),
-    "t5": _of_conformance("t5", _both, encoder_decoder=True),
+    "t5": _of_conformance("t5", _both, heads=SEQ2SEQ, encoder_decoder=True),
     "qwen2_5_vl": Upstream(_qwen2_5_vl, _images, composite=True),
 }

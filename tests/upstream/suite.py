@@ -10,7 +10,7 @@ import transformers
 from transformers_tests.test_modeling_common import GenerationTesterMixin, ModelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-from tests.upstream.families import BATCH, FAMILIES, HEADS, Upstream
+from tests.upstream.families import BATCH, FAMILIES, Upstream
 from tests.upstream.generation import GenerationBesideEager
 
 
@@ -45,7 +45,7 @@ def _class(config: Any, mapping: str) -> type | None:
 
 def _classes(family: Upstream) -> tuple[type, ...]:
     config = family.config()
-    found = [cls for name in HEADS if (cls := _class(config, name)) is not None]
+    found = [cls for name in family.heads if (cls := _class(config, name)) is not None]
     flat = [cls for each in found for cls in (each if isinstance(each, tuple | list) else [each])]
     return tuple(dict.fromkeys(flat))
 
