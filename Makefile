@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test lint types unit pretend oldest newest nightly conformance census docs bench clean setup
+.PHONY: demo test lint types unit pretend oldest newest nightly upstream conformance census docs bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -63,6 +63,12 @@ nightly: newest $(READY)
 	$(BIN)/python -m tests.census
 	$(BIN)/python -m tests.fuzz --examples 20000
 	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/test_probes.py
+	$(MAKE) upstream
+
+# Transformers' own tests on `auto`, from its source package (kept in build/, which git ignores); UPSTREAM="--source FOLDER"
+# takes a checkout of Transformers, which also has its tests of generation and export. A family takes a minute or two.
+upstream: $(READY)
+	$(BIN)/python -m tests.upstream $(UPSTREAM)
 
 # Every test on another torch, laid over the same environment: `make torch-2.11.0`. The registry's builds are gigabytes.
 torch-%: $(READY)
