@@ -1,8 +1,8 @@
 """A pytest plugin: every model that a test builds runs on `auto`, and what became of each test goes to a file.
 
-``AXATTN_UPSTREAM_ON`` is ``auto``, or ``stock``: models stay as Transformers makes them. Models for which a test names
-the attention itself (``attn_implementation="eager"``, a name in the config) stay on that name. Outcomes are written to
-``AXATTN_UPSTREAM_OUTCOMES``.
+``AXATTN_UPSTREAM_ON`` is ``auto``, or ``stock``: models stay as Transformers makes them. `auto` stands for ``sdpa``
+where a test names that (most compare it with eager); models for which it names any other (in an argument, in the
+config) stay on that. Outcomes are written to ``AXATTN_UPSTREAM_OUTCOMES``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class _Building:
 
     def reset(self) -> None:
         self.reset_model()
+        self.ours = False
         self.loading = 0
         self.placed = 0
 
@@ -48,12 +49,16 @@ _now = _Building()
 
 
 def _ours(config: Any) -> bool:
-    """Whether nobody has named Transformers' own attention for the model, or for a part of it."""
+    """Whether a model is to run on `auto`: nobody has named another attention than ``sdpa`` for it, or for a part."""
     name = getattr(config, "_attn_implementation", None)
     if name is not None:
-        return not names.is_native(name)
+        return _stands_for_auto(name)
     parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
     return all(part is None or _ours(part) for part in parts)
+
+
+def _stands_for_auto(name: Any) -> bool:
+    return isinstance(name, str) and (name == "sdpa" or not names.is_native(name))
 
 
 def _place(model: Any) -> None:
@@ -73,8 +78,8 @@ def put_models_on_auto() -> None:
 
     @functools.wraps(init)
     def before(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if _now.outermost() is None and not _now.loading and _ours(config):
-            _now.outermost = weakref.ref(self)  # one whose building fails is gone
+        if _now.outermost() is None and not _now.loading:
+            _now.outermost, _now.ours = weakref.ref(self), _ours(config)  # one whose building fails is gone
         init(self, config, *args, **kwargs)
 
     @functools.wraps(post_init)
@@ -82,11 +87,14 @@ def put_models_on_auto() -> None:
         post_init(self)
         if _now.outermost() is self:
             _now.reset_model()
-            _place(self)
+            if _now.ours:
+                _place(self)
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = kwargs.get("attn_implementation") is None and _ours(kwargs.get("config")) and not _now.loading
+        asked = kwargs.get("attn_implementation")
+        ours = _ours(kwargs.get("config")) if asked is None else _stands_for_auto(asked)
+        ours = ours and not _now.loading
         _now.loading += 1
         try:
             loaded = load(cls, *args, **kwargs)
