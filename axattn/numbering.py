@@ -103,18 +103,22 @@ def counts_mask(model: torch.nn.Module) -> bool:
     return _counting(model).by_mask
 
 
-def own_positions(model: torch.nn.Module, ids: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+def own_positions(
+    model: torch.nn.Module, ids: torch.Tensor | None, mask: torch.Tensor, documents: torch.Tensor | None = None
+) -> torch.Tensor:
     """The positions that a model gives the tokens of a padded batch where none are given.
 
     Args:
         model: the model.
         ids: ``[B, S]`` token ids, None where embeddings are given.
         mask: ``[B, S]``, nonzero for real tokens.
+        documents: ``[B, S]``, the number of each token's document; positions then start anew in each. None where every
+            row is one.
 
     Returns:
         int64 ``[B, S]``.
     """
-    return counted(*_counting(model), ids, mask)
+    return counted(*_counting(model), ids, mask, documents)
 
 
 def counted(

@@ -130,18 +130,19 @@ class Unpad:
             _say_what_hooks_see(model)
         rows, length = mask.shape
         flat = FlatRow(keep, rows, length)
-        segments = self._flat_documents(model, inputs, keep, rows, length)
+        packed = documents(self.facts, model, inputs)
+        segments = _flat_documents(packed, keep, rows, length)
         if segments is None:
             return forward(inputs)
         given = unpadded_as(inputs, "copy") | {"use_cache": False, "return_dict": True}
         given |= {key: flat.flatten(value) for key, value in unpadded_as(inputs, "cut").items()}
-        given["position_ids"] = _positions(model, inputs, mask, flat)
+        given["position_ids"] = _positions(model, inputs, mask, flat, packed)
         if self.limits and self._stretches(inputs, given["position_ids"], segments, rows, length):
             return forward(inputs)
         if inputs.get("labels") is not None:
             given |= _targets(model, inputs, mask, flat)
-        packed = segments if segments.packed else None
-        context = Context(packed, (1, keep.numel()), False, Seen(), self, around, flat=flat)
+        told = segments if segments.packed else None
+        context = Context(told, (1, keep.numel()), False, Seen(), self, around, flat=flat)
         with inside(told=segments), reading(context):  # a door inside is told; a model without one reads its own
             output = forward(given)
         _restore(model, output, flat)
@@ -165,26 +166,24 @@ class Unpad:
             return True
         return any(limit < padded and (flat <= limit or segments.documents != rows) for limit in self.limits)
 
-    def _flat_documents(
-        self, model: torch.nn.Module, inputs: dict[str, Any], keep: torch.Tensor, rows: int, length: int
-    ) -> Segments | None:
-        """The documents of the flat row: each row's own, without its padding. None for padding inside a document:
-        without it, its tokens would be nearer to each other than a window or chunk counts."""
-        packed = documents(self.facts, model, inputs)
-        starts = {row * length for row in range(rows)}
-        if packed is not None:
-            starts |= {row * length + at for row, edges in enumerate(packed.boundaries) for at in edges[:-1]}
-        edges = torch.tensor(sorted(starts), device=keep.device)
-        member = torch.bucketize(keep, edges, right=True) - 1
-        holes = ((keep[1:] != keep[:-1] + 1) & (member[1:] == member[:-1])).sum()
-        inside, *counts = torch.cat([holes[None], torch.bincount(member, minlength=len(edges))]).tolist()
-        if inside:
-            return None
-        ends = [0]
-        for count in counts:
-            if count:
-                ends.append(ends[-1] + count)
-        return Segments((tuple(ends),), keep.device)
+
+def _flat_documents(packed: Segments | None, keep: torch.Tensor, rows: int, length: int) -> Segments | None:
+    """The documents of the flat row: each row's own, without its padding. None for padding inside a document: without
+    it, its tokens would be nearer to each other than a window or chunk counts."""
+    starts = {row * length for row in range(rows)}
+    if packed is not None:
+        starts |= {row * length + at for row, edges in enumerate(packed.boundaries) for at in edges[:-1]}
+    edges = torch.tensor(sorted(starts), device=keep.device)
+    member = torch.bucketize(keep, edges, right=True) - 1
+    holes = ((keep[1:] != keep[:-1] + 1) & (member[1:] == member[:-1])).sum()
+    inside, *counts = torch.cat([holes[None], torch.bincount(member, minlength=len(edges))]).tolist()
+    if inside:
+        return None
+    ends = [0]
+    for count in counts:
+        if count:
+            ends.append(ends[-1] + count)
+    return Segments((tuple(ends),), keep.device)
 
 
 def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
@@ -208,12 +207,16 @@ def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run unpadded", reasons, "Leave unpad out.")
 
 
-def _positions(model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, flat: FlatRow) -> torch.Tensor:
-    """The positions that the padded run has: as given, else counted as the model counts them."""
+def _positions(
+    model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, flat: FlatRow, packed: Segments | None
+) -> torch.Tensor:
+    """The positions that the padded run has: as given, else counted as the model counts them, in each document anew
+    (where the input hook has not done so: it is passed by, or what tells the documents came behind it)."""
     given = inputs.get("position_ids")
     rows, length = mask.shape
     if given is None:
-        given = own_positions(model, inputs.get("input_ids"), mask)
+        ids = None if packed is None else packed.document_ids.to(mask.device)
+        given = own_positions(model, inputs.get("input_ids"), mask, ids)
     return flat.flatten(given.reshape(-1, length).expand(rows, length))
 
 

@@ -477,3 +477,16 @@ def test_hooks_that_take_gradients_by_row_are_refused_and_others_are_told_what_t
             wrapper(**batch("left"))
         assert wrapper(tokens(2, 8)).logits.shape == (2, 8, 97)
         monkeypatch.delattr(one, "autograd_grad_sample_hooks")
+
+
+@torch.no_grad()
+def test_documents_that_a_users_hook_tells_are_counted_anew() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = tf.BertModel(tf.BertConfig(vocab_size=97, **sizes)).eval()
+    ids, numbers = tokens(2, 9), torch.tensor([[1] * 5 + [2] * 4, [1] * 6 + [0] * 3])
+    expected = torch.cat([model(ids[:1, :5])[0], model(ids[:1, 5:])[0], model(ids[1:, :6])[0]], 1)
+    axattn.apply(model, "auto", unpad=True)
+    model.register_forward_pre_hook(lambda _, a, k: (a, {**k, "attention_mask": numbers}), with_kwargs=True)
+    out = model(ids)[0]
+    assert torch.allclose(torch.cat([out[:1], out[1:, :6]], 1), expected, atol=1e-5)
