@@ -173,7 +173,8 @@ class Door:
         attention = next((inner for inner in module.modules() if calls_interface(type(inner))), None)
         for inner in dict.fromkeys((*module.children(), attention)):
             if inner is not None:
-                self.patches.add_handle(inner.register_forward_pre_hook(_look))
+                # before the input hook of a model inside, which has a context of its own
+                self.patches.add_handle(inner.register_forward_pre_hook(_look, prepend=True))
 
     def _require_allowed(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
         """Raise for what this model can't do on its kernel, whatever the tokens; whether attention weights are asked

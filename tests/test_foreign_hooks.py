@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 
 import axattn
+from tests.conformance.families import FAMILIES
 from tests.models import alone, build, positions, tokens
 
 LENGTHS = (8, 5)
@@ -107,6 +108,17 @@ def test_native_names_guard_a_mask_that_a_model_makes_anew_under_its_own_name(na
     model.register_forward_pre_hook(lambda _, a, k: (a, {**k, "attention_mask": numbers}), with_kwargs=True)
     with pytest.raises(axattn.UnsupportedAttentionError, match=f"would leak on {name}"):
         model(tokens(1, 13))
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@torch.no_grad()
+def test_native_names_guard_a_model_that_makes_masks_for_one_inside(name: str) -> None:
+    model = axattn.apply(FAMILIES["gemma3_vl"].make(), name)
+    model.model.register_forward_pre_hook(
+        lambda _, a, k: (a, {**k, "position_ids": positions(LENGTHS)}), with_kwargs=True
+    )
+    with pytest.raises(axattn.UnsupportedAttentionError, match=f"would leak on {name}"):
+        model(tokens(1, sum(LENGTHS)).clamp(max=80))
 
 
 @pytest.mark.parametrize("name", ["auto", "eager"])

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from axattn import PackingCollator
+
 Told = Literal[
     "nothing",
     "positions",
@@ -18,8 +20,10 @@ Told = Literal[
     "lengths",
     "index",
     "index and mask",
+    "collator",
 ]
-"""How documents are told: by position_ids, by a mask that numbers them, by cu_seq_lens, by seq_idx."""
+"""How documents are told: by position_ids, by a mask that numbers them, by cu_seq_lens, by seq_idx, or by what
+`axattn.PackingCollator` makes of them."""
 Giver = Literal["caller", "hook", "inner hook", "inner forward"]
 """Who adds the description of the documents: the caller, or a user's own code on the model or on the one inside it."""
 CacheUse = Literal["default", "off", "empty", "reset", "cropped"]
@@ -50,6 +54,7 @@ class Example:
         positions: dtype of the positions.
         strided: inputs are views with strides of their own.
         embeds: ``inputs_embeds`` in the place of ``input_ids``.
+        lengths: `PackingCollator` gives cu_seq_lens too.
         labels: the loss is compared too.
         cache: what the forward gets for a cache.
         training: gradients are compared too.
@@ -70,6 +75,7 @@ class Example:
     positions: str = "int64"
     strided: bool = False
     embeds: bool = False
+    lengths: bool = False
     labels: bool = False
     cache: CacheUse = "default"
     training: Training = "no"
@@ -175,6 +181,11 @@ class Example:
             planes: leading planes of positions, 0 for ``[B, S]``.
         """
         given: dict[str, Any] = {}
+        if self.told == "collator":
+            collate = PackingCollator(first_position=FIRST.get(self.family, 0), return_lengths=self.lengths)
+            batch = collate([{"input_ids": self.ids[row, a:b].tolist()} for row, a, b in self.documents])
+            assert torch.equal(batch["input_ids"], self.ids)
+            given |= {name: x for name, x in batch.items() if name not in ("input_ids", "labels")}
         if "positions" in self.told:
             where = self.where.to(getattr(torch, self.positions))
             given["position_ids"] = where[None].expand(planes, *where.shape) if planes else where

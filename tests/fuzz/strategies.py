@@ -52,11 +52,12 @@ def examples(draw: Any) -> Example:
     """One forward, or forward and backward."""
     family = draw(st.sampled_from(tuple(FAMILIES)))
     ways = ["nothing", "positions", "positions and mask", "numbers", "numbers and positions", "index", "index and mask"]
-    told: Any = draw(st.sampled_from(ways + (["lengths"] if family in LENGTHS else [])))
+    told: Any = draw(st.sampled_from([*ways, "collator", *(["lengths"] if family in LENGTHS else [])]))
     packs, pads = told != "nothing", told in PADDED
-    many = draw(st.integers(1, 3))
     # past its 16 positions dynamic NTK keeps what the longest row of an earlier forward gave it: no oracle
-    sizes = st.integers(1, 9) if family == "llama, dynamic rope" else _lengths
+    short = family == "llama, dynamic rope"
+    sizes = st.integers(1, 9) if short else _lengths
+    many = 1 if told == "collator" or (short and not pads) else draw(st.integers(1, 3))
     rows = [draw(_row(packs, pads, sizes)) for _ in range(many)]
     if not pads:  # rows of one length: the last document takes what is missing
         longest = max(sum(tokens for _, tokens in row) for row in rows)
@@ -78,6 +79,7 @@ def examples(draw: Any) -> Example:
         positions=draw(st.sampled_from(("int64", "int64", "int32"))),
         strided=draw(_rarely),
         embeds=draw(_rarely),
+        lengths=family in LENGTHS and draw(st.booleans()),
         labels=decodes and training == "no" and any(n > 1 for row in rows for _, n in row) and draw(_rarely),
         cache=draw(st.sampled_from(_caches(family))),
         training=training if number in ("float32", "float64") else "no",

@@ -281,7 +281,7 @@ def _real(example: Example, out: torch.Tensor) -> torch.Tensor:
 def _alone(example: Example) -> Result:
     """The oracle: stock eager on each document by itself, or, where rows hold one each, on the batch."""
     model = _weights(example)
-    if not example.packed and example.told != "lengths":  # there padding is documents of its own
+    if not example.packed and example.told not in ("lengths", "collator"):  # there padding is documents of its own
         called = example.description(PLANES.get(example.family, 0))
         if example.family not in ENCODERS:
             called["use_cache"] = False
