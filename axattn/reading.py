@@ -11,6 +11,7 @@ from axattn.context import Context, Seen, current
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.handed_on import require_handed_on
+from axattn.hf import callers
 from axattn.hf.caches import cache_length, is_packed
 from axattn.hf.forward_inputs import caches_of, token_shape, unknown_tensors
 from axattn.hf.torch_internals import is_mapped, is_tracing, require_when_run
@@ -161,9 +162,21 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
         segments = above.read() if isinstance(above, TracedSegments) else above
     if segments is None or not segments.packed:
         return Found(None, shape, numbered)
+    plain_mask = not lengths and not numbered and index is None and mask is not None
+    if plain_mask and positions is not None and _counts_on(positions, mask):
+        return Found(None, shape, numbered)
     inputs.require_mask_fits(seen.mask if not finished else None, length, caches)
     inputs.require_packable(facts, module, given, segments, unknown, None if finished else seen.mask)
     return Found(segments, shape, numbered)
+
+
+def _counts_on(positions: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether ``generate`` without a cache counts its new tokens on from the last position, behind a row padded on the
+    right that of padding (transformers 5.17; newer ones count real tokens). No rows of several documents."""
+    positions, mask = torch.broadcast_tensors(positions.reshape(-1, mask.shape[-1]), mask)  # type: ignore[no-untyped-call]  # torch 2.13
+    real = mask != 0
+    jumps = (positions[:, 1:] != positions[:, :-1] + 1) & real[:, 1:] & (real.cumsum(-1)[:, :-1] > 0)
+    return callers.generates() and not bool(jumps.any())
 
 
 def _text_positions(

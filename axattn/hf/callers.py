@@ -29,6 +29,18 @@ def reads_last_token() -> bool:
     return False
 
 
+def generates() -> bool:
+    """Whether Transformers' ``generate`` calls the forward that is running."""
+    generate, frame = _generate(), inspect.currentframe()
+    for _ in range(_FRAMES):
+        if frame is None or generate is None:
+            return False
+        if frame.f_code is generate:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _generate() -> CodeType | None:
     """The code of ``generate``; None before anything can have called it."""
     module = sys.modules.get("transformers.generation.utils")
