@@ -261,9 +261,9 @@ def _crosses(pattern: Pattern | None, context: Context | None, shape: tuple[int,
 def _last_is_read(padding: torch.Tensor, pattern: Pattern | None, q_length: int, q_offset: Any, kv_offset: int) -> bool:
     """Whether the last query of some row is padding, and its caller reads that (``generate`` on rows padded on the
     right). A single query is never left out of spans."""
-    if is_tracing() or q_length == 1 or pattern is None or not pattern.causal:
+    if is_tracing() or q_length == 1 or pattern is None:
         return False
-    return reads_last_token() and not bool(padding[:, q_offset + q_length - 1 - kv_offset].all())
+    return reads_last_token(causal=pattern.causal) and not bool(padding[:, q_offset + q_length - 1 - kv_offset].all())
 
 
 def _require_last_sees_keys(dense: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import transformers as tf
 import axattn
 from axattn.errors import InvalidInputError
 from axattn.hf.forward_inputs import cache_keyword
+from tests.conformance.families import FAMILIES
 from tests.models import build, tokens
 
 
@@ -24,6 +25,14 @@ def padded(real: int = 6) -> dict[str, torch.Tensor]:
 def generated(model: Any, **options: Any) -> Any:
     greedy = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     return model.generate(**padded(), **greedy, output_logits=True, return_dict_in_generate=True, **options)
+
+
+def bert() -> Any:
+    model = tf.BertLMHeadModel(FAMILIES["bert"].make().config)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -44,6 +53,27 @@ def test_rows_padded_on_the_right_generate_what_eager_does(name: str, way: str) 
     assert torch.equal(found.sequences, expected.sequences)
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["auto", "varlen"])
+@torch.no_grad()
+def test_a_language_model_that_is_no_decoder_generates_what_eager_does(name: str) -> None:
+    """BERT's, of a config that says nothing of a decoder: every token sees the whole row."""
+    once = {**padded(), "max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    expected, found = (model.generate(**once).logits[0] for model in (bert(), axattn.apply(bert(), name)))
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_encoder_whose_decoder_generates_makes_no_dense_mask() -> None:
+    model = axattn.apply(FAMILIES["t5"].make(), "auto")
+    seen: list[Any] = []
+    layer = model.encoder.block[0].layer[0]
+    layer.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["attention_mask"].pattern), with_kwargs=True
+    )
+    model.generate(**padded(), max_new_tokens=2)
+    assert [pattern is None for pattern in seen] == [False]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "llama4"])

@@ -13,9 +13,13 @@ from axattn.hf.torch_internals import keywords_of_call
 _FRAMES = 60
 
 
-def reads_last_token() -> bool:
+def reads_last_token(*, causal: bool) -> bool:
     """Whether a caller of the forward that is running reads the last token of each row and no other: it is called with
-    ``logits_to_keep=1``, or by Transformers' ``generate``. Not while a graph is traced, which has no callers."""
+    ``logits_to_keep=1``, or by Transformers' ``generate``. Not while a graph is traced, which has no callers.
+
+    Args:
+        causal: the attention in question is; else it may be an encoder's, which ``generate`` reads through its decoder.
+    """
     generate = _generate()
     frame = inspect.currentframe()
     for _ in range(_FRAMES):
@@ -23,8 +27,10 @@ def reads_last_token() -> bool:
             break
         keywords = keywords_of_call(frame)
         keep = None if keywords is None else keywords.get("logits_to_keep")
-        if frame.f_code is generate or (type(keep) is int and keep == 1):
+        if type(keep) is int and keep == 1:
             return True
+        if frame.f_code is generate:
+            return causal or not frame.f_locals["self"].config.is_encoder_decoder
         frame = frame.f_back
     return False
 
