@@ -38,7 +38,6 @@ class Upstream:
         heads: the classes that are tried.
         composite: Transformers' tests are told that the model is made of several.
         encoder_decoder: they are told that it is one.
-        compiled: its causal model is trained under ``torch.compile``, too, which takes long.
     """
 
     config: Callable[[], Any]
@@ -46,7 +45,6 @@ class Upstream:
     heads: tuple[str, ...] = HEADS
     composite: bool = False
     encoder_decoder: bool = False
-    compiled: bool = False
 
 
 def _text(config: Any) -> dict[str, torch.Tensor]:
@@ -76,7 +74,7 @@ def _images(config: Any) -> dict[str, torch.Tensor]:
 
 
 def _decoder(name: str) -> Upstream:
-    return Upstream(CONFIGS[name], _text, compiled=name in ("llama", "gemma3"))
+    return Upstream(CONFIGS[name], _text)
 
 
 def _qwen2_5_vl() -> Any:

@@ -64,7 +64,6 @@ def _test_class(name: str, family: Upstream) -> type:
         "_is_composite": family.composite,
         "is_encoder_decoder": family.encoder_decoder,
         "model_tester": None,
-        "_torch_compile_train_cls": _class(family.config(), "MODEL_FOR_CAUSAL_LM_MAPPING") if family.compiled else None,
         "__module__": __name__,
     }
     mixins = (ModelTesterMixin, GenerationTesterMixin, GenerationBesideEager, TrainingTesterMixin, unittest.TestCase)
