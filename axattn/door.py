@@ -28,7 +28,6 @@ from axattn.hf.source_inspection import calls_interface
 from axattn.hf.torch_internals import last_pre_hook
 from axattn.inputs import switched
 from axattn.numbering import counted
-from axattn.patches.patchset import PatchSet
 from axattn.pooling import padding_is_read
 from axattn.read_configs import NameCheck
 from axattn.reading import described, plain, read
@@ -43,23 +42,26 @@ class Door:
 
     Args:
         facts: about the model.
-        patches: takes over what is hooked later.
     """
 
     _own: Any = None
     _last = -1
     _behind = False
-    _watches = False
 
-    def __init__(self, facts: Facts, patches: PatchSet) -> None:
+    def __init__(self, facts: Facts) -> None:
         self.facts = facts
         self.names = NameCheck()
-        self.patches = patches
+        self._watching: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what it has found of the hooks and the ``forward`` of its module, to find it again in a copy."""
-        kept = ("facts", "names", "patches", "_watches")
+        kept = ("facts", "names", "_watching")
         return {name: value for name, value in vars(self).items() if name in kept}
+
+    def unwatch(self) -> None:
+        """Take off the hooks that a forward has added."""
+        while self._watching:
+            self._watching.pop().remove()
 
     def enter(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -162,19 +164,18 @@ class Door:
         if own is not self._own or last != self._last:
             self._own, self._last = own, last
             self._behind = changes_inputs(module, self.enter)
-            if self._behind and self.facts.native is not None and not self._watches:
+            if self._behind and self.facts.native is not None and not self._watching:
                 self._watch(module)
         return self._behind
 
     def _watch(self, module: torch.nn.Module) -> None:
         """On names that Transformers serves nothing of ours is called inside of its forward: hook modules that are, the
         first of which is called before a finished mask takes the place of the one that was given (BERT)."""
-        self._watches = True
         attention = next((inner for inner in module.modules() if calls_interface(type(inner))), None)
         for inner in dict.fromkeys((*module.children(), attention)):
             if inner is not None:
                 # before the input hook of a model inside, which has a context of its own
-                self.patches.add_handle(inner.register_forward_pre_hook(_look, prepend=True))
+                self._watching.append(inner.register_forward_pre_hook(_look, prepend=True))
 
     def _require_allowed(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
         """Raise for what this model can't do on its kernel, whatever the tokens; whether attention weights are asked

@@ -86,8 +86,9 @@ def add_doors(
             position_planes=_planes(module),
             shares_keys=bool(getattr(module.config, "num_kv_shared_layers", 0)),
         )
-        door = Door(facts, patches)
+        door = Door(facts)
         door.names.look(module)
+        patches.add_undo(door.unwatch)
         patches.add_handle(module.register_forward_pre_hook(door.enter, with_kwargs=True, prepend=True))
         patches.add_handle(module.register_forward_hook(door.leave, always_call=True))
         for first in _first_attention(module) if flash else ():
