@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from types import CodeType
 from typing import Any
 
 from axattn.hf.torch_internals import keywords_of_call
+from axattn.weak_cache import weak_cache
 
 _FRAMES = 60
 
@@ -53,7 +53,7 @@ def _generate() -> CodeType | None:
     return None if module is None else _code_of(module.GenerationMixin.generate)
 
 
-@functools.cache
+@weak_cache
 def _code_of(function: Any) -> CodeType:
     code: CodeType = inspect.unwrap(function).__code__
     return code
