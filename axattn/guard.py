@@ -135,7 +135,9 @@ def require_prefix_survives(module: torch.nn.Module, inputs: dict[str, Any]) -> 
     Raises:
         UnsupportedAttentionError: it would.
     """
-    held = max(map(cache_length, caches_of(inputs)), default=0)
+    held = 0
+    for cache in caches_of(inputs):  # Dynamo traces no max() over a map
+        held = max(held, cache_length(cache))
     if held and torch.is_grad_enabled() and checkpoints_without_cache(module):
         text = f"it takes the cache away from the layers, and with it {held} tokens (a prefix, in PEFT's prefix tuning)"
         raise UnsupportedAttentionError(

@@ -259,11 +259,13 @@ def _crosses(pattern: Pattern | None, context: Context | None, shape: tuple[int,
 
 
 def _last_is_read(padding: torch.Tensor, pattern: Pattern | None, q_length: int, q_offset: Any, kv_offset: int) -> bool:
-    """Whether the last query of some row is padding, and its caller reads that (``generate`` on rows padded on the
-    right). A single query is never left out of spans."""
-    if is_tracing() or q_length == 1 or pattern is None:
+    """Whether the last query of some row is padding behind real tokens, and its caller reads that (``generate`` on rows
+    padded on the right). Of a row that is padding so far (padded on the left, in the first of several chunks) nothing
+    is read. A single query is never left out of spans."""
+    if is_tracing() or q_length == 1 or pattern is None or not reads_last_token(causal=pattern.causal):
         return False
-    return reads_last_token(causal=pattern.causal) and not bool(padding[:, q_offset + q_length - 1 - kv_offset].all())
+    last = q_offset + q_length - 1 - kv_offset
+    return bool((~padding[:, last] & padding[:, :last].any(-1)).any())
 
 
 def _require_last_sees_keys(dense: torch.Tensor) -> None:

@@ -7,7 +7,6 @@ those of encoder-decoders the last end of a sentence, text towers of CLIP and ki
 from __future__ import annotations
 
 import ast
-import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from axattn.flash_guard import window_of
 from axattn.hf.forward_inputs import tokens_of
 from axattn.hf.source_inspection import code_of, source_of, tree_of
 from axattn.hf.torch_internals import is_tracing, require_when_run
+from axattn.weak_cache import weak_cache
 
 How = Literal["last_not_pad", "before_pad", "as_many", "last_end", "first_end", "largest_id", "other"]
 
@@ -66,7 +66,7 @@ def picks_of(model: torch.nn.Module, parts: Iterable[torch.nn.Module]) -> tuple[
     return tuple(found)
 
 
-@functools.cache
+@weak_cache
 def _by_ids(forward: Any) -> frozenset[How]:
     """How a ``forward`` makes places of ids: by ``input_ids.argmax(-1)``, ``(input_ids == token).int().argmax(-1)``, or
     by ``(input_ids != token).sum(-1)``."""

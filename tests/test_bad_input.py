@@ -330,7 +330,7 @@ VERBS = {
     "plan": (["./nowhere"], 1),
     "verify": (["./nowhere"], 1),
     "bench": (["./nowhere", "--model-step", "--attn", "nope"], 1),
-    "migrate": (["./nowhere"], 1),
+    "migrate": (["./nowhere", "--write", "--check"], 1),  # a file that is not there is a problem in the list of files
     "demo": (["--attn", "fa2"], 1),
 }
 

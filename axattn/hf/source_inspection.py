@@ -122,7 +122,7 @@ def used_in_forward(cls: Any) -> frozenset[str]:
     return frozenset() if code is None else frozenset(code.co_names)
 
 
-@functools.cache
+@weak_cache
 def _inner_code(cls: Any) -> tuple[CodeType | None, tuple[str, ...], str]:
     """The code of a model class's own ``forward`` below its decorators, its parameters, the name of ``**kwargs``."""
     code = getattr(inspect.unwrap(origin(cls).forward), "__code__", None)
