@@ -52,7 +52,12 @@ def look(context: Context) -> None:
     found = read(dataclasses.replace(facts, takes_lengths=False), module, given, seen, context.outer)
     if _documents(found.segments) == _documents(context.segments):
         return
-    positions_alone = seen._replace(positions=None, mask=None).nothing and not found.numbered
+    positions_alone = seen._replace(positions=None, mask=None).nothing
+    if not positions_alone and seen.positions is not None:  # what else is given says the same
+        alone = Seen(positions=seen.positions, mask=seen.mask)
+        told = read(dataclasses.replace(facts, takes_lengths=False), module, given, alone, context.outer)
+        positions_alone = _documents(told.segments) == _documents(found.segments)
+    positions_alone = positions_alone and not found.numbered
     known = context.segments is not None
     late = facts.by_document or any(rope.longropes(module))  # what runs document by document has run, or may have
     if known or late or (facts.native is None and not positions_alone):

@@ -6,7 +6,6 @@ transformers 5.17 and 5.23. Where a condition fails the documents would attend t
 
 from __future__ import annotations
 
-import ast
 from typing import Any
 
 import torch
@@ -16,14 +15,12 @@ from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.caches import cache_length
 from axattn.hf.forward_inputs import KINDS, caches_of, tokens_of
 from axattn.hf.model_internals import checkpoints_reentrantly, checkpoints_without_cache
-from axattn.hf.source_inspection import code_of, tree_of
 from axattn.hf.torch_internals import in_context_parallel
+from axattn.mask_makers import cached_under_mask, hands_positions_to_masks
 from axattn.segments import Segments, documents_in
-from axattn.weak_cache import weak_cache
 
 _APART = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """What tells documents besides positions."""
-_MASK_BUILDERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
 
 def require_no_leak(
@@ -170,7 +167,7 @@ def _mask_reasons(
     reasons = []
     if mask is not None:
         reasons.append(Reason("segments", "with a 2-D attention_mask Transformers ignores document boundaries"))
-    if _caches(module, inputs):
+    if _asks_for_cache(module, inputs) and (caches_of(inputs) or cached_under_mask(module)):
         reasons.append(Reason("segments", "with use_cache on (the default) Transformers ignores document boundaries"))
     positions = inputs.get("position_ids")
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
@@ -216,10 +213,10 @@ def may_leak(native: str, module: torch.nn.Module, inputs: dict[str, Any], stand
     positions = inputs.get("position_ids")
     plain = isinstance(positions, torch.Tensor) and positions.ndim == 2 and inputs.get("attention_mask") is None
     plain = plain and not (overlays and any(inputs.get(name) is not None for name in KINDS))
-    return standing or not plain or _caches(module, inputs)
+    return standing or not plain or _asks_for_cache(module, inputs)
 
 
-def _caches(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
+def _asks_for_cache(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
     if caches_of(inputs):
         return True
     asked = inputs.get("use_cache")
@@ -247,48 +244,3 @@ def _chunks_restart() -> bool:
     from transformers import masking_utils
 
     return hasattr(masking_utils, "remap_positions_for_packed_sequence")
-
-
-def hands_positions_to_masks(module: torch.nn.Module) -> bool:
-    """Whether the decoder inside `module` passes ``position_ids`` to Transformers' mask builders (read in its source).
-
-    Unreadable source counts as no.
-    """
-    classes: set[Any] = {code_of(inner) for inner in module.modules()}
-    found = [answer for cls in classes if (answer := _class_hands_positions(cls)) is not None]
-    return bool(found) and all(found)
-
-
-@weak_cache
-def _class_hands_positions(cls: Any) -> bool | None:
-    """True or False for a class that builds masks, None for one that does not."""
-    forward = getattr(cls, "forward", None)
-    if forward is None or not hasattr(cls, "config_class"):
-        return None
-    tree = tree_of(forward)
-    if tree is None:
-        return False
-    known = set(_MASK_BUILDERS)
-    for node in ast.walk(tree):  # mask_function = create_causal_mask if ... else create_sliding_window_causal_mask
-        if isinstance(node, ast.Assign) and not any(isinstance(inner, ast.Call) for inner in ast.walk(node.value)):
-            mentioned = {inner.id for inner in ast.walk(node.value) if isinstance(inner, ast.Name)}
-            if mentioned & known:
-                known |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    builders = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id in known]
-    if not builders:
-        return None
-    # not `position_ids=text_position_ids`: models with planes of positions find documents in a fourth plane only
-    spread = any(
-        isinstance(key, ast.Constant) and key.value == "position_ids" and ast.unparse(value) == "position_ids"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Dict)
-        for key, value in zip(node.keys, node.values, strict=True)
-    )
-    return all(
-        any(
-            (kw.arg == "position_ids" and ast.unparse(kw.value) == "position_ids") or (kw.arg is None and spread)
-            for kw in call.keywords
-        )
-        for call in builders
-    )

@@ -40,6 +40,29 @@ def test_a_script_is_the_example() -> None:
     assert found["same"] == example
 
 
+# what it found, one of a kind
+
+TWO = (((0, 4), (0, 3)),)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        # gradient checkpointing turns use_cache off before the masks are made
+        *(Example("llama", name, TWO, training="checkpointing") for name in ("eager", "sdpa")),
+        Example("gpt2", "sdpa", TWO, training="reentrant checkpointing"),
+        # the module that makes these masks makes no cache
+        Example("gemma3_vl", "sdpa", TWO),
+        # positions and cu_seq_lens that say the same, from the user's code behind the input hook
+        Example("gpt2", "varlen", TWO, told="collator", giver="inner forward", lengths=True),
+    ],
+    ids=repr,
+)
+def test_batches_that_were_refused_for_no_reason_are_right(example: Example) -> None:
+    verdict = run(example)
+    assert verdict.status == "right", verdict.detail
+
+
 # does it see what is wrong?
 
 PACKED = Example(rows=(((0, 4), (0, 3)),))
