@@ -114,9 +114,8 @@ def test_native_names_guard_a_mask_that_a_model_makes_anew_under_its_own_name(na
 @torch.no_grad()
 def test_native_names_guard_a_model_that_makes_masks_for_one_inside(name: str) -> None:
     model = axattn.apply(FAMILIES["gemma3_vl"].make(), name)
-    model.model.register_forward_pre_hook(
-        lambda _, a, k: (a, {**k, "position_ids": positions(LENGTHS)}), with_kwargs=True
-    )
+    told = {"position_ids": positions(LENGTHS), "attention_mask": torch.ones(1, sum(LENGTHS), dtype=torch.long)}
+    model.model.register_forward_pre_hook(lambda _, a, k: (a, {**k, **told}), with_kwargs=True)
     with pytest.raises(axattn.UnsupportedAttentionError, match=f"would leak on {name}"):
         model(tokens(1, sum(LENGTHS)).clamp(max=80))
 
