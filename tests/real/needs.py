@@ -36,9 +36,9 @@ def served(backend: str, machine: str, thin: int | None = None) -> Iterator[Need
     Args:
         backend: a name, such as ``"flash_attention_4"``.
         machine: a name, such as ``"sm90"`` (`axattn.machines.NAMES`).
-        thin: at most so many fields that are not the plainest: 2 for every pair of features, 3 for every triple. A dtype
-            or a head dim counts as one, so that ``"float16"`` with a window in training is a triple. None for the whole
-            grid, a second and up to 36,000 needs.
+        thin: at most so many fields that are not the plainest: 2 for every pair of features, 3 for every triple. A
+            dtype or a head dim counts as one, so that ``"float16"`` with a window in training is a triple. None for the
+            whole grid, a second and up to 36,000 needs.
     """
     found, environment = backends.get(backend), machine_by_name(machine)
     if found.probe(environment):
