@@ -81,8 +81,8 @@ class Refused:
         asks: features of `Capability`, all asked for: ``("window", "gradient")``; also ``"causal"``,
             ``"bidirectional"``, ``"grouped_heads"`` and ``"value_dim_differs"``.
         dtypes: for these only; empty for any.
-        head_dims: for query and key heads of these sizes, both ends included; None for any.
-        value_dims: the same of value heads, which are of the query heads' size unless a need says another.
+        head_dims: where the larger of the query's and the value's head dim lies here, both ends included (kernels widen
+            the other to it); None for any.
         fix: what to type instead, or ``""``.
     """
 
@@ -90,17 +90,14 @@ class Refused:
     asks: tuple[str, ...] = ()
     dtypes: frozenset[str] = frozenset()
     head_dims: tuple[int, int] | None = None
-    value_dims: tuple[int, int] | None = None
     fix: str = ""
 
     def meets(self, need: Need) -> bool:
         """Whether a need is of this kind."""
-        value_dim = need.head_dim if need.value_dim is None else need.value_dim
         return (
             (not self.dtypes or need.dtype in self.dtypes)
             and all(_asks(need, feature) for feature in self.asks)
-            and _within(need.head_dim, self.head_dims)
-            and _within(value_dim, self.value_dims)
+            and (self.head_dims is None or _within(_larger_head_dim(need), self.head_dims))
         )
 
     def together(self, need: Need | None = None, shown: Callable[[object], str] = str) -> str:
@@ -110,10 +107,10 @@ class Refused:
         found = [" ".join(part for part in (parts, training) if part)]
         if self.dtypes:
             found.append(str(need.dtype) if need is not None else " or ".join(sorted(self.dtypes)))
-        for name, ends in (("head_dim", self.head_dims), ("value_dim", self.value_dims)):
-            if ends is not None:
-                size = None if need is None else getattr(need, name)
-                found.append(f"{name} {ends[0]} to {ends[1]}" if size is None else f"{name}={shown(size)}")
+        if self.head_dims is not None:
+            size = None if need is None else _larger_head_dim(need)
+            low, high = self.head_dims
+            found.append(f"head_dim {low} to {high}" if size is None else f"head_dim={shown(size)}")
         return ", ".join(part for part in found if part)
 
 
@@ -125,8 +122,14 @@ _WORDS = {
 }
 
 
-def _within(size: int | None, ends: tuple[int, int] | None) -> bool:
-    return ends is None or (size is not None and ends[0] <= size <= ends[1])
+def _larger_head_dim(need: Need) -> int | None:
+    if need.head_dim is None or need.value_dim is None:
+        return need.head_dim
+    return max(need.head_dim, need.value_dim)
+
+
+def _within(size: int | None, ends: tuple[int, int]) -> bool:
+    return size is not None and ends[0] <= size <= ends[1]
 
 
 def _asks(need: Need, feature: str) -> bool:

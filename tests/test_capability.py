@@ -128,9 +128,10 @@ def test_a_combination_names_any_feature_of_a_record(asks: str, need: Need) -> N
     assert hash(kernel) != hash(ALL)
 
 
-def test_value_heads_have_the_size_of_query_heads_unless_they_say_another() -> None:
-    wide = Refused("has no room", value_dims=(193, 256))
+def test_head_dims_are_those_of_the_wider_heads() -> None:
+    wide = Refused("has no room", head_dims=(193, 256))
     assert wide.meets(Need(head_dim=256))
     assert wide.meets(Need(head_dim=64, value_dim=256))
-    assert not wide.meets(Need(head_dim=256, value_dim=128))
-    assert wide.together() == "value_dim 193 to 256"
+    assert wide.meets(Need(head_dim=256, value_dim=128))
+    assert not wide.meets(Need(head_dim=192, value_dim=128))
+    assert wide.together() == "head_dim 193 to 256"
