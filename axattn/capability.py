@@ -81,15 +81,15 @@ class Refused:
         asks: features of `Capability`, all asked for: ``("window", "gradient")``; also ``"causal"``,
             ``"bidirectional"``, ``"grouped_heads"`` and ``"value_dim_differs"``.
         dtypes: for these only; empty for any.
-        head_dims: where the larger of the query's and the value's head dim lies here, both ends included (kernels widen
-            the other to it); None for any.
+        head_dims: where the larger of the query's and the value's head dim (kernels widen the other to it) is from the
+            first to the second of these, which may be None for no end; None for any.
         fix: what to type instead, or ``""``.
     """
 
     why: str
     asks: tuple[str, ...] = ()
     dtypes: frozenset[str] = frozenset()
-    head_dims: tuple[int, int] | None = None
+    head_dims: tuple[int, int | None] | None = None
     fix: str = ""
 
     def meets(self, need: Need) -> bool:
@@ -110,7 +110,8 @@ class Refused:
         if self.head_dims is not None:
             size = None if need is None else _larger_head_dim(need)
             low, high = self.head_dims
-            found.append(f"head_dim {low} to {high}" if size is None else f"head_dim={shown(size)}")
+            span = f"{low} and more" if high is None else f"{low} to {high}"
+            found.append(f"head_dim {span}" if size is None else f"head_dim={shown(size)}")
         return ", ".join(part for part in found if part)
 
 
@@ -128,8 +129,8 @@ def _larger_head_dim(need: Need) -> int | None:
     return max(need.head_dim, need.value_dim)
 
 
-def _within(size: int | None, ends: tuple[int, int]) -> bool:
-    return size is not None and ends[0] <= size <= ends[1]
+def _within(size: int | None, ends: tuple[int, int | None]) -> bool:
+    return size is not None and ends[0] <= size and (ends[1] is None or size <= ends[1])
 
 
 def _asks(need: Need, feature: str) -> bool:

@@ -135,3 +135,7 @@ def test_head_dims_are_those_of_the_wider_heads() -> None:
     assert wide.meets(Need(head_dim=256, value_dim=128))
     assert not wide.meets(Need(head_dim=192, value_dim=128))
     assert wide.together() == "head_dim 193 to 256"
+    endless = Refused("has no room", head_dims=(257, None))
+    assert endless.meets(Need(head_dim=512))
+    assert not endless.meets(Need(head_dim=256))
+    assert endless.together() == "head_dim 257 and more"
