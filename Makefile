@@ -69,6 +69,7 @@ nightly: newest $(READY)
 # What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice).
 real-kernels: $(READY)
 	$(BIN)/python -m tests.real.xformers_dispatch
+	AXATTN_REAL=all $(BIN)/python -m pytest -q tests/real/test_sageattention.py
 
 # Transformers' own tests on `auto`, from its source package (kept in build/, which git ignores); UPSTREAM="--source FOLDER"
 # takes a checkout of Transformers, which also has its tests of generation and export. A family takes a minute or two.
