@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test lint types unit pretend oldest newest nightly upstream conformance census docs bench clean setup
+.PHONY: demo test lint types unit pretend oldest newest nightly upstream real-kernels conformance census docs bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -64,6 +64,12 @@ nightly: newest $(READY)
 	$(BIN)/python -m tests.fuzz --examples 20000
 	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/test_probes.py
 	$(MAKE) upstream
+	$(MAKE) real-kernels
+
+# What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice).
+real-kernels: $(READY)
+	$(BIN)/python -m tests.real.xformers_dispatch
+	AXATTN_REAL=all $(BIN)/python -m pytest -q tests/real/test_sageattention.py
 
 # Transformers' own tests on `auto`, from its source package (kept in build/, which git ignores); UPSTREAM="--source FOLDER"
 # takes a checkout of Transformers, which also has its tests of generation and export. A family takes a minute or two.

@@ -71,6 +71,81 @@ Exactness = Literal["exact", "lossy"]
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """What a kernel does not serve together, although its record serves each part: all that is given must hold.
+
+    A size or a dtype that a `Need` does not know meets no condition, as elsewhere in `missing`.
+
+    Attributes:
+        why: what goes on after the kernel's name: ``"serves it in inference only"``.
+        asks: features of `Capability`, all asked for: ``("window", "gradient")``; also ``"causal"``,
+            ``"bidirectional"``, ``"grouped_heads"`` and ``"value_dim_differs"``.
+        dtypes: for these only; empty for any.
+        head_dims: where the larger of the query's and the value's head dim (kernels widen the other to it) is from the
+            first to the second of these, which may be None for no end; None for any.
+        fix: what to type instead, or ``""``.
+    """
+
+    why: str
+    asks: tuple[str, ...] = ()
+    dtypes: frozenset[str] = frozenset()
+    head_dims: tuple[int, int | None] | None = None
+    fix: str = ""
+
+    def meets(self, need: Need) -> bool:
+        """Whether a need is of this kind."""
+        return (
+            (not self.dtypes or need.dtype in self.dtypes)
+            and all(_asks(need, feature) for feature in self.asks)
+            and (self.head_dims is None or _within(_larger_head_dim(need), self.head_dims))
+        )
+
+    def together(self, need: Need | None = None, shown: Callable[[object], str] = str) -> str:
+        """The combination in words, with the sizes and the dtype of a need: ``window in training, float32``."""
+        parts = " with ".join(_WORDS.get(feature, feature) for feature in self.asks if feature != "gradient")
+        training = "in training" if "gradient" in self.asks else ""
+        found = [" ".join(part for part in (parts, training) if part)]
+        if self.dtypes:
+            found.append(str(need.dtype) if need is not None else " or ".join(sorted(self.dtypes)))
+        if self.head_dims is not None:
+            size = None if need is None else _larger_head_dim(need)
+            low, high = self.head_dims
+            span = f"{low} and more" if high is None else f"{low} to {high}"
+            found.append(f"head_dim {span}" if size is None else f"head_dim={shown(size)}")
+        return ", ".join(part for part in found if part)
+
+
+_WORDS = {
+    "bidirectional": "bidirectional attention",
+    "grouped_heads": "grouped heads",
+    "value_dim_differs": "value heads of another size",
+    "cross_lengths": "q_len different from kv_len",
+}
+
+
+def _larger_head_dim(need: Need) -> int | None:
+    if need.head_dim is None or need.value_dim is None:
+        return need.head_dim
+    return max(need.head_dim, need.value_dim)
+
+
+def _within(size: int | None, ends: tuple[int, int | None]) -> bool:
+    return size is not None and ends[0] <= size and (ends[1] is None or size <= ends[1])
+
+
+def _asks(need: Need, feature: str) -> bool:
+    """Whether a need asks for a feature of `Capability`."""
+    if feature == "bidirectional":
+        return not need.causal
+    if feature == "grouped_heads":
+        return bool(need.heads and need.kv_heads and need.heads != need.kv_heads)
+    if feature == "value_dim_differs":
+        return need.head_dim is not None and need.value_dim is not None and need.value_dim != need.head_dim
+    asked = getattr(need, feature)
+    return asked is not None and asked is not False and asked != 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Capability:
     """What a kernel serves. Every field says no unless a backend says yes.
 
@@ -85,7 +160,7 @@ class Capability:
         value_dim_differs: value heads may have another size than query heads.
         value_dim_padded: smaller value heads are widened to the query heads' size, so only that is checked.
         second_gradient: its gradient can be differentiated again; asked for in backward only (`axattn.derivatives`).
-        inference_only: fields of `Need` that are honoured, but not together with ``gradient``.
+        refuses: combinations of what it serves that it does not serve together.
         (others): True when the kernel honours the field of `Need` of that name.
     """
 
@@ -117,7 +192,7 @@ class Capability:
     second_gradient: bool = False
     weights: bool = False
     traced: bool = False
-    inference_only: frozenset[str] = frozenset()
+    refuses: tuple[Refused, ...] = ()
     notes: dict[str, str] = field(default_factory=dict, hash=False)
 
     def features(self) -> dict[str, bool]:
@@ -161,12 +236,10 @@ def missing(
         reasons.append(Reason(feature, text, fix))
 
     for flag, clause in _FLAGS.items():
-        asked = getattr(need, flag)
-        if asked is not None and asked is not False and asked != 0.0 and not getattr(capability, flag):
+        if not getattr(capability, flag) and _asks(need, flag):
+            asked = getattr(need, flag)
             said = flag if asked is True else f"{flag}={shown(asked)}"
             say(flag, f"{said} ({name} has {clause})")
-        elif asked and need.gradient and flag in capability.inference_only:
-            say(flag, f"{flag} in training ({name} serves it in inference only)")
     if need.causal and not capability.causal:
         say("causal", f"causal attention ({name} is bidirectional only)")
     if not need.causal and not capability.bidirectional:
@@ -177,6 +250,10 @@ def missing(
         say("dtype", f"{need.dtype} ({name} serves {', '.join(sorted(capability.dtypes))})", fix)
     if need.device is not None and need.device not in capability.devices:
         say("device", f"device {need.device} ({name} runs on {', '.join(sorted(capability.devices))})")
+    for refused in capability.refuses:
+        if refused.meets(need):
+            feature = (*refused.asks, *(["dtype"] if refused.dtypes else []), "head_dim")[0]
+            say(feature, f"{refused.together(need, shown)} ({name} {refused.why})", refused.fix)
     return reasons
 
 

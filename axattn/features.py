@@ -53,7 +53,9 @@ def page() -> str:
     lines += ["## What each serves", "", *_table("feature", found, _features(found)), ""]
     lines += [f"Without a cache: {WITHOUT_A_CACHE}. `axattn doctor` says the same.", ""]
     lines += ["The flag `attn_supports_packing` answers as axolotl does: no for `eager`, `sdpa` and `s2`.", ""]
-    lines += ["## Where each runs, with its library installed", "", *_table("machine", found, _machines(found)), ""]
+    lines += ["## What is not served together", "", "Each part is served, on the machines named.", ""]
+    lines += [f"- `{backend.name}`: {clause}" for backend in found for clause in _refused(backend)]
+    lines += ["", "## Where each runs, with its library installed", "", *_table("machine", found, _machines(found)), ""]
     lines += ["## What `auto` tries, in this order", "", "The first that is installed and serves the layer.", ""]
     for label, machine in _MACHINES:
         ranks = "; ".join(f"`{rank.name}` ({rank.source})" for rank in ranking(machine))
@@ -89,21 +91,35 @@ def _features(found: list[Backend]) -> list[tuple[str, list[str]]]:
     return rows
 
 
+def _refused(backend: Backend) -> list[str]:
+    """The combinations that a kernel refuses, each with the machines where it does."""
+    where: dict[str, list[str]] = {}
+    runs = [(label, found) for label, found in _everywhere() if not _ruled_out(backend, found)]
+    for label, machine in runs:
+        for refused in backend.capability_on(machine).refuses:
+            where.setdefault(f"{refused.together()} ({refused.why})", []).append(label)
+    return [
+        f"{clause}{'' if len(labels) == len(runs) else ': ' + ', '.join(labels)}." for clause, labels in where.items()
+    ]
+
+
 def _packs(name: str) -> str:
     return "-" if backends.packs(name) == "no" else backends.packs(name)
 
 
 def _machines(found: list[Backend]) -> list[tuple[str, list[str]]]:
-    rows = []
-    for label, machine in _MACHINES:
-        cells = []
-        for backend in found:
-            here = dataclasses.replace(machine, libraries=EVERY_LIBRARY)
-            fits = machine.torch_device in backend.capability.devices
-            ruled_out = [reason for reason in backend.probe(here) if reason.feature in ("gpu", "version")]
-            cells.append(_mark(fits and not ruled_out))
-        rows.append((label, cells))
-    return rows
+    return [(label, [_mark(not _ruled_out(backend, machine)) for backend in found]) for label, machine in _everywhere()]
+
+
+def _everywhere() -> list[tuple[str, Environment]]:
+    return [(label, dataclasses.replace(machine, libraries=EVERY_LIBRARY)) for label, machine in _MACHINES]
+
+
+def _ruled_out(backend: Backend, machine: Environment) -> bool:
+    """Whether a kernel can't run on a machine that has every library."""
+    if machine.torch_device not in backend.capability.devices:
+        return True
+    return any(reason.feature in ("gpu", "version") for reason in backend.probe(machine))
 
 
 def _needs(backend: Backend) -> str:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
-from axattn.capability import Capability, Need, missing
+from axattn.capability import Capability, Need, Refused, missing
 
 ALL = Capability(
     devices=frozenset({"cpu"}),
@@ -79,3 +80,62 @@ def test_a_16_bit_kernel_says_how_to_get_16_bit() -> None:
 
 def test_all_reasons_are_given_at_once() -> None:
     assert len(missing(Need(**ASKED), Capability(causal=True))) == len(ASKED)
+
+
+HALF_WINDOW = Refused("has no such kernel", ("window", "gradient"), dtypes=frozenset({"float32"}), head_dims=(65, 256))
+
+
+@pytest.mark.parametrize(
+    ("change", "served"),
+    [
+        ({}, False),
+        ({"window": None}, True),
+        ({"gradient": False}, True),
+        ({"dtype": "bfloat16"}, True),
+        ({"dtype": None}, True),
+        ({"head_dim": 64}, True),
+        ({"head_dim": 256}, False),
+        ({"head_dim": 257}, True),
+        ({"head_dim": None}, True),
+    ],
+)
+def test_a_combination_is_refused_where_all_of_it_is_asked_for(change: dict[str, Any], served: bool) -> None:
+    kernel = dataclasses.replace(ALL, dtypes=frozenset({"float32", "bfloat16"}), refuses=(HALF_WINDOW,))
+    need = dataclasses.replace(Need(head_dim=128, window=4, gradient=True, dtype="float32"), **change)
+    reasons = missing(need, kernel, "kernel")
+    assert (reasons == []) is served
+    if not served:
+        assert [r.text for r in reasons] == [
+            f"window in training, float32, head_dim={need.head_dim} (kernel has no such kernel)"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("asks", "need"),
+    [
+        ("bidirectional", Need(causal=False)),
+        ("causal", Need()),
+        ("grouped_heads", Need(heads=8, kv_heads=2)),
+        ("value_dim_differs", Need(head_dim=192, value_dim=128)),
+        *((flag, Need(**{flag: value})) for flag, value in ASKED.items()),
+    ],
+)
+def test_a_combination_names_any_feature_of_a_record(asks: str, need: Need) -> None:
+    kernel = dataclasses.replace(ALL, refuses=(Refused("can't", (asks,)),))
+    (reason,) = missing(need, kernel)
+    assert reason.feature == asks
+    assert missing(dataclasses.replace(Need(head_dim=64), causal=asks != "causal"), kernel) == []
+    assert hash(kernel) != hash(ALL)
+
+
+def test_head_dims_are_those_of_the_wider_heads() -> None:
+    wide = Refused("has no room", head_dims=(193, 256))
+    assert wide.meets(Need(head_dim=256))
+    assert wide.meets(Need(head_dim=64, value_dim=256))
+    assert wide.meets(Need(head_dim=256, value_dim=128))
+    assert not wide.meets(Need(head_dim=192, value_dim=128))
+    assert wide.together() == "head_dim 193 to 256"
+    endless = Refused("has no room", head_dims=(257, None))
+    assert endless.meets(Need(head_dim=512))
+    assert not endless.meets(Need(head_dim=256))
+    assert endless.together() == "head_dim 257 and more"

@@ -76,6 +76,7 @@ def test_kernels_that_only_other_machines_run_are_not_tried() -> None:
         (Need(head_dim=64, device="cuda"), "varlen"),
         (Need(head_dim=64, device="cuda", dropout=0.1), "flash_attention_2"),
         (Need(head_dim=64, device="cuda", dtype="float32"), "xformers"),
+        (Need(head_dim=512, device="cuda"), "xformers"),
         (Need(head_dim=64, device="cpu", dropout=0.1), "varlen"),
     ],
 )

@@ -98,6 +98,8 @@ UNMET: dict[str, list[tuple[Environment, str, str]]] = {
         (machine("cuda", 80, xformers="0.0.33"), "xformers 0.0.33 is older than 0.0.35", "pip install xformers"),
         (machine("cuda", 80, cuda_runtime_12=None), "without CUDA 12's runtime", "nvidia-cuda-runtime-cu12"),
         (machine("cuda", 90, flash_attn=None), "FlashAttention 4 but not 2", "pip uninstall flash-attn-4"),
+        (machine("cuda", 90, flash_attn="2.6.3"), "with flash-attn 2.6.3 installed", "flash-attn>=2.7.1,<=2.8.4"),
+        (machine("cuda", 90, flash_attn="2.8.5"), "it takes 2.7.1 to 2.8.4", "XFORMERS_IGNORE_FLASH_VERSION_CHECK=1"),
     ],
     "sage": [
         (TURING, "is sm75, sage needs sm80 or newer", ""),

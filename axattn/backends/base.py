@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from axattn.capability import Capability
+from axattn.capability import Capability, Refused
 from axattn.environment import Environment
 from axattn.errors import Reason
 from axattn.options import Option
@@ -56,7 +56,7 @@ QUANTISED = Capability(
     cross_lengths=True,
     gradient=True,
     traced=True,
-    inference_only=frozenset({"softcap"}),  # torch's flash backward has none
+    refuses=(Refused("serves it in inference only", ("softcap", "gradient")),),  # torch's flash backward has none
 )
 """What kernels over quantised documents serve, called by axattn; each adds what it has beyond."""
 

@@ -76,8 +76,10 @@ PREFERENCES = (
     Preference(
         "xformers",
         "varlen",
-        lambda need: (need.dropout > 0 or need.dtype == "float32") and need.device == "cuda",
-        "with dropout, and in float32, varlen needs a dense mask on CUDA, which costs S x S",
+        lambda need: (
+            need.device == "cuda" and (need.dropout > 0 or need.dtype == "float32" or (need.head_dim or 0) > 256)
+        ),
+        "with dropout, in float32 and above head dim 256 varlen needs a dense mask on CUDA, which costs S x S",
     ),
 )
 

@@ -7,28 +7,33 @@ and documents are all given; rows and padding become blocks, because the library
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.spans import one_head_dim, packed_call, span_lengths
 from axattn.call import AttentionCall
-from axattn.capability import Capability
+from axattn.capability import Capability, Refused
 from axattn.environment import Environment
 from axattn.errors import Reason
 from axattn.layouts import Layout
 
 _INSTALL = "pip install xformers"
+_BOTH_WAYS = ("window", "bidirectional")
+_NO_BACKWARD = "has no backward for it: its memory-efficient kernel refuses windows there"
+_ONE_WAY = "has windows to both sides in FlashAttention alone, which does not run there"
 CAPABILITY = Capability(
     devices=frozenset({"cuda"}),
     dtypes=HALVES | {"float32"},
-    max_head_dim=256,
     head_dim_multiple=8,
     value_dim_differs=True,
     value_dim_padded=True,
@@ -43,8 +48,42 @@ CAPABILITY = Capability(
     cross_lengths=True,
     gradient=True,
     traced=True,
-    notes={"window": "on encoders (both ways) one call a document"},
+    refuses=(
+        Refused(_NO_BACKWARD, ("window", "gradient"), dtypes=frozenset({"float32"})),
+        Refused(_NO_BACKWARD, ("window", "gradient"), dtypes=HALVES, head_dims=(257, None)),
+        Refused(_ONE_WAY, _BOTH_WAYS, dtypes=frozenset({"float32"})),
+        Refused(_ONE_WAY, _BOTH_WAYS, dtypes=HALVES, head_dims=(257, None)),
+    ),
+    notes={
+        "window": "on encoders (both ways) one call a document",
+        "": "on Turing no bf16; on Blackwell no fp32, and head dims up to 256",
+    },
 )
+"""What xformers 0.0.35 (``xformers/ops/fmha``) finds an operator for on sm80 and sm90: FlashAttention in 16 bit up to
+head dim 256, torch's memory-efficient kernel for the rest. ``tests/real`` asks the library itself."""
+_BEFORE_AMPERE = dataclasses.replace(
+    CAPABILITY,
+    dtypes=frozenset({"float16", "float32"}),
+    refuses=(Refused(_NO_BACKWARD, ("window", "gradient")), Refused(_ONE_WAY, _BOTH_WAYS)),
+)
+_AFTER_HOPPER = dataclasses.replace(CAPABILITY, dtypes=HALVES, max_head_dim=256, refuses=())
+"""Its memory-efficient operator stops at sm90."""
+
+
+def _capability(environment: Environment) -> Capability:
+    sm = environment.sm or 80
+    if sm < 80:
+        return _BEFORE_AMPERE
+    served = CAPABILITY if sm <= 90 else _AFTER_HOPPER
+    if sm in (80, 90):
+        return served
+    # With dropout above head dim 192 FlashAttention's backward wants more than the 99 KB of shared memory of sm86, sm89
+    # and sm120: nothing runs, and the gradients stay as they were allocated (flash-attn 2.8.3,
+    # flash_bwd_launch_template.h). xformers asks for sm80 or sm90 above 224, but not before its backward.
+    smallest = 225 if 100 <= sm < 120 else 193
+    why = "has no backward with dropout for it on this GPU"
+    no_room = Refused(why, ("dropout", "gradient"), dtypes=HALVES, head_dims=(smallest, 256))
+    return dataclasses.replace(served, refuses=(*served.refuses, no_room))
 
 
 def xformers(call: AttentionCall) -> torch.Tensor:
@@ -127,6 +166,11 @@ def _blocks(
     return [(query, *pair) for query, pair in zip(torch.split(q, q_lengths, 1), keys, strict=True)]
 
 
+_FLASH_ATTN = Version("2.7.1"), Version("2.8.4")
+"""The oldest and the newest flash-attn that xformers 0.0.35 imports (``xformers/ops/fmha/flash.py``)."""
+_UNCHECKED = "XFORMERS_IGNORE_FLASH_VERSION_CHECK"
+
+
 def _probe(environment: Environment) -> list[Reason]:
     reasons: list[Reason] = []
     check_gpu(reasons, "xformers", environment, minimum_sm=70)
@@ -135,6 +179,12 @@ def _probe(environment: Environment) -> list[Reason]:
         if environment.has("flash_attn_4") and not environment.has("flash_attn"):
             text = "with FlashAttention 4 but not 2 installed, xformers 0.0.35 raises when it is imported"
             reasons.append(Reason("library", text, "pip uninstall flash-attn-4, or install flash-attn as well"))
+        flash = environment.version("flash_attn")
+        if flash is not None and not _FLASH_ATTN[0] <= flash <= _FLASH_ATTN[1] and os.environ.get(_UNCHECKED) != "1":
+            takes = f"{_FLASH_ATTN[0]} to {_FLASH_ATTN[1]}"
+            text = f"with flash-attn {flash} installed xformers 0.0.35 raises when it is imported (it takes {takes})"
+            fix = f'pip install "flash-attn>={_FLASH_ATTN[0]},<={_FLASH_ATTN[1]}", or set {_UNCHECKED}=1'
+            reasons.append(Reason("library", text, fix))
         if (environment.cuda or "").startswith("13") and not environment.has("cuda_runtime_12"):
             text = "xformers is built for CUDA 12 and torch for 13: without CUDA 12's runtime it has no kernels"
             reasons.append(Reason("library", text, "pip install nvidia-cuda-runtime-cu12"))
@@ -143,6 +193,13 @@ def _probe(environment: Environment) -> list[Reason]:
 
 BACKENDS = (
     Backend(
-        "xformers", "xformers memory-efficient attention", CAPABILITY, _probe, xformers, install=_INSTALL, spans=True
+        "xformers",
+        "xformers memory-efficient attention",
+        CAPABILITY,
+        _probe,
+        xformers,
+        install=_INSTALL,
+        spans=True,
+        on=_capability,
     ),
 )

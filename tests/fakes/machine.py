@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from axattn import backends
 from axattn.backends import flash_calls, fp8
-from axattn.capability import Capability
+from axattn.capability import Capability, Refused
 from axattn.environment import Environment
 from tests.environments import machine
 from tests.fakes import flash, torchao
@@ -28,7 +28,7 @@ FAKED = (*FLASH, "xformers", "fp8", "sage")
 
 @contextlib.contextmanager
 def hopper(*installed: str) -> Iterator[Environment]:
-    """A Hopper machine with these kernels, as fakes; those of flash also serve float32 (see `tests.fakes.flash`)."""
+    """A Hopper machine with these kernels, as fakes, on which float32 stands for 16 bit (see `tests.fakes.flash`)."""
     keys = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3", "flash_attention_4": "flash_attn_4"}
     absent: dict[str, Any] = {key: None for name, key in keys.items() if name not in installed}
     if "xformers" not in installed:
@@ -56,7 +56,12 @@ def hopper(*installed: str) -> Iterator[Environment]:
             served = found.capability
 
             def wider(capability: Capability) -> Capability:
-                here = {"devices": capability.devices | {"cpu"}, "dtypes": capability.dtypes | {"float32"}}
+                here: dict[str, Any] = {
+                    "devices": capability.devices | {"cpu"},
+                    "dtypes": capability.dtypes | {"float32"},
+                }
+                kept = [refused for refused in capability.refuses if refused.dtypes != {"float32"}]
+                here["refuses"] = tuple(_in_float32(refused) for refused in kept)
                 multiple = min(8, capability.head_dim_multiple)  # the matrix's heads are small
                 return dataclasses.replace(capability, head_dim_multiple=multiple, **here)
 
@@ -89,6 +94,11 @@ def hopper(*installed: str) -> Iterator[Environment]:
         finally:
             flash_calls.varlen_function.cache_clear()
             fp8.varlen_function.cache_clear()
+
+
+def _in_float32(refused: Refused) -> Refused:
+    """A combination refused in 16 bit, for which float32 stands here."""
+    return dataclasses.replace(refused, dtypes=refused.dtypes | {"float32"}) if refused.dtypes else refused
 
 
 def _modules(patch: pytest.MonkeyPatch, installed: tuple[str, ...]) -> None:
