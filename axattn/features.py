@@ -145,8 +145,8 @@ def _hub() -> list[str]:
     bare = {"torch": EVERY_LIBRARY["torch"], "transformers": EVERY_LIBRARY["transformers"]}
     machines = [Environment(device, libraries=bare) for device in ("cuda", "rocm", "xpu")]
     for name in FLASH_NAMES:
-        found = [(kernel, one.device) for one in machines if (kernel := stand_in(name, one)) is not None]
-        shown = [f"`{kernel}` on {device}" for kernel, device in found if device in FLASH[kernel.repository].serves]
+        found = [(path, one.device) for one in machines if (path := stand_in(name, one)) is not None]
+        shown = [f"`{path}` on {device}" for path, device in found if device in FLASH[path.repository].serves]
         lines.append(f"- `{name}`: {'; '.join(shown)}.")
     return lines
 
