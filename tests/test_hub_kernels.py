@@ -95,7 +95,11 @@ OFFLINE = dataclasses.replace(without(), hub_offline=True)
 @pytest.mark.parametrize(
     ("environment", "reason", "fix"),
     [
-        (without(kernels=None), "kernels is not installed", "pip install kernels (a download of minutes"),
+        (
+            without(kernels=None),
+            "kernels is not installed",
+            'pip install "kernels>=0.18.2,<0.19" (a download of minutes',
+        ),
         (without(kernels="0.17.2"), "loads kernels >=0.18.2,<0.19", 'pip install "kernels>=0.18.2,<0.19" (a download'),
         (OFFLINE, f"its cache has no {FLASH}@v4", f"get_kernel('{FLASH}', revision='v4')"),
     ],

@@ -74,7 +74,7 @@ UNMET: dict[str, list[tuple[Environment, str, str]]] = {
         (ROCM5, "ROCm 5.7 is older than 6.0", "install a torch build for ROCm 6.0 or newer"),
         (NPU, "this machine has NPU", ""),
         (machine("cuda", 80, flash_attn=None, kernels=None), "flash-attn is not installed", "pip install flash-attn"),
-        (machine("cuda", 80, flash_attn=None, kernels=None), "kernels is not installed", "pip install kernels (a"),
+        (machine("cuda", 80, flash_attn=None, kernels=None), "kernels is not installed", 'pip install "kernels>='),
         (machine("cuda", 80, flash_attn="2.1", kernels=None), "flash-attn 2.1 is older than 2.3.3", "pip install"),
     ],
     "flash_attention_3": [

@@ -147,7 +147,8 @@ def without_mended(capability: Capability, name: str, build: str, environment: E
 
 def _probe(path: HubPath, known: HubKernel | None, environment: Environment) -> list[Reason]:
     reasons: list[Reason] = []
-    check_library(reasons, "kernels", "kernels", environment, f"pip install kernels ({MINUTES})", "0.16")
+    fix = f'pip install "kernels{kernels_window(environment)}" ({MINUTES})'
+    check_library(reasons, "kernels", "kernels", environment, fix, "0.16")
     if not reasons:
         reasons += _version_window(environment)
     if path.function is not None:
