@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ class KernelDiagnosis:
         packs: the flag ``attn_supports_packing``.
         packing: whether documents of a row stay apart, and on what condition (`axattn.backends.packs`).
         reasons: why it can't run here; empty when it can.
+        hub: the hub kernel, with its revision, that Transformers runs in the place of its library; ``""`` for none.
     """
 
     name: str
@@ -34,6 +36,7 @@ class KernelDiagnosis:
     packs: bool
     packing: Packs
     reasons: tuple[Reason, ...]
+    hub: str = ""
 
     @property
     def usable(self) -> bool:
@@ -67,6 +70,7 @@ class Diagnosis:
                     "exact": kernel.exact,
                     "packs": kernel.packs,
                     "packing": kernel.packing,
+                    "hub": kernel.hub,
                     "reasons": [{"feature": r.feature, "text": r.text, "fix": r.fix} for r in kernel.reasons],
                 }
                 for kernel in self.kernels
@@ -94,15 +98,20 @@ def diagnose(environment: Environment | str | None = None) -> Diagnosis:
     if not importlib.util.find_spec("torch"):  # our kernels' own files can't be read without it
         why = (Reason("library", "torch is not installed", "pip install torch"),)
         return Diagnosis(machine, tuple(_kernel(n, "", True, why) for n in backends.builtin_names()))
+    from axattn import planning  # needs torch
+    from axattn.backends.hub import stand_in
+
     found = []
     for name in backends.builtin_names():
         backend = backends.get(name)
-        reasons = list(backend.probe(machine))
+        kernel = stand_in(name, machine)
+        reasons = list(backend.probe(machine)) if kernel is None else planning.why_not(name, machine)
         device = machine.torch_device
-        if not reasons and device not in backend.capability_on(machine).devices:
+        if kernel is None and not reasons and device not in backend.capability_on(machine).devices:
             reasons.append(Reason("gpu", f"{name} does not run on {device}"))
         exact = backend.capability.exactness == "exact"
-        found.append(_kernel(name, backend.summary, exact, tuple(reasons)))
+        hub = "" if kernel is None or reasons else str(kernel)
+        found.append(dataclasses.replace(_kernel(name, backend.summary, exact, tuple(reasons)), hub=hub))
     checked = contracts.findings() if environment is None and importlib.util.find_spec("transformers") else []
     return Diagnosis(machine, tuple(found), tuple(checked))
 

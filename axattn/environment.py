@@ -52,6 +52,8 @@ class Environment:
         libraries: version by key (``"torch"``, ``"transformers"``, ``"flash_attn"``, ...); absent when not installed.
         triton_interpret: ``TRITON_INTERPRET=1`` is set.
         flash_attn_4_shadowed: another package's files lie over ``flash_attn/cute`` of flash-attn-4.
+        hub_offline: the hub is not to be asked (``HF_HUB_OFFLINE``).
+        hub_cached: the known hub kernels that are cached, as ``org/name@revision``; ``org/name@*`` for local folders.
     """
 
     device: str = "cpu"
@@ -64,6 +66,8 @@ class Environment:
     libraries: Mapping[str, str] = field(default_factory=dict)
     triton_interpret: bool = False
     flash_attn_4_shadowed: bool = False
+    hub_offline: bool = False
+    hub_cached: frozenset[str] = frozenset()
 
     def has(self, library: str, minimum: str | None = None) -> bool:
         """Whether `library` (a key of `libraries`) is installed, at `minimum` or newer. Local suffixes are ignored."""
@@ -113,6 +117,8 @@ class Environment:
             "libraries": dict(self.libraries),
             "triton_interpret": self.triton_interpret,
             "flash_attn_4_shadowed": self.flash_attn_4_shadowed,
+            "hub_offline": self.hub_offline,
+            "hub_cached": sorted(self.hub_cached),
         }
 
     @classmethod
@@ -136,6 +142,8 @@ class Environment:
             libraries=dict(value.get("libraries") or {}),
             triton_interpret=bool(value.get("triton_interpret")),
             flash_attn_4_shadowed=bool(value.get("flash_attn_4_shadowed")),
+            hub_offline=bool(value.get("hub_offline")),
+            hub_cached=frozenset(map(str, value.get("hub_cached") or ())),
         )
 
     @classmethod
@@ -169,7 +177,19 @@ def _probe() -> Environment:
         triton_interpret=os.environ.get("TRITON_INTERPRET") == "1",
         flash_attn_4_shadowed="flash_attn_4" in libraries
         and files_differ("flash-attn-4", "flash_attn/cute/__init__.py"),
+        **_hub(libraries),
     )
+
+
+def _hub(libraries: Mapping[str, str]) -> dict[str, Any]:
+    """What is known of the hub where its kernels can be loaded."""
+    if "kernels" not in libraries:
+        return {}
+    from axattn.hf import hub_kernels
+    from axattn.names import HUB_FLASH_REPOSITORIES, HUB_SAGE_REPOSITORIES
+
+    cached = hub_kernels.cached(HUB_FLASH_REPOSITORIES | HUB_SAGE_REPOSITORIES)
+    return {"hub_offline": hub_kernels.is_offline(), "hub_cached": cached}
 
 
 _CUTE = "flash_attn/cute/__init__.py"  # flash-attn (FlashAttention 2) brings a file of that name too

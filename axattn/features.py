@@ -6,11 +6,15 @@ import dataclasses
 
 from axattn import backends
 from axattn.backends.base import Backend
+from axattn.backends.hub import KERNELS_WINDOW, stand_in
+from axattn.backends.hub_records import FLASH
 from axattn.backends.ranking import PREFERENCES, ranking
+from axattn.backends.sage import HUB, HUB_ARCHITECTURES
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.machines import EVERY_LIBRARY
-from axattn.names import WITHOUT_A_CACHE
+from axattn.names import FLASH as FLASH_NAMES
+from axattn.names import HUB_SAGE_REPOSITORIES, WITHOUT_A_CACHE
 
 _MACHINES: tuple[tuple[str, Environment], ...] = (
     ("CPU", Environment("cpu")),
@@ -62,7 +66,8 @@ def page() -> str:
         lines.append(f"- **{label}**: {ranks}.")
     for rule in PREFERENCES:
         lines.append(f"- `{rule.name}` goes before `{rule.before}` where it is cheaper: {rule.source}.")
-    lines += ["", "## Install, and what to know", ""]
+    lines += ["", "## Hub kernels", "", *_hub(), ""]
+    lines += ["## Install, and what to know", ""]
     for backend in found:
         notes = [f"{key}: {text}" if key else text for key, text in backend.capability.notes.items()]
         install = f" Needs {needs}." if (needs := _needs(backend)) else ""
@@ -72,6 +77,87 @@ def page() -> str:
         shown += f" Options: {'; '.join(choices)}." if choices else ""
         lines.append(f"- **`{backend.name}`**: {backend.summary}.{install}{shown}")
     return "\n".join(lines) + "\n"
+
+
+_NARROWER = {"sinks": "no sinks", "max_head_dim": "head dims up to {}"}
+
+
+def _hub() -> list[str]:
+    """A row for each hub kernel that is known, and which of them stand in for a library."""
+    head = (
+        "hub kernel",
+        "device",
+        "dtypes",
+        "head dims",
+        "sinks",
+        "window",
+        "softcap",
+        "dropout",
+        "packed",
+        "gradient",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, kernel in FLASH.items():
+        for device, record in kernel.serves.items():
+            where = f"{device}, {kernel.shown_sms()}" if device == "cuda" else device
+            lines.append(_hub_row(f"`{name}`: {kernel.summary}", where, record))
+    sage = ", ".join(f"sm{sm}" for sm in HUB_ARCHITECTURES)
+    for name in sorted(HUB_SAGE_REPOSITORIES):
+        blackwell = name.endswith("sage-blackwell")
+        why = "refused: it has no `sageattn`" if blackwell else f"cuda, {sage}"
+        summary = "SageAttention 3, FP4" if blackwell else "SageAttention 2, INT8"
+        lines.append(_hub_row(f"`{name}`: {summary}", why, HUB if not blackwell else Capability()))
+    lines += [
+        "",
+        "`inference`: a backward is refused. A repository that is not here is called with care: no softcap, no ",
+    ]
+    lines[-1] += (
+        "sinks, no dropout, head dims up to 256; what its function does not take is refused where it is loaded."
+    )
+    notes = [
+        *(
+            f"`{name}` at {revision}: no {', no '.join(sorted(lacking))}."
+            for name, kernel in FLASH.items()
+            for revision, lacking in kernel.lacks.items()
+        ),
+        *(
+            f"`{name}`, sm{sm}x: {', '.join(_NARROWER[field].format(value) for field, value in fields.items())}."
+            for name, kernel in FLASH.items()
+            for sm, fields in kernel.narrower.items()
+        ),
+        *(
+            f"`{name}`: {key}: {text}."
+            for name, kernel in FLASH.items()
+            for record in kernel.serves.values()
+            for key, text in record.notes.items()
+        ),
+        *(
+            f"`{name}` at {', '.join(broken.revisions)}: {broken.refused.together()} is refused ({broken.refused.why}; "
+            f"{broken.source}); use {broken.refused.fix}."
+            for name, kernel in FLASH.items()
+            for broken in kernel.broken
+        ),
+    ]
+    lines += ["", *(f"- {note}" for note in notes), ""]
+    lines.append(f"In the place of a library that is absent, with Transformers {EVERY_LIBRARY['transformers']} and ")
+    lines[-1] += f"`kernels` ({KERNELS_WINDOW[0][1]}), where the name is asked for and a whole model runs on it:"
+    lines.append("")
+    bare = {"torch": EVERY_LIBRARY["torch"], "transformers": EVERY_LIBRARY["transformers"]}
+    machines = [Environment(device, libraries=bare) for device in ("cuda", "rocm", "xpu")]
+    for name in FLASH_NAMES:
+        found = [(path, one.device) for one in machines if (path := stand_in(name, one)) is not None]
+        shown = [f"`{path}` on {device}" for path, device in found if device in FLASH[path.repository].serves]
+        lines.append(f"- `{name}`: {'; '.join(shown)}.")
+    return lines
+
+
+def _hub_row(name: str, where: str, record: Capability) -> str:
+    trained = {refused.asks for refused in record.refuses}
+    cells = [name, where, ", ".join(sorted(_short(dtype) for dtype in record.dtypes)) or "-", _head_dims(record)]
+    for feature in ("sinks", "window", "softcap", "dropout", "segments"):
+        only = (feature, "gradient") in trained
+        cells.append("inference" if only else _mark(getattr(record, feature)))
+    return f"| {' | '.join((*cells, _mark(record.gradient)))} |"
 
 
 def _table(first: str, found: list[Backend], rows: list[tuple[str, list[str]]]) -> list[str]:

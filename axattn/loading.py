@@ -17,7 +17,7 @@ from axattn.classes import around_towers, inner_model_classes, native_support_re
 from axattn.config_values import require_possible
 from axattn.environment import Environment
 from axattn.errors import InvalidConfigError, UnsupportedAttentionError
-from axattn.hf import contracts, mask_functions
+from axattn.hf import contracts, hub_kernels, mask_functions
 from axattn.hf.checkpoints import concrete_class, load_config, load_weights, resolve_class
 from axattn.hf.registries import require_free
 from axattn.machines import as_environment
@@ -34,6 +34,7 @@ from axattn.patches.recurrent import add_document_runs
 from axattn.patches.rope import add_rope_by_document
 from axattn.patches.routes import add_routes, set_names
 from axattn.patches.token_dropout import add_shares_by_document
+from axattn.patches.trained import require_gradients
 from axattn.plans import Plan, Policy
 from axattn.read_configs import Copy, copies, layers_apart, paths_of
 from axattn.registration import register_free
@@ -97,7 +98,7 @@ def from_pretrained(
     decided = _decide(
         config, concrete_class(cls, config), value, _policy(on_unsupported, allow, upgrade_flash, kernel_options)
     )
-    preload(decided.running.values(), allow_all_kernels=allow)
+    preload(decided, allow_all_kernels=allow)
     config._attn_implementation = None  # a name inside config.json would beat the argument (Transformers 5.23)
     native = {path: name for path, name in decided.running.items() if name is not None and names.is_native(name)}
     if native:
@@ -126,7 +127,8 @@ def apply(
         model: a Transformers model, or a wrapper around one (PEFT).
         attn_implementation: as for `from_pretrained`.
         on_unsupported: as for `from_pretrained`.
-        allow_all_kernels: as for Transformers: hub kernels from any publisher, at any revision.
+        allow_all_kernels: as for Transformers: hub kernels of any publisher; those that the hub marks as trusted need
+            no such word.
         upgrade_flash: as for `from_pretrained`.
         kernel_options: as for `from_pretrained`.
         unpad: as for `from_pretrained`.
@@ -143,7 +145,7 @@ def apply(
     register_free()
     canary.check(apply)
     decided = _decide(base.config, type(base), value, policy, copied=copies(base))
-    preload(decided.running.values(), allow_all_kernels=allow_all_kernels)
+    preload(decided, allow_all_kernels=allow_all_kernels)
     before = state_of(base)
     restore(base)
     try:
@@ -279,6 +281,8 @@ def _decide(
     """The plan, after the model's classes are known to run through Transformers' attention interface, and the names in
     it to be axattn's or Transformers' own."""
     needs: ModelNeeds = model_needs(config, cls.__name__ if cls is not None else "", layers_apart(copied))
+    if environment is None:
+        policy = _with_trusted(policy, value)
     require_free(names.names_in(value), needs.model)
     spoken, notes = around_towers(config, cls, value, policy)
     machine = environment or Environment.current()
@@ -289,7 +293,7 @@ def _decide(
     for path, name in decided.running.items():
         classes = [*([cls] if path == "" else ()), *inner.get(path, ())]
         reasons = [reason for c in classes for reason in native_support_reasons(c, name)] if name else []
-        if reasons and name != decided.asked[path]:  # an upgrade that the model does not take
+        if reasons and policy.upgrade_flash and name != decided.asked[path]:  # an upgrade that the model does not take
             return _decide(config, cls, value, dataclasses.replace(policy, upgrade_flash=False), machine, copied)
         if reasons:
             raise UnsupportedAttentionError(
@@ -298,6 +302,16 @@ def _decide(
                 'Use attn_implementation="auto", or "eager".',
             )
     return dataclasses.replace(decided, notes=(*decided.notes, *notes))
+
+
+def _with_trusted(policy: Policy, value: names.AttentionNames) -> Policy:
+    """The policy, with the publishers of the hub kernels named that the hub itself marks as trusted."""
+    paths = [names.parse_hub_path(name.removeprefix("paged|")) for name in names.names_in(value)]
+    publishers = {path.repository.split("/")[0] for path in paths if path is not None} - policy.trusted
+    if policy.allow_all_kernels or not publishers:
+        return policy
+    found = {publisher for publisher in publishers if hub_kernels.is_trusted(publisher)}
+    return dataclasses.replace(policy, trusted=policy.trusted | found)
 
 
 def _require_contracts(model: str, decided: Plan) -> None:
@@ -353,6 +367,7 @@ def _attach(
         }
         add_doors(patches, model, modules.values(), native)
         require_first_gradients(patches, model, modules.values(), native)
+        require_gradients(patches, modules.values(), path_of, decided)
         add_rope_by_document(patches, model)
         add_document_runs(patches, model)
         add_shares_by_document(patches, model)

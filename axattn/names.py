@@ -107,9 +107,21 @@ LEGACY_FLAGS: dict[str, str] = {
 """Legacy boolean → canonical name, in order of priority when several are set."""
 
 HUB_FLASH_REPOSITORIES: frozenset[str] = frozenset(
-    f"kernels-community/{name}" for name in ("flash-attn2", "flash-attn3", "vllm-flash-attn3", "flash-attn4")
+    f"kernels-community/{name}"
+    for name in (
+        "flash-attn2",
+        "flash-attn3",
+        "vllm-flash-attn3",
+        "flash-attn4",
+        "aiter-flash-attn",
+        "metal-flash-sdpa",
+    )
 )
-HUB_SAGE_REPOSITORIES: frozenset[str] = frozenset({"kernels-community/sage-attention"})
+HUB_SAGE_REPOSITORIES: frozenset[str] = frozenset(
+    {"kernels-community/sage-attention", "SageAttention/sage-attention", "kernels-community/sage-blackwell"}
+)
+TRUSTED_PUBLISHERS: frozenset[str] = frozenset({"kernels-community"})
+"""Publishers on the hub whose kernels run without a word; of others the hub is asked (`axattn.hf.hub_kernels`)."""
 
 _HUB_PATH = re.compile(
     r"^(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^:@\s]+))?(?::(?P<function>[A-Za-z_]\w*))?$"

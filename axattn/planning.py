@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace as replaced
 from typing import Any
 
 from axattn import backends, names
 from axattn.backends.base import Backend
+from axattn.backends.hub import MINUTES, pinned, stand_in
+from axattn.backends.hub_records import FLASH
 from axattn.backends.ranking import by_need, interned, ranking, usable
 from axattn.by_path import resolve_names
-from axattn.capability import Need, missing
+from axattn.capability import Capability, Need, missing
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, Reason, UnsupportedAttentionError
 from axattn.needs import LayerNeed, ModelNeeds
@@ -47,6 +50,7 @@ def plan(
     running: dict[str, str | None] = {}
     layers: list[LayerPlan] = []
     orders: dict[str, tuple[str, ...]] = {}
+    loads: dict[str, str] = {}
     for path, name in asked.items():
         mine = [layer for layer in needs.layers if layer.path == path]
         if name is None:
@@ -54,6 +58,8 @@ def plan(
             continue
         running[path], planned, orders[path] = _plan_path(needs.model, path, name, mine, environment, policy, notes)
         layers += planned
+        if (kernel := hub_kernel(running[path] or "", environment)) is not None:
+            loads[path] = str(kernel)
     return Plan(
         needs.model,
         environment,
@@ -65,7 +71,15 @@ def plan(
         needs.unknown,
         tuple(notes),
         dict(policy.options),
+        loads,
     )
+
+
+def hub_kernel(name: str, environment: Environment) -> names.HubPath | None:
+    """The hub kernel, with its revision, that Transformers runs under a name on a machine, None where it runs none."""
+    bare = name.removeprefix("paged|")
+    path = None if names.is_hub_sage(bare) else names.parse_hub_path(bare)
+    return stand_in(bare, environment) if path is None else pinned(path, environment)
 
 
 def backend_of(name: str) -> Backend:
@@ -90,38 +104,71 @@ def require_available(
     environment: Environment,
     *,
     allow_all_kernels: bool = False,
+    trusted: frozenset[str] = names.TRUSTED_PUBLISHERS,
     options: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise unless this machine can run the name (with these ``kernel_options``).
+
+    A flash name whose library is absent can run where Transformers runs a hub kernel in its place.
 
     Raises:
         BackendUnavailableError: with every reason, the command that mends each, and the exact kernels that do run here.
     """
     if name == "auto":
         return
-    probed = [backend_of(served).probe(environment) for served in providers(backend_of(name), options or {})]
-    reasons = [] if [] in probed else list(dict.fromkeys(reason for found in probed for reason in found))
+    reasons = why_not(name, environment, options)
     path = names.parse_hub_path(name.removeprefix("paged|"))
     if path is not None and not allow_all_kernels:
-        if not path.repository.startswith("kernels-community/"):
-            text = f"{path.repository} is not published by kernels-community, and hub kernels run code"
+        publisher = path.repository.split("/")[0]
+        if publisher not in trusted:
+            text = f"{publisher} is not known to be a trusted publisher of kernels on the hub, and hub kernels run code"
             reasons.append(Reason("trust", text, "allow_all_kernels=True, if you trust it"))
-        elif path.revision is None:
+        elif path.revision is None and names.is_hub_sage(str(path)):
             text = "no revision is pinned: the code that runs may change under you"
             reasons.append(Reason("trust", text, f"{path.repository}@REVISION, or allow_all_kernels=True"))
     if name.startswith("paged|") and name != "paged|eager" and environment.has("transformers", "5.23"):
         text = f"transformers {environment.libraries['transformers']} no longer takes {name!r}"
         reasons.append(Reason("paged", text, name.removeprefix("paged|")))
-    device = environment.torch_device
-    served = backend_of(name).capability_on(environment).devices
-    if device not in served and not any(reason.feature == "gpu" for reason in reasons):
-        reasons.append(Reason("gpu", f"{name} runs on {', '.join(sorted(served))}, this machine has {device}"))
     if reasons:
         fixes = list(dict.fromkeys(reason.fix for reason in reasons if reason.fix))
         advice = f"To mend it: {'; '.join(fixes)}. " if fixes else ""
         exact = ", ".join(usable_exact(environment))
         advice += f'Exact kernels this machine has: {exact}; or attn_implementation="auto".'
         raise BackendUnavailableError(f"{name} can't run on this machine", reasons, advice)
+
+
+def why_not(name: str, environment: Environment, options: Mapping[str, Any] | None = None) -> list[Reason]:
+    """Every reason why a machine can't run a name, whoever publishes it; empty where it can.
+
+    Of a flash name without its library: those of the library, and those of the hub kernel in its place.
+    """
+    bare = name.removeprefix("paged|")
+    kernel = stand_in(bare, environment)
+    if kernel is not None:
+        reasons = _why_not(str(kernel), environment, {})
+        if not reasons:
+            return []
+        own = _why_not(bare, environment, options) or [
+            Reason("library", f"Transformers does not find the library of {bare} by its distribution")
+        ]
+        stands = f"in its place Transformers runs the hub kernel {kernel}"
+        reasons[0] = dataclasses.replace(reasons[0], text=f"{stands}, and {reasons[0].text}")
+        return list(dict.fromkeys((*own, *reasons)))
+    return _why_not(bare, environment, options)
+
+
+def _why_not(name: str, environment: Environment, options: Mapping[str, Any] | None) -> list[Reason]:
+    backend = backend_of(name)
+    probed = [backend_of(served).probe(environment) for served in providers(backend, options or {})]
+    reasons = [] if [] in probed else list(dict.fromkeys(reason for found in probed for reason in found))
+    device = environment.torch_device
+    served = backend.capability_on(environment).devices
+    known = names.parse_hub_path(name)
+    if known is not None and known.repository in FLASH:
+        return reasons  # its own probe knows the devices that have a build
+    if device not in served and not any(reason.feature == "gpu" for reason in reasons):
+        reasons.append(Reason("gpu", f"{name} runs on {', '.join(sorted(served))}, this machine has {device}"))
+    return reasons
 
 
 def _plan_path(
@@ -144,23 +191,35 @@ def _plan_path(
         )
         return "flash_attention_4", upgraded, ()
     try:
-        require_available(name, environment, allow_all_kernels=policy.allow_all_kernels, options=policy.options)
+        require_available(
+            name,
+            environment,
+            allow_all_kernels=policy.allow_all_kernels,
+            trusted=policy.trusted,
+            options=policy.options,
+        )
     except BackendUnavailableError as error:
         if not route or name in ("s2",):
             raise
         notes.append(f"{name} → auto for {path or 'the model'}: {error}")
         return _plan_path(model, path, "auto", layers, environment, policy, notes)
     if names.is_native(name):
-        planned = _plan_layers(layers, name, (name,), environment)
+        kernel = hub_kernel(name, environment)
+        runs = name if kernel is None else str(kernel)
+        planned = _plan_layers(layers, name, (runs,), environment)
         failed = [entry for entry in planned if not entry.chosen]
         if not failed:
+            notes += _of_hub(name, kernel, path, layers, environment)
             return name, planned, ()
         if not route:
             raise _unsupported(model, name, failed)
         notes.append(f"{name} → auto for {path or 'the model'}: it can't serve every layer")
-        direct = backend_of(name).forward is not None
+        direct = backend_of(name).forward is not None and kernel is None
         order = candidates(name, "route", environment)
-        order = order if direct else interned(order[1:])
+        if not direct:  # Transformers can run it for a whole model only
+            order = interned(tuple(other for other in order if other != name))
+            if kernel is not None and kernel.repository not in name:
+                notes.append(f"{name} serves no single layers here: its library is absent, and {kernel} whole models")
         return "auto", _plan_layers(layers, name, order, environment), order
     if name == "s2":
         _require_llama(model, path, layers)
@@ -175,6 +234,34 @@ def _plan_path(
         if notice is not None and (text := notice(environment)):
             notes.append(text)
     return ("sage" if names.is_hub_sage(name) else name), planned, order
+
+
+def _of_hub(
+    name: str, kernel: names.HubPath | None, path: str, layers: list[LayerNeed], environment: Environment
+) -> list[str]:
+    """What to say of a hub kernel that runs: which, at which revision, and what it refuses in training."""
+    if kernel is None:
+        return []
+    where, notes = path or "the model", []
+    if names.parse_hub_path(name) is None:
+        notes.append(
+            f"{name} → {kernel} for {where}: its library is not installed, and Transformers "
+            f"{environment.libraries['transformers']} runs this hub kernel in its place ({MINUTES}, the first time)"
+        )
+    elif str(kernel) != name:
+        notes.append(f"{name} runs at {kernel.revision} for {where}, the version that Transformers loads")
+    record = backend_of(str(kernel)).capability_on(environment)
+    lacking = [text for layer in layers for text in in_training(layer.need, record, str(kernel), environment)]
+    found = list(dict.fromkeys(reason.text for reason in lacking))
+    if found:
+        notes.append(f"training {where} on {kernel} is refused in backward: {'; '.join(found)}")
+    return notes
+
+
+def in_training(need: Need, record: Capability, name: str, environment: Environment) -> list[Reason]:
+    """Why a kernel that serves a need gives it no gradient; empty where it does."""
+    asked = replaced(need, device=environment.torch_device, gradient=True)
+    return missing(asked, record, name)
 
 
 def _upgraded(name: str, layers: list[LayerNeed], environment: Environment) -> list[LayerPlan] | None:

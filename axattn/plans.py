@@ -8,6 +8,7 @@ from typing import Any
 
 from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.names import TRUSTED_PUBLISHERS
 from axattn.needs import LayerNeed
 from axattn.routes import OnUnsupported
 
@@ -18,7 +19,8 @@ class Policy:
 
     Attributes:
         on_unsupported: ``"raise"``, or ``"route"`` to the next exact kernel; ``auto`` always routes.
-        allow_all_kernels: hub kernels outside ``kernels-community``, and unpinned ones, may run.
+        allow_all_kernels: hub kernels of any publisher may run.
+        trusted: publishers on the hub whose kernels may run.
         upgrade_flash: ``flash_attention_2`` becomes ``flash_attention_4`` where the machine and every layer allow it.
         options: ``kernel_options`` as given.
     """
@@ -27,6 +29,7 @@ class Policy:
     allow_all_kernels: bool = False
     upgrade_flash: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    trusted: frozenset[str] = TRUSTED_PUBLISHERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class Plan:
         unknown: config paths that are checked call by call only.
         notes: sentences for people.
         options: ``kernel_options`` as given.
+        loads: the hub kernel, with its revision, that Transformers loads for a config path; none for other paths.
     """
 
     model: str
@@ -81,6 +85,7 @@ class Plan:
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    loads: Mapping[str, str] = field(default_factory=dict)
 
     def groups(self) -> list[tuple[list[LayerPlan], LayerPlan]]:
         """Layers that are alike but for their number, in order: (members, the first of them)."""
@@ -111,6 +116,7 @@ class Plan:
             "unknown": list(self.unknown),
             "notes": list(self.notes),
             "options": dict(self.options),
+            "hub": dict(self.loads),
         }
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from axattn.hf.hub_kernels import loaded_revision
 from axattn.hf.registries import foreign, name_of, ours
 from axattn.needs import sub_configs
 from axattn.read_configs import copies
@@ -48,6 +49,7 @@ class Status:
             the layers then say what axattn has served before.
         apart: by attention module, the name in a config of its own, where that is another than its model's; a forward
             in which it would misread its masks is refused.
+        hub: the hub kernel that Transformers runs, with its revision and the commit that is loaded, by config path.
     """
 
     asked: Mapping[str, str | None]
@@ -56,6 +58,7 @@ class Status:
     patches: int
     held: Mapping[str, str] = field(default_factory=dict)
     apart: Mapping[str, str | None] = field(default_factory=dict)
+    hub: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = []
@@ -63,6 +66,7 @@ class Status:
             asked = self.asked.get(path)
             shown = f"{asked} → {running}" if asked not in (None, running) else str(running)
             shown += f", and not axattn's: {self.held[path]}" if path in self.held else ""
+            shown += f", the hub kernel {self.hub[path]}" if path in self.hub else ""
             lines.append(f"{path or 'model'}: {shown}")
         for layer in self.layers:
             counts = [f"{name} {count}" for name, count in layer.served.items()]
@@ -94,4 +98,12 @@ def read_status(model: torch.nn.Module) -> Status:
         for copy in copies(model)
         if copy.attends and (one := name_of(copy.config)) != running[copy.path]
     }
-    return Status(asked, running, layers, 0 if state is None else len(state.patches), held, apart)
+    loads = state.plan.loads if state is not None and state.plan is not None else {}
+    hub = {path: _shown(kernel) for path, kernel in loads.items()}
+    return Status(asked, running, layers, 0 if state is None else len(state.patches), held, apart, hub)
+
+
+def _shown(kernel: str) -> str:
+    """A hub kernel with the commit that this process has loaded: ``org/name@v4 (commit 0510be1e)``."""
+    commit = loaded_revision(kernel.split("@", maxsplit=1)[0])
+    return kernel if not commit or kernel.endswith(commit) else f"{kernel} (commit {commit[:8]})"

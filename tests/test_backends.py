@@ -48,8 +48,7 @@ def test_usable_exact_lists_no_lossy_kernel() -> None:
     [
         ("kernels-community/flash-attn2@v1", machine("cuda", 80, kernels=None), "kernels is not installed"),
         ("kernels-community/flash-attn2@v1", machine("cuda", 80, kernels="0.17.2"), "loads kernels >=0.18.2"),
-        ("kernels-community/flash-attn2", AMPERE, "no revision is pinned"),
-        ("someone/kernel@v1", AMPERE, "not published by kernels-community"),
+        ("someone/kernel@v1", AMPERE, "not known to be a trusted publisher"),
         ("kernels-community/flash-attn2@v1:fn", AMPERE, "refuses a function name"),
         ("paged|sdpa", AMPERE, "no longer takes"),
     ],
@@ -60,6 +59,8 @@ def test_hub_and_paged_requirements(path: str, environment: Environment, part: s
 
 def test_hub_paths_pass_when_pinned_known_or_allowed() -> None:
     require_available("kernels-community/flash-attn2@v1", AMPERE)
+    require_available("kernels-community/flash-attn2", AMPERE)  # at the version that Transformers loads
+    require_available("someone/kernel@v1", AMPERE, trusted=frozenset({"someone"}))
     require_available("someone/kernel", AMPERE, allow_all_kernels=True)
     require_available("paged|sdpa", machine("cuda", 80, transformers="5.22.0"))
     require_available("paged|eager", AMPERE)

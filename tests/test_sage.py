@@ -22,7 +22,7 @@ from axattn.interface import attend
 from axattn.masking import lazy_mask
 from axattn.planning import require_available
 from axattn.routes import ATTRIBUTE, Route
-from tests.environments import AMPERE, CPU, HOPPER, TURING, machine
+from tests.environments import AMPERE, BLACKWELL, CPU, HOPPER, TURING, machine
 from tests.fakes import sageattention
 from tests.fakes.machine import hopper
 from tests.interpreter import INTERPRETED, interpreting
@@ -431,12 +431,19 @@ def test_integers_are_refused(any_device: None) -> None:
 HUB = "kernels-community/sage-attention"
 
 
-def test_the_hub_kernel_is_run_by_axattn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("varlen", [True, False])  # the hub's has none: a call for each document
+def test_the_hub_kernel_is_run_by_axattn(monkeypatch: pytest.MonkeyPatch, varlen: bool) -> None:
     import types
 
     seen = []
+    module = sageattention if varlen else types.SimpleNamespace(sageattn=sageattention.sageattn)
+
+    def get_kernel(repository: str, *, revision: str, trust_remote_code: bool) -> Any:
+        seen.append((repository, revision, trust_remote_code))
+        return module
+
     fake = types.ModuleType("kernels")
-    fake.get_kernel = lambda repository, revision: seen.append((repository, revision)) or sageattention  # type: ignore[attr-defined]
+    fake.get_kernel = get_kernel  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kernels", fake)
     sage.sage_module.cache_clear()
     with hopper() as environment:
@@ -451,7 +458,7 @@ def test_the_hub_kernel_is_run_by_axattn(monkeypatch: pytest.MonkeyPatch) -> Non
             route.kernels = {record.name: (record, wide)}
         reference = build("llama", head_dim=64)
         found = model(tokens(1, 12), position_ids=positions((5, 7)), use_cache=False).logits
-    assert seen == [(HUB, "v1")]
+    assert seen == [(HUB, "v1", False)]
     assert relative(found, alone(reference, tokens(1, 12), (5, 7))) < 1e-3
     sage.sage_module.cache_clear()
 
@@ -463,6 +470,10 @@ def test_the_hub_kernel_is_run_by_axattn(monkeypatch: pytest.MonkeyPatch) -> Non
         (f"{HUB}@v1", machine("cuda", 80, kernels=None), "kernels is not installed"),
         (f"{HUB}@v1", CPU, "needs an NVIDIA GPU"),
         (f"{HUB}@v1:other", HOPPER, "not as 'other'"),
+        (f"{HUB}@v1", machine("cuda", 86), "runs on sm80, sm89, sm90, sm120"),
+        (f"{HUB}@v1", BLACKWELL, "runs on sm80, sm89, sm90, sm120"),
+        ("SageAttention/sage-attention@v1", HOPPER, "not known to be a trusted publisher"),
+        ("kernels-community/sage-blackwell@v1", machine("cuda", 120), "has sageattn3_blackwell alone"),
     ],
 )
 def test_what_the_hub_kernel_needs(path: str, environment: Environment, part: str) -> None:

@@ -28,6 +28,7 @@ from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.hf import hub_kernels
 from axattn.layouts import Layout
 from axattn.names import HubPath
 from axattn.options import Option, one_of
@@ -186,6 +187,10 @@ class _Library(torch.autograd.Function):
             parts = [x.reshape(rows, -1, *x.shape[1:]) for x in (q, smooth, v)]
             out = module.sageattn(*parts, tensor_layout="NHD", is_causal=True, sm_scale=packed.scale, smooth_k=False)
             return out.reshape(q.shape)
+        if not hasattr(module, "sageattn_varlen"):  # the hub's: a call for each document
+            options = {"tensor_layout": "NHD", "is_causal": True, "sm_scale": packed.scale}
+            pieces = zip(*(torch.split(x, list(keys.lengths)) for x in (q, smooth, v)), strict=True)
+            return torch.cat([module.sageattn(*(x[None] for x in piece), **options)[0] for piece in pieces])
         lengths = (packed.cu_q, packed.cu_k, packed.max_q, packed.max_k)
         out = module.sageattn_varlen(q, smooth, v, *lengths, is_causal=True, sm_scale=packed.scale, smooth_k=False)
         return out
@@ -198,15 +203,33 @@ class _Library(torch.autograd.Function):
         return (*flash_backward(grad, q, k, v, out, lse, ctx.packed), None, None, None, None)
 
 
+_trusted: set[str] = set()
+"""Hub paths whose publishers the user trusts (``allow_all_kernels=True``)."""
+
+
+def load_hub(source: str, *, trust: bool) -> None:
+    """Load a hub kernel before the first call of it.
+
+    Args:
+        source: ``org/name@revision``.
+        trust: run its code whoever publishes it.
+
+    Raises:
+        ImportError: it has no ``sageattn``.
+    """
+    if trust:
+        _trusted.add(source)
+    if not hasattr(sage_module(source), "sageattn"):
+        raise ImportError(f"{source} has no sageattn")
+
+
 @functools.cache
 def sage_module(source: str) -> Any:
-    """The module with ``sageattn`` and ``sageattn_varlen``: the library, or a hub kernel ``org/name@revision``."""
+    """The module with ``sageattn`` (and ``sageattn_varlen``): the library, or a hub kernel ``org/name@revision``."""
     if "/" not in source:
         return importlib.import_module(source)
-    from kernels import get_kernel
-
     repository, _, revision = source.partition("@")
-    return get_kernel(repository, revision=revision or "main")
+    return hub_kernels.get(repository, revision or "main", trust=source in _trusted)
 
 
 def probe_library(environment: Environment) -> list[Reason]:
@@ -217,22 +240,37 @@ def probe_library(environment: Environment) -> list[Reason]:
     return reasons
 
 
+HUB_ARCHITECTURES = (80, 89, 90, 120)
+"""Those that ``sageattn`` of the hub tells apart (kernels-community, sage-attention/: core.py); it raises on others."""
+HUB = dataclasses.replace(
+    LIBRARY,
+    notes={"": "causal self-attention, a launch for each document; backward makes the exact output again"},
+)
+
+
 def hub_sage(path: HubPath) -> Backend:
     """A backend record for a sage kernel on the hub, run like the library."""
 
     def probe_hub(environment: Environment) -> list[Reason]:
         reasons: list[Reason] = []
         check_gpu(reasons, str(path), environment, minimum_sm=80)
+        if not reasons and environment.sm not in (None, *HUB_ARCHITECTURES):
+            served = ", ".join(f"sm{sm}" for sm in HUB_ARCHITECTURES)
+            text = f"{environment.gpu or 'the GPU'} is sm{environment.sm}, {path.repository} runs on {served}"
+            reasons.append(Reason("gpu", text, "sage"))
         check_library(reasons, "kernels", "kernels", environment, "pip install kernels", "0.16")
         if path.function not in (None, "sageattn"):
             reasons.append(Reason("name", f"sage kernels are called by axattn, not as {path.function!r}"))
+        if path.repository.endswith("/sage-blackwell"):
+            text = f"{path.repository} has sageattn3_blackwell alone (FP4, whole rows of one length, no scale)"
+            reasons.append(Reason("name", text, "sage, which runs on Blackwell"))
         return reasons
 
     source = str(HubPath(path.repository, path.revision))
     return Backend(
         str(path),
-        "sage kernel from the hub, run by axattn",
-        LIBRARY,
+        "hub kernel: SageAttention, run by axattn",
+        HUB,
         probe_hub,
         functools.partial(_library_call, source=source),
         install="pip install kernels",

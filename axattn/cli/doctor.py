@@ -68,6 +68,8 @@ def _print_table(found: Diagnosis) -> None:
     table = Table("kernel", "runs here", "exact", "packs", "why not, and what mends it")
     for kernel in found.kernels:
         why = "\n".join(r.text + (f"\n  → {r.fix}" if r.fix else "") for r in kernel.reasons)
+        if kernel.hub:
+            why = f"as the hub kernel {kernel.hub}, for whole models: its library is not installed"
         runs = "[green]yes[/green]" if kernel.usable else "[red]no[/red]"
         table.add_row(kernel.name, runs, "yes" if kernel.exact else "lossy", kernel.packing, why)
     console.print(table)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
 
+from axattn.environment import Environment
 from axattn.hf import forward_inputs, mask_functions
 from axattn.hf.caches import is_cache
 from axattn.hf.contracts import Contract
@@ -174,6 +177,31 @@ def _flash_slot() -> str:
     return f"it has no {', '.join(absent)}" if absent else ""
 
 
+def _stand_ins() -> str:
+    """Which hub kernel runs where a flash library is absent, at which version, and the ``kernels`` that are taken."""
+    from transformers.integrations.hub_kernels import get_attn_kernel_version
+    from transformers.utils import is_rocm_platform
+    from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
+
+    from axattn.backends import hub, hub_records
+
+    table: dict[str, str] = flash_slot().FLASH_ATTN_KERNEL_FALLBACK
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    machine = Environment("rocm" if is_rocm_platform() else "cuda", libraries=libraries)
+    for name, repository in table.items():
+        found = hub.stand_in(name, machine)
+        if found is None or found.repository != repository:
+            return f"{name} is {repository} where its library is absent"
+    for repository in hub_records.FLASH:
+        number = get_attn_kernel_version(repository)
+        if hub.version(repository, machine) != f"v{number}":
+            return f"it loads version {number} of {repository}"
+    window = hub.kernels_window(machine)
+    edges = {KERNELS_MIN_VERSION: True, KERNELS_MAX_VERSION: False}
+    wrong = [text for text, inside in edges.items() if (text in SpecifierSet(window, prereleases=True)) is not inside]
+    return f"it takes kernels from {KERNELS_MIN_VERSION} to before {KERNELS_MAX_VERSION}" if wrong else ""
+
+
 def _settings() -> str:
     """Gradient checkpointing and ``output_attentions``, as a model and its config keep them."""
     from transformers import LlamaConfig, LlamaModel
@@ -236,6 +264,7 @@ CONTRACTS = (
     Contract("outputs of models", "transformers", ("door", "unpadding", "parallel.rows"), _outputs, "packed rows"),
     Contract("lengths of packed rows on the flash path", "transformers", ("flash_guard",), _lengths, "flash names"),
     Contract("the slot of flash functions", "transformers", ("patches.flash_slot",), _flash_slot, "flash names"),
+    Contract("stand-ins from the hub", "transformers", ("backends.hub", "planning"), _stand_ins, ""),
     Contract("settings of models", "transformers", ("guard", "door"), _settings, "packed rows"),
     Contract("sources of models", "transformers", ("hf.source_inspection",), _sources, "packed rows"),
     Contract("decoder layers", "transformers", ("recurrent",), _layers, "packed rows"),

@@ -2,38 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
 from typing import Any
 
 from axattn import names
-from axattn.errors import BackendUnavailableError, Reason
+from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
 from axattn.hf.model_internals import flash_slot
+from axattn.plans import Plan
+
+_KEYWORDS = {
+    # field of `Need` → the keywords of a kernel's function that Transformers passes it by
+    "window": ("window_size",),
+    "softcap": ("softcap",),
+    "sinks": ("s_aux", "learnable_sink"),
+    "dropout": ("dropout_p",),
+}
 
 
-def preload(running: Iterable[str | None], *, allow_all_kernels: bool = False) -> None:
-    """Import the flash and hub kernels among `running`, as Transformers would while it makes the model.
+def preload(plan: Plan, *, allow_all_kernels: bool = False) -> None:
+    """Import the flash and hub kernels of a plan, as Transformers would while it makes the model.
 
     A failed import leaves Transformers' slot (5.17 to 5.23) named after the kernel that failed, with the functions of
     the one before: the next attempt would run those under the wrong name. Here it is put back.
 
     Args:
-        running: names that Transformers is about to be given.
-        allow_all_kernels: hub kernels from any publisher, at any revision.
+        plan: of a model.
+        allow_all_kernels: hub kernels of any publisher.
 
     Raises:
         BackendUnavailableError: a kernel fails to import; its own error is the cause.
+        UnsupportedAttentionError: a hub kernel has no parameter for what a layer needs, which Transformers would drop.
+    """
+    seen = set()
+    for path, name in plan.running.items():
+        if name is not None and names.is_flash(name) and not name.startswith("paged|") and name not in seen:
+            seen.add(name)
+            _fill(name, plan.loads.get(path), plan, allow_all_kernels)
+    for source in dict.fromkeys(entry.chosen for entry in plan.layers if names.is_hub_sage(entry.chosen)):
+        from axattn.backends import sage
+
+        try:
+            sage.load_hub(str(names.parse_hub_path(source)).removesuffix(":sageattn"), trust=allow_all_kernels)
+        except Exception as error:  # as above: code of others runs
+            raise _failed(source, source, error) from error
+
+
+def _fill(name: str, kernel: str | None, plan: Plan, allow_all_kernels: bool) -> None:
+    """Load what runs under a flash name.
+
+    Args:
+        name: as Transformers is given it.
+        kernel: the hub kernel that runs, with its revision; None for a library.
+        plan: of the model.
+        allow_all_kernels: hub kernels of any publisher.
     """
     slot: Any = flash_slot()
-    for name in dict.fromkeys(running):
-        if name is None or not names.is_flash(name) or name.startswith("paged|"):
+    before = slot._loaded_implementation
+    loads = name if kernel is None or "/" in name else kernel.split("@")[0]  # as Transformers names it
+    try:
+        slot.lazy_import_flash_attention(loads, allow_all_kernels=allow_all_kernels)
+    except Exception as error:
+        slot._loaded_implementation = before
+        raise _failed(name, kernel or name, error) from error
+    if kernel is None:
+        return
+    try:
+        _require_functions(name, kernel, slot)
+        _require_keywords(name, kernel, slot._flash_varlen_fn, plan)
+    except AxattnError:
+        slot._loaded_implementation = None  # its functions are already those of this kernel
+        raise
+
+
+def _failed(name: str, kernel: str, error: Exception) -> BackendUnavailableError:
+    advice = 'Use attn_implementation="auto", which needs no other library.'
+    message = f"{name} fails to load"
+    if kernel != name:
+        message = f"{name} fails to load, as the hub kernel {kernel} in the place of its library"
+        advice = f"Install the library of {name}, or make the hub reachable. {advice}"
+    return BackendUnavailableError(message, [Reason("library", f"{type(error).__name__}: {error}")], advice)
+
+
+def _require_functions(name: str, kernel: str, slot: Any) -> None:
+    """Raise for a kernel that serves packed rows alone: Transformers calls ``flash_attn_func`` for whole ones."""
+    if slot._flash_varlen_fn is not None and slot._flash_fn is None:
+        text = f"{kernel} has no flash_attn_func, which Transformers calls for rows without padding"
+        raise BackendUnavailableError(
+            f"{name} can't serve whole rows", [Reason("library", text)], 'Use attn_implementation="auto".'
+        )
+
+
+def _require_keywords(name: str, kernel: str, function: Any, plan: Plan) -> None:
+    """Raise where Transformers would drop what a layer needs: it passes what the kernel's signature names."""
+    if function is None:
+        return
+    parameters = inspect.signature(function).parameters
+    reasons = []
+    for entry in plan.layers:
+        if plan.running.get(entry.layer.path) != name:
             continue
-        before = slot._loaded_implementation
-        try:
-            slot.lazy_import_flash_attention(name, allow_all_kernels=allow_all_kernels)
-        except Exception as error:
-            slot._loaded_implementation = before
-            raise BackendUnavailableError(
-                f"{name} fails to load",
-                [Reason("library", f"{type(error).__name__}: {error}")],
-                'Use attn_implementation="auto", which needs no other library.',
-            ) from error
+        for feature, keywords in _KEYWORDS.items():
+            if getattr(entry.layer.need, feature) and not any(keyword in parameters for keyword in keywords):
+                text = f"{kernel} takes no {' or '.join(keywords)}, and Transformers would drop {feature} in silence"
+                reasons.append(Reason(feature, text))
+    if reasons:
+        raise UnsupportedAttentionError(
+            f"{name} can't serve {plan.model}", list(dict.fromkeys(reasons)), 'Use attn_implementation="auto".'
+        )

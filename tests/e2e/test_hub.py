@@ -7,18 +7,23 @@ Runs where the installed transformers takes the installed kernels; of the two th
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import axattn
+from axattn import backends
+from axattn.backends import hub, hub_records
 from axattn.backends.hub import hub_backend
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, UnsupportedAttentionError
+from axattn.hf import hub_kernels
 from axattn.names import HubPath
 from tests.fakes import flash
 from tests.models import alone, build, positions, tokens
@@ -29,7 +34,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(reason.text for 
 
 
 @pytest.fixture
-def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The fake of FlashAttention 2 as a hub kernel of two publishers."""
     entries = []
     for repository in (FLASH, "someone/flash"):
@@ -53,7 +58,13 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         entries.append(f"{repository}={folder}")
     monkeypatch.setenv("LOCAL_KERNELS", os.pathsep.join(entries))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return tmp_path
+    monkeypatch.setattr(hub_kernels, "is_offline", lambda: True)
+    record = dataclasses.replace(hub_records.UNKNOWN, head_dim_multiple=8)  # the fake's: it trains on a CPU
+    known = dataclasses.replace(hub_records.FLASH[FLASH], serves={"cpu": record})
+    monkeypatch.setattr(hub, "FLASH", {**hub_records.FLASH, FLASH: known})
+    backends.get.cache_clear()
+    yield tmp_path
+    backends.get.cache_clear()
 
 
 def saved(folder: Path, family: str = "llama") -> Path:
@@ -94,18 +105,17 @@ def test_training_follows_eager(local: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        (FLASH, "no revision is pinned"),
-        ("someone/flash@v1", "not published by kernels-community"),
+        ("someone/flash", "not known to be a trusted publisher"),
+        ("someone/flash@v1", "not known to be a trusted publisher"),
     ],
 )
 def test_what_is_not_trusted_needs_a_word(local: Path, path: str, reason: str) -> None:
     folder = saved(local)
     with pytest.raises(BackendUnavailableError, match=reason):
         axattn.from_pretrained(folder, attn_implementation=path)
-    if path.startswith("someone"):
-        with flash.sharp():
-            model = axattn.from_pretrained(folder, attn_implementation=path, allow_all_kernels=True)
-            assert model(tokens(1, 8)).logits.isfinite().all()
+    with flash.sharp():
+        model = axattn.from_pretrained(folder, attn_implementation=path, allow_all_kernels=True)
+        assert model(tokens(1, 8)).logits.isfinite().all()
 
 
 def test_apply_and_restore(local: Path) -> None:
@@ -123,10 +133,10 @@ def test_a_repository_that_is_not_there_leaves_the_model_as_it_was(local: Path) 
     model = build("llama")
     before = model.config._attn_implementation
     for _ in range(2):  # the second time as the first: no trace is left in Transformers' slot
-        with pytest.raises(BackendUnavailableError, match="flash-attn3@v1 fails to load"):
-            axattn.apply(model, "kernels-community/flash-attn3@v1")
+        with pytest.raises(BackendUnavailableError, match="absent@v1 fails to load"):
+            axattn.apply(model, "someone/absent@v1", allow_all_kernels=True)
     with pytest.raises(BackendUnavailableError, match="fails to load"):
-        axattn.from_pretrained(saved(local), attn_implementation="kernels-community/flash-attn3@v1")
+        axattn.from_pretrained(saved(local), attn_implementation="someone/absent@v1", allow_all_kernels=True)
     assert model.config._attn_implementation == before
     assert not any("_axattn" in key for module in model.modules() for key in vars(module))
     assert model(tokens(1, 8)).logits.isfinite().all()
