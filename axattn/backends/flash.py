@@ -77,7 +77,7 @@ FOUR_ON_BLACKWELL = dataclasses.replace(
     max_head_dim=128,
     head_dim_pairs=frozenset({(256, 256)}),
     refuses=tuple(
-        Refused("serves it in inference only on sm100", (feature, "gradient"), head_dims=(129, 256))
+        Refused("serves it in inference only on sm100 to sm110", (feature, "gradient"), head_dims=(129, 256))
         for feature in ("window", "softcap", "sinks")
     ),
 )
@@ -88,11 +88,11 @@ FOUR_ON_SM120 = dataclasses.replace(
     FOUR,
     max_head_dim=192,
     sinks=False,
-    refuses=(Refused("has no backward that fits sm120's 99 KiB of shared memory", ("gradient",), head_dims=(161, 192)),),
+    refuses=(Refused("wants more than sm120's 99 KiB of shared memory there", ("gradient",), head_dims=(161, 192)),),
 )
-"""The same on sm120 and sm121: Ampere's kernels (``flash_fwd.py``, ``flash_bwd.py``), which have no sinks. Their tiles are
-fixed and their ``can_implement`` is not asked: heads that are padded to more than 192 in the forward (of multiples of
-16), to more than 160 in the backward (of 32: 115,712 bytes at 192), want more than 101,376 bytes."""
+"""The same on sm120 and sm121: Ampere's kernels (``flash_fwd.py``, ``flash_bwd.py``), which have no sinks. Their tiles
+are fixed and nobody asks their ``can_implement``, which forgets the scores besides. The forward pads heads to multiples
+of 16 and fits up to 192; the backward to multiples of 32, fits at 160 and wants 115,712 of 101,376 bytes at 192."""
 
 
 def _capability_2(environment: Environment) -> Capability:

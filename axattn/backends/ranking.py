@@ -69,8 +69,8 @@ _SM120 = (
     _FLASH_2,
     Rank(
         "flash_attention_4",
-        "has Ampere's instructions there (its flash_fwd_sm120.py), as the two before it: consumer Blackwell has no tensor "
-        "memory; compiles in its first calls",
+        "the instructions of Ampere there (its flash_fwd_sm120.py), as the two before it: consumer Blackwell has no "
+        "tensor memory; and compiles in its first calls",
     ),
     _XFORMERS,
     *_LAST,

@@ -4,8 +4,9 @@
     python -m tests.real.fa4 --compile                   # before a release: and compiles each, 10-60 s a call
     python -m tests.real.fa4 --on sm120 --thin 1 --compile
 
-A call goes through axattn's adapter (`flash_4`) over fake tensors. Unless ``--compile`` is given the library's host code
-is traced up to each launch, which holds its assertions and most of its shared memory, and nothing is compiled (1-3 s).
+A call goes through axattn's adapter (`flash_4`) over fake tensors. Without ``--compile`` the library's host code is
+traced up to each launch and nothing is compiled (under a second a call): its assertions are there, and what shared
+memory a launch names (all of sm120's; sm90's forward and backward, and sm100's forward, allocate theirs in the kernel).
 The architecture is chosen by environment variables that the library reads once: one process a machine.
 """
 
@@ -29,6 +30,7 @@ SITE = ROOT / "build" / "fa4"
 FETCH = "make real-fa4"
 ARCHITECTURES = {"sm90": "sm_90a", "sm100": "sm_100a", "sm120": "sm_120a"}
 SEQUENCES, LENGTH, SHORT = 2, 384, 64
+PLAIN: dict[str, Any] = {"heads": 8, "kv_heads": 8, "dtype": "bfloat16", "device": "cuda"}
 
 
 def site_paths() -> list[str]:
@@ -94,7 +96,7 @@ class _Launched(BaseException):
 
 
 class _Answered(BaseException):
-    """The library has taken the call; what axattn does with the output needs a GPU: torch slices no fake tensor of one."""
+    """The library has taken the call. What axattn does with its output needs a GPU: torch slices no fake one."""
 
 
 def _child(machine: str, thin: int, whole: bool, needs: str) -> None:
@@ -103,15 +105,15 @@ def _child(machine: str, thin: int, whole: bool, needs: str) -> None:
 
     asked = list(served("flash_attention_4", machine, thin))
     if needs != "served":
-        asked = [Need(**{"heads": 8, "kv_heads": 8, "dtype": "bfloat16", **fields}) for fields in json.loads(needs)]
+        asked = [Need(**{**PLAIN, **fields}) for fields in json.loads(needs)]
     library = _Library(whole)
     told: dict[Any, str] = {}
     for need in asked:
         start, call = time.perf_counter(), _fields(need)
         if call not in told:
             told[call] = library.refusal(need)
-            entry = Asked(_shown(need), told[call], round(time.perf_counter() - start, 1))
-            print(json.dumps(entry._asdict()), flush=True)
+        entry = Asked(_shown(need), told[call], round(time.perf_counter() - start, 1))
+        print(json.dumps(entry._asdict()), flush=True)
 
 
 def _fields(need: Any) -> tuple[Any, ...]:
@@ -124,7 +126,7 @@ def _fields(need: Any) -> tuple[Any, ...]:
 def _shown(need: Any) -> str:
     from axattn.capability import Need
 
-    plain = Need(heads=8, kv_heads=8, dtype="bfloat16", device="cuda")
+    plain = Need(**PLAIN)
     names = [name for name in Need.__dataclass_fields__ if getattr(need, name) != getattr(plain, name)]
     return ", ".join(f"{name}={getattr(need, name)}" for name in names)
 
@@ -133,11 +135,11 @@ class _Library:
     """flash-attn-4 on a machine without a GPU."""
 
     def __init__(self, whole: bool) -> None:
-        import flash_attn.cute.interface as interface
         import torch
         from cutlass.base_dsl.dsl import BaseDSL
         from cutlass.cutlass_dsl import cutlass as dsl
         from cutlass.utils import SmemAllocator, hardware_info
+        from flash_attn.cute import interface
 
         from axattn.backends import flash_calls
 
@@ -251,7 +253,7 @@ def main() -> int:
     parser.add_argument("--on", choices=ARCHITECTURES, action="append", help="a machine; all of them if none is given")
     parser.add_argument("--thin", type=int, default=2, help="at most so many features together (tests.real.needs)")
     parser.add_argument("--compile", action="store_true", help="compile every kernel, 10-60 s a call")
-    parser.add_argument("--needs", default="served", help='needs as JSON, such as [{"head_dim": 256, "gradient": true}]')
+    parser.add_argument("--needs", default="served", help='as JSON, such as [{"head_dim": 256, "gradient": true}]')
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
