@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test lint types unit pretend oldest newest nightly upstream real-kernels conformance census docs bench clean setup
+.PHONY: demo test lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -70,11 +70,23 @@ nightly: newest $(READY)
 real-kernels: $(READY)
 	$(BIN)/python -m tests.real.xformers_dispatch
 	AXATTN_REAL=all $(BIN)/python -m pytest -q tests/real/test_sageattention.py
+	$(MAKE) real-fa4
 
 # Transformers' own tests on `auto`, from its source package (kept in build/, which git ignores); UPSTREAM="--source FOLDER"
 # takes a checkout of Transformers, which also has its tests of generation and export. A family takes a minute or two.
 upstream: $(READY)
 	$(BIN)/python -m tests.upstream $(UPSTREAM)
+
+# flash-attn-4's own code asked about every need that our record serves, on a CPU (110 MB of wheels, kept in build/): its checks
+# take minutes; `make real-fa4 REAL_FA4=--compile`, before a release, compiles every kernel too: 10-60 s a call, hours in all.
+REAL_FA4 ?= --thin 3
+real-fa4: build/fa4/.ready
+	$(BIN)/python -m tests.real.fa4 $(REAL_FA4)
+
+build/fa4/.ready: $(READY) tests/real/fa4.txt
+	rm -rf build/fa4
+	$(BIN)/python -m pip install -q --no-deps --no-compile --target build/fa4 -r tests/real/fa4.txt
+	touch $@
 
 # Every test on another torch, laid over the same environment: `make torch-2.11.0`. The registry's builds are gigabytes.
 torch-%: $(READY)

@@ -77,6 +77,7 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
         scaling_softmax: Llama 4's scaled softmax, which only flex attention can express.
         gemma4_hybrid_attn_impl: FlashAttention 2 on Gemma 4's sliding layers, another kernel on its global ones.
         on_unsupported: as for `axattn.from_pretrained`; ``route`` is the general form of the line above.
+        upgrade_flash: as for `axattn.from_pretrained`: ``flash_attention_2`` may run as ``flash_attention_4``.
     """
 
     model_config = ConfigDict(extra="forbid", json_schema_extra=_legacy_schema, protected_namespaces=())
@@ -91,6 +92,7 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
     scaling_softmax: bool | None = None
     gemma4_hybrid_attn_impl: bool | None = None
     on_unsupported: OnUnsupported = "raise"
+    upgrade_flash: bool = True
 
     _resolved: tuple[str, ...] | None = PrivateAttr(default=None)
     _resolved_packs: bool | None = PrivateAttr(default=None)
@@ -223,7 +225,7 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
                 taken["model_type"] = "llama"
         if taken.get("context_parallel_size") is None:  # under its older name, in axolotl
             taken["context_parallel_size"] = values.get("sequence_parallel_degree")
-        for key in ("sample_packing", "context_parallel_size", "on_unsupported"):
+        for key in ("sample_packing", "context_parallel_size", "on_unsupported", "upgrade_flash"):
             if key in taken and taken[key] is None:
                 del taken[key]
         try:

@@ -20,9 +20,11 @@ _MACHINES: tuple[tuple[str, Environment], ...] = (
     ("CPU", Environment("cpu")),
     ("Turing (sm75)", Environment("cuda", (7, 5), cuda="12.8")),
     ("Ampere (sm80)", Environment("cuda", (8, 0), cuda="12.8")),
+    ("Ampere (sm86)", Environment("cuda", (8, 6), cuda="12.8")),
     ("Ada (sm89)", Environment("cuda", (8, 9), cuda="12.8")),
     ("Hopper (sm90)", Environment("cuda", (9, 0), cuda="12.8")),
     ("Blackwell (sm100)", Environment("cuda", (10, 0), cuda="12.8")),
+    ("Blackwell (sm120)", Environment("cuda", (12, 0), cuda="12.8")),
     ("ROCm 6", Environment("rocm", rocm="6.2")),
 )
 _LABELS = {
@@ -59,6 +61,8 @@ def page() -> str:
     lines += ["The flag `attn_supports_packing` answers as axolotl does: no for `eager`, `sdpa` and `s2`.", ""]
     lines += ["## What is not served together", "", "Each part is served, on the machines named.", ""]
     lines += [f"- `{backend.name}`: {clause}" for backend in found for clause in _refused(backend)]
+    lines += ["", "## Where less is served", "", "Than the first table says.", ""]
+    lines += [f"- `{backend.name}`: {clause}" for backend in found for clause in _less(backend)]
     lines += ["", "## Where each runs, with its library installed", "", *_table("machine", found, _machines(found)), ""]
     lines += ["## What `auto` tries, in this order", "", "The first that is installed and serves the layer.", ""]
     for label, machine in _MACHINES:
@@ -189,6 +193,19 @@ def _refused(backend: Backend) -> list[str]:
     ]
 
 
+def _less(backend: Backend) -> list[str]:
+    """What the machines where a kernel runs take away from its column."""
+    clauses, usual = [], backend.capability
+    for label, machine in _everywhere():
+        record = backend.capability_on(machine)
+        lost = [f"no {_LABELS[name]}" for name, yes in usual.features().items() if yes and not record.features()[name]]
+        if _head_dims(record) != _head_dims(usual):
+            lost.append(f"head dims {_head_dims(record)}")
+        if lost and not _ruled_out(backend, machine):
+            clauses.append(f"{label}: {'; '.join(lost)}.")
+    return clauses
+
+
 def _packs(name: str) -> str:
     return "-" if backends.packs(name) == "no" else backends.packs(name)
 
@@ -233,7 +250,9 @@ def _head_dims(record: Capability) -> str:
     if record.head_dims is not None:
         return ", ".join(str(size) for size in sorted(record.head_dims))
     limit = "any" if record.max_head_dim is None else f"up to {record.max_head_dim}"
-    return limit if record.head_dim_multiple == 1 else f"{limit}, multiples of {record.head_dim_multiple}"
+    if record.head_dim_multiple > 1:
+        limit += f", multiples of {record.head_dim_multiple}"
+    return "".join([limit, *(f", and {pair[0]} with values of {pair[1]}" for pair in sorted(record.head_dim_pairs))])
 
 
 if __name__ == "__main__":

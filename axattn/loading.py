@@ -68,9 +68,9 @@ def from_pretrained(
         model_class: any Auto class or model class; None takes the class that the checkpoint names in
             ``architectures``, else ``AutoModelForCausalLM``.
         on_unsupported: ``"raise"``, or ``"route"``: layers that the kernel can't serve run on the next exact one.
-        upgrade_flash: ``flash_attention_2`` runs as ``flash_attention_4`` on Hopper and Blackwell where that is
-            installed and serves every layer; it is said, and `status` keeps both names. ``AXATTN_NO_FA4=1`` turns it
-            off.
+        upgrade_flash: ``flash_attention_2`` runs as ``flash_attention_4`` where that is installed, is the faster one
+            (Hopper, sm100) or the only one, and serves every layer forward and backward; it is said, and `status`
+            keeps both names. ``AXATTN_NO_FA4=1`` turns it off.
         kernel_options: choices that the kernels named offer, such as ``{"group_size": 512}`` for ``s2``.
         unpad: run padded batches as one packed row of their real tokens, through the whole model; outputs come back in
             their places, zeros where padding is (see `axattn.unpadding`).

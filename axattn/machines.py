@@ -14,7 +14,7 @@ EVERY_LIBRARY: dict[str, str] = {
     "flash_attn": "2.8.3",
     "flash_attn_3": "3.0.0",
     "fa3_fwd": "0.0.3",
-    "flash_attn_4": "4.0.0",
+    "flash_attn_4": "4.0.0b36",
     "nvidia_cutlass_dsl": "4.7.1",
     "quack_kernels": "0.6.5",
     "xformers": "0.0.35",

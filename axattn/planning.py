@@ -187,7 +187,7 @@ def _plan_path(
         where = path or "the model"
         notes.append(
             f"flash_attention_2 → flash_attention_4 for {where}: {environment.describe()} runs it and it serves every "
-            "layer (AXATTN_NO_FA4=1 or upgrade_flash=False keeps flash_attention_2)"
+            "layer, forward and backward (AXATTN_NO_FA4=1 or upgrade_flash=False keeps flash_attention_2)"
         )
         return "flash_attention_4", upgraded, ()
     try:
@@ -208,12 +208,15 @@ def _plan_path(
         runs = name if kernel is None else str(kernel)
         planned = _plan_layers(layers, name, (runs,), environment)
         failed = [entry for entry in planned if not entry.chosen]
-        if not failed:
+        if not failed and (kernel is not None or name not in names.FLASH or _trains(layers, name, environment)):
             notes += _of_hub(name, kernel, path, layers, environment)
             return name, planned, ()
+        if not failed and not route:  # axattn calls it, and refuses the layers concerned where they train
+            return "auto", planned, interned((name,))
         if not route:
             raise _unsupported(model, name, failed)
-        notes.append(f"{name} → auto for {path or 'the model'}: it can't serve every layer")
+        when = "" if failed else " in training"
+        notes.append(f"{name} → auto for {path or 'the model'}: it can't serve every layer{when}")
         direct = backend_of(name).forward is not None and kernel is None
         order = candidates(name, "route", environment)
         if not direct:  # Transformers can run it for a whole model only
@@ -265,13 +268,23 @@ def in_training(need: Need, record: Capability, name: str, environment: Environm
 
 
 def _upgraded(name: str, layers: list[LayerNeed], environment: Environment) -> list[LayerPlan] | None:
-    """The plan of ``flash_attention_2`` on FlashAttention 4; None unless the machine and every known layer allow it."""
-    if name != "flash_attention_2" or not layers or (environment.sm or 0) < 90:
+    """The plan of ``flash_attention_2`` on FlashAttention 4; None unless the machine and every known layer allow it,
+    forward and backward, and it is the faster one there, or the only one."""
+    if name != "flash_attention_2" or not layers or backend_of("flash_attention_4").probe(environment):
         return None
-    if backend_of("flash_attention_4").probe(environment):
+    ranked = [rank.name for rank in ranking(environment)]
+    slower = "flash_attention_4" not in ranked[: ranked.index(name)]
+    if slower and not backend_of(name).probe(environment):
         return None
     planned = _plan_layers(layers, name, ("flash_attention_4",), environment)
-    return planned if all(entry.chosen for entry in planned) else None
+    served = all(entry.chosen for entry in planned) and _trains(layers, "flash_attention_4", environment)
+    return planned if served else None
+
+
+def _trains(layers: list[LayerNeed], name: str, environment: Environment) -> bool:
+    """Whether a kernel serves every layer in training, too. Whether there will be any is known at the calls alone."""
+    trained = [replaced(layer, need=replaced(layer.need, gradient=True)) for layer in layers]
+    return all(entry.chosen for entry in _plan_layers(trained, name, (name,), environment))
 
 
 def _plan_layers(

@@ -21,7 +21,8 @@ class Policy:
         on_unsupported: ``"raise"``, or ``"route"`` to the next exact kernel; ``auto`` always routes.
         allow_all_kernels: hub kernels of any publisher may run.
         trusted: publishers on the hub whose kernels may run.
-        upgrade_flash: ``flash_attention_2`` becomes ``flash_attention_4`` where the machine and every layer allow it.
+        upgrade_flash: ``flash_attention_2`` becomes ``flash_attention_4`` where the machine and every layer allow it,
+            forward and backward.
         options: ``kernel_options`` as given.
     """
 

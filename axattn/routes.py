@@ -110,7 +110,8 @@ class Route:
         fixes = list(dict.fromkeys(reason.fix for reason in reasons if reason.fix))
         if fixes:
             advice = f"To mend it: {'; '.join(fixes)}. {advice}"
-        raise UnsupportedAttentionError(f"{self.asked} can't serve {self.layer}", reasons, advice)
+        asked = self.candidates[0] if len(self.candidates) == 1 else self.asked
+        raise UnsupportedAttentionError(f"{asked} can't serve {self.layer}", reasons, advice)
 
     def _say_routed(self, name: str, reasons: list[Reason]) -> None:
         text = "; ".join(reason.text for reason in reasons)

@@ -79,6 +79,13 @@ def test_plan_prints_and_speaks_json(folder: Path) -> None:
     assert json.loads(routed.output)["on_unsupported"] == "route"
 
 
+def test_a_plan_keeps_flash_attention_2_where_it_is_told_to(folder: Path) -> None:
+    arguments = ["plan", str(folder), "--attn", "flash_attention_2", "--environment", "sm90", "--json"]
+    for more, running in (((), "flash_attention_4"), (("--no-upgrade-flash",), "flash_attention_2")):
+        found = json.loads(runner.invoke(app, [*arguments, *more]).output)
+        assert found["running"] == {"": running}
+
+
 def test_a_plan_for_another_machine_with_its_costs_and_flags(folder: Path, tmp_path: Path) -> None:
     done = runner.invoke(app, ["plan", str(folder), "--environment", "sm90", "--seq-len", "4096"])
     assert "flash_attention_3" in done.output

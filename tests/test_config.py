@@ -51,6 +51,12 @@ def test_a_legacy_flag_maps_to_its_name_warns_and_is_gone(flag: str, name: str) 
     assert not hasattr(config, flag)
 
 
+def test_a_config_says_whether_flash_attention_2_may_run_as_4(tmp_path: Path) -> None:
+    assert AttentionConfig().upgrade_flash
+    assert AttentionConfig.from_yaml(write(tmp_path, "upgrade_flash:\n")).upgrade_flash
+    assert not AttentionConfig.from_yaml(write(tmp_path, "upgrade_flash: false\n")).upgrade_flash
+
+
 @pytest.mark.parametrize(("flag", "name"), LEGACY)
 def test_legacy_flags_are_deprecated_in_the_json_schema(flag: str, name: str) -> None:
     schema = AttentionConfig.model_json_schema()["properties"][flag]

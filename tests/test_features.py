@@ -19,7 +19,8 @@ def test_every_feature_has_a_row_and_every_kernel_a_column() -> None:
 
 
 def test_what_the_page_says_of_some_kernels() -> None:
-    rows = {line.split(" | ")[0].strip("| "): line for line in features.page().splitlines() if line.startswith("| ")}
+    page = features.page()
+    rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
     columns = rows["feature"].split(" | ")
     at = {name.strip("` |"): i for i, name in enumerate(columns)}
     assert rows["attention sinks (gpt-oss)"].split(" | ")[at["flash_attention_4"]].strip(" |") == "yes"
@@ -27,3 +28,6 @@ def test_what_the_page_says_of_some_kernels() -> None:
     assert rows["Turing (sm75)"].split(" | ")[at["flash_attention_2"]] == "-"
     assert rows["Hopper (sm90)"].split(" | ")[at["flash_attention_4"]].strip(" |") == "yes"
     assert rows["exact"].split(" | ")[at["sage"]] == "-"
+    assert rows["Ampere (sm86)"].split(" | ")[at["flash_attention_2"]] == "yes"
+    assert rows["Blackwell (sm120)"].split(" | ")[at["flash_attention_4"]].strip(" |") == "yes"
+    assert "- `flash_attention_4`: Blackwell (sm120): no attention sinks (gpt-oss); head dims up to 192" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_the_fake_of_flash_attention_4_returns_a_pair_and_wants_ints() -> None:
     with pytest.raises(TypeError, match="int"):
         run(4, *inputs(), longest=torch.tensor(6))
     with pytest.raises(TypeError, match="bfloat16"):
-        run(4, *inputs(), learnable_sink=torch.zeros(4))
+        run(4, *inputs(), learnable_sink=torch.zeros(4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])
@@ -244,6 +245,10 @@ def test_the_door_gives_the_flash_path_the_lengths_of_the_documents(name: str) -
         (BLACKWELL, 192, 192, False),
         (BLACKWELL, 192, 128, False),
         (BLACKWELL, 136, 136, False),
+        (machine("cuda", 103), 192, 192, False),
+        (machine("cuda", 110), 256, 256, True),
+        (machine("cuda", 120), 192, 128, True),
+        (machine("cuda", 121), 200, 200, False),
     ],
 )
 def test_head_dims_of_flash_attention_4_by_architecture(
@@ -251,6 +256,51 @@ def test_head_dims_of_flash_attention_4_by_architecture(
 ) -> None:
     need = Need(head_dim=head_dim, value_dim=value_dim, heads=8, kv_heads=8)
     assert (missing(need, get("flash_attention_4").capability_on(environment)) == []) is served
+
+
+@pytest.mark.parametrize(
+    ("sm", "fields", "part"),
+    [
+        *((90, {"head_dim": 256, **extra}, "") for extra in ({"window": 96}, {"softcap": 30.0}, {"sinks": True})),
+        (100, {"head_dim": 256}, ""),
+        (100, {"head_dim": 128, "window": 96, "softcap": 30.0, "sinks": True}, ""),
+        (100, {"head_dim": 256, "window": 96}, "window in training, head_dim=256 .*inference only on sm100"),
+        (103, {"head_dim": 256, "softcap": 30.0}, "softcap in training"),
+        (110, {"head_dim": 256, "sinks": True}, "sinks in training"),
+        (120, {"head_dim": 160, "window": 96, "softcap": 30.0}, ""),
+        (120, {"head_dim": 168}, "in training, head_dim=168 .*99 KiB of shared memory"),
+        (121, {"head_dim": 64, "sinks": True}, "no attention sinks"),
+    ],
+)
+def test_training_of_flash_attention_4_by_architecture(sm: int, fields: dict[str, Any], part: str) -> None:
+    """`tests.real.test_fa4` asks the library itself."""
+    record = get("flash_attention_4").capability_on(machine("cuda", sm))
+    reasons = missing(Need(**fields, gradient=True), record, "flash_attention_4")
+    assert bool(reasons) is bool(part)
+    assert all(re.search(part, reason.text) for reason in reasons)
+    if part and not fields.get("sinks"):
+        assert missing(Need(**fields), record) == []
+
+
+@pytest.mark.parametrize("policy", ["raise", "route"])
+def test_a_kernel_that_has_no_backward_for_a_layer_is_refused_in_training_alone(policy: Any) -> None:
+    """Gemma 3 on a B200 by the kernel's own name: flash-attn-4 would raise in the backward, after a whole forward."""
+    ids, reference = tokens(1, 12), build("mistral", head_dim=256)
+    with hopper("flash_attention_4", sm=100):
+        model = axattn.apply(build("mistral", head_dim=256), "flash_attention_4", on_unsupported=policy)
+        with torch.no_grad():
+            assert torch.allclose(model(ids).logits, reference(ids).logits, atol=1e-4)
+        assert {layer.planned for layer in axattn.status(model).layers} == {"flash_attention_4"}
+        assert set(flash.calls) == {"flash_attention_4"}
+        if policy == "raise":
+            with pytest.raises(UnsupportedAttentionError, match=r"^flash_attention_4 can't serve .* in training"):
+                model(ids)
+            return
+        model(ids).logits.sum().backward()
+        assert all(layer.served.get("varlen") for layer in axattn.status(model).layers)
+    reference(ids).logits.sum().backward()
+    found, wanted = (m.model.layers[0].self_attn.q_proj.weight.grad for m in (model, reference))
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 def test_flash_attention_3_is_for_hopper_alone() -> None:
@@ -275,7 +325,9 @@ def test_flash_attention_2_becomes_4_on_hopper_where_every_layer_allows_it(caplo
         assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("how", ["argument", "variable", "Ampere", "no FA4", "a layer can't", "dropout"])
+@pytest.mark.parametrize(
+    "how", ["argument", "variable", "Ampere", "no FA4", "a layer can't", "no backward", "slower", "dropout"]
+)
 def test_and_stays_where_anything_speaks_against_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     environment, config, options = HOPPER, build("mistral").config, {}
     if how == "argument":
@@ -288,14 +340,19 @@ def test_and_stays_where_anything_speaks_against_it(how: str, monkeypatch: pytes
         environment = machine("cuda", 90, flash_attn_4=None)
     elif how == "a layer can't":
         environment, config = BLACKWELL, build("mistral", head_dim=192).config
+    elif how == "no backward":
+        environment, config = BLACKWELL, build("mistral", head_dim=256).config
+    elif how == "slower":
+        environment = machine("cuda", 120)
     else:
         config = build("mistral", attention_dropout=0.1).config
     plan = axattn.plan(config, "flash_attention_2", environment=environment, **options)
     assert plan.running == {"": "flash_attention_2"}
 
 
-def test_the_upgrade_needs_no_flash_attention_2() -> None:
-    environment = machine("cuda", 90, flash_attn=None)
+@pytest.mark.parametrize("sm", [90, 100, 120])
+def test_the_upgrade_needs_no_flash_attention_2(sm: int) -> None:
+    environment = machine("cuda", sm, flash_attn=None)
     plan = axattn.plan(build("llama").config, "flash_attention_2", environment=environment)
     assert plan.running == {"": "flash_attention_4"}
     assert plan.layers[0].asked == "flash_attention_2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import axattn
 from axattn import backends, planning
 from axattn.backends.ranking import PREFERENCES, by_need, ranking, usable
-from axattn.capability import Need
+from axattn.capability import Need, missing
 from axattn.environment import Environment
 from axattn.needs import model_needs
 from axattn.plans import Policy
@@ -27,6 +28,7 @@ MACHINES = {
     "ada": ADA,
     "hopper": HOPPER,
     "blackwell": BLACKWELL,
+    "consumer blackwell": machine("cuda", 120),
     "rocm": ROCM6,
     "npu": NPU,
 }
@@ -56,12 +58,43 @@ def test_every_order_holds_exact_kernels_that_axattn_can_call_and_ends_with_thos
         (machine("cuda", 90, flash_attn_3=None, flash_attn_4=None), "varlen"),
         (BLACKWELL, "flash_attention_4"),
         (machine("cuda", 100, flash_attn_4=None), "varlen"),
+        (machine("cuda", 120), "varlen"),
         (ROCM6, "varlen"),
     ],
 )
 def test_the_first_is_the_fastest_that_is_installed(environment: Environment, first: str) -> None:
     assert usable(environment)[0] == first
     assert usable(environment) is usable(environment)
+
+
+GEMMA = {"head_dim": 256, "heads": 8, "kv_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("sm", "fields", "first"),
+    [
+        (90, {**GEMMA, "window": 512, "gradient": True}, "flash_attention_3"),
+        (100, {**GEMMA, "window": 512}, "flash_attention_4"),
+        (100, {**GEMMA, "window": 512, "gradient": True}, "varlen"),
+        (100, {**GEMMA, "softcap": 50.0, "gradient": True}, "flash_attention_2"),
+        (100, {"head_dim": 64, "sinks": True, "gradient": True}, "flash_attention_4"),
+        (120, {"head_dim": 64, "sinks": True}, "eager"),
+        (120, GEMMA, "varlen"),
+        (120, {"head_dim": 64, "softcap": 30.0, "gradient": True}, "flash_attention_2"),
+        (120, {"head_dim": 256, "softcap": 30.0}, "flash_attention_2"),
+    ],
+)
+def test_auto_takes_no_kernel_that_would_raise(sm: int, fields: dict[str, Any], first: str) -> None:
+    """What flash-attn-4 4.0.0b36 lacks on each Blackwell."""
+    there, need = machine("cuda", sm), Need(**fields, dtype="bfloat16", device="cuda")
+    order = by_need(usable(there), need)
+    assert next(name for name in order if not missing(need, backends.get(name).capability_on(there), name)) == first
+
+
+def test_on_consumer_blackwell_nothing_is_said_of_tensor_memory_that_it_has_not() -> None:
+    ranks = {rank.name: rank.source for rank in ranking(machine("cuda", 120))}
+    assert list(ranks).index("flash_attention_2") < list(ranks).index("flash_attention_4")
+    assert not any("its tensor memory" in source for source in ranks.values())
 
 
 def test_kernels_that_only_other_machines_run_are_not_tried() -> None:

@@ -9,7 +9,7 @@ import dataclasses
 
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
 from axattn.backends.flash_calls import flash_2, flash_3, flash_4
-from axattn.capability import Capability
+from axattn.capability import Capability, Refused
 from axattn.environment import Environment
 from axattn.errors import Reason
 
@@ -72,9 +72,27 @@ def _probe_4(environment: Environment) -> list[Reason]:
 
 TWO = dataclasses.replace(_COMMON, dropout=True, traced=True, notes={"softcap": "from flash-attn 2.6 on"})
 FOUR = dataclasses.replace(_COMMON, sinks=True)
-FOUR_ON_BLACKWELL = dataclasses.replace(FOUR, max_head_dim=128, head_dim_pairs=frozenset({(256, 256)}))
-"""flash-attn-4 4.0.0b36 on sm100 and sm110: up to 128, and 256 for both. (192, 128) too, but Transformers widens values
-to the query heads' size, and (192, 192) is not among them."""
+FOUR_ON_BLACKWELL = dataclasses.replace(
+    FOUR,
+    max_head_dim=128,
+    head_dim_pairs=frozenset({(256, 256)}),
+    refuses=tuple(
+        Refused("serves it in inference only on sm100 to sm110", (feature, "gradient"), head_dims=(129, 256))
+        for feature in ("window", "softcap", "sinks")
+    ),
+)
+"""flash-attn-4 4.0.0b36 on sm100, sm103 and sm110 (``flash_attn/cute/interface.py``): up to 128, and 256 for both
+(``_validate_head_dims``), where a backward of its own (``sm100_hd256_2cta_fmha_backward.py``) has the plain form alone.
+(192, 128) too, but Transformers widens values to the query heads' size, and (192, 192) is not among them."""
+FOUR_ON_SM120 = dataclasses.replace(
+    FOUR,
+    max_head_dim=192,
+    sinks=False,
+    refuses=(Refused("wants more than sm120's 99 KiB of shared memory there", ("gradient",), head_dims=(161, 192)),),
+)
+"""The same on sm120 and sm121: Ampere's kernels (``flash_fwd.py``, ``flash_bwd.py``), which have no sinks. Their tiles
+are fixed and nobody asks their ``can_implement``, which forgets the scores besides. The forward pads heads to multiples
+of 16 and fits up to 192; the backward to multiples of 32, fits at 160 and wants 115,712 of 101,376 bytes at 192."""
 
 
 def _capability_2(environment: Environment) -> Capability:
@@ -82,7 +100,8 @@ def _capability_2(environment: Environment) -> Capability:
 
 
 def _capability_4(environment: Environment) -> Capability:
-    return FOUR_ON_BLACKWELL if environment.sm in (100, 103, 110) else FOUR
+    family = (environment.sm or 0) // 10
+    return FOUR_ON_BLACKWELL if family in (10, 11) else FOUR_ON_SM120 if family == 12 else FOUR
 
 
 BACKENDS = (

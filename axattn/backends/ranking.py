@@ -64,6 +64,17 @@ _BLACKWELL = (
     Rank("flash_attention_4", "the only one here written for its tensor memory; the others run Ampere's instructions"),
     *_AMPERE,
 )
+_SM120 = (
+    _VARLEN,
+    _FLASH_2,
+    Rank(
+        "flash_attention_4",
+        "the instructions of Ampere there (its flash_fwd_sm120.py), as the two before it: consumer Blackwell has no "
+        "tensor memory; and compiles in its first calls",
+    ),
+    _XFORMERS,
+    *_LAST,
+)
 _OTHER = (_VARLEN, *_LAST)
 
 PREFERENCES = (
@@ -90,6 +101,8 @@ def ranking(environment: Environment) -> tuple[Rank, ...]:
         return (_VARLEN, _FLASH_2, *_LAST)
     if environment.device != "cuda" or environment.sm is None:
         return _CPU if environment.device == "cpu" else _OTHER
+    if environment.sm >= 120:
+        return _SM120
     if environment.sm >= 100:
         return _BLACKWELL
     if environment.sm >= 90:

@@ -9,8 +9,14 @@ def plan(
     model: str = typer.Argument(..., metavar="MODEL", help="Local folder, config.json, or hub name."),
     attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to plan for."),
     route: bool = typer.Option(False, "--route", help="Send what NAME can't serve to the next exact kernel."),
+    upgrade_flash: bool = typer.Option(
+        True, "--upgrade-flash/--no-upgrade-flash", help="flash_attention_2 may run as flash_attention_4."
+    ),
     environment: str = typer.Option(
-        "", "--environment", metavar="MACHINE", help="sm80, sm89, sm90, sm100, rocm6, cpu, or a doctor's JSON file."
+        "",
+        "--environment",
+        metavar="MACHINE",
+        help="sm80, sm86, sm89, sm90, sm100, sm120, rocm6, cpu, or a doctor's JSON file.",
     ),
     seq_len: int = typer.Option(0, "--seq-len", metavar="TOKENS", min=0, help="Estimate FLOPs and memory at a length."),
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
@@ -36,9 +42,11 @@ def plan(
         from axattn.config import COMPUTED, AttentionConfig
         from axattn.estimates import estimate, total
         from axattn.machines import machine
+        from axattn.routes import OnUnsupported
 
         there = machine(environment) if environment else None
-        found = axattn.plan(model, attn, environment=there, on_unsupported="route" if route else "raise")
+        policy: OnUnsupported = "route" if route else "raise"
+        found = axattn.plan(model, attn, environment=there, on_unsupported=policy, upgrade_flash=upgrade_flash)
         flags = AttentionConfig(attn_implementation=attn).resolve(found)
         if as_json:
             value = found.to_dict()

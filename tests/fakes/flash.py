@@ -372,7 +372,7 @@ def _options_4(
     q: Any, k: Any, v: Any, scale: Any, causal: bool, window: tuple[int | None, int | None], sinks: Any, softcap: float
 ) -> dict[str, Any]:
     _check(q, k, v)
-    if sinks is not None and sinks.dtype != torch.bfloat16 and not _sharp:
-        raise TypeError("learnable_sink must be bfloat16")
+    if sinks is not None and sinks.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError("learnable_sink must be float16, bfloat16, or float32")
     sides = tuple(-1 if side is None else side for side in window)
     return {"scale": scale, "causal": causal, "window": sides, "softcap": softcap, "sinks": sinks}

@@ -27,15 +27,18 @@ FAKED = (*FLASH, "xformers", "fp8", "sage")
 
 
 @contextlib.contextmanager
-def hopper(*installed: str) -> Iterator[Environment]:
-    """A Hopper machine with these kernels, as fakes, on which float32 stands for 16 bit (see `tests.fakes.flash`)."""
+def hopper(*installed: str, sm: int = 90) -> Iterator[Environment]:
+    """A Hopper machine with these kernels, as fakes, on which float32 stands for 16 bit (see `tests.fakes.flash`).
+
+    Another architecture for what the records say of it.
+    """
     keys = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3", "flash_attention_4": "flash_attn_4"}
     absent: dict[str, Any] = {key: None for name, key in keys.items() if name not in installed}
     if "xformers" not in installed:
         absent["xformers"] = None
     if "fp8" in installed:
         absent["fa3_fwd"] = "0.0.3"
-    environment = machine("cuda", 90, **absent)
+    environment = machine("cuda", sm, **absent)
     with pytest.MonkeyPatch.context() as patch, flash.sharp():
         if "xformers" in installed:
             import xformers.ops  # before the fakes of flash: it would look into them
