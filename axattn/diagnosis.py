@@ -26,6 +26,7 @@ class KernelDiagnosis:
         packs: the flag ``attn_supports_packing``.
         packing: whether documents of a row stay apart, and on what condition (`axattn.backends.packs`).
         reasons: why it can't run here; empty when it can.
+        notice: what to know of it here, ``""`` for nothing.
     """
 
     name: str
@@ -34,6 +35,7 @@ class KernelDiagnosis:
     packs: bool
     packing: Packs
     reasons: tuple[Reason, ...]
+    notice: str = ""
 
     @property
     def usable(self) -> bool:
@@ -67,6 +69,7 @@ class Diagnosis:
                     "exact": kernel.exact,
                     "packs": kernel.packs,
                     "packing": kernel.packing,
+                    "notice": kernel.notice,
                     "reasons": [{"feature": r.feature, "text": r.text, "fix": r.fix} for r in kernel.reasons],
                 }
                 for kernel in self.kernels
@@ -102,10 +105,11 @@ def diagnose(environment: Environment | str | None = None) -> Diagnosis:
         if not reasons and device not in backend.capability_on(machine).devices:
             reasons.append(Reason("gpu", f"{name} does not run on {device}"))
         exact = backend.capability.exactness == "exact"
-        found.append(_kernel(name, backend.summary, exact, tuple(reasons)))
+        said = backend.notice(machine) if backend.notice is not None and not reasons else ""
+        found.append(_kernel(name, backend.summary, exact, tuple(reasons), said))
     checked = contracts.findings() if environment is None and importlib.util.find_spec("transformers") else []
     return Diagnosis(machine, tuple(found), tuple(checked))
 
 
-def _kernel(name: str, summary: str, exact: bool, reasons: tuple[Reason, ...]) -> KernelDiagnosis:
-    return KernelDiagnosis(name, summary, exact, backends.supports_packing(name), backends.packs(name), reasons)
+def _kernel(name: str, summary: str, exact: bool, reasons: tuple[Reason, ...], notice: str = "") -> KernelDiagnosis:
+    return KernelDiagnosis(name, summary, exact, backends.supports_packing(name), backends.packs(name), reasons, notice)

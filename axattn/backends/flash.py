@@ -9,7 +9,7 @@ import dataclasses
 
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
 from axattn.backends.flash_calls import flash_2, flash_3, flash_4
-from axattn.capability import Capability
+from axattn.capability import Capability, Refused
 from axattn.environment import Environment
 from axattn.errors import Reason
 
@@ -29,6 +29,7 @@ _COMMON = Capability(
     segments=True,
     cross_lengths=True,
     gradient=True,
+    deterministic=True,
 )
 _FLOORS_4 = (("nvidia_cutlass_dsl", "nvidia-cutlass-dsl", "4.6.2"), ("quack_kernels", "quack-kernels", "0.5.3"))
 """From the metadata of flash-attn-4 4.0.0b36."""
@@ -70,15 +71,50 @@ def _probe_4(environment: Environment) -> list[Reason]:
     return reasons
 
 
-TWO = dataclasses.replace(_COMMON, dropout=True, traced=True, notes={"softcap": "from flash-attn 2.6 on"})
+TWO = dataclasses.replace(
+    _COMMON,
+    dropout=True,
+    traced=True,
+    refuses=(Refused("serves no dropout under a softcap", ("softcap", "dropout")),),
+    notes={"softcap": "from flash-attn 2.6 on; not on AMD GPUs"},
+)
+THREE = dataclasses.replace(
+    _COMMON,
+    traced=True,
+    refuses=(Refused("takes deterministic=True, and most builds of hopper/ ignore it", ("deterministic",)),),
+)
 FOUR = dataclasses.replace(_COMMON, sinks=True)
 FOUR_ON_BLACKWELL = dataclasses.replace(FOUR, max_head_dim=128, head_dim_pairs=frozenset({(256, 256)}))
 """flash-attn-4 4.0.0b36 on sm100 and sm110: up to 128, and 256 for both. (192, 128) too, but Transformers widens values
 to the query heads' size, and (192, 192) is not among them."""
 
 
+_TRITON = "ignores it: FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE has flash-attn run its Triton backend for AMD GPUs"
+_UNSET = "unset FLASH_ATTENTION_TRITON_AMD_ENABLE and install flash-attn with its CK kernels"
+ON_TRITON = dataclasses.replace(
+    TWO,
+    refuses=(
+        Refused(_TRITON, ("window",), fix=_UNSET),
+        Refused(_TRITON, ("softcap",)),
+        Refused(f"{_TRITON}, which drops the same weights in every call", ("dropout",), fix=_UNSET),
+    ),
+)
+"""flash-attn 2.8.3 (``flash_attn_triton_amd/interface_fa.py``): window and softcap are printed and not used, and the seed
+of the dropout is a constant."""
+ON_CK = dataclasses.replace(
+    TWO, refuses=(Refused("ignores it: flash-attn's CK kernels for AMD GPUs have none", ("softcap",)),)
+)
+"""flash-attn 2.8.3 (``csrc/flash_attn_ck/mha_*.cpp``): no function of it reads its softcap."""
+
+
 def _capability_2(environment: Environment) -> Capability:
-    return TWO if environment.has("flash_attn", "2.6") else dataclasses.replace(TWO, softcap=False)
+    served = TWO
+    if environment.flash_attn_triton:
+        served = ON_TRITON
+    elif environment.device == "rocm":
+        served = ON_CK
+    softcap, deterministic = environment.has("flash_attn", "2.6"), environment.has("flash_attn", "2.4.1")
+    return dataclasses.replace(served, softcap=softcap, deterministic=deterministic)
 
 
 def _capability_4(environment: Environment) -> Capability:
@@ -99,7 +135,7 @@ BACKENDS = (
     Backend(
         "flash_attention_3",
         "FlashAttention 3, run by Transformers",
-        dataclasses.replace(_COMMON, traced=True),
+        THREE,
         _probe_3,
         flash_3,
         install=_INSTALL[3],

@@ -23,6 +23,7 @@ _FLASH = Capability(
     segments=True,
     cross_lengths=True,
     gradient=True,
+    deterministic=True,
 )
 
 KERNELS_WINDOW: tuple[tuple[str, str], ...] = (
