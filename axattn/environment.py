@@ -191,8 +191,8 @@ def _probe() -> Environment:
 
 
 def _torch_flash() -> bool | None:
-    """Whether ``F.scaled_dot_product_attention`` takes its flash kernel on this GPU, asked of torch; None where the user
-    has switched that kernel off.
+    """Whether ``F.scaled_dot_product_attention`` takes its flash kernel on this GPU, asked of torch; None where the
+    user has switched that kernel off.
 
     On AMD GPUs that AOTriton serves experimentally it does not, unless ``TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1``.
     """

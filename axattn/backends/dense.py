@@ -82,7 +82,5 @@ def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torc
 
 
 BACKENDS = (
-    Backend(
-        "sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa, plain=True, notice=notice
-    ),
+    Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa, plain=True, notice=notice),
 )

@@ -81,7 +81,7 @@ TWO = dataclasses.replace(
 THREE = dataclasses.replace(
     _COMMON,
     traced=True,
-    refuses=(Refused("takes deterministic=True, and most builds of hopper/ ignore it", ("deterministic",)),),
+    refuses=(Refused("takes deterministic=True, and not every build of hopper/ follows it", ("deterministic",)),),
 )
 FOUR = dataclasses.replace(_COMMON, sinks=True)
 FOUR_ON_BLACKWELL = dataclasses.replace(FOUR, max_head_dim=128, head_dim_pairs=frozenset({(256, 256)}))
@@ -99,8 +99,8 @@ ON_TRITON = dataclasses.replace(
         Refused(f"{_TRITON}, which drops the same weights in every call", ("dropout",), fix=_UNSET),
     ),
 )
-"""flash-attn 2.8.3 (``flash_attn_triton_amd/interface_fa.py``): window and softcap are printed and not used, and the seed
-of the dropout is a constant."""
+"""flash-attn 2.8.3 (``flash_attn_triton_amd/interface_fa.py``): window and softcap are printed and not used, and
+the seed of the dropout is a constant."""
 ON_CK = dataclasses.replace(
     TWO, refuses=(Refused("ignores it: flash-attn's CK kernels for AMD GPUs have none", ("softcap",)),)
 )
@@ -113,8 +113,8 @@ def _capability_2(environment: Environment) -> Capability:
         served = ON_TRITON
     elif environment.device == "rocm":
         served = ON_CK
-    softcap, deterministic = environment.has("flash_attn", "2.6"), environment.has("flash_attn", "2.4.1")
-    return dataclasses.replace(served, softcap=softcap, deterministic=deterministic)
+    old = environment.has("flash_attn") and not environment.has("flash_attn", "2.4.1")
+    return dataclasses.replace(served, softcap=environment.has("flash_attn", "2.6"), deterministic=not old)
 
 
 def _capability_4(environment: Environment) -> Capability:

@@ -16,6 +16,8 @@ import torch
 _sharp = False
 calls: list[str] = []
 """Names of the kernels called, in order."""
+repeats: list[bool] = []
+"""The ``deterministic`` of each call of FlashAttention 2, 3 and 4."""
 
 
 @contextlib.contextmanager
@@ -126,6 +128,11 @@ def _varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any
     return torch.cat([done, out[done.shape[0] :]])
 
 
+def _no_dropout_under_a_softcap(softcap: float, dropout: float) -> None:
+    if softcap and dropout:
+        raise RuntimeError("Softcapping does not support dropout for now")
+
+
 class FlashAttention2:
     """``flash_attn`` 2.8.3."""
 
@@ -147,7 +154,9 @@ class FlashAttention2:
     ) -> torch.Tensor:
         """``[B, S, H, D]`` → ``[B, S, H, D]``."""
         calls.append("flash_attention_2")
+        repeats.append(deterministic)
         _check(q, k, v)
+        _no_dropout_under_a_softcap(softcap, dropout_p)
         options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
         return torch.stack([_one(a, b, c, dropout=dropout_p, **options) for a, b, c in zip(q, k, v, strict=True)])
 
@@ -172,7 +181,9 @@ class FlashAttention2:
     ) -> torch.Tensor:
         """``[tokens, H, D]`` → ``[tokens, H, D]``."""
         calls.append("flash_attention_2")
+        repeats.append(deterministic)
         _check(q, k, v)
+        _no_dropout_under_a_softcap(softcap, dropout_p)
         options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return _varlen(q, k, v, *lengths, dropout=dropout_p, **options)
@@ -208,6 +219,7 @@ class FlashAttention3:
     ) -> torch.Tensor:
         """``[B, S, H, D]`` → ``[B, S, H, D]``."""
         calls.append("flash_attention_3")
+        repeats.append(deterministic)
         _check(q, k, v)
         options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
         return torch.stack([_one(a, b, c, **options) for a, b, c in zip(q, k, v, strict=True)])
@@ -245,6 +257,7 @@ class FlashAttention3:
             out, lse = _fp8(q, k, v, (q_descale, k_descale, v_descale), lengths, **options)
             return (out, lse) if return_attn_probs else out
         calls.append("flash_attention_3")
+        repeats.append(deterministic)
         _check(q, k, v)
         return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
 
@@ -336,6 +349,7 @@ class FlashAttention4:
     ) -> tuple[torch.Tensor, None]:
         """``[B, S, H, D]`` → ``([B, S, H, D], lse)``."""
         calls.append("flash_attention_4")
+        repeats.append(deterministic)
         options = _options_4(q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap)
         return torch.stack([_one(a, b, c, **options) for a, b, c in zip(q, k, v, strict=True)]), None
 
@@ -362,6 +376,7 @@ class FlashAttention4:
     ) -> tuple[torch.Tensor, None]:
         """``[tokens, H, D]`` → ``([tokens, H, D], lse)``."""
         calls.append("flash_attention_4")
+        repeats.append(deterministic)
         if not isinstance(max_seqlen_q, int) or not isinstance(max_seqlen_k, int):
             raise TypeError("max_seqlen must be an int")
         options = _options_4(q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap)

@@ -71,6 +71,7 @@ def hopper(*installed: str) -> Iterator[Environment]:
         patch.setattr(backends, "get", widened)
         flash_calls.varlen_function.cache_clear()
         flash.calls.clear()
+        flash.repeats.clear()
         if "xformers" in installed:
             from tests.fakes import xformers as fake
 
