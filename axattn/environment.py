@@ -199,7 +199,7 @@ def _torch_flash() -> bool | None:
     import torch
     from torch.backends import cuda
 
-    if not cuda.flash_sdp_enabled():
+    if not cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]  # torch's has no types
         return None
     x = torch.empty(1, 1, 16, 64, dtype=torch.float16, device="cuda")
     return bool(cuda.can_use_flash_attention(cuda.SDPAParams(x, x, x, None, 0.0, False, False)))

@@ -87,7 +87,7 @@ class Inside:
     def _call(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionCall:
         causal = self.mask.pattern is None or self.mask.pattern.causal
         options = json.loads(self.options)
-        extras = {"deterministic": True} if options.pop("deterministic", False) else {}
+        extras: dict[str, object] = {"deterministic": True} if options.pop("deterministic", False) else {}
         call = AttentionCall(
             _NONE, query, key, value, self.mask, causal, None, self.scale, 0.0, self.softcap, None, None, extras
         )
