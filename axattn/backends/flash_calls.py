@@ -35,7 +35,7 @@ def varlen_function(version: int) -> Callable[..., Any]:
 
 
 @functools.cache
-def _takes_deterministic(version: int) -> bool:
+def takes_deterministic(version: int) -> bool:
     """Whether ``deterministic`` is among its arguments: from flash-attn 2.4.1 on."""
     return "deterministic" in inspect.signature(varlen_function(version)).parameters
 
@@ -67,7 +67,7 @@ def _call(call: AttentionCall, version: int, options: dict[str, Any], unlimited:
     function = varlen_function(version)
     left = unlimited if layout.window is None else layout.window - 1
     window = (left, (unlimited if layout.window is None else 0) if layout.causal else left)
-    if determinism.wanted(call.extras.get("deterministic")) and _takes_deterministic(version):
+    if determinism.wanted(call.extras.get("deterministic")) and takes_deterministic(version):
         options["deterministic"] = True
 
     def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:

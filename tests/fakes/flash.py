@@ -31,6 +31,11 @@ def sharp() -> Iterator[None]:
         _sharp = False
 
 
+def is_sharp() -> bool:
+    """Whether float32 is served."""
+    return _sharp
+
+
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, same_value_dim: bool = True) -> None:
     served = (torch.float16, torch.bfloat16, *((torch.float32,) if _sharp else ()))
     if q.dtype not in served:
