@@ -259,7 +259,7 @@ class FlashAttention3:
         options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
         if q_descale is not None:
             lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-            out, lse = _fp8(q, k, v, (q_descale, k_descale, v_descale), lengths, **options)
+            out, lse = fp8_forward(q, k, v, (q_descale, k_descale, v_descale), lengths, **options)
             return (out, lse) if return_attn_probs else out
         calls.append("flash_attention_3")
         repeats.append(deterministic)
@@ -306,11 +306,11 @@ class FlashAttention3Forward:
             raise RuntimeError("This flash attention build does not support local attention.")
         scales, lengths = (q_descale, k_descale, v_descale), (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         options = {"scale": softmax_scale, "causal": causal, "window": (-1, -1), "softcap": softcap}
-        out, lse = _fp8(q, k, v, scales, lengths, **options)
+        out, lse = fp8_forward(q, k, v, scales, lengths, **options)
         return (out, lse) if return_attn_probs else out
 
 
-def _fp8(q: Any, k: Any, v: Any, scales: Any, lengths: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def fp8_forward(q: Any, k: Any, v: Any, scales: Any, lengths: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashAttention 3 on e4m3: bf16 ``[tokens, H, D]`` and the logsumexp ``[H, tokens]``."""
     calls.append("fp8")
     if q.dtype != torch.float8_e4m3fn and not (_sharp and q.dtype == torch.float32):
