@@ -66,10 +66,12 @@ nightly: newest $(READY)
 	$(MAKE) upstream
 	$(MAKE) real-kernels
 
-# What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice).
+# What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice). What is not
+# installed is fetched into build/real (40 MB, pinned).
 real-kernels: $(READY)
+	$(BIN)/python -m tests.real.packages
 	$(BIN)/python -m tests.real.xformers_dispatch
-	AXATTN_REAL=all $(BIN)/python -m pytest -q tests/real/test_sageattention.py
+	AXATTN_REAL=all $(BIN)/python -m pytest -n 2 -q tests/real
 
 # Transformers' own tests on `auto`, from its source package (kept in build/, which git ignores); UPSTREAM="--source FOLDER"
 # takes a checkout of Transformers, which also has its tests of generation and export. A family takes a minute or two.

@@ -31,7 +31,9 @@ def register(flags: Mapping[str, bool]) -> None:
     """Define the operator for a build with these flags."""
 
     def fwd(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any, None, None]:
-        (k_new, v_new, q_v, out, cu_q, cu_k, cu_new, used_q, used_k, max_q, max_k, page_table, batches, leftpad) = rest[:14]
+        (k_new, v_new, q_v, out, cu_q, cu_k, cu_new, used_q, used_k, max_q, max_k, page_table, batches, leftpad) = rest[
+            :14
+        ]
         (_cos, _sin, _rotary, q_descale, k_descale, v_descale, scale, causal, left, right, chunk, softcap) = rest[14:26]
         given = (k_new, v_new, q_v, out, cu_new, used_q, used_k, page_table, batches, leftpad)
         assert all(x is None for x in given)
@@ -49,7 +51,9 @@ def register(flags: Mapping[str, bool]) -> None:
         if max_q is None or max_k is None:
             raise RuntimeError("max_seqlen_q must be provided if cu_seqlens_q is provided")
         scales, lengths = (q_descale, k_descale, v_descale), (cu_q, cu_k, max_q, max_k)
-        out, lse = flash.fp8_forward(q, k, v, scales, lengths, scale=scale, causal=causal, window=(left, right), softcap=softcap)
+        out, lse = flash.fp8_forward(
+            q, k, v, scales, lengths, scale=scale, causal=causal, window=(left, right), softcap=softcap
+        )
         return out, lse, None, None
 
     _library.define(_SCHEMA)

@@ -171,9 +171,7 @@ def varlen_bwd(
     for number, ((a, b), (c, d)) in enumerate(zip(_ranges(cu_q), _ranges(cu_k), strict=True)):
         kept = _kept(torch.Size((q.shape[1], b - a, d - c)), dropout, 0 if seed is None else int(seed[0]), number)
         seen = _seen(b - a, d - c, causal, (left, right))
-        parts = _backward(
-            grad[a:b], q[a:b], k[c:d], v[c:d], out[a:b], lse[:, a:b], kept, scale, softcap, seen
-        )
+        parts = _backward(grad[a:b], q[a:b], k[c:d], v[c:d], out[a:b], lse[:, a:b], kept, scale, softcap, seen)
         for x, part, ends in zip((dq, dk, dv), parts, ((a, b), (c, d), (c, d)), strict=True):
             x[slice(*ends)] = part.to(x.dtype)
     return [dq, dk, dv, torch.empty(q.shape[1], q.shape[0] + 128 * (cu_q.numel() - 1))]

@@ -78,7 +78,9 @@ def fetch(name: str) -> None:
             with tarfile.open(archive) as opened:
                 opened.extractall(folder_, filter="data")
             (root,) = (path for path in Path(folder_).iterdir() if path.is_dir())
-            shutil.copytree(root, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cutlass", "composable_kernel"))
+            shutil.copytree(
+                root, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cutlass", "composable_kernel")
+            )
     else:
         subprocess.run(
             [*pip, "install", "-q", "--no-deps", "--only-binary", ":all:", "--target", target, package.requirement],

@@ -54,9 +54,7 @@ def test_the_fake_has_the_signatures_of_the_library(name: str) -> None:
 
 
 @pytest.mark.parametrize("chip", ["sm80", "sm90", "rocm6"] if EVERYTHING else ["sm80"])
-def test_what_the_record_serves_the_library_serves(
-    chip: str, library: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_record_serves_the_library_serves(chip: str, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attn_2_cuda, "ignores_softcap", chip == "rocm6")
     asked = list(served(NAME, chip, thin=None if EVERYTHING else 2))
     assert len(asked) > 100
