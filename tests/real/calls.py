@@ -37,7 +37,7 @@ class Small:
 
 def small(need: Need) -> Small:
     """The call that a need describes, with lengths and a window that a CPU can afford."""
-    assert not (need.sinks or need.chunk or need.bias or need.sparse)
+    assert not any((need.sinks, need.chunk, need.bias, need.sparse))
     torch.manual_seed(0)
     S, T, D, H = LENGTH, LONGER if need.cross_lengths else LENGTH, need.head_dim or 64, need.heads or 8
     dtype, value_dim = getattr(torch, str(need.dtype)), need.value_dim or D

@@ -1,7 +1,7 @@
 """Stands in for ``torch.ops.fa3_fwd.fwd`` on a CPU, so that all of fa3-fwd 0.0.3 above it is the library's own.
 
-It refuses what the flags say that the library was built without (``fa3_fwd_config.py``) and what the checks of its binary
-say; inside is `tests.fakes.flash`.
+It refuses what the flags say that the library was built without (``fa3_fwd_config.py``) and what the checks of its
+binary say; inside is `tests.fakes.flash`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Stands in for ``flash_attn_2_cuda`` on a CPU, so that all of flash-attn 2.8.3 above it is the library's own.
 
-What it takes and refuses is what the checks of the C++ functions say (``csrc/flash_attn/flash_api.cpp``), in their order
-of arguments; inside is plain attention in float32, with the logsumexp, and the backward of it. What is looser: tensors
-are on a CPU, and float32 is served where `tests.fakes.flash.sharp` says so.
+What it takes and refuses is what the checks of the C++ functions say (``csrc/flash_attn/flash_api.cpp``), in their
+order of arguments; inside is plain attention in float32, with the logsumexp, and the backward of it. What is looser:
+tensors are on a CPU, and float32 is served where `tests.fakes.flash.sharp` says so.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from tests.fakes import flash
 
 compute_capability = (8, 0)
 ignores_softcap = False
-"""The CK kernels for AMD GPUs take a softcap and do not read it (``csrc/flash_attn_ck``: ``const float /*softcap*/``)."""
+"""The CK kernels for AMD GPUs take a softcap and do not read it (``csrc/flash_attn_ck/mha_fwd.cpp`` and its kin)."""
 deterministic_calls: list[bool] = []
 """The ``deterministic`` of each backward."""
 
@@ -132,8 +133,7 @@ def _backward(
 
 
 def _ranges(cu: torch.Tensor) -> Ends:
-    ends = cu.tolist()
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(cu.tolist()))
 
 
 def varlen_fwd(
@@ -141,7 +141,7 @@ def varlen_fwd(
     alibi: Any, max_q: int, max_k: int, dropout: float, scale: float, zero_tensors: bool, causal: bool,
     left: int, right: int, softcap: float, return_softmax: bool, generator: Any,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """``mha_varlen_fwd``: ``[total_q, H, D]``, logsumexp ``[H, total_q]``, the dropped weights, the state of the seed."""
+    """``mha_varlen_fwd``: ``[total_q, H, D]``, logsumexp ``[H, total_q]``, dropped weights, the seed."""
     assert out is seqused_k is leftpad_k is block_table is alibi is generator is None
     _check(q, {"key": k, "value": v}, softcap, dropout)
     _check_lengths(cu_q, cu_k, q, k, (max_q, max_k))

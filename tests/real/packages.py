@@ -68,12 +68,8 @@ def fetch(name: str) -> None:
         library = package.requirement.split("==")[0]
         with tempfile.TemporaryDirectory() as folder_:
             told = {**os.environ, "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}  # pip asks its setup.py for metadata
-            subprocess.run(
-                [*pip, "download", "-q", "--no-deps", "--no-binary", library, "--no-build-isolation", "-d", folder_]
-                + [package.requirement],
-                check=True,
-                env=told,
-            )
+            options = ["-q", "--no-deps", "--no-binary", library, "--no-build-isolation", "-d", folder_]
+            subprocess.run([*pip, "download", *options, package.requirement], check=True, env=told)
             (archive,) = Path(folder_).glob("*.tar.gz")
             with tarfile.open(archive) as opened:
                 opened.extractall(folder_, filter="data")
@@ -91,10 +87,10 @@ def fetch(name: str) -> None:
 
 def main() -> None:
     """Fetch what is absent."""
-    for name in PACKAGES:
+    for name, package in PACKAGES.items():
         if not is_there(name):
             fetch(name)
-        print(f"{PACKAGES[name].requirement}: {folder(name).relative_to(ROOT.parents[1])}")
+        print(f"{package.requirement}: {folder(name).relative_to(ROOT.parents[1])}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""fa3-fwd 0.0.3 as its authors wrote it, but for its operator: what our record of fp8 says yes to raises nothing there and
-is right (unrounded, as on the fake), and the models of the matrix run on it."""
+"""fa3-fwd 0.0.3 as its authors wrote it, but for its operator: what our record of fp8 says yes to raises nothing there
+and is right (unrounded, as on the fake), and the models of the matrix run on it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ CELLS = CELLS if EVERYTHING else [key for key in CELLS if cells.sampled(key)][::
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def library(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The library in the fake's place."""
     real = loading.fa3_fwd()
     monkeypatch.setattr(flash, "FlashAttention3Forward", real)
