@@ -89,6 +89,9 @@ FOUR_ON_BLACKWELL = dataclasses.replace(FOUR, max_head_dim=128, head_dim_pairs=f
 to the query heads' size, and (192, 192) is not among them."""
 
 
+_NO_ROOM = Refused("has no backward with dropout for it on this GPU", ("dropout", "gradient"), head_dims=(193, 256))
+"""It wants more than the 99 KB of shared memory there: nothing runs, and the gradients stay as they were allocated
+(flash-attn 2.8.3, ``flash_bwd_launch_template.h``)."""
 _TRITON = "ignores it: FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE has flash-attn run its Triton backend for AMD GPUs"
 _UNSET = "unset FLASH_ATTENTION_TRITON_AMD_ENABLE and install flash-attn with its CK kernels"
 ON_TRITON = dataclasses.replace(
@@ -113,6 +116,8 @@ def _capability_2(environment: Environment) -> Capability:
         served = ON_TRITON
     elif environment.device == "rocm":
         served = ON_CK
+    if environment.sm in (86, 89, 120, 121):
+        served = dataclasses.replace(served, refuses=(*served.refuses, _NO_ROOM))
     old = environment.has("flash_attn") and not environment.has("flash_attn", "2.4.1")
     return dataclasses.replace(served, softcap=environment.has("flash_attn", "2.6"), deterministic=not old)
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from axattn.backends.spans import one_head_dim, packed_call
 from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.environment import Environment
-from axattn.errors import Reason
+from axattn.errors import BackendUnavailableError, Reason
 from axattn.hf.integrations import fp8_quantiser
 from axattn.layouts import Layout
 from axattn.options import Option, one_of
@@ -202,12 +203,19 @@ def varlen_function() -> Callable[..., Any]:
 
     Raises:
         ImportError: it is broken (the planner has checked that it is there).
+        BackendUnavailableError: it returns no logsumexp.
     """
     own = Environment.current().has("flash_attn_3")
     if not own:
         _load_cuda_runtime()
     name = "flash_attn_interface" if own else "fa3_fwd_interface"
     function: Callable[..., Any] = importlib.import_module(name).flash_attn_varlen_func
+    if "return_attn_probs" not in inspect.signature(function).parameters:  # hopper/ as of flash-attn 2.8.3
+        raise BackendUnavailableError(
+            "fp8 can't run on this build of FlashAttention 3",
+            [Reason("version", f"{name} returns no logsumexp, which a gradient needs")],
+            "Build hopper/ of a newer flash-attention, or take it away and pip install fa3-fwd.",
+        )
     return function
 
 
