@@ -38,7 +38,7 @@ oldest: $(OLDEST_READY)
 	    post_import.py segments.py masks.py interface.py door.py loading.py needs.py planning.py training.py s2.py flash.py \
 	    fp8.py ranking.py compiled.py numbering.py numbered.py mixing.py pooling.py losses.py probes.py rope.py recurrent.py \
 	    token_dropout.py bad_input.py exporting.py paged_steps.py packed_caches.py picks.py padding.py padding_read.py \
-	    config_copies.py foreign_hooks.py) tests/conformance tests/census tests/e2e
+	    config_copies.py foreign_hooks.py determinism.py) tests/conformance tests/census tests/e2e
 
 # The newest of Transformers and its neighbours that the registry serves, unconstrained, in an environment of its own:
 # what a nightly job runs, and what a maintainer runs first when a new Transformers comes out (docs/new-transformers.md).
@@ -66,10 +66,12 @@ nightly: newest $(READY)
 	$(MAKE) upstream
 	$(MAKE) real-kernels
 
-# What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice).
+# What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice). What is not
+# installed is fetched into build/real (40 MB, pinned).
 real-kernels: $(READY)
+	$(BIN)/python -m tests.real.packages
 	$(BIN)/python -m tests.real.xformers_dispatch
-	AXATTN_REAL=all $(BIN)/python -m pytest -q tests/real/test_sageattention.py
+	AXATTN_REAL=all $(BIN)/python -m pytest -n 2 -q tests/real
 	$(MAKE) real-fa4
 
 # Transformers' own tests on `auto`, from its source package (kept in build/, which git ignores); UPSTREAM="--source FOLDER"

@@ -37,6 +37,7 @@ class Need:
         segments: several documents in one row.
         cross_lengths: q_len differs from kv_len (decoding, cross attention).
         gradient: gradients of q, k and v are asked for.
+        deterministic: gradients that are the same to the bit each time are asked for (`axattn.determinism`).
         weights: the attention probabilities are asked for (``output_attentions``).
         traced: the call is inside a graph that ``torch.compile`` traces, with a mask that only a tensor describes.
         dtype: ``"float32"``, ``"bfloat16"``, ...; None when not known.
@@ -61,6 +62,7 @@ class Need:
     segments: bool = False
     cross_lengths: bool = False
     gradient: bool = False
+    deterministic: bool = False
     weights: bool = False
     traced: bool = False
     dtype: str | None = None
@@ -189,6 +191,7 @@ class Capability:
     segments: bool = False
     cross_lengths: bool = False
     gradient: bool = False
+    deterministic: bool = False
     second_gradient: bool = False
     weights: bool = False
     traced: bool = False
@@ -214,6 +217,7 @@ _FLAGS: dict[str, str] = {
     "segments": "no packed documents",
     "cross_lengths": "no q_len different from kv_len",
     "gradient": "no gradient",
+    "deterministic": "no deterministic gradient",
     "weights": "no attention weights to return",
     "traced": "no form for compiled graphs",
 }

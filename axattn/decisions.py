@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from axattn import determinism
 from axattn.backends.base import Backend
 from axattn.call import AttentionCall
 from axattn.capability import Need
@@ -41,6 +42,7 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
             )
     if is_tracing():  # a memo read while tracing would be a guard, and each call a new graph
         return route.choose(need_of(call, sparse))
+    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     fingerprint = (
         kind,
         query.shape[1],
@@ -60,11 +62,15 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
         call.bias is None,
         sparse,
         call.want_weights,
-        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        gradient,
+        gradient and torch.are_deterministic_algorithms_enabled(),
+        gradient and determinism.asked(call.extras.get("deterministic")),
     )
     backend = route.decisions.get(fingerprint)
     if backend is None:
-        backend = route.choose(need_of(call, sparse))
+        need = need_of(call, sparse)
+        backend = route.choose(need)
+        determinism.warn_if_lacking(backend, route.kernels[backend.name][1], need)
         route.decisions[fingerprint] = backend
     return backend
 
@@ -82,6 +88,7 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
         window, dense = None, True
     if window is not None and window >= key.shape[2]:
         window = None
+    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     return Need(
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
@@ -102,7 +109,8 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
         segments=segments,
         traced=isinstance(mask, LazyMask) and is_tracing() and mask.plain is None,
         cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # a symbol while tracing
-        gradient=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        gradient=gradient,
+        deterministic=gradient and determinism.asked(call.extras.get("deterministic")),
         dtype=str(query.dtype).removeprefix("torch."),
         device=query.device.type,
     )

@@ -28,6 +28,7 @@ class KernelDiagnosis:
         packing: whether documents of a row stay apart, and on what condition (`axattn.backends.packs`).
         reasons: why it can't run here; empty when it can.
         hub: the hub kernel, with its revision, that Transformers runs in the place of its library; ``""`` for none.
+        notice: what to know of it here, ``""`` for nothing.
     """
 
     name: str
@@ -37,6 +38,7 @@ class KernelDiagnosis:
     packing: Packs
     reasons: tuple[Reason, ...]
     hub: str = ""
+    notice: str = ""
 
     @property
     def usable(self) -> bool:
@@ -71,6 +73,7 @@ class Diagnosis:
                     "packs": kernel.packs,
                     "packing": kernel.packing,
                     "hub": kernel.hub,
+                    "notice": kernel.notice,
                     "reasons": [{"feature": r.feature, "text": r.text, "fix": r.fix} for r in kernel.reasons],
                 }
                 for kernel in self.kernels
@@ -110,11 +113,12 @@ def diagnose(environment: Environment | str | None = None) -> Diagnosis:
         if kernel is None and not reasons and device not in backend.capability_on(machine).devices:
             reasons.append(Reason("gpu", f"{name} does not run on {device}"))
         exact = backend.capability.exactness == "exact"
+        said = backend.notice(machine) if backend.notice is not None and not reasons else ""
         hub = "" if kernel is None or reasons else str(kernel)
-        found.append(dataclasses.replace(_kernel(name, backend.summary, exact, tuple(reasons)), hub=hub))
+        found.append(dataclasses.replace(_kernel(name, backend.summary, exact, tuple(reasons), said), hub=hub))
     checked = contracts.findings() if environment is None and importlib.util.find_spec("transformers") else []
     return Diagnosis(machine, tuple(found), tuple(checked))
 
 
-def _kernel(name: str, summary: str, exact: bool, reasons: tuple[Reason, ...]) -> KernelDiagnosis:
-    return KernelDiagnosis(name, summary, exact, backends.supports_packing(name), backends.packs(name), reasons)
+def _kernel(name: str, summary: str, exact: bool, reasons: tuple[Reason, ...], notice: str = "") -> KernelDiagnosis:
+    return KernelDiagnosis(name, summary, exact, backends.supports_packing(name), backends.packs(name), reasons, notice)

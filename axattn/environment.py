@@ -32,6 +32,7 @@ _DISTRIBUTIONS: dict[str, str] = {
     "nvidia_cutlass_dsl": "nvidia-cutlass-dsl",
     "quack_kernels": "quack-kernels",
     "cuda_runtime_12": "nvidia-cuda-runtime-cu12",
+    "cuda_runtime_13": "nvidia-cuda-runtime",
 }
 _EXTRA_MODULES: dict[str, str] = {"flash_attn_3": "flash_attn_interface"}
 """Libraries that some builds ship as a bare module, with no distribution under the usual name."""
@@ -54,6 +55,9 @@ class Environment:
         flash_attn_4_shadowed: another package's files lie over ``flash_attn/cute`` of flash-attn-4.
         hub_offline: the hub is not to be asked (``HF_HUB_OFFLINE``).
         hub_cached: the known hub kernels that are cached, as ``org/name@revision``; ``org/name@*`` for local folders.
+        flash_attn_triton: flash-attn runs its Triton backend (``FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE``).
+        gfx: architecture of the first AMD GPU (``"gfx942"``), else None.
+        torch_flash: whether torch's own flash kernels take calls on an AMD GPU; None elsewhere, or where not known.
     """
 
     device: str = "cpu"
@@ -68,6 +72,9 @@ class Environment:
     flash_attn_4_shadowed: bool = False
     hub_offline: bool = False
     hub_cached: frozenset[str] = frozenset()
+    flash_attn_triton: bool = False
+    gfx: str | None = None
+    torch_flash: bool | None = None
 
     def has(self, library: str, minimum: str | None = None) -> bool:
         """Whether `library` (a key of `libraries`) is installed, at `minimum` or newer. Local suffixes are ignored."""
@@ -101,7 +108,7 @@ class Environment:
         if self.device == "cuda":
             return f"{self.gpu or 'NVIDIA GPU'} (sm{self.sm}, CUDA {self.cuda})"
         if self.device == "rocm":
-            return f"{self.gpu or 'AMD GPU'} (ROCm {self.rocm})"
+            return f"{self.gpu or 'AMD GPU'} ({f'{self.gfx}, ' if self.gfx else ''}ROCm {self.rocm})"
         return {"cpu": "CPU, no GPU"}.get(self.device, self.device.upper())
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +126,9 @@ class Environment:
             "flash_attn_4_shadowed": self.flash_attn_4_shadowed,
             "hub_offline": self.hub_offline,
             "hub_cached": sorted(self.hub_cached),
+            "flash_attn_triton": self.flash_attn_triton,
+            "gfx": self.gfx,
+            "torch_flash": self.torch_flash,
         }
 
     @classmethod
@@ -144,6 +154,9 @@ class Environment:
             flash_attn_4_shadowed=bool(value.get("flash_attn_4_shadowed")),
             hub_offline=bool(value.get("hub_offline")),
             hub_cached=frozenset(map(str, value.get("hub_cached") or ())),
+            flash_attn_triton=bool(value.get("flash_attn_triton")),
+            gfx=value.get("gfx"),
+            torch_flash=value.get("torch_flash"),
         )
 
     @classmethod
@@ -155,7 +168,7 @@ class Environment:
 @functools.cache
 def _probe() -> Environment:
     libraries = {key: version for key in _DISTRIBUTIONS if (version := _installed_version(key)) is not None}
-    device, architecture, gpu, gpus, cuda, rocm = "cpu", None, None, 0, None, None
+    device, architecture, gpu, gpus, cuda, rocm, gfx, torch_flash = "cpu", None, None, 0, None, None, None, None
     if "torch" in libraries:
         import torch
 
@@ -164,6 +177,8 @@ def _probe() -> Environment:
             device, gpus = ("rocm" if rocm else "cuda"), torch.cuda.device_count()
             gpu = torch.cuda.get_device_name(0)
             architecture = None if rocm else torch.cuda.get_device_capability(0)
+            if rocm:
+                gfx, torch_flash = torch.cuda.get_device_properties(0).gcnArchName.split(":")[0], _torch_flash()
         else:
             device = next((name for name in ("npu", "xpu", "mps") if _torch_device_available(name)), "cpu")
     return Environment(
@@ -177,8 +192,26 @@ def _probe() -> Environment:
         triton_interpret=os.environ.get("TRITON_INTERPRET") == "1",
         flash_attn_4_shadowed="flash_attn_4" in libraries
         and files_differ("flash-attn-4", "flash_attn/cute/__init__.py"),
+        flash_attn_triton=os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE") == "TRUE",  # read by flash-attn, so spelt
+        gfx=gfx,
+        torch_flash=torch_flash,
         **_hub(libraries),
     )
+
+
+def _torch_flash() -> bool | None:
+    """Whether ``F.scaled_dot_product_attention`` takes its flash kernel on this GPU, asked of torch; None where the
+    user has switched that kernel off.
+
+    On AMD GPUs that AOTriton serves experimentally it does not, unless ``TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1``.
+    """
+    import torch
+    from torch.backends import cuda
+
+    if not cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]  # torch's has no types
+        return None
+    x = torch.empty(1, 1, 16, 64, dtype=torch.float16, device="cuda")
+    return bool(cuda.can_use_flash_attention(cuda.SDPAParams(x, x, x, None, 0.0, False, False)))
 
 
 def _hub(libraries: Mapping[str, str]) -> dict[str, Any]:

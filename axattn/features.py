@@ -46,6 +46,7 @@ _LABELS = {
     "segments": "packed documents, called by axattn",
     "cross_lengths": "decoding, cross-attention",
     "gradient": "gradient",
+    "deterministic": "deterministic gradient (`torch.use_deterministic_algorithms`)",
     "second_gradient": "its own gradient (`create_graph=True`)",
     "weights": "attention weights",
     "traced": "inside `torch.compile`",

@@ -162,7 +162,8 @@ def run(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
     assert backend.forward is not None
     if backend.spans and is_tracing():
         call.ran = backend.name if call.module.training or not backend.evaluates else backend.evaluates
-        return over_documents(call, call.ran, route.options_json)
+        repeats = bool(call.extras.get("deterministic"))
+        return over_documents(call, call.ran, route.options_json_deterministic if repeats else route.options_json)
     return backend.forward(call)
 
 

@@ -42,6 +42,7 @@ class Route:
         plain: the same for plain calls (see `axattn.interface`): the name of the backend, by a smaller key.
         options: the user's ``kernel_options``.
         options_json: the same as text, for operators of compiled graphs.
+        options_json_deterministic: the same for a layer whose keyword asks for a deterministic gradient.
     """
 
     asked: str
@@ -55,9 +56,11 @@ class Route:
     options: Mapping[str, Any] = field(default_factory=dict)
     kernels: dict[str, tuple[Backend, Capability]] = field(init=False, repr=False)
     options_json: str = field(init=False, repr=False)
+    options_json_deterministic: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.options_json = json.dumps(dict(self.options))  # torch.compile can't trace it
+        self.options_json_deterministic = json.dumps({**self.options, "deterministic": True})
         machine, found = Environment.current(), [backends.get(name) for name in self.candidates]
         self.kernels = {backend.name: (backend, backend.capability_on(machine)) for backend in found}
 

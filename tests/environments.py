@@ -14,6 +14,7 @@ LIBRARIES = {
     "quack_kernels": "0.6.5",
     "xformers": "0.0.35",
     "cuda_runtime_12": "12.8.90",
+    "cuda_runtime_13": "13.0.96",
     "sageattention": "1.0.6",
     "triton": "3.7.1",
     "torchao": "0.18.0",

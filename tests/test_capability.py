@@ -27,6 +27,7 @@ ASKED = {
     "segments": True,
     "cross_lengths": True,
     "gradient": True,
+    "deterministic": True,
     "weights": True,
 }
 

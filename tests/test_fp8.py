@@ -289,7 +289,7 @@ def test_the_cache_is_off_in_the_config_and_comes_back(unrounded: None) -> None:
 def test_a_library_that_fails_is_named_and_the_model_can_go_on(
     unrounded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any, **__: Any) -> Any:
+    def broken(*_: Any, return_attn_probs: bool = False, **__: Any) -> Any:
         raise RuntimeError("no kernel image is available")
 
     module = types.ModuleType("fa3_fwd_interface")
@@ -301,6 +301,17 @@ def test_a_library_that_fails_is_named_and_the_model_can_go_on(
         model(tokens(1, 8))
     axattn.apply(model, "auto")
     assert model(tokens(1, 8)).logits.isfinite().all()
+
+
+def test_a_build_that_returns_no_logsumexp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of flash-attn 2.8.3, whose hopper/ has no ``return_attn_probs``."""
+    with hopper("fp8"):
+        older = types.ModuleType("fa3_fwd_interface")
+        older.flash_attn_varlen_func = lambda q, k, v, cu_seqlens_q=None: q  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, older.__name__, older)
+        model = axattn.apply(build("llama").bfloat16(), "fp8")
+        with pytest.raises(BackendUnavailableError, match="returns no logsumexp"):
+            model(tokens(1, 8))
 
 
 # ---- the fake itself ------------------------------------------------------------------------------------

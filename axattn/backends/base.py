@@ -34,6 +34,7 @@ TORCH_KERNEL = Capability(
     segments=True,
     cross_lengths=True,
     gradient=True,
+    deterministic=True,
     traced=True,
 )
 """What all of torch's own kernels serve, called by axattn; each adds what it has beyond."""
@@ -55,6 +56,7 @@ QUANTISED = Capability(
     segments=True,
     cross_lengths=True,
     gradient=True,
+    deterministic=True,
     traced=True,
     refuses=(Refused("serves it in inference only", ("softcap", "gradient")),),  # torch's flash backward has none
 )

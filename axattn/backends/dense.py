@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable, keep_nan
 from axattn.backends.selection import only_selected, selected
 from axattn.call import AttentionCall
+from axattn.environment import Environment
 from axattn.masks import LazyMask
 
 CAPABILITY = dataclasses.replace(
@@ -55,6 +56,20 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
     return keep_nan(out.transpose(1, 2), query)
 
 
+def notice(environment: Environment) -> str:
+    """What to say where ``F.scaled_dot_product_attention`` has no kernel but its MATH one: S x S in memory."""
+    if environment.device != "rocm" or environment.torch_flash:
+        return ""
+    if environment.torch_flash is None:
+        known = "other than gfx90a, gfx942 and gfx950 (from torch 2.13 on gfx1100 and gfx1201 too)"
+        return f"on AMD GPUs {known} torch runs its MATH kernel, S x S in memory, unless {_EXPERIMENTAL} is set"
+    text = f"torch's flash kernel does not run on {environment.gfx}, its MATH kernel does: S x S in memory"
+    return f"{text}. {_EXPERIMENTAL}, set before Python starts, mends it where torch's AOTriton knows this GPU"
+
+
+_EXPERIMENTAL = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1"
+
+
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
@@ -66,4 +81,6 @@ def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torc
     return bias + mask
 
 
-BACKENDS = (Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa, plain=True),)
+BACKENDS = (
+    Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa, plain=True, notice=notice),
+)

@@ -29,6 +29,7 @@ _COMMON = Capability(
     segments=True,
     cross_lengths=True,
     gradient=True,
+    deterministic=True,
 )
 _FLOORS_4 = (("nvidia_cutlass_dsl", "nvidia-cutlass-dsl", "4.6.2"), ("quack_kernels", "quack-kernels", "0.5.3"))
 """From the metadata of flash-attn-4 4.0.0b36."""
@@ -70,7 +71,18 @@ def _probe_4(environment: Environment) -> list[Reason]:
     return reasons
 
 
-TWO = dataclasses.replace(_COMMON, dropout=True, traced=True, notes={"softcap": "from flash-attn 2.6 on"})
+TWO = dataclasses.replace(
+    _COMMON,
+    dropout=True,
+    traced=True,
+    refuses=(Refused("serves no dropout under a softcap", ("softcap", "dropout")),),
+    notes={"softcap": "from flash-attn 2.6 on; not on AMD GPUs"},
+)
+THREE = dataclasses.replace(
+    _COMMON,
+    traced=True,
+    refuses=(Refused("takes deterministic=True, and not every build of hopper/ follows it", ("deterministic",)),),
+)
 FOUR = dataclasses.replace(_COMMON, sinks=True)
 FOUR_ON_BLACKWELL = dataclasses.replace(
     FOUR,
@@ -88,15 +100,46 @@ FOUR_ON_SM120 = dataclasses.replace(
     FOUR,
     max_head_dim=192,
     sinks=False,
+    deterministic=False,
     refuses=(Refused("wants more than sm120's 99 KiB of shared memory there", ("gradient",), head_dims=(161, 192)),),
 )
 """The same on sm120 and sm121: Ampere's kernels (``flash_fwd.py``, ``flash_bwd.py``), which have no sinks. Their tiles
 are fixed and nobody asks their ``can_implement``, which forgets the scores besides. The forward pads heads to multiples
-of 16 and fits up to 192; the backward to multiples of 32, fits at 160 and wants 115,712 of 101,376 bytes at 192."""
+of 16 and fits up to 192; the backward to multiples of 32, fits at 160 and wants 115,712 of 101,376 bytes at 192.
+It asserts that no deterministic one is asked for."""
+
+
+_NO_ROOM = Refused("has no backward with dropout for it on this GPU", ("dropout", "gradient"), head_dims=(193, 256))
+"""It wants more than the 99 KB of shared memory there: nothing runs, and the gradients stay as they were allocated
+(flash-attn 2.8.3, ``flash_bwd_launch_template.h``)."""
+_TRITON = "ignores it: FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE has flash-attn run its Triton backend for AMD GPUs"
+_UNSET = "unset FLASH_ATTENTION_TRITON_AMD_ENABLE and install flash-attn with its CK kernels"
+ON_TRITON = dataclasses.replace(
+    TWO,
+    refuses=(
+        Refused(_TRITON, ("window",), fix=_UNSET),
+        Refused(_TRITON, ("softcap",)),
+        Refused(f"{_TRITON}, which drops the same weights in every call", ("dropout",), fix=_UNSET),
+    ),
+)
+"""flash-attn 2.8.3 (``flash_attn_triton_amd/interface_fa.py``): window and softcap are printed and not used, and
+the seed of the dropout is a constant."""
+ON_CK = dataclasses.replace(
+    TWO, refuses=(Refused("ignores it: flash-attn's CK kernels for AMD GPUs have none", ("softcap",)),)
+)
+"""flash-attn 2.8.3 (``csrc/flash_attn_ck/mha_*.cpp``): no function of it reads its softcap."""
 
 
 def _capability_2(environment: Environment) -> Capability:
-    return TWO if environment.has("flash_attn", "2.6") else dataclasses.replace(TWO, softcap=False)
+    served = TWO
+    if environment.flash_attn_triton:
+        served = ON_TRITON
+    elif environment.device == "rocm":
+        served = ON_CK
+    if environment.sm in (86, 89, 120, 121):
+        served = dataclasses.replace(served, refuses=(*served.refuses, _NO_ROOM))
+    old = environment.has("flash_attn") and not environment.has("flash_attn", "2.4.1")
+    return dataclasses.replace(served, softcap=environment.has("flash_attn", "2.6"), deterministic=not old)
 
 
 def _capability_4(environment: Environment) -> Capability:
@@ -118,7 +161,7 @@ BACKENDS = (
     Backend(
         "flash_attention_3",
         "FlashAttention 3, run by Transformers",
-        dataclasses.replace(_COMMON, traced=True),
+        THREE,
         _probe_3,
         flash_3,
         install=_INSTALL[3],

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from axattn import determinism
 from axattn.backends.spans import one_head_dim, packed_call
 from axattn.call import AttentionCall
 from axattn.layouts import Layout, Span
@@ -30,6 +32,12 @@ def varlen_function(version: int) -> Callable[..., Any]:
     """
     function: Callable[..., Any] = importlib.import_module(_MODULES[version]).flash_attn_varlen_func
     return function
+
+
+@functools.cache
+def takes_deterministic(version: int) -> bool:
+    """Whether ``deterministic`` is among its arguments: from flash-attn 2.4.1 on."""
+    return "deterministic" in inspect.signature(varlen_function(version)).parameters
 
 
 def flash_2(call: AttentionCall) -> torch.Tensor:
@@ -59,6 +67,8 @@ def _call(call: AttentionCall, version: int, options: dict[str, Any], unlimited:
     function = varlen_function(version)
     left = unlimited if layout.window is None else layout.window - 1
     window = (left, (unlimited if layout.window is None else 0) if layout.causal else left)
+    if determinism.wanted(call.extras.get("deterministic")) and takes_deterministic(version):
+        options["deterministic"] = True
 
     def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
         out = function(

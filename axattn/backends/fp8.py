@@ -9,10 +9,14 @@ gradients 3 %; with ``backward="exact"`` gradients 0.5 %, which is bf16's own. A
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import importlib
+import importlib.util
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +31,7 @@ from axattn.backends.spans import one_head_dim, packed_call
 from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.environment import Environment
-from axattn.errors import Reason
+from axattn.errors import BackendUnavailableError, Reason
 from axattn.hf.integrations import fp8_quantiser
 from axattn.layouts import Layout
 from axattn.options import Option, one_of
@@ -199,10 +203,31 @@ def varlen_function() -> Callable[..., Any]:
 
     Raises:
         ImportError: it is broken (the planner has checked that it is there).
+        BackendUnavailableError: it returns no logsumexp.
     """
-    name = "flash_attn_interface" if Environment.current().has("flash_attn_3") else "fa3_fwd_interface"
+    own = Environment.current().has("flash_attn_3")
+    if not own:
+        _load_cuda_runtime()
+    name = "flash_attn_interface" if own else "fa3_fwd_interface"
     function: Callable[..., Any] = importlib.import_module(name).flash_attn_varlen_func
+    if "return_attn_probs" not in inspect.signature(function).parameters:  # hopper/ as of flash-attn 2.8.3
+        raise BackendUnavailableError(
+            "fp8 can't run on this build of FlashAttention 3",
+            [Reason("version", f"{name} returns no logsumexp, which a gradient needs")],
+            "Build hopper/ of a newer flash-attention, or take it away and pip install fa3-fwd.",
+        )
     return function
+
+
+def _load_cuda_runtime() -> None:
+    """Load CUDA 13's runtime, which fa3-fwd is linked against, where it is installed beside a torch for CUDA 12."""
+    if (torch.version.cuda or "").startswith("13") or importlib.util.find_spec("nvidia") is None:
+        return
+    spec = importlib.util.find_spec("nvidia.cu13")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        library = Path(folder) / "lib" / "libcudart.so.13"
+        if library.exists():
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def probe(environment: Environment) -> list[Reason]:
@@ -217,6 +242,12 @@ def probe(environment: Environment) -> list[Reason]:
     if not environment.has("flash_attn_3") and not environment.has("fa3_fwd"):
         text = "FlashAttention 3 (flash-attn-3 or fa3-fwd) is not installed"
         reasons.append(Reason("library", text, "pip install fa3-fwd"))
+    elif not environment.has("flash_attn_3"):
+        found = environment.cuda or ""
+        if found and not found.startswith("13") and not environment.has("cuda_runtime_13"):
+            text = f"fa3-fwd 0.0.3 is built for CUDA 13 (libcudart.so.13) and torch for {found}"
+            fix = "pip install nvidia-cuda-runtime, or install a torch build for CUDA 13"
+            reasons.append(Reason("library", text, fix))
     return reasons
 
 

@@ -82,6 +82,7 @@ _FLASH = Capability(
     segments=True,
     cross_lengths=True,
     gradient=True,
+    deterministic=True,
 )
 _SINKS = (
     Refused("gives the sinks no gradient", ("sinks", "gradient")),
@@ -173,7 +174,11 @@ FLASH: Mapping[str, HubKernel] = {
         {"cuda": _FLASH_4},
         "flash-attn4/: interface.py",
         # (192, 128) on sm100 too, but Transformers widens values to the query heads' size
-        narrower={10: {"max_head_dim": 128}, 11: {"max_head_dim": 128}, 12: {"max_head_dim": 128, "sinks": False}},
+        narrower={
+            10: {"max_head_dim": 128},
+            11: {"max_head_dim": 128},
+            12: {"max_head_dim": 128, "sinks": False, "deterministic": False},
+        },
         sms=(90, 129),
         packages={"nvidia_cutlass_dsl": "nvidia-cutlass-dsl"},
     ),

@@ -31,7 +31,7 @@ class Inside:
         scale: factor on the logits.
         softcap: see `axattn.capability.Need`.
         kernel: the backend's name.
-        options: the user's ``kernel_options`` as JSON.
+        options: the user's ``kernel_options`` as JSON; beside them ``deterministic``, of `axattn.determinism`.
         rule: makes the dense mask, for padding with holes.
     """
 
@@ -86,11 +86,12 @@ class Inside:
 
     def _call(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionCall:
         causal = self.mask.pattern is None or self.mask.pattern.causal
-        extras: dict[str, object] = {}
+        options = json.loads(self.options)
+        extras: dict[str, object] = {"deterministic": True} if options.pop("deterministic", False) else {}
         call = AttentionCall(
             _NONE, query, key, value, self.mask, causal, None, self.scale, 0.0, self.softcap, None, None, extras
         )
-        call.options = json.loads(self.options)
+        call.options = options
         return call
 
     def _passes(self, call: AttentionCall) -> Passes | None:

@@ -44,6 +44,7 @@ CAPABILITY = Capability(
     padding=True,
     cross_lengths=True,
     gradient=True,
+    deterministic=True,
     traced=True,
     notes={"": "deprecated; LLaMA only; sparse in training, full attention in evaluation"},
 )

@@ -51,6 +51,7 @@ LIBRARY = Capability(
     segments=True,
     cross_lengths=True,  # decoding, which runs on varlen; more queries than one are refused in `_library_call`
     gradient=True,
+    deterministic=True,
     traced=True,
     notes={"": "causal self-attention; backward makes the exact output again; decoding runs on varlen, exactly"},
 )

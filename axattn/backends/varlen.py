@@ -61,6 +61,7 @@ BACKENDS = (
         always_usable,
         varlen,
         plain=True,
+        notice=dense.notice,
         passes=passes,
     ),
 )

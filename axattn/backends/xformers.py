@@ -30,6 +30,7 @@ from axattn.layouts import Layout
 _INSTALL = "pip install xformers"
 _BOTH_WAYS = ("window", "bidirectional")
 _NO_BACKWARD = "has no backward for it: its memory-efficient kernel refuses windows there"
+_VARIES = "runs FlashAttention's backward there, and asks it for no deterministic one"
 _ONE_WAY = "has windows to both sides in FlashAttention alone, which does not run there"
 CAPABILITY = Capability(
     devices=frozenset({"cuda"}),
@@ -47,12 +48,14 @@ CAPABILITY = Capability(
     segments=True,
     cross_lengths=True,
     gradient=True,
+    deterministic=True,
     traced=True,
     refuses=(
         Refused(_NO_BACKWARD, ("window", "gradient"), dtypes=frozenset({"float32"})),
         Refused(_NO_BACKWARD, ("window", "gradient"), dtypes=HALVES, head_dims=(257, None)),
         Refused(_ONE_WAY, _BOTH_WAYS, dtypes=frozenset({"float32"})),
         Refused(_ONE_WAY, _BOTH_WAYS, dtypes=HALVES, head_dims=(257, None)),
+        Refused(_VARIES, ("deterministic",), dtypes=HALVES, head_dims=(1, 256)),
     ),
     notes={
         "window": "on encoders (both ways) one call a document",
@@ -66,7 +69,9 @@ _BEFORE_AMPERE = dataclasses.replace(
     dtypes=frozenset({"float16", "float32"}),
     refuses=(Refused(_NO_BACKWARD, ("window", "gradient")), Refused(_ONE_WAY, _BOTH_WAYS)),
 )
-_AFTER_HOPPER = dataclasses.replace(CAPABILITY, dtypes=HALVES, max_head_dim=256, refuses=())
+_AFTER_HOPPER = dataclasses.replace(
+    CAPABILITY, dtypes=HALVES, max_head_dim=256, refuses=(Refused(_VARIES, ("deterministic",)),)
+)
 """Its memory-efficient operator stops at sm90."""
 
 

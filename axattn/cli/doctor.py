@@ -65,9 +65,9 @@ def _print_table(found: Diagnosis) -> None:
     console = Console()
     libraries = ", ".join(f"{name} {version}" for name, version in found.environment.libraries.items())
     console.print(f"[bold]{found.environment.describe()}[/bold]; Python {found.environment.python}; {libraries}")
-    table = Table("kernel", "runs here", "exact", "packs", "why not, and what mends it")
+    table = Table("kernel", "runs here", "exact", "packs", "why not, and what mends it; what to know")
     for kernel in found.kernels:
-        why = "\n".join(r.text + (f"\n  → {r.fix}" if r.fix else "") for r in kernel.reasons)
+        why = "\n".join(r.text + (f"\n  → {r.fix}" if r.fix else "") for r in kernel.reasons) or kernel.notice
         if kernel.hub:
             why = f"as the hub kernel {kernel.hub}, for whole models: its library is not installed"
         runs = "[green]yes[/green]" if kernel.usable else "[red]no[/red]"

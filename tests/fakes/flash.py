@@ -16,6 +16,8 @@ import torch
 _sharp = False
 calls: list[str] = []
 """Names of the kernels called, in order."""
+repeats: list[bool] = []
+"""The ``deterministic`` of each call of FlashAttention 2, 3 and 4."""
 
 
 @contextlib.contextmanager
@@ -27,6 +29,11 @@ def sharp() -> Iterator[None]:
         yield
     finally:
         _sharp = False
+
+
+def is_sharp() -> bool:
+    """Whether float32 is served."""
+    return _sharp
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, same_value_dim: bool = True) -> None:
@@ -126,6 +133,11 @@ def _varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any
     return torch.cat([done, out[done.shape[0] :]])
 
 
+def _no_dropout_under_a_softcap(softcap: float, dropout: float) -> None:
+    if softcap and dropout:
+        raise RuntimeError("Softcapping does not support dropout for now")
+
+
 class FlashAttention2:
     """``flash_attn`` 2.8.3."""
 
@@ -147,7 +159,9 @@ class FlashAttention2:
     ) -> torch.Tensor:
         """``[B, S, H, D]`` → ``[B, S, H, D]``."""
         calls.append("flash_attention_2")
+        repeats.append(deterministic)
         _check(q, k, v)
+        _no_dropout_under_a_softcap(softcap, dropout_p)
         options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
         return torch.stack([_one(a, b, c, dropout=dropout_p, **options) for a, b, c in zip(q, k, v, strict=True)])
 
@@ -172,7 +186,9 @@ class FlashAttention2:
     ) -> torch.Tensor:
         """``[tokens, H, D]`` → ``[tokens, H, D]``."""
         calls.append("flash_attention_2")
+        repeats.append(deterministic)
         _check(q, k, v)
+        _no_dropout_under_a_softcap(softcap, dropout_p)
         options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return _varlen(q, k, v, *lengths, dropout=dropout_p, **options)
@@ -208,6 +224,7 @@ class FlashAttention3:
     ) -> torch.Tensor:
         """``[B, S, H, D]`` → ``[B, S, H, D]``."""
         calls.append("flash_attention_3")
+        repeats.append(deterministic)
         _check(q, k, v)
         options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
         return torch.stack([_one(a, b, c, **options) for a, b, c in zip(q, k, v, strict=True)])
@@ -242,9 +259,10 @@ class FlashAttention3:
         options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
         if q_descale is not None:
             lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-            out, lse = _fp8(q, k, v, (q_descale, k_descale, v_descale), lengths, **options)
+            out, lse = fp8_forward(q, k, v, (q_descale, k_descale, v_descale), lengths, **options)
             return (out, lse) if return_attn_probs else out
         calls.append("flash_attention_3")
+        repeats.append(deterministic)
         _check(q, k, v)
         return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
 
@@ -288,11 +306,11 @@ class FlashAttention3Forward:
             raise RuntimeError("This flash attention build does not support local attention.")
         scales, lengths = (q_descale, k_descale, v_descale), (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         options = {"scale": softmax_scale, "causal": causal, "window": (-1, -1), "softcap": softcap}
-        out, lse = _fp8(q, k, v, scales, lengths, **options)
+        out, lse = fp8_forward(q, k, v, scales, lengths, **options)
         return (out, lse) if return_attn_probs else out
 
 
-def _fp8(q: Any, k: Any, v: Any, scales: Any, lengths: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def fp8_forward(q: Any, k: Any, v: Any, scales: Any, lengths: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashAttention 3 on e4m3: bf16 ``[tokens, H, D]`` and the logsumexp ``[H, tokens]``."""
     calls.append("fp8")
     if q.dtype != torch.float8_e4m3fn and not (_sharp and q.dtype == torch.float32):
@@ -336,6 +354,7 @@ class FlashAttention4:
     ) -> tuple[torch.Tensor, None]:
         """``[B, S, H, D]`` → ``([B, S, H, D], lse)``."""
         calls.append("flash_attention_4")
+        repeats.append(deterministic)
         options = _options_4(q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap)
         return torch.stack([_one(a, b, c, **options) for a, b, c in zip(q, k, v, strict=True)]), None
 
@@ -362,6 +381,7 @@ class FlashAttention4:
     ) -> tuple[torch.Tensor, None]:
         """``[tokens, H, D]`` → ``([tokens, H, D], lse)``."""
         calls.append("flash_attention_4")
+        repeats.append(deterministic)
         if not isinstance(max_seqlen_q, int) or not isinstance(max_seqlen_k, int):
             raise TypeError("max_seqlen must be an int")
         options = _options_4(q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap)

@@ -74,6 +74,7 @@ def hopper(*installed: str, sm: int = 90) -> Iterator[Environment]:
         patch.setattr(backends, "get", widened)
         flash_calls.varlen_function.cache_clear()
         flash.calls.clear()
+        flash.repeats.clear()
         if "xformers" in installed:
             from tests.fakes import xformers as fake
 
@@ -114,8 +115,10 @@ def _modules(patch: pytest.MonkeyPatch, installed: tuple[str, ...]) -> None:
 
     if "flash_attention_2" in installed or "flash_attention_4" in installed:
         module("flash_attn", flash.FlashAttention2 if "flash_attention_2" in installed else object)
-        padding = types.ModuleType("flash_attn.bert_padding")
-        padding.pad_input, padding.unpad_input = fa._pad_input, fa._unpad_input  # type: ignore[attr-defined]
+        padding = getattr(flash.FlashAttention2, "bert_padding", None)  # where it is the library itself (`tests.real`)
+        if padding is None:
+            padding = types.ModuleType("flash_attn.bert_padding")
+            padding.pad_input, padding.unpad_input = fa._pad_input, fa._unpad_input  # type: ignore[attr-defined]
         patch.setitem(sys.modules, "flash_attn.bert_padding", padding)
     if "flash_attention_3" in installed:
         module("flash_attn_interface", flash.FlashAttention3)

@@ -11,6 +11,7 @@ from typing import Any
 
 from axattn import backends
 from axattn.capability import Need, missing
+from axattn.environment import Environment
 from axattn.machines import machine as machine_by_name
 
 HEADS, WINDOW, CHUNK, SOFTCAP, DROPOUT = 8, 96, 64, 30.0, 0.1
@@ -30,17 +31,18 @@ GRID: dict[str, tuple[Any, ...]] = {
 }
 
 
-def served(backend: str, machine: str, thin: int | None = None) -> Iterator[Need]:
+def served(backend: str, machine: str | Environment, thin: int | None = None) -> Iterator[Need]:
     """Every need of `GRID` that a kernel's record serves on a machine; none where its probe rules the machine out.
 
     Args:
         backend: a name, such as ``"flash_attention_4"``.
-        machine: a name, such as ``"sm90"`` (`axattn.machines.NAMES`).
+        machine: a name, such as ``"sm90"`` (`axattn.machines.NAMES`), or one described.
         thin: at most so many fields that are not the plainest: 2 for every pair of features, 3 for every triple. A
             dtype or a head dim counts as one, so that ``"float16"`` with a window in training is a triple. None for the
             whole grid, a second and up to 36,000 needs.
     """
-    found, environment = backends.get(backend), machine_by_name(machine)
+    found = backends.get(backend)
+    environment = machine if isinstance(machine, Environment) else machine_by_name(machine)
     if found.probe(environment):
         return
     capability = found.capability_on(environment)
