@@ -65,6 +65,7 @@ def hopper(*installed: str) -> Iterator[Environment]:
 
         patch.setattr(backends, "get", widened)
         flash_calls.varlen_function.cache_clear()
+        flash_calls.dense_function.cache_clear()
         flash.calls.clear()
         if "xformers" in installed:
             from tests.fakes import xformers as fake
@@ -88,6 +89,7 @@ def hopper(*installed: str) -> Iterator[Environment]:
             yield environment
         finally:
             flash_calls.varlen_function.cache_clear()
+            flash_calls.dense_function.cache_clear()
             fp8.varlen_function.cache_clear()
 
 
