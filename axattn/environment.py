@@ -10,7 +10,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Environment:
         libraries: version by key (``"torch"``, ``"transformers"``, ``"flash_attn"``, ...); absent when not installed.
         triton_interpret: ``TRITON_INTERPRET=1`` is set.
         flash_attn_4_shadowed: another package's files lie over ``flash_attn/cute`` of flash-attn-4.
+        flash_impl: what this process has put in the place of torch's flash kernels (``"FA3"``, ``"FA4"``), else None.
     """
 
     device: str = "cpu"
@@ -64,6 +65,7 @@ class Environment:
     libraries: Mapping[str, str] = field(default_factory=dict)
     triton_interpret: bool = False
     flash_attn_4_shadowed: bool = False
+    flash_impl: str | None = None
 
     def has(self, library: str, minimum: str | None = None) -> bool:
         """Whether `library` (a key of `libraries`) is installed, at `minimum` or newer. Local suffixes are ignored."""
@@ -113,6 +115,7 @@ class Environment:
             "libraries": dict(self.libraries),
             "triton_interpret": self.triton_interpret,
             "flash_attn_4_shadowed": self.flash_attn_4_shadowed,
+            "flash_impl": self.flash_impl,
         }
 
     @classmethod
@@ -136,12 +139,16 @@ class Environment:
             libraries=dict(value.get("libraries") or {}),
             triton_interpret=bool(value.get("triton_interpret")),
             flash_attn_4_shadowed=bool(value.get("flash_attn_4_shadowed")),
+            flash_impl=value.get("flash_impl"),
         )
 
     @classmethod
     def current(cls) -> Environment:
-        """This machine, probed on the first call. Imports torch when it is installed, no other library."""
-        return _probe()
+        """This machine, probed on the first call; what may change after it, `flash_impl`, on each. Imports torch when
+        it is installed, no other library."""
+        found = _probe()
+        active = _flash_impl() if found.device == "cuda" else None
+        return found if active is None else replace(found, flash_impl=active)
 
 
 @functools.cache
@@ -190,6 +197,12 @@ def _installed_version(key: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         module = _EXTRA_MODULES.get(key)
         return "0" if module is not None and importlib.util.find_spec(module) is not None else None
+
+
+def _flash_impl() -> str | None:
+    from torch.nn.attention import current_flash_attention_impl
+
+    return current_flash_attention_impl()
 
 
 def _torch_device_available(name: str) -> bool:

@@ -69,6 +69,7 @@ class Plan:
         unknown: config paths that are checked call by call only.
         notes: sentences for people.
         options: ``kernel_options`` as given.
+        sources: whose kernels the chosen backends call, a sentence each.
     """
 
     model: str
@@ -81,6 +82,7 @@ class Plan:
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
     def groups(self) -> list[tuple[list[LayerPlan], LayerPlan]]:
         """Layers that are alike but for their number, in order: (members, the first of them)."""
@@ -111,6 +113,7 @@ class Plan:
             "unknown": list(self.unknown),
             "notes": list(self.notes),
             "options": dict(self.options),
+            "sources": list(self.sources),
         }
 
     def __str__(self) -> str:
@@ -120,7 +123,7 @@ class Plan:
             for rejected in first.rejected:
                 lines.append(f"      not {rejected.backend}: {'; '.join(r.text for r in rejected.reasons)}")
         lines += [f"  {path or 'model'}: checked call by call" for path in self.unknown]
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"  {text}" for text in (*self.notes, *self.sources))])
 
 
 def _range(members: list[LayerPlan]) -> str:

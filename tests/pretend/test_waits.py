@@ -11,7 +11,10 @@ import torch
 import axattn
 from axattn import backends
 from axattn.backends import ranking
+from axattn.backends.spans import packed_index
 from axattn.call import AttentionCall
+from axattn.layouts import Layout, Span
+from axattn.transfers import on_device
 from tests.conformance.cases import packed, padded
 from tests.fakes.machine import FLASH, hopper
 from tests.models import build
@@ -106,7 +109,22 @@ def test_a_step_of_decoding_under_padding_waits_once(name: str) -> None:
     assert few[0] <= 1
 
 
-@pytest.mark.parametrize(("queries", "causal", "window"), [(9, True, None), (9, False, None), (1, True, None), (9, True, 4)])
+def test_what_a_cuda_graph_reads_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph holds addresses; a cache that forgets would free what it replays."""
+    layout, device = Layout((Span(0, 2, 0, 9, 0, 9),), True, 4, 2, 9, 9), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert packed_index(layout, device) is not packed_index(layout, device)
+    assert not layout.memo
+    State.waits.clear()
+    on_device(torch.arange(3), device)
+    assert sum(State.waits.values()) > 0  # a copy that waits raises in a capture: nothing stale is replayed
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert packed_index(layout, device) is packed_index(layout, device)
+
+
+@pytest.mark.parametrize(
+    ("queries", "causal", "window"), [(9, True, None), (9, False, None), (1, True, None), (9, True, 4)]
+)
 def test_calls_without_a_mask_neither_wait_nor_copy(name: str, queries: int, causal: bool, window: int | None) -> None:
     if name == "fp8" and window is not None:
         pytest.skip("fa3-fwd has no windows")
