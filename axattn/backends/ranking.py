@@ -40,7 +40,7 @@ class Preference(NamedTuple):
 
 _VARLEN = Rank(
     "varlen",
-    "torch's FlashAttention 2 (arXiv:2307.08691) over documents; whole rows: torch's own choice, cuDNN on sm90 and sm100",
+    "torch's FlashAttention 2 (arXiv:2307.08691) over documents; whole rows: torch's choice, cuDNN on sm90, sm100",
 )
 _FLASH_2 = Rank("flash_attention_2", "the algorithm that varlen runs, and softcap; after it, because torch brings that")
 _XFORMERS = Rank(
