@@ -29,9 +29,9 @@ BATCHES = {
     "packed": packed((7, 11, 3), (5, 9), pad=2),
     "left": padded(12, 7, 9, side="left"),
 }
-MOST = {"whole": 1, "packed": 1, "left": 2}
-"""Waits of a forward and its backward. Whole: Transformers looks whether positions start anew, unless it is given some;
-packed: where they do; left: one read in the input hook, one for the mask."""
+MOST = {"whole": 1, "packed": 2, "left": 2}
+"""Waits of a forward and its backward. Without padding Transformers itself looks whether positions start anew: one.
+Ours: where documents start; left: one read in the input hook, one for the mask."""
 
 
 @pytest.fixture(autouse=True)
