@@ -10,7 +10,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Environment:
         flash_attn_triton: flash-attn runs its Triton backend (``FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE``).
         gfx: architecture of the first AMD GPU (``"gfx942"``), else None.
         torch_flash: whether torch's own flash kernels take calls on an AMD GPU; None elsewhere, or where not known.
+        flash_impl: what this process has put in the place of torch's flash kernels (``"FA3"``, ``"FA4"``), else None.
     """
 
     device: str = "cpu"
@@ -75,6 +76,7 @@ class Environment:
     flash_attn_triton: bool = False
     gfx: str | None = None
     torch_flash: bool | None = None
+    flash_impl: str | None = None
 
     def has(self, library: str, minimum: str | None = None) -> bool:
         """Whether `library` (a key of `libraries`) is installed, at `minimum` or newer. Local suffixes are ignored."""
@@ -129,6 +131,7 @@ class Environment:
             "flash_attn_triton": self.flash_attn_triton,
             "gfx": self.gfx,
             "torch_flash": self.torch_flash,
+            "flash_impl": self.flash_impl,
         }
 
     @classmethod
@@ -157,12 +160,16 @@ class Environment:
             flash_attn_triton=bool(value.get("flash_attn_triton")),
             gfx=value.get("gfx"),
             torch_flash=value.get("torch_flash"),
+            flash_impl=value.get("flash_impl"),
         )
 
     @classmethod
     def current(cls) -> Environment:
-        """This machine, probed on the first call. Imports torch when it is installed, no other library."""
-        return _probe()
+        """This machine, probed on the first call; what may change after it, `flash_impl`, on each. Imports torch when
+        it is installed, no other library."""
+        found = _probe()
+        active = _flash_impl() if found.device == "cuda" else None
+        return found if active is None else replace(found, flash_impl=active)
 
 
 @functools.cache
@@ -243,6 +250,12 @@ def _installed_version(key: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         module = _EXTRA_MODULES.get(key)
         return "0" if module is not None and importlib.util.find_spec(module) is not None else None
+
+
+def _flash_impl() -> str | None:
+    from torch.nn.attention import current_flash_attention_impl
+
+    return current_flash_attention_impl()
 
 
 def _torch_device_available(name: str) -> bool:

@@ -84,7 +84,7 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-_NARROWER = {"sinks": "no sinks", "max_head_dim": "head dims up to {}"}
+_NARROWER = {"sinks": "no sinks", "max_head_dim": "head dims up to {}", "deterministic": "no deterministic gradient"}
 
 
 def _hub() -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 from axattn.segments import Segments
+from axattn.transfers import captures_graph
 
 if TYPE_CHECKING:
     from axattn.masks import LazyMask
@@ -71,8 +72,10 @@ class Layout:
         """What `make` returns, made once for all layers.
 
         Not under ``inference_mode``: the layout of plain rows outlives a forward, and a training step after it could
-        not save such tensors for backward.
+        not save such tensors for backward. Nor while a CUDA graph is captured, which may outlive the layout.
         """
+        if captures_graph():
+            return make()
         if name not in self.memo:
             with torch.inference_mode(False):
                 self.memo[name] = make()
@@ -83,7 +86,7 @@ class Layout:
 def build_layout(mask: LazyMask) -> Layout | None:
     """The spans of a mask; None when the pattern is unknown, padding has holes, or chunks meet a cache.
 
-    Reads padding values in one transfer to the host.
+    Reads padding values in one transfer to the host (`LazyMask.padding_on_host`).
     """
     pattern = mask.pattern
     if pattern is None:
@@ -102,7 +105,7 @@ def build_layout(mask: LazyMask) -> Layout | None:
             return None
     if (mask.segments is not None or pattern.chunk is not None) and not aligned:
         return None
-    real = _real_keys(mask.padding, rows, visible)
+    real = _real_keys(None if mask.padding is None else mask.padding_on_host, rows, visible)
     if real is None:
         return None
     spans: list[Span] = []

@@ -67,15 +67,11 @@ def lazy_mask(
     dense = isinstance(q_offset, torch.Tensor) if tracing else context is None and q_length != kv_length
     if context is not None and context.share is not None:
         return _shared(context.share, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
-    if (
-        type(attention_mask) is torch.Tensor
-        and kv_offset == 0
-        and attention_mask.shape[-1] == kv_length
-        and not dense
-        and not tracing
-        and bool(attention_mask.all())
-    ):
-        attention_mask = None  # no padding: the commonest mask that is given
+    on_host = None
+    if isinstance(attention_mask, torch.Tensor) and not dense and not tracing:
+        on_host = _padding(attention_mask.cpu(), kv_length, kv_offset)  # one transfer: all else is read from it
+        if bool(on_host.all()):
+            attention_mask = on_host = None  # no padding: the commonest mask that is given
     if (
         mask_function is known().causal
         and attention_mask is None
@@ -106,8 +102,10 @@ def lazy_mask(
             require_one_document(segments)
         elif not tracing:
             function = blocks_in_place(function)
-    padding = _padding(attention_mask, kv_length, kv_offset)
-    last_is_read = padding is not None and _last_is_read(padding, pattern, q_length, offset, kv_offset)
+    padding = None if attention_mask is None else _padding(attention_mask, kv_length, kv_offset)
+    last_is_read = padding is not None and _last_is_read(
+        padding if on_host is None else on_host, pattern, q_length, offset, kv_offset
+    )
     every_query = last_is_read or (padding is not None and context is not None and context.reads_padding)
 
     def materialise() -> torch.Tensor:
@@ -153,6 +151,7 @@ def lazy_mask(
         crosses=_crosses(pattern, context, (batch_size, q_length)),
         dense_in_graphs=dense,
         ready=materialise().contiguous() if ready else None,
+        padding_on_host=on_host,
     )
 
 
@@ -301,11 +300,11 @@ def _segments(
     return from_positions(jumps(ids), None, rows, q_length)
 
 
-def _padding(attention_mask: torch.Tensor | None, kv_length: int, kv_offset: int) -> torch.Tensor | None:
+def _padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor:
     """bool ``[B, T]`` for the keys in the cache, as Transformers cuts and pads it: unknown keys are not real."""
-    if attention_mask is None:
-        return None
     mask = attention_mask.to(torch.bool)
+    if kv_offset == 0 and mask.shape[-1] == kv_length:
+        return mask
     short = kv_length + kv_offset - mask.shape[-1]
     if short > 0:
         mask = torch.nn.functional.pad(mask, (0, short))

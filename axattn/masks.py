@@ -46,6 +46,7 @@ class LazyMask(TensorLike):
         "_offset",
         "_padding",
         "_padding_checked",
+        "_padding_on_host",
         "_plain",
         "_signature",
         "crosses",
@@ -78,6 +79,7 @@ class LazyMask(TensorLike):
         crosses: bool = False,
         dense_in_graphs: bool = False,
         ready: torch.Tensor | None = None,
+        padding_on_host: torch.Tensor | None = None,
     ) -> None:
         if is_tracing() and not leaves_kernels() and not dense_in_graphs:
             # what operators of the graph will read on the host, once for all layers
@@ -96,7 +98,8 @@ class LazyMask(TensorLike):
         self.crosses = crosses
         self.hit: tuple[Any, ...] | None = None  # the interface's note for the next layer of this forward
         self._padding = padding
-        self._padding_checked = padding is None
+        self._padding_checked = padding is None or padding_on_host is not None  # who has that has looked
+        self._padding_on_host = padding_on_host
         self._materialise = materialise
         self._dense: torch.Tensor | None = None
         self._layout: Layout | bool | None = False
@@ -112,9 +115,17 @@ class LazyMask(TensorLike):
             return self._padding
         if not self._padding_checked:
             self._padding_checked = True
-            if self._padding is not None and bool(self._padding.all()):
-                self._padding = None
+            found = self.padding_on_host
+            if found is not None and bool(found.all()):
+                self._padding = self._padding_on_host = None
         return self._padding
+
+    @property
+    def padding_on_host(self) -> torch.Tensor | None:
+        """`padding` on the CPU: the one transfer to the host from which all that values decide is read."""
+        if self._padding_on_host is None and self._padding is not None:
+            self._padding_on_host = self._padding.cpu()
+        return self._padding_on_host
 
     @property
     def q_offset(self) -> int:
@@ -250,6 +261,7 @@ class LazyMask(TensorLike):
             crosses=self.crosses,
             dense_in_graphs=self.dense_in_graphs,
             ready=None if self.ready is None else self.ready.to(device),
+            padding_on_host=self._padding_on_host,
         )
         there._padding_checked = self._padding_checked
         return there
@@ -266,6 +278,7 @@ class LazyMask(TensorLike):
             pattern=self.pattern,
             segments=segments,
             padding=self._padding,
+            padding_on_host=self._padding_on_host,
             materialise=materialise,
             q_offset=self._offset,
             kv_offset=self.kv_offset,
@@ -300,6 +313,7 @@ class LazyMask(TensorLike):
             pattern=self.pattern,
             segments=None,
             padding=self._padding,
+            padding_on_host=self._padding_on_host,
             materialise=lambda: self.dense()[:, :, start:],
             q_offset=self._offset + start,
             kv_offset=self.kv_offset,

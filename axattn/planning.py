@@ -72,7 +72,14 @@ def plan(
         tuple(notes),
         dict(policy.options),
         loads,
+        _sources(layers, environment),
     )
+
+
+def _sources(layers: list[LayerPlan], environment: Environment) -> tuple[str, ...]:
+    chosen = [backend_of(name) for name in dict.fromkeys(entry.chosen for entry in layers)]
+    found = [backend.runs_on(environment) for backend in chosen if backend.runs_on is not None]
+    return tuple(text for text in found if text)
 
 
 def hub_kernel(name: str, environment: Environment) -> names.HubPath | None:

@@ -74,6 +74,7 @@ class Plan:
         notes: sentences for people.
         options: ``kernel_options`` as given.
         loads: the hub kernel, with its revision, that Transformers loads for a config path; none for other paths.
+        sources: whose kernels the chosen backends call, a sentence each.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     loads: Mapping[str, str] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
     def groups(self) -> list[tuple[list[LayerPlan], LayerPlan]]:
         """Layers that are alike but for their number, in order: (members, the first of them)."""
@@ -118,6 +120,7 @@ class Plan:
             "notes": list(self.notes),
             "options": dict(self.options),
             "hub": dict(self.loads),
+            "sources": list(self.sources),
         }
 
     def __str__(self) -> str:
@@ -127,7 +130,7 @@ class Plan:
             for rejected in first.rejected:
                 lines.append(f"      not {rejected.backend}: {'; '.join(r.text for r in rejected.reasons)}")
         lines += [f"  {path or 'model'}: checked call by call" for path in self.unknown]
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"  {text}" for text in (*self.notes, *self.sources))])
 
 
 def _range(members: list[LayerPlan]) -> str:

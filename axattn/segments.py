@@ -16,6 +16,7 @@ import torch
 
 from axattn.errors import InvalidInputError, Reason
 from axattn.hf.torch_internals import running_max
+from axattn.transfers import on_device
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,19 @@ class Segments:
         for row in self.boundaries:
             lengths = torch.tensor([b - a for a, b in pairwise(row)])
             rows.append(torch.repeat_interleave(torch.arange(len(lengths)), lengths))
-        return torch.stack(rows).to(self.device)
+        return on_device(torch.stack(rows), self.device)
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """int64 ``[B, S]``: the position of each token within its document, from 0."""
         rows = [torch.cat([torch.arange(b - a) for a, b in pairwise(row)]) for row in self.boundaries]
-        return torch.stack(rows).to(self.device)
+        return on_device(torch.stack(rows), self.device)
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """int32 ``[documents + 1]``: cumulative lengths over the flattened ``B * S`` tokens."""
         lengths = [b - a for row in self.boundaries for a, b in pairwise(row)]
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.device)
+        return on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), self.device)
 
     def to(self, device: torch.device) -> Segments:
         """The same documents with tensors on `device`."""
@@ -165,7 +166,7 @@ def from_positions(
         _require_agreement(told.by_position & ~told.by_number, attention_mask)
     if told.padding_ends is not None:
         starts = starts | (told.padding_ends & starts.any())
-    found = starts.nonzero().tolist()  # the one transfer to the host
+    found = starts.cpu().nonzero().tolist()  # the one transfer to the host
     if not found:
         return None
     if starts.shape[0] == 1 and rows > 1:

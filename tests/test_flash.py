@@ -370,7 +370,8 @@ def test_a_kernel_that_fails_in_its_first_call_is_named_and_the_model_stays_usab
         def broken(version: int) -> Any:
             raise error
 
-        patch.setattr(flash_calls, "varlen_function", broken)
+        for name in ("varlen_function", "dense_function"):
+            patch.setattr(flash_calls, name, broken)
         with pytest.raises(BackendUnavailableError, match=f"failed in its first call on .*{error}") as caught:
             model(tokens(1, 8))
         assert caught.value.__cause__ is error
@@ -386,7 +387,8 @@ def test_running_out_of_memory_stays_what_it_is() -> None:
         def full(version: int) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        patch.setattr(flash_calls, "varlen_function", full)
+        for name in ("varlen_function", "dense_function"):
+            patch.setattr(flash_calls, name, full)
         with pytest.raises(torch.OutOfMemoryError):
             model(tokens(1, 8))
 

@@ -79,6 +79,7 @@ class Backend:
         spans: it reads a mask's `Layout` and no sinks: inside a compiled graph it runs as one operator.
         providers: the backends that may serve the name, by the value of its option ``provider``, in order.
         notice: what to tell the user once where it runs on a given machine, ``""`` for nothing.
+        runs_on: whose kernels it calls on a given machine, by which source, for plans; ``""`` for nothing to add.
         caches: False when its models are better off with ``use_cache=False`` in their configs.
         evaluates: the backend that runs in its place in evaluation; ``""`` for itself. Such a kernel computes something
             else than full attention: nothing exact may stand in for it in training.
@@ -103,6 +104,7 @@ class Backend:
     evaluates: str = ""
     providers: Mapping[str, str] = field(default_factory=dict, hash=False)
     notice: Callable[[Environment], str] | None = None
+    runs_on: Callable[[Environment], str] | None = None
     passes: Callable[[AttentionCall], Passes | None] | None = None
 
     def capability_on(self, environment: Environment) -> Capability:

@@ -9,6 +9,7 @@ import torch
 
 from axattn.backends.spans import span_lengths
 from axattn.layouts import Layout
+from axattn.transfers import on_device
 
 _BLOCK = 256  # tokens reduced by one thread at a time: a long document is many blocks, reduced again
 
@@ -30,11 +31,11 @@ class Documents:
         """Tokens of each block, and blocks of each document."""
         counts = [-(-length // _BLOCK) for length in self.lengths]
         sizes = [min(_BLOCK, length - start) for length in self.lengths for start in range(0, length, _BLOCK)]
-        return torch.tensor(sizes, device=self.device), torch.tensor(counts, device=self.device)
+        return on_device(torch.tensor(sizes), self.device), on_device(torch.tensor(counts), self.device)
 
     @cached_property
     def _tokens(self) -> torch.Tensor:
-        return torch.tensor(self.lengths, device=self.device)
+        return on_device(torch.tensor(self.lengths), self.device)
 
     @cached_property
     def numbers(self) -> torch.Tensor:

@@ -40,6 +40,17 @@ def takes_deterministic(version: int) -> bool:
     return "deterministic" in inspect.signature(varlen_function(version)).parameters
 
 
+@functools.cache
+def dense_function(version: int) -> Callable[..., Any]:
+    """``flash_attn_func`` of one FlashAttention generation, for whole rows.
+
+    Raises:
+        ImportError: as for `varlen_function`.
+    """
+    function: Callable[..., Any] = importlib.import_module(_MODULES[version]).flash_attn_func
+    return function
+
+
 def flash_2(call: AttentionCall) -> torch.Tensor:
     """FlashAttention 2; returns ``[B, S, H, Dv]``."""
     return _call(call, 2, {"dropout_p": call.dropout, **_softcap(call)}, unlimited=-1)
@@ -64,31 +75,31 @@ def _softcap(call: AttentionCall) -> dict[str, Any]:
 
 def _call(call: AttentionCall, version: int, options: dict[str, Any], unlimited: int | None) -> torch.Tensor:
     layout = layout_of(call)
-    function = varlen_function(version)
     left = unlimited if layout.window is None else layout.window - 1
-    window = (left, (unlimited if layout.window is None else 0) if layout.causal else left)
+    options = {
+        "softmax_scale": call.scale,
+        "causal": layout.causal and layout.q_length > 1,  # of a single query, the last, it says nothing
+        "window_size": (left, (unlimited if layout.window is None else 0) if layout.causal else left),
+        **options,
+    }
     if determinism.wanted(call.extras.get("deterministic")) and takes_deterministic(version):
         options["deterministic"] = True
 
     def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
-        out = function(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=max_q,
-            max_seqlen_k=max_k,
-            softmax_scale=call.scale,
-            causal=layout.causal,
-            window_size=window,
-            **options,
-        )
-        first: torch.Tensor = out[0] if isinstance(out, tuple) else out  # FlashAttention 4 returns (out, logsumexp)
-        return first
+        lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+        return _output(varlen_function(version)(q, k, v, **lengths, **options))
 
     query, key, value = one_head_dim(call.query, call.key, call.value)
-    return packed_call(query, key, value, layout, kernel)[..., : call.value.shape[-1]]
+    if layout.whole_rows:  # strided: a cache is not copied
+        out = _output(dense_function(version)(*(x.transpose(1, 2) for x in (query, key, value)), **options))
+    else:
+        out = packed_call(query, key, value, layout, kernel)
+    return out[..., : call.value.shape[-1]]
+
+
+def _output(found: Any) -> torch.Tensor:
+    out: torch.Tensor = found[0] if isinstance(found, tuple) else found  # FlashAttention 4 returns (out, logsumexp)
+    return out
 
 
 def layout_of(call: AttentionCall) -> Layout:
@@ -99,5 +110,10 @@ def layout_of(call: AttentionCall) -> Layout:
         return layout
     assert call.mask is None
     B, _, S, _ = call.query.shape
-    T = call.key.shape[2]
-    return Layout((Span(0, B, 0, S, 0, T),), call.causal and S > 1, call.window, B, S, T)
+    return _whole_rows(B, S, call.key.shape[2], call.causal and S > 1, call.window, call.query.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _whole_rows(rows: int, queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Layout:
+    """One object for all layers, and what is made of it once for them: its tensors are on `device`."""
+    return Layout((Span(0, rows, 0, queries, 0, keys),), causal, window, rows, queries, keys)

@@ -28,6 +28,7 @@ from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flas
 from axattn.backends.hadamard import hadamard
 from axattn.backends.passes import PackedPasses, Passes, over_packed
 from axattn.backends.spans import one_head_dim, packed_call
+from axattn.backends.torch_flash import unusable
 from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.environment import Environment
@@ -238,6 +239,7 @@ def probe(environment: Environment) -> list[Reason]:
         text = f"{environment.gpu or 'the GPU'} is sm{environment.sm}, and FlashAttention 3 is built for Hopper (sm90)"
         reasons.append(Reason("gpu", text))
     check_library(reasons, "torch", "torch", environment, "pip install -U torch", "2.11")
+    reasons += unusable(environment)  # backward runs on them
     check_library(reasons, "torchao", "torchao", environment, "pip install -U torchao", "0.17")
     if not environment.has("flash_attn_3") and not environment.has("fa3_fwd"):
         text = "FlashAttention 3 (flash-attn-3 or fa3-fwd) is not installed"

@@ -92,7 +92,12 @@ def _packed_forward(kernel: PackedPasses, call: AttentionCall, layout: Layout) -
     B, _, S, _ = call.query.shape
     index = packed_index(layout, call.query.device)
     q, k, v, described = _packed_call(call, layout)
-    out, logsumexp = kernel.forward(q, k, v, described, layout)
+    # no span, no kernel: none of them takes zero sequences
+    out, logsumexp = (
+        kernel.forward(q, k, v, described, layout)
+        if index.sequences
+        else (q, logsumexp_like(q[None])[0].transpose(0, 1))
+    )
     whole = unpacked(out, index.queries, B, S)[..., : call.value.shape[-1]]
     return whole, unpacked(logsumexp.transpose(0, 1), index.queries, B, S).transpose(1, 2)
 
@@ -107,6 +112,8 @@ def _packed_backward(
 ) -> Gradients:
     B, _, S, _ = call.query.shape
     index = packed_index(layout, call.query.device)
+    if not index.sequences:
+        return torch.zeros_like(call.query), torch.zeros_like(call.key), torch.zeros_like(call.value)
     q, k, v, described = _packed_call(call, layout)
     k = kernel.keys(k, layout)
     wide, out = (packed(_as_wide(x, q).transpose(1, 2), index.queries) for x in (grad, out))

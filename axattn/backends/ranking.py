@@ -38,7 +38,10 @@ class Preference(NamedTuple):
     source: str
 
 
-_VARLEN = Rank("varlen", "torch's FlashAttention 2 (arXiv:2307.08691) over documents; whole rows: torch's own choice")
+_VARLEN = Rank(
+    "varlen",
+    "torch's FlashAttention 2 (arXiv:2307.08691) over documents; whole rows: torch's choice, cuDNN on sm90, sm100",
+)
 _FLASH_2 = Rank("flash_attention_2", "the algorithm that varlen runs, and softcap; after it, because torch brings that")
 _XFORMERS = Rank(
     "xformers", "calls FlashAttention 2 or torch's memory-efficient kernel; repeats grouped heads in training"

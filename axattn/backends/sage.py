@@ -24,6 +24,7 @@ from axattn.backends.flash_calls import layout_of
 from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
 from axattn.backends.passes import PackedPasses, Passes, over_packed
 from axattn.backends.spans import one_head_dim, packed_call
+from axattn.backends.torch_flash import unusable
 from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.environment import Environment
@@ -125,6 +126,7 @@ def probe(environment: Environment) -> list[Reason]:
     if not environment.triton_interpret:
         check_gpu(reasons, "sage", environment, minimum_sm=80)
     check_library(reasons, "triton", "triton", environment, "pip install triton", "3.3")
+    reasons += unusable(environment)  # backward and decoding run on them
     return reasons
 
 
@@ -238,6 +240,7 @@ def probe_library(environment: Environment) -> list[Reason]:
     reasons: list[Reason] = []
     check_gpu(reasons, "sageattention", environment, minimum_sm=80)
     check_library(reasons, "sageattention", "sageattention", environment, "pip install sageattention", "1.0.6")
+    reasons += unusable(environment)  # backward and decoding run on them
     return reasons
 
 

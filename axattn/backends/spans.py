@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from axattn.backends.base import keep_nan
 from axattn.backends.tiles import attention_over_tiles
 from axattn.call import AttentionCall
 from axattn.layouts import Layout
+from axattn.transfers import on_device
 
 
 def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
@@ -98,12 +100,14 @@ def packed_call(
             lengths are int32 tensors, the maxima ints; causal masks are aligned bottom-right.
 
     Returns:
-        ``[B, S, H, D]``; zero at queries that no span covers.
+        ``[B, S, H, D]``; zero at queries that no span covers. Where there is no span (a batch of nothing but padding)
+        the kernel is not called: none of them takes zero sequences. Gradients are then zero.
     """
     B, _, S, _ = query.shape
     index = packed_index(layout, query.device)
     q, k, v = packed(query, index.queries), packed(key, index.keys), packed(value, index.keys)
-    return unpacked(kernel(q, k, v, *index.lengths), index.queries, B, S)
+    out = kernel(q, k, v, *index.lengths) if index.sequences else q + (k.sum() + v.sum())  # of no token: zero
+    return unpacked(out, index.queries, B, S)
 
 
 def packed(x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
@@ -158,6 +162,11 @@ class PackedIndex(NamedTuple):
     keys: torch.Tensor | None
 
     @property
+    def sequences(self) -> int:
+        """How many sequences there are."""
+        return self.cu_q.shape[0] - 1
+
+    @property
     def lengths(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """What the kernels are given."""
         return self.cu_q, self.cu_k, self.max_q, self.max_k
@@ -169,19 +178,26 @@ def packed_index(layout: Layout, device: torch.device) -> PackedIndex:
 
 
 def _packed_index(layout: Layout, device: torch.device) -> PackedIndex:
+    S, T = layout.q_length, layout.kv_length
+    if layout.whole_rows and S and T:  # made on the device
+        tokens = layout.rows * S, layout.rows * T
+        ends = [
+            torch.arange(0, total + 1, each, dtype=torch.int32, device=device)
+            for total, each in zip(tokens, (S, T), strict=True)
+        ]
+        return PackedIndex(ends[0], ends[0] if S == T else ends[1], S, T, None, None)
     spans = _in_order(layout)
     q_lengths = [q1 - q0 for _, q0, q1, _, _ in spans]
     k_lengths = [k1 - k0 for *_, k0, k1 in spans]
 
     def cumulative(lengths: list[int]) -> torch.Tensor:
-        return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+        return on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
     def index(ranges: list[tuple[int, int]], total: int) -> torch.Tensor | None:
         if sum(b - a for a, b in ranges) == total:
             return None
-        return torch.cat([torch.arange(a, b) for a, b in ranges]).to(device)
+        return on_device(torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in ranges)]), device)
 
-    S, T = layout.q_length, layout.kv_length
     cu_q = cumulative(q_lengths)
     return PackedIndex(
         cu_q,

@@ -10,12 +10,14 @@ import dataclasses
 
 import torch
 
-from axattn.backends import compiled, dense
+from axattn.backends import compiled, dense, torch_flash
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
 from axattn.backends.flash_gradient import exact_forward
 from axattn.backends.passes import TILES, PackedPasses, Passes, over_packed
 from axattn.backends.spans import over_layout, runs_flash
 from axattn.call import AttentionCall
+from axattn.environment import Environment
+from axattn.errors import Reason
 from axattn.hf.torch_internals import is_tracing
 from axattn.masks import LazyMask
 
@@ -24,6 +26,8 @@ CAPABILITY = dataclasses.replace(
     dropout=True,
     dense_mask=True,
     notes={
+        "": "packed rows run on FlashAttention 2, or on what the process has activated in its place "
+        "(torch.nn.attention.activate_flash_attention_impl, which axattn never calls); a plan says which",
         "dense_mask": "through sdpa",
         "dropout": "through sdpa",
         "dtypes": "on CUDA, float32 and head dims above 256 go through sdpa with a dense mask",
@@ -53,15 +57,22 @@ def passes(call: AttentionCall) -> Passes | None:
 
 _PACKED = over_packed(PackedPasses(lambda q, k, v, packed, _: exact_forward(q, k, v, packed), lambda key, _: key))
 
+
+def probe(environment: Environment) -> list[Reason]:
+    """Every reason why a machine can't run it."""
+    return [*always_usable(environment), *torch_flash.unusable(environment)]
+
+
 BACKENDS = (
     Backend(
         "varlen",
         "torch's flash kernels over documents; no extra library",
         CAPABILITY,
-        always_usable,
+        probe,
         varlen,
         plain=True,
         notice=dense.notice,
+        runs_on=torch_flash.runs_on,
         passes=passes,
     ),
 )

@@ -65,7 +65,7 @@ def print_plan(
         console.print(f"Assumed there: {libraries}.")
     for path in plan.unknown:
         console.print(f"{path or 'The model'}: its config tells nothing about attention; checked call by call.")
-    for note in plan.notes:
+    for note in (*plan.notes, *plan.sources):
         console.print(note)
 
 

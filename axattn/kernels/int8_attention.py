@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from axattn.backends.hadamard import hadamard
+from axattn.transfers import on_device
 
 LOG2E = 1.4426950408889634
 
@@ -318,7 +319,7 @@ def query_blocks(lengths: tuple[int, ...], block: int, device: torch.device) -> 
     """int32 ``[blocks, 2]``: document and first query of each block, those with the most keys before them first."""
     found = [(document, first) for document, length in enumerate(lengths) for first in range(0, length, block)]
     found.sort(key=lambda entry: -entry[1])
-    return torch.tensor(found, dtype=torch.int32).reshape(-1, 2).to(device)
+    return on_device(torch.tensor(found, dtype=torch.int32).reshape(-1, 2), device)
 
 
 def forward(

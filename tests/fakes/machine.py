@@ -73,6 +73,7 @@ def hopper(*installed: str, sm: int = 90) -> Iterator[Environment]:
 
         patch.setattr(backends, "get", widened)
         flash_calls.varlen_function.cache_clear()
+        flash_calls.dense_function.cache_clear()
         flash.calls.clear()
         flash.repeats.clear()
         if "xformers" in installed:
@@ -97,6 +98,7 @@ def hopper(*installed: str, sm: int = 90) -> Iterator[Environment]:
             yield environment
         finally:
             flash_calls.varlen_function.cache_clear()
+            flash_calls.dense_function.cache_clear()
             fp8.varlen_function.cache_clear()
 
 

@@ -66,6 +66,7 @@ def two_gpus() -> Iterator[None]:
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
+        "is_current_stream_capturing": lambda: False,
         "device_count": lambda: 2,
         "current_device": lambda: 0,
         "current_stream": lambda device=None: None,

@@ -88,11 +88,13 @@ class State:
 
     Attributes:
         mixing: inside of how many fake kernels, which stand for code on the GPU: there devices may mix.
-        waits: operators that waited for a GPU, by name.
+        waits: operators that waited for a GPU, by name: reads, and copies to it from memory that is not pinned.
+        copies: copies to a GPU from the host, by name.
     """
 
     mixing = 0
     waits: ClassVar[Counter[str]] = Counter()
+    copies: ClassVar[Counter[str]] = Counter()
 
 
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
@@ -110,9 +112,15 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
         _require_one_device(func, args, tensors, ours)
     device = torch.device(target) if target is not None else _device_of(func, args, ours)
     if not State.mixing and (
-        func in READS or (func in MOVES and device.type == "cpu" and ours) or _reads_bools(func, args)
+        (func in READS and kwargs.get("output_size") is None)
+        or (func in MOVES and device.type == "cpu" and ours)
+        or _reads_bools(func, args)
     ):
         State.waits[str(func)] += 1
+    if not State.mixing and func in MOVES and device.type != "cpu" and _from_host(func, args):
+        State.copies[str(func)] += 1
+        if not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,))):
+            State.waits[f"{func} to the GPU"] += 1
     plain = tree_map(lambda x: x.inner if isinstance(x, PretendTensor) else x, (args, kwargs))
     if target is not None:
         plain[1]["device"] = torch.device("cpu")
@@ -123,6 +131,11 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
         return out.clone() if ours and func in MOVES and isinstance(out, torch.Tensor) else out
     wrapped = tree_map(lambda x: PretendTensor(x, device) if isinstance(x, torch.Tensor) else x, out)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if ours else wrapped
+
+
+def _from_host(func: Any, args: Any) -> bool:
+    source = args[1] if func is aten.copy_.default else args[0]
+    return not isinstance(source, PretendTensor)
 
 
 def _device_of(func: Any, args: Any, ours: set[torch.device]) -> torch.device:

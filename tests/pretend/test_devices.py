@@ -86,6 +86,15 @@ def test_waiting_for_the_gpu_is_counted() -> None:
     assert x.nonzero().shape == (3, 1)
     assert x.cpu().tolist() == [0, 1, 2, 3]
     assert sum(State.waits.values()) == 3
+    State.copies.clear()
+    here = torch.ones(3)
+    here.to("cuda")
+    x.copy_(torch.arange(4))
+    assert (sum(State.waits.values()), sum(State.copies.values())) == (5, 2)
+    here.pin_memory().to("cuda", non_blocking=True)
+    assert (sum(State.waits.values()), sum(State.copies.values())) == (5, 3)
+    assert torch.tensor([1, 2], device="cuda").tolist() == [1, 2]
+    assert sum(State.waits.values()) == 7
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 0), (2, 2)])

@@ -15,7 +15,6 @@ from tests.models import build
 from tests.pretend import matrix
 from tests.pretend.data_parallel import data_parallel
 from tests.pretend.machine import two_gpus
-from tests.pretend.tensors import State
 
 BATCHES = {
     "packed": packed((7, 11, 3), (5, 9), (4, 4), (20,), pad=2),
@@ -118,21 +117,3 @@ def test_layers_on_another_device_share_one_mask_and_none_is_dense(monkeypatch: 
     model(batch.ids, position_ids=batch.positions, use_cache=False)
     assert len(made) == 3  # three of six layers are on the other GPU than the embeddings
     assert len({id(mask) for mask in made}) == 1
-
-
-@pytest.mark.parametrize("place", matrix.PLACES)
-@pytest.mark.parametrize("kind", BATCHES)
-def test_a_layer_more_does_not_wait_for_the_gpu(kind: str, place: str) -> None:
-    def waits(layers: int) -> int:
-        model = axattn.apply(build("llama", num_hidden_layers=layers), "varlen")
-        model = matrix.on_gpus(model, place)
-        ids = BATCHES[kind].ids.to("cuda")
-        inputs = {key: x.to("cuda") for key, x in given(kind).items()}
-        model(ids, **inputs, use_cache=False)
-        State.waits.clear()
-        model(ids, **inputs, use_cache=False)
-        return sum(State.waits.values())
-
-    few, many = waits(2), waits(6)
-    assert few == many
-    assert few <= 12
