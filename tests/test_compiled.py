@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,15 +11,23 @@ from hypothesis import strategies as st
 
 import axattn
 from axattn import segments, traced
-from axattn.backends import ranking
+from axattn.backends import passes, ranking, spans
 from axattn.backends.compiled import attention_op, over_documents
 from axattn.call import AttentionCall
 from axattn.masking import lazy_mask
 from tests.census import examine
 from tests.census.expected import Expected
+from tests.fakes import flash, int8, torchao
+from tests.fakes import xformers as fake_xformers
 from tests.fakes.machine import hopper
 from tests.models import alone, build, positions, tokens
 from tests.operators import documents, inputs, padding
+
+LAUNCHES: dict[str, list[tuple[Any, str]]] = {
+    "sage": [(int8, "quantise"), (int8, "forward")],
+    "fp8": [(torchao, "fp8_sdpa_quantize"), (flash.FlashAttention3Forward, "flash_attn_varlen_func")],
+    "xformers": [(fake_xformers, "memory_efficient_attention")],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -253,3 +263,36 @@ def test_what_has_no_operator_form_keeps_its_softcap(softcap: float | None) -> N
     weights = logits.masked_fill(~mask.dense(), float("-inf")).softmax(-1)
     expected = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
     assert torch.allclose(over_documents(call, "flash_attention_2"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sage", "fp8", "xformers"])
+def test_kernels_in_operators_launch_on_the_gpu_of_their_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `tests.pretend` can't see: an operator's body is handed no pretended tensors."""
+    inside, launches = 0, []
+
+    @contextlib.contextmanager
+    def guard(x: torch.Tensor) -> Iterator[None]:
+        nonlocal inside
+        inside += 1
+        yield
+        inside -= 1
+
+    def launched(kernel: Any) -> Any:
+        def run(*given: Any, **options: Any) -> Any:
+            launches.append(inside)
+            return kernel(*given, **options)
+
+        return run
+
+    for holder in (spans, passes):
+        monkeypatch.setattr(holder, "on_gpu_of", guard)
+    for holder, function in LAUNCHES[name]:
+        monkeypatch.setattr(holder, function, launched(getattr(holder, function)))
+    with hopper(name):
+        q, k, v = (torch.randn(2, heads, 12, 16, requires_grad=True) for heads in (4, 2, 2))
+        for ids in (documents(), None):
+            out, _ = attention_op(q, k, v, ids, None, True, None, None, 0.25, None, name, "{}")
+            out.sum().backward()
+    assert len(launches) >= 2
+    assert min(launches) == 1
+    assert inside == 0

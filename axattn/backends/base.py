@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,23 @@ def nan_where_not_finite(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor
         return out
     bad = ~torch.isfinite(query.detach()).all(-1).transpose(1, 2)[..., None]
     return out + torch.zeros_like(bad, dtype=out.dtype).masked_fill(bad, float("nan"))
+
+
+def on_gpu_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the GPU of a tensor is the current one; nothing on a CPU, or where it is that already.
+
+    Triton, and libraries that set no device themselves (sageattention 1.0.6, torchao's quantiser, xformers' split-K),
+    launch on the current device and stream, which are those of another GPU for layers that ``device_map`` has put
+    elsewhere.
+    """
+    import torch
+
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]  # torch's has no annotations
+
+
+_HERE = contextlib.nullcontext()
 
 
 def always_usable(environment: Environment) -> list[Reason]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from axattn import determinism
+from axattn.backends.base import on_gpu_of
 from axattn.backends.spans import one_head_dim, packed_call
 from axattn.call import AttentionCall
 from axattn.layouts import Layout, Span
@@ -91,7 +92,8 @@ def _call(call: AttentionCall, version: int, options: dict[str, Any], unlimited:
 
     query, key, value = one_head_dim(call.query, call.key, call.value)
     if layout.whole_rows:  # strided: a cache is not copied
-        out = _output(dense_function(version)(*(x.transpose(1, 2) for x in (query, key, value)), **options))
+        with on_gpu_of(query):
+            out = _output(dense_function(version)(*(x.transpose(1, 2) for x in (query, key, value)), **options))
     else:
         out = packed_call(query, key, value, layout, kernel)
     return out[..., : call.value.shape[-1]]

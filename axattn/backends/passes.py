@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from axattn.backends.base import nan_where_not_finite
+from axattn.backends.base import nan_where_not_finite, on_gpu_of
 from axattn.backends.flash_gradient import Packed, flash_backward
 from axattn.backends.spans import one_head_dim, packed, packed_index, unpacked
 from axattn.backends.tiles import backward_over_tiles, forward_over_tiles, tiles_of
@@ -92,12 +92,11 @@ def _packed_forward(kernel: PackedPasses, call: AttentionCall, layout: Layout) -
     B, _, S, _ = call.query.shape
     index = packed_index(layout, call.query.device)
     q, k, v, described = _packed_call(call, layout)
-    # no span, no kernel: none of them takes zero sequences
-    out, logsumexp = (
-        kernel.forward(q, k, v, described, layout)
-        if index.sequences
-        else (q, logsumexp_like(q[None])[0].transpose(0, 1))
-    )
+    if index.sequences:
+        with on_gpu_of(q):
+            out, logsumexp = kernel.forward(q, k, v, described, layout)
+    else:  # no span, no kernel: none of them takes zero sequences
+        out, logsumexp = q, logsumexp_like(q[None])[0].transpose(0, 1)
     whole = unpacked(out, index.queries, B, S)[..., : call.value.shape[-1]]
     return whole, unpacked(logsumexp.transpose(0, 1), index.queries, B, S).transpose(1, 2)
 
@@ -115,12 +114,13 @@ def _packed_backward(
     if not index.sequences:
         return torch.zeros_like(call.query), torch.zeros_like(call.key), torch.zeros_like(call.value)
     q, k, v, described = _packed_call(call, layout)
-    k = kernel.keys(k, layout)
     wide, out = (packed(_as_wide(x, q).transpose(1, 2), index.queries) for x in (grad, out))
     lse = packed(logsumexp[..., None], index.queries)[..., 0].transpose(0, 1).contiguous()
-    if kernel.again is not None:
-        out, lse = kernel.again(q, k, v, described)
-    gradients = flash_backward(wide, q, k, v, out, lse, described)
+    with on_gpu_of(q):
+        k = kernel.keys(k, layout)
+        if kernel.again is not None:
+            out, lse = kernel.again(q, k, v, described)
+        gradients = flash_backward(wide, q, k, v, out, lse, described)
     tokens = (index.queries, index.keys, index.keys)
     dq, dk, dv = (unpacked(x, at, B, S).transpose(1, 2) for x, at in zip(gradients, tokens, strict=True))
     return _trimmed((dq, dk, dv), call)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from axattn.backends import dense
-from axattn.backends.base import keep_nan
+from axattn.backends.base import keep_nan, on_gpu_of
 from axattn.backends.tiles import attention_over_tiles
 from axattn.call import AttentionCall
 from axattn.layouts import Layout
@@ -97,7 +97,8 @@ def packed_call(
         value: ``[B, Hkv, T, D]``.
         layout: the spans.
         kernel: ``(q [tokens, H, D], k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)`` → ``[tokens, H, D]``; the
-            lengths are int32 tensors, the maxima ints; causal masks are aligned bottom-right.
+            lengths are int32 tensors, the maxima ints; causal masks are aligned bottom-right. The GPU of the
+            tensors is the current one in it.
 
     Returns:
         ``[B, S, H, D]``; zero at queries that no span covers. Where there is no span (a batch of nothing but padding)
@@ -106,7 +107,11 @@ def packed_call(
     B, _, S, _ = query.shape
     index = packed_index(layout, query.device)
     q, k, v = packed(query, index.queries), packed(key, index.keys), packed(value, index.keys)
-    out = kernel(q, k, v, *index.lengths) if index.sequences else q + (k.sum() + v.sum())  # of no token: zero
+    if index.sequences:
+        with on_gpu_of(query):
+            out = kernel(q, k, v, *index.lengths)
+    else:
+        out = q + (k.sum() + v.sum())  # of no token: zero
     return unpacked(out, index.queries, B, S)
 
 

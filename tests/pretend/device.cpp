@@ -66,3 +66,12 @@ REGISTER_CUDA_HOOKS(CUDAHooks);
 extern "C" void install() {
   c10::impl::device_guard_impl_registry[static_cast<size_t>(kCuda)].store(&guard);
 }
+
+// The current device of the calling thread; autograd sets it in its own threads, one for each device.
+extern "C" int current_device() { return current; }
+
+extern "C" int exchange_device(int device) { // as torch's: a negative one changes nothing
+  int before = current;
+  if (device >= 0) current = static_cast<c10::DeviceIndex>(device);
+  return before;
+}

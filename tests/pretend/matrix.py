@@ -17,20 +17,23 @@ from tests.conformance import cells
 from tests.conformance.cases import Case
 from tests.conformance.cells import Cell
 from tests.environments import machine as environment
-from tests.fakes import flash, torchao, xformers
+from tests.fakes import flash, int8, sageattention, torchao, xformers
 from tests.pretend.machine import two_gpus
 from tests.pretend.tensors import kernel
 
 PLACES = ("one", "two")
 _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
-# not those of `int8`, which an operator calls: it has checked the devices, and what it calls sees the numbers alone
-_FAKES: dict[Any, tuple[str, ...]] = {
-    flash.FlashAttention2: _FUNCTIONS,
-    flash.FlashAttention3: _FUNCTIONS,
-    flash.FlashAttention4: _FUNCTIONS,
-    flash.FlashAttention3Forward: _FUNCTIONS[1:],
-    torchao: ("fp8_sdpa_quantize",),
-    xformers: ("memory_efficient_attention",),
+# those of FlashAttention set the device themselves: 2 and 3 in C++ (a guard in each `mha_*`), 4 in the caller that
+# CuTe makes for TVM-FFI; in no other library does anything set it
+_FAKES: dict[Any, tuple[tuple[str, ...], bool]] = {
+    flash.FlashAttention2: (_FUNCTIONS, True),
+    flash.FlashAttention3: (_FUNCTIONS, True),
+    flash.FlashAttention4: (_FUNCTIONS, True),
+    flash.FlashAttention3Forward: (_FUNCTIONS[1:], True),
+    int8: (("quantise", "forward"), False),
+    sageattention: (("sageattn", "sageattn_varlen"), False),
+    torchao: (("fp8_sdpa_quantize",), False),
+    xformers: (("memory_efficient_attention",), False),
 }
 _NONE = dict.fromkeys(("flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "sageattention", "torchao"))
 HOPPER_ALONE = environment("cuda", 90, **_NONE)
@@ -54,7 +57,8 @@ def _placed(place: str) -> Iterator[None]:
 @contextlib.contextmanager
 def kernels() -> Iterator[None]:
     """The machine is a Hopper GPU with torch alone, and torch's flash kernels take float32 there: in 16 bit a dropped
-    feature could hide in the rounding. Fake kernels refuse tensors that are not on one GPU."""
+    feature could hide in the rounding. Fake kernels refuse tensors that are not on one GPU,
+    or on another than the current one."""
 
     def serves(query: torch.Tensor) -> bool:
         return query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
@@ -62,9 +66,9 @@ def kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, flash.sharp():
         for room in (spans, varlen):
             patch.setattr(room, "runs_flash", serves)
-        for holder, names in _FAKES.items():
+        for holder, (names, sets_device) in _FAKES.items():
             for name in names:
-                made = kernel(getattr(holder, name))
+                made = kernel(getattr(holder, name), sets_device)
                 patch.setattr(holder, name, staticmethod(made) if isinstance(holder, type) else made)
         gpu = HOPPER_ALONE
         patch.setattr(Environment, "current", classmethod(lambda cls: gpu))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -90,11 +91,22 @@ class State:
         mixing: inside of how many fake kernels, which stand for code on the GPU: there devices may mix.
         waits: operators that waited for a GPU, by name: reads, and copies to it from memory that is not pinned.
         copies: copies to a GPU from the host, by name.
+        launches: fake kernels that ran, by name and number of the GPU.
     """
 
     mixing = 0
     waits: ClassVar[Counter[str]] = Counter()
     copies: ClassVar[Counter[str]] = Counter()
+    launches: ClassVar[Counter[tuple[str, int]]] = Counter()
+
+
+class _Operator(threading.local):
+    """The GPU of the operator of ours that this thread is in: its body is given the numbers alone."""
+
+    device: torch.device | None = None
+
+
+_operator = _Operator()
 
 
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
@@ -124,7 +136,14 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     plain = tree_map(lambda x: x.inner if isinstance(x, PretendTensor) else x, (args, kwargs))
     if target is not None:
         plain[1]["device"] = torch.device("cpu")
-    out = STAND_INS.get(func, func)(*plain[0], **plain[1])
+    if getattr(func, "namespace", "") == "axattn":
+        outside, _operator.device = _operator.device, device
+        try:
+            out = func(*plain[0], **plain[1])
+        finally:
+            _operator.device = outside
+    else:
+        out = STAND_INS.get(func, func)(*plain[0], **plain[1])
     if any(isinstance(x, torch.Tensor) and (x.is_conj() or x.is_neg()) for x in tree_flatten(out)[0]):
         out = tree_map(lambda x: x.resolve_conj().resolve_neg(), out)  # bits that a wrapper would not show
     if device.type == "cpu":
@@ -202,16 +221,29 @@ def _read(x: Any) -> Any:
     return x.tolist() if isinstance(x, PretendTensor) else x
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A fake kernel as it would be called: tensors of one GPU."""
+def kernel(function: Callable[..., Any], sets_device: bool = False) -> Callable[..., Any]:
+    """A fake kernel as it would be called: tensors of one GPU, which is the current one in the calling thread.
+
+    Args:
+        function: the fake.
+        sets_device: the library makes the GPU of its tensors the current one before it launches.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-        devices = {str(x.device) for x in tensors}
-        if len(devices) > 1 or "cpu" in devices:
-            raise RuntimeError(f"{function.__name__} got tensors on {sorted(devices)}")
+        device = _operator.device or _one_gpu(function.__name__, args, kwargs)
+        if not sets_device and device.index != torch.cuda.current_device():
+            current = torch.cuda.current_device()
+            raise RuntimeError(f"{function.__name__} launches on cuda:{current}, and its tensors are on {device}")
+        State.launches[function.__name__, device.index] += 1
         with on_the_gpu():
             return function(*args, **kwargs)
 
     return run
+
+
+def _one_gpu(name: str, args: Any, kwargs: Any) -> torch.device:
+    devices = {x.device for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
+    if len(devices) > 1 or torch.device("cpu") in devices:
+        raise RuntimeError(f"{name} got tensors on {sorted(map(str, devices))}")
+    return devices.pop()

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from axattn.backends.base import on_gpu_of
 from tests.fakes import flash
 from tests.pretend.machine import two_gpus
-from tests.pretend.tensors import PretendTensor, State
+from tests.pretend.tensors import PretendTensor, State, kernel
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def test_backward_runs_in_a_thread_of_the_device() -> None:
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-            seen.append(threading.current_thread())
+            seen.extend((threading.current_thread(), torch.cuda.current_device()))
             return grad * 2
 
     x = torch.ones(3, device="cuda:1", requires_grad=True)
@@ -65,6 +66,34 @@ def test_backward_runs_in_a_thread_of_the_device() -> None:
     assert x.grad.device == x.device
     assert x.grad.tolist() == [2, 2, 2]
     assert seen[0] is not threading.current_thread()
+    assert seen[1] == 1
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_kernel_launches_where_the_current_device_is() -> None:
+    launch, library = kernel(torch.neg), kernel(torch.neg, sets_device=True)
+    there = torch.ones(2, device="cuda:1")
+    with pytest.raises(RuntimeError, match=r"launches on cuda:0, and its tensors are on cuda:1"):
+        launch(there)
+    assert library(there).tolist() == [-1, -1]
+    with torch.cuda.device("cuda:1"):
+        assert launch(there).tolist() == [-1, -1]
+        with pytest.raises(RuntimeError, match="launches on cuda:1"):
+            launch(there.to(0))
+    assert launch(there.to(0)).tolist() == [-1, -1]
+
+
+def test_only_another_gpu_is_made_the_current_one() -> None:
+    here, there = torch.ones(1, device="cuda:0"), torch.ones(1, device="cuda:1")
+    with on_gpu_of(there):
+        assert torch.cuda.current_device() == 1
+        with on_gpu_of(here):
+            assert torch.cuda.current_device() == 0
+        with on_gpu_of(torch.ones(1)):
+            assert torch.cuda.current_device() == 1
+        assert torch.cuda.current_device() == 1
+    assert torch.cuda.current_device() == 0
+    assert on_gpu_of(here) is on_gpu_of(torch.ones(1))
 
 
 def test_a_module_moves_with_its_ties() -> None:

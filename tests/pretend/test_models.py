@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +12,12 @@ import torch
 
 import axattn
 from axattn import masks
+from axattn.backends import sage
+from axattn.environment import Environment
 from tests.conformance.cases import Batch, packed, padded
+from tests.environments import machine as environment
+from tests.fakes import sageattention
+from tests.fakes.machine import hopper
 from tests.models import build
 from tests.pretend import matrix
 from tests.pretend.data_parallel import data_parallel
@@ -89,6 +96,62 @@ def test_copies_of_data_parallel(name: str, kind: str, unpad: bool) -> None:
         copies = torch.nn.DataParallel(model)
         found = step(copies, BATCHES[kind], **inputs)
     require_equal(found, alone("llama", BATCHES[kind]))
+
+
+@contextlib.contextmanager
+def installed(name: str) -> Iterator[None]:
+    """A Hopper machine with one kernel, as a fake."""
+    if name != "library":
+        with hopper(name):
+            yield
+        return
+    gpu = environment("cuda", 90, sageattention="1.0.6", triton=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "current", classmethod(lambda cls: gpu))
+        patch.setitem(sys.modules, "sageattention", sageattention)
+        sage.sage_module.cache_clear()
+        yield
+        sage.sage_module.cache_clear()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("name", "launched"),
+    [
+        ("sage", {"quantise", "forward"}),
+        ("library", {"sageattn_varlen"}),
+        ("fp8", {"flash_attn_varlen_func"}),
+        ("xformers", {"memory_efficient_attention"}),
+    ],
+)
+def test_kernels_launch_on_the_gpu_of_their_layer(name: str, launched: set[str], checkpointing: bool) -> None:
+    found = {}
+    batch = BATCHES["packed"]
+    asked: dict[str, Any] = {"attn_implementation": name}
+    if name == "library":
+        asked = {"attn_implementation": "sage", "kernel_options": {"provider": "library"}}
+    with installed(name):
+        for place in matrix.PLACES:
+            model = build("llama", head_dim=64, num_hidden_layers=4).to(torch.bfloat16)
+            model = axattn.apply(model, **asked).train()
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            State.launches.clear()
+            found[place] = step(matrix.on_gpus(model, place), batch, position_ids=batch.positions)
+            gpus = {0} if place == "one" else {0, 1}
+            assert set(State.launches) == {(kernel, gpu) for kernel in launched for gpu in gpus}
+    assert torch.cuda.current_device() == 0
+    for key, expected in found["one"].items():
+        assert torch.equal(found["two"][key], expected), key
+
+
+def test_whole_rows_are_quantised_on_the_gpu_of_their_layer() -> None:
+    with hopper("fp8"):
+        model = axattn.apply(build("llama", head_dim=16, num_hidden_layers=4), "fp8").train()
+        State.launches.clear()
+        batch = packed((12,), (12,))
+        step(matrix.on_gpus(model, "two"), batch, position_ids=batch.positions)
+    assert {gpu for kernel, gpu in State.launches if kernel == "fp8_sdpa_quantize"} == {0, 1}
 
 
 def test_restore_gives_data_parallel_its_own_copies_back() -> None:
