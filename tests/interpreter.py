@@ -36,7 +36,7 @@ def choose() -> None:
     if INTERPRETED:
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(os.environ, "TRITON_INTERPRET", "1")
-            from axattn.kernels import int8_attention
+            from axattn.kernels import fp8_quantiser, int8_attention  # noqa: F401  # the first is looked at later
 
             int8_attention.quantise(torch.ones(1, 1, 16))  # a first call imports the rest of triton
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import axattn
 from axattn.backends import fp8
-from axattn.backends.documents import Documents
 from axattn.backends.flash_gradient import Packed
 from axattn.capability import Need, missing
 from axattn.errors import BackendUnavailableError, InvalidConfigError, UnsupportedAttentionError
@@ -22,7 +21,7 @@ from axattn.interface import attend
 from axattn.layouts import Layout, Span
 from axattn.masking import lazy_mask
 from tests.conformance.families import FAMILIES
-from tests.fakes import flash, torchao
+from tests.fakes import flash, fp8_quantiser, torchao
 from tests.fakes.machine import hopper
 from tests.models import alone, build, positions, tokens
 
@@ -32,10 +31,10 @@ FORWARD, GRADIENT = 0.06, 0.05
 
 
 @pytest.fixture
-def rounding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def rounding() -> Iterator[None]:
     """A Hopper machine whose fake kernel gets real fp8 numbers."""
-    with hopper("fp8"):
-        monkeypatch.setattr(fp8, "STORAGE", E4M3)
+    with hopper("fp8"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchao, "STORAGE", E4M3)
         yield
 
 
@@ -115,7 +114,7 @@ def test_without_rounding_nothing_but_exact_attention_is_left(
 def test_keys_lose_their_mean_or_the_error_would_be_large(rounding: None, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = qkv(bias=8.0)
     smooth = relative(run(inputs), exact(inputs))
-    monkeypatch.setattr(fp8, "smoothed_keys", lambda key, layout: key)
+    monkeypatch.setattr(fp8_quantiser, "smoothed", lambda key, keys: key)
     assert relative(run(inputs), exact(inputs)) > 3 * smooth
 
 
@@ -147,27 +146,29 @@ def test_the_rotation_is_its_own_inverse_and_keeps_lengths(dim: int) -> None:
     assert torch.allclose(fp8.rotated(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
 
 
-def test_documents_and_rows_are_quantised_alike(rounding: None) -> None:
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("hadamard", ["none", "v", "qkv"])
+def test_documents_and_rows_are_quantised_alike(rounding: None, hadamard: str, smooth: bool) -> None:
     q, k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in qkv())
-    both = Documents((96, 96), q.device)
-    rows = fp8.quantised_rows(q, k, v, Layout((Span(0, 2, 0, 96, 0, 96),), True, None, 2, 96, 96))
-    for a, b in zip(fp8.quantised(q, k, v, both, both), rows, strict=True):
+    rows = Layout((Span(0, 2, 0, 96, 0, 96),), True, None, 2, 96, 96)
+    documents = Layout((Span(0, 1, 0, 96, 0, 96), Span(0, 1, 96, 192, 96, 192)), True, None, 1, 192, 192)
+    found = [fp8.quantised(q, k, v, layout, hadamard, smooth=smooth) for layout in (rows, documents)]
+    for a, b in zip(*((*parts, keys) for parts, keys in found), strict=True):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
         assert torch.allclose(a.float(), b.float())
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-38])
-@pytest.mark.parametrize("lengths", [(8,), (3, 5)], ids=["rows", "documents"])
-def test_next_to_nothing_is_quantised_to_zero_not_to_nan(
-    rounding: None, value: float, lengths: tuple[int, ...]
+def test_rows_with_more_numbers_than_torchao_can_count_go_through_ours(
+    rounding: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    q, k, v = (torch.zeros(8, heads, 32, dtype=torch.bfloat16) for heads in (4, 2, 2))
-    for x in (q, k, v):
-        x[1] = value
-    documents = Documents(lengths, q.device)
-    for part in fp8.quantised(q, k, v, documents, documents):
-        assert torch.isfinite(part.float()).all()
+    q, k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in qkv())
+    rows = Layout((Span(0, 2, 0, 96, 0, 96),), True, None, 2, 96, 96)
+    torchao.calls.clear()
+    for limit in (q.numel(), q.numel() - 1):
+        monkeypatch.setattr(fp8, "TORCHAO_LIMIT", limit)
+        fp8.quantised(q, k, v, rows, "none", smooth=True)
+    assert len(torchao.calls) == 1
 
 
 # ---- documents ------------------------------------------------------------------------------------------
@@ -176,10 +177,13 @@ def test_next_to_nothing_is_quantised_to_zero_not_to_nan(
 def test_whole_rows_go_through_torchao_and_documents_do_not(rounding: None) -> None:
     model = axattn.apply(build("llama", head_dim=16).to(torch.bfloat16), "fp8")
     torchao.calls.clear()
+    fp8_quantiser.calls.clear()
     model(tokens(2, 12))
     assert torchao.calls == [torch.Size([2, 4, 12, 16])] * 2
+    assert fp8_quantiser.calls == ["smoothed"] * 2
     model(tokens(1, 12), position_ids=positions((5, 7)))
     assert len(torchao.calls) == 2
+    assert fp8_quantiser.calls[2:] == ["quantise_smoothed", "quantise", "quantise"] * 2
 
 
 @pytest.mark.parametrize("changed", [0, 6, 11, 17])

@@ -12,6 +12,8 @@ from axattn.layouts import Layout
 from axattn.transfers import on_device
 
 _BLOCK = 256  # tokens reduced by one thread at a time: a long document is many blocks, reduced again
+_CHUNK = 128  # tokens that a chunk is a multiple of
+_MOST = 64  # chunks of a document at most: each reads what all of them found
 
 
 class Documents:
@@ -42,6 +44,21 @@ class Documents:
         """int32 ``[tokens]``: the number of each token's document."""
         return self.spread(torch.arange(len(self.lengths), dtype=torch.int32, device=self.device))
 
+    @cached_property
+    def chunks(self) -> torch.Tensor:
+        """Int32 ``[chunks, 5]``: document, first token and end of each chunk, and its document's first chunk and end.
+
+        A document is cut alike whatever lies beside it, so that nothing computed from its chunks depends on that.
+        """
+        table: list[tuple[int, ...]] = []
+        start = 0
+        for document, length in enumerate(self.lengths):
+            step = _CHUNK * -(-length // (_CHUNK * _MOST))
+            own = (len(table), len(table) + -(-length // step))
+            table += [(document, start + a, start + min(a + step, length), *own) for a in range(0, length, step)]
+            start += length
+        return torch.tensor(table, dtype=torch.int32).reshape(-1, 5).to(self.device)
+
     def _reduce(self, x: torch.Tensor, how: str) -> torch.Tensor:
         sizes, counts = self._blocks
         partial = torch.segment_reduce(x, how, lengths=sizes, axis=0, unsafe=True)
@@ -50,10 +67,6 @@ class Documents:
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 ``[documents, H, D]``: the mean over each document's tokens of `x` ``[tokens, H, D]``."""
         return self._reduce(x.float(), "sum") / self._tokens[:, None, None]
-
-    def absmax(self, x: torch.Tensor) -> torch.Tensor:
-        """Float32 ``[documents, H]``: the largest absolute value per document and head of `x` ``[tokens, H, D]``."""
-        return self._reduce(torch.linalg.vector_norm(x, float("inf"), dim=-1, dtype=torch.float32), "max")
 
     def spread(self, statistic: torch.Tensor) -> torch.Tensor:
         """``[tokens, ...]``: each document's value of ``[documents, ...]`` for each of its tokens."""

@@ -1,7 +1,8 @@
 """``fp8``: attention in FP8 (e4m3) by FlashAttention 3, for inference and, with a true gradient, for training.
 
 Q, K and V are scaled to fp8 per document and KV head, so that no document's values change another's; K loses its mean
-first (`axattn.backends.flash_gradient`). Whole rows go through torchao's quantiser, documents through ours.
+first (`axattn.backends.flash_gradient`). Whole rows go through torchao's quantiser, documents through ours
+(`axattn.kernels.fp8_quantiser`); both are Triton.
 
 Error on random data with keys far from zero (measured with e4m3 operands and weights, tests/test_fp8.py): output 4.5 %,
 gradients 3 %; with ``backward="exact"`` gradients 0.5 %, which is bf16's own. A Hadamard rotation changes neither.
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from axattn.backends.base import QUANTISED, Backend, check_gpu, check_library
-from axattn.backends.documents import Documents, documents_of, smoothed_keys
+from axattn.backends.documents import documents_of
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
 from axattn.backends.hadamard import hadamard
@@ -33,7 +34,7 @@ from axattn.call import AttentionCall
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, Reason
-from axattn.hf.integrations import fp8_quantiser
+from axattn.hf import integrations
 from axattn.layouts import Layout
 from axattn.options import Option, one_of
 
@@ -47,9 +48,8 @@ CAPABILITY = dataclasses.replace(
         "softcap": "in inference",
     },
 )
-STORAGE = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3fn
-SMALLEST = 1e-12  # a peak below it is zero, as torchao has it: its scale would not be finite
+TORCHAO_LIMIT = 2**31
+"""Elements from which on torchao's quantiser (0.18) counts too far: it multiplies rows by strides in int32."""
 HADAMARD = Option(
     "hadamard",
     "none",
@@ -89,9 +89,7 @@ class _Fp8(torch.autograd.Function):
         rotation: str,
         exact_backward: bool,
     ) -> torch.Tensor:
-        if not softcap:  # under a softcap a shift of all logits is no longer nothing
-            k = smoothed_keys(k, layout)
-        out, lse = _over_smoothed(q, k, v, packed, layout, softcap, rotation)
+        out, lse, k = _forward(q, k, v, packed, layout, softcap, rotation)
         if exact_backward:
             ctx.save_for_backward(q, k, v)
         else:
@@ -107,7 +105,7 @@ class _Fp8(torch.autograd.Function):
         return (*flash_backward(grad, q, k, v, out, lse, ctx.packed), None, None, None, None, None)
 
 
-def _over_smoothed(
+def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -115,15 +113,14 @@ def _over_smoothed(
     layout: Layout,
     softcap: float,
     rotation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[tokens, H, D]`` and logsumexp ``[H, tokens]`` over keys that are smoothed already."""
-    inner = (rotated(q), rotated(k), rotated(v)) if rotation == "qkv" else (q, k, v)
-    if rotation == "v":
-        inner = (q, k, rotated(v))
-    parts = quantised_rows(*inner, layout) if layout.whole_rows else quantised(*inner, *documents_of(layout, q.device))
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output ``[tokens, H, D]``, logsumexp ``[H, tokens]``, and the keys that its logits were made with."""
+    parts, keys = quantised(
+        q, k, v, layout, rotation, smooth=not softcap
+    )  # under a softcap a shift is no longer nothing
     out, lse = _attention(parts, packed, softcap)
     out = out.to(q.dtype)
-    return out if rotation == "none" else rotated(out), lse
+    return out if rotation == "none" else rotated(out), lse, keys
 
 
 def passes(call: AttentionCall) -> Passes | None:
@@ -133,7 +130,8 @@ def passes(call: AttentionCall) -> Passes | None:
     rotation = BACKEND.option(call, "hadamard")
 
     def forward(q: Any, k: Any, v: Any, packed: Packed, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        return _over_smoothed(q, smoothed_keys(k, layout), v, packed, layout, 0.0, rotation)
+        out, lse, _ = _forward(q, k, v, packed, layout, 0.0, rotation)
+        return out, lse
 
     again = exact_forward if BACKEND.option(call, "backward") == "exact" else None
     return over_packed(PackedPasses(forward, smoothed_keys, again))
@@ -143,22 +141,42 @@ Quantised = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.
 """q, k and v in fp8, ``[tokens, H, D]``, and what to multiply them with, float32 ``[documents, Hkv]``."""
 
 
-def quantised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Documents, keys: Documents) -> Quantised:
-    """Per document and KV head: the largest absolute value becomes fp8's largest."""
-    group = q.shape[1] // k.shape[1]
-    peaks = [queries.absmax(q).view(len(queries.lengths), -1, group).amax(-1), keys.absmax(k), keys.absmax(v)]
-    stored, undo = [], []
-    for x, peak, documents, repeats in zip((q, k, v), peaks, (queries, keys, keys), (group, 1, 1), strict=True):
-        scale = torch.where(peak > SMALLEST, LARGEST / peak, 1.0)
-        per_token = documents.spread(scale).repeat_interleave(repeats, 1)
-        stored.append((x.float() * per_token[..., None]).to(STORAGE))
-        undo.append(1 / scale)
-    return stored[0], stored[1], stored[2], undo[0], undo[1], undo[2]
+def quantised(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, rotation: str, *, smooth: bool
+) -> tuple[Quantised, torch.Tensor]:
+    """In fp8, and the keys in 16 bit as the logits have them: less their mean if `smooth`, not rotated."""
+    from axattn.kernels import fp8_quantiser
+
+    queries, keys = documents_of(layout, q.device)
+    by_torchao = layout.whole_rows and max(q.numel(), k.numel()) <= TORCHAO_LIMIT
+    if rotation == "qkv":
+        q = rotated(q)
+    if rotation != "none":
+        v = rotated(v)
+    kv_heads = k.shape[1]
+    if smooth and rotation != "qkv" and not by_torchao:
+        k8, k = fp8_quantiser.quantise_smoothed(k, keys)
+    else:
+        if smooth:
+            k = fp8_quantiser.smoothed(k, keys)
+        turned = rotated(k) if rotation == "qkv" else k
+        if by_torchao:
+            return quantised_rows(q, turned, v, layout), k
+        k8 = fp8_quantiser.quantise(turned, keys, kv_heads)
+    q8, v8 = fp8_quantiser.quantise(q, queries, kv_heads), fp8_quantiser.quantise(v, keys, kv_heads)
+    return (q8.values, k8.values, v8.values, q8.undo, k8.undo, v8.undo), k
+
+
+def smoothed_keys(key: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Keys ``[tokens, Hkv, D]`` less the mean of each document's."""
+    from axattn.kernels import fp8_quantiser
+
+    return fp8_quantiser.smoothed(key, documents_of(layout, key.device)[1])
 
 
 def quantised_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> Quantised:
-    """`quantised` for rows that are one document each, by torchao."""
-    quantise = fp8_quantiser()
+    """Per row and KV head, by torchao: the largest absolute value becomes fp8's largest."""
+    quantise = integrations.fp8_quantiser()
     rows = [x.reshape(layout.rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
     q8, k8, v8, *undo = quantise(*rows)
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q8, k8, v8)]
@@ -241,6 +259,12 @@ def probe(environment: Environment) -> list[Reason]:
     check_library(reasons, "torch", "torch", environment, "pip install -U torch", "2.11")
     reasons += unusable(environment)  # backward runs on them
     check_library(reasons, "torchao", "torchao", environment, "pip install -U torchao", "0.17")
+    check_library(reasons, "triton", "triton", environment, "pip install triton", "3.3")
+    if environment.triton_interpret:
+        text = (
+            "TRITON_INTERPRET=1 is set, and Triton's interpreter cuts numbers off where torchao's quantiser rounds them"
+        )
+        reasons.append(Reason("library", text, "unset TRITON_INTERPRET"))
     if not environment.has("flash_attn_3") and not environment.has("fa3_fwd"):
         text = "FlashAttention 3 (flash-attn-3 or fa3-fwd) is not installed"
         reasons.append(Reason("library", text, "pip install fa3-fwd"))

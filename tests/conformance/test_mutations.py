@@ -302,8 +302,8 @@ def the_gradient_of_queries_is_dropped(patch: Patch) -> None:
 
 @fault("fp8", "llama", "packed, cache on by default")
 def scales_are_those_of_another_document(patch: Patch) -> None:
-    real = fp8.quantised
-    patch.setattr(fp8, "quantised", lambda *parts: (*real(*parts)[:5], real(*parts)[5].roll(1, 0)))
+    real = fp8._attention
+    patch.setattr(fp8, "_attention", lambda parts, *rest: real((*parts[:5], parts[5].roll(1, 0)), *rest))
 
 
 @pytest.mark.parametrize("name", FAULTS)

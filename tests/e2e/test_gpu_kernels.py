@@ -16,7 +16,6 @@ import torch
 
 import axattn
 from axattn import backends
-from axattn.backends import fp8
 from axattn.environment import Environment
 from tests.models import build, positions, tokens
 
@@ -36,14 +35,16 @@ BUDGET = 0.15
 
 
 @pytest.fixture(params=ROWS)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.param
     with contextlib.ExitStack() as stack:
         if DEVICE == "cpu" and name in FAKED:
             from tests.fakes.machine import hopper
 
             stack.enter_context(hopper(name))
-            monkeypatch.setattr(fp8, "STORAGE", torch.float8_e4m3fn)
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(
+                "tests.fakes.torchao.STORAGE", torch.float8_e4m3fn
+            )
         reasons = backends.get(name).probe(Environment.current())
         if reasons:
             pytest.skip(f"{name}: {'; '.join(reason.text for reason in reasons)}")

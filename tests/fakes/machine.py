@@ -15,12 +15,13 @@ import transformers.modeling_flash_attention_utils as fa
 import transformers.modeling_utils
 from transformers import PreTrainedModel
 
+import axattn.kernels
 from axattn import backends
 from axattn.backends import flash_calls, fp8
 from axattn.capability import Capability, Refused
 from axattn.environment import Environment
 from tests.environments import machine
-from tests.fakes import flash, torchao
+from tests.fakes import flash, fp8_quantiser, torchao
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 FAKED = (*FLASH, "xformers", "fp8", "sage")
@@ -82,10 +83,12 @@ def hopper(*installed: str, sm: int = 90) -> Iterator[Environment]:
             patch.setattr(xformers.ops, "memory_efficient_attention", fake.memory_efficient_attention)
             fake.calls.clear()
         if "fp8" in installed:
-            patch.setattr(fp8, "STORAGE", torch.float32)  # unrounded: what is left is the adapter's own
+            patch.setattr(torchao, "STORAGE", torch.float32)  # unrounded: what is left is the adapter's own
             quantisers = types.ModuleType("torchao.prototype.attention.quantization")
             quantisers._fp8_sdpa_quantize = torchao.fp8_sdpa_quantize  # type: ignore[attr-defined]
             patch.setitem(sys.modules, quantisers.__name__, quantisers)
+            patch.setitem(sys.modules, "axattn.kernels.fp8_quantiser", fp8_quantiser)
+            patch.setattr(axattn.kernels, "fp8_quantiser", fp8_quantiser, raising=False)
         if "sage" in installed:
             from axattn.kernels import int8_attention
             from tests.fakes import int8

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from axattn.backends import fp8
+STORAGE = torch.float8_e4m3fn
+"""What numbers are kept in; float32 leaves them unrounded."""
+LARGEST = 448.0  # of e4m3fn
 
 calls: list[torch.Size] = []
 """Shapes of the queries that came."""
+
+
+class Fp8(NamedTuple):
+    values: torch.Tensor
+    undo: torch.Tensor
+
+
+def scales(peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to multiply with, and what undoes it. A Python number over a tensor would be a reciprocal, rounded twice."""
+    scale = torch.where(peak > 1e-12, torch.full_like(peak, LARGEST) / peak, 1.0)
+    return scale, torch.ones_like(scale) / scale
 
 
 def fp8_sdpa_quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -20,8 +35,8 @@ def fp8_sdpa_quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tupl
     stored, undo = [], []
     for x in (q, k, v):
         peak = x.float().abs().amax((2, 3)).unflatten(1, (k.shape[1], -1)).amax(-1)
-        scale = torch.where(peak > 1e-12, 448.0 / peak, 1.0)
+        scale, descale = scales(peak)
         wide = scale.repeat_interleave(x.shape[1] // k.shape[1], 1)[..., None, None]
-        stored.append((x.contiguous().float() * wide).to(fp8.STORAGE))
-        undo.append(1 / scale)
+        stored.append((x.contiguous().float() * wide).to(STORAGE))
+        undo.append(descale)
     return (*stored, *undo)

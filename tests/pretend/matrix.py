@@ -17,7 +17,7 @@ from tests.conformance import cells
 from tests.conformance.cases import Case
 from tests.conformance.cells import Cell
 from tests.environments import machine as environment
-from tests.fakes import flash, int8, sageattention, torchao, xformers
+from tests.fakes import flash, fp8_quantiser, int8, sageattention, torchao, xformers
 from tests.pretend.machine import two_gpus
 from tests.pretend.tensors import kernel
 
@@ -30,6 +30,7 @@ _FAKES: dict[Any, tuple[tuple[str, ...], bool]] = {
     flash.FlashAttention3: (_FUNCTIONS, True),
     flash.FlashAttention4: (_FUNCTIONS, True),
     flash.FlashAttention3Forward: (_FUNCTIONS[1:], True),
+    fp8_quantiser: (("quantise", "quantise_smoothed", "smoothed"), False),
     int8: (("quantise", "forward"), False),
     sageattention: (("sageattn", "sageattn_varlen"), False),
     torchao: (("fp8_sdpa_quantize",), False),
