@@ -120,7 +120,7 @@ def installed(name: str) -> Iterator[None]:
     [
         ("sage", {"quantise", "forward"}),
         ("library", {"sageattn_varlen"}),
-        ("fp8", {"flash_attn_varlen_func"}),
+        ("fp8", {"quantise", "quantise_smoothed", "flash_attn_varlen_func"}),
         ("xformers", {"memory_efficient_attention"}),
     ],
 )
