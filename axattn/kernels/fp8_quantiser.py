@@ -147,7 +147,10 @@ def _round_kernel(
     if ROUND:
         scale = tl.where(peak > smallest, tl.div_rn(448.0, tl.maximum(peak, smallest)), 1.0)
         if (chunk == first_chunk) & (h % group == 0):
-            tl.store(UNDO + document.to(tl.int64) * (heads // group) + kv, tl.div_rn(1.0, scale))
+            tl.store(
+                UNDO + document.to(tl.int64) * (heads // group) + kv,
+                tl.where(peak > smallest, tl.div_rn(peak, 448.0), 1.0),
+            )
     for first in tl.range(start, stop, BLOCK):
         t = (first + tl.arange(0, BLOCK)).to(tl.int64)
         inside = (t < stop)[:, None] & (d < size)[None, :]

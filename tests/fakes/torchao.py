@@ -21,8 +21,8 @@ class Fp8(NamedTuple):
 
 def scales(peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What to multiply with, and what undoes it. A Python number over a tensor would be a reciprocal, rounded twice."""
-    scale = torch.where(peak > 1e-12, torch.full_like(peak, LARGEST) / peak, 1.0)
-    return scale, torch.ones_like(scale) / scale
+    there, largest = peak > 1e-12, torch.full_like(peak, LARGEST)
+    return torch.where(there, largest / peak, 1.0), torch.where(there, peak / largest, 1.0)
 
 
 def fp8_sdpa_quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:

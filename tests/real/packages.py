@@ -37,6 +37,8 @@ class Package:
 PACKAGES = {
     "flash-attn": Package("flash-attn==2.8.3", source=True),  # 8 MB
     "fa3-fwd": Package("fa3-fwd==0.0.3"),  # 28 MB, its kernels with it
+    "torchao": Package("torchao==0.18.0"),  # 3 MB
+    "torchao-0.17": Package("torchao==0.17.0"),
     "einops": Package("einops==0.8.2"),  # flash-attn imports it
 }
 
