@@ -2,8 +2,9 @@
 
 Parts: attention (every kernel, forward and with backward, dense and packed), torch (torch's own dense kernels),
 overhead (through axattn against the kernel called directly), step (a training step of LLaMA-, Qwen- and Gemma-type
-models), masks (memory of the masks of one forward). The aim is eight minutes on an H200; it has not been timed there.
-It prints as it goes and writes after each part. ``--tiny`` runs small shapes, on a CPU too: a test of the script.
+models), masks (memory of the masks of one forward), quantiser (fp8 by ours, torchao's and torch's passes).
+The aim is eight minutes on an H200; it has not been timed there. It prints as it goes and writes after each part.
+``--tiny`` runs small shapes, on a CPU too: a test of the script.
 """
 
 from __future__ import annotations
@@ -179,11 +180,62 @@ def step(tiny: bool) -> list[dict[str, Any]]:
     return found
 
 
+def quantiser(tiny: bool) -> list[dict[str, Any]]:
+    """Queries, keys less their mean, and values to fp8, as `fp8` has them: our kernels, torchao's, and passes of torch.
+
+    Gigabytes a second are those that it takes in two readings: 16 bit twice, 8 bit out, smoothed keys out.
+    """
+    from axattn.backends import fp8
+    from axattn.backends.documents import Documents, smoothed
+    from axattn.kernels import fp8_quantiser as ours
+    from axattn.layouts import Layout, Span
+
+    def of_torch(x: torch.Tensor, documents: Documents, heads: int) -> torch.Tensor:
+        peak = torch.linalg.vector_norm(x, float("inf"), dim=-1, dtype=torch.float32)
+        peak = torch.segment_reduce(peak, "max", lengths=torch.tensor(documents.lengths, device=x.device), axis=0)
+        scale = 448 / peak.unflatten(1, (heads, -1)).amax(-1).clamp(min=ours.SMALLEST)
+        spread = documents.spread(scale).repeat_interleave(x.shape[1] // heads, 1)
+        return (x.float() * spread[..., None]).to(torch.float8_e4m3fn)
+
+    found = []
+    for lengths in ((40, 24),) if tiny else ((2048,) * 8, (512,) * 128, (65536,), (8192,) * 8):
+        tokens, size, heads, kv_heads = sum(lengths), 64 if tiny else 128, 2 if tiny else 32, 1 if tiny else 8
+        q, k, v = (torch.randn(tokens, h, size, device=DEVICE, dtype=BF16) for h in (heads, kv_heads, kv_heads))
+        documents = Documents(lengths, q.device)
+        layout = Layout(
+            (Span(0, len(lengths), 0, lengths[0], 0, lengths[0]),), True, None, len(lengths), *lengths[:1] * 2
+        )
+
+        def run_ours(q: Any = q, k: Any = k, v: Any = v, documents: Any = documents, heads: int = kv_heads) -> None:
+            ours.quantise(q, documents, heads)
+            ours.quantise_smoothed(k, documents)
+            ours.quantise(v, documents, heads)
+
+        def run_torch(q: Any = q, k: Any = k, v: Any = v, documents: Any = documents, heads: int = kv_heads) -> None:
+            for x in (q, smoothed(k, documents), v):
+                of_torch(x, documents, heads)
+
+        def run_torchao(q: Any = q, k: Any = k, v: Any = v, documents: Any = documents, layout: Any = layout) -> None:
+            fp8.quantised_rows(q, ours.smoothed(k, documents), v, layout)
+
+        runs: dict[str, Run] = {"ours": run_ours, "torch": run_torch}
+        if len(set(lengths)) == 1:
+            runs["torchao"] = run_torchao  # whole rows only; a first call tunes it
+        runs, failed = working(runs)
+        spent = {name: statistics.median(values) for name, values in timed(runs, 20, device=DEVICE).items()}
+        moved = q.numel() * 5 + k.numel() * 7 + v.numel() * 5
+        entry: dict[str, Any] = {"documents": list(lengths), "ms": {n: round(ms, 4) for n, ms in spent.items()}}
+        entry |= {"GB/s": {n: round(moved / ms / 1e6) for n, ms in spent.items()}, "failed": failed}
+        print(json.dumps(entry), flush=True)
+        found.append(entry)
+    return found
+
+
 def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--only", nargs="*", default=["overhead", "step", "attention", "torch", "masks"])
+    parser.add_argument("--only", nargs="*", default=["overhead", "step", "attention", "torch", "masks", "quantiser"])
     parser.add_argument("--tiny", action="store_true", help="small shapes, also on a CPU: a test of this script")
     arguments = parser.parse_args()
     if DEVICE == "cpu" and not arguments.tiny:
@@ -199,6 +251,7 @@ def main() -> None:
         "overhead": overhead,
         "step": step,
         "masks": masks,
+        "quantiser": quantiser,
     }
     for name in arguments.only:
         result[name] = parts[name](arguments.tiny)

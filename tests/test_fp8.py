@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -273,6 +274,16 @@ def test_a_short_row_under_a_window_does_not_decide_for_a_long_one(unrounded: No
         ids = tokens(2, length)
         assert relative(model(ids).logits, reference(ids).logits) < 1e-5
         assert bool(flash.calls) is (kernel == "fp8")
+
+
+def test_an_interpreter_that_truncates_is_refused_and_so_is_no_triton() -> None:
+    from tests.environments import HOPPER, machine
+
+    assert fp8.BACKEND.probe(HOPPER) == []
+    (reason,) = fp8.BACKEND.probe(dataclasses.replace(HOPPER, triton_interpret=True))
+    assert "TRITON_INTERPRET" in reason.text
+    assert reason.fix == "unset TRITON_INTERPRET"
+    assert [r.fix for r in fp8.BACKEND.probe(machine("cuda", 90, triton=None))] == ["pip install triton"]
 
 
 @pytest.mark.parametrize("options", [{"hadamard": "q"}, {"backward": None}, {"group_size": 4}])

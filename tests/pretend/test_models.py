@@ -22,6 +22,7 @@ from tests.models import build
 from tests.pretend import matrix
 from tests.pretend.data_parallel import data_parallel
 from tests.pretend.machine import two_gpus
+from tests.pretend.tensors import State
 
 BATCHES = {
     "packed": packed((7, 11, 3), (5, 9), (4, 4), (20,), pad=2),
