@@ -59,6 +59,8 @@ def test_what_the_record_serves_the_library_serves(chip: str, library: Any, monk
     monkeypatch.setattr(flash_attn_2_cuda, "ignores_softcap", chip == "rocm6")
     monkeypatch.setattr(flash_attn_2_cuda, "compute_capability", machine(chip).architecture or (9, 0))
     asked = list(served(NAME, chip, thin=3 if EVERYTHING else 2))  # the whole grid is 4,800 calls a chip
+    # a window to both sides over more keys than queries has no spans: such a call asks for a dense mask
+    asked = [need for need in asked if not (need.window and not need.causal and need.cross_lengths)]
     assert len(asked) > 100
     found = {need: said for need in asked if (said := wrong(need, flash_calls.flash_2))}
     assert not found
