@@ -207,3 +207,20 @@ def test_the_operator_keeps_its_promises_to_torch() -> None:
         (*arguments, *rest),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+def test_inputs_whose_rows_are_not_eight_values_apart() -> None:
+    """Kernels read eight values at a time; what lies otherwise in memory is copied first, or refused by the kernel."""
+    from axattn.kernels import int8_attention
+
+    packed = packed_of((33, 12), (33, 12), True, None, 64)
+    inputs = [x.detach() for x in made((33, 12), (33, 12), 2, 1, 64, False)]
+    odd = [torch.nn.functional.pad(x, (0, 3))[..., :64] for x in inputs]
+    assert odd[0].stride() == (134, 67, 1)
+    assert torch.equal(ours(*odd, packed), ours(*inputs, packed))
+    wide = [torch.cat([x, x], -1)[..., 64:] for x in inputs]  # as a fused projection gives them: read where they lie
+    assert int8_attention.in_eights(wide[0]) is wide[0]
+    assert torch.equal(ours(*wide, packed), ours(*inputs, packed))
+    for x in (odd[0], torch.zeros(5, 2, 12), inputs[0].transpose(1, 2)):
+        with pytest.raises(ValueError, match="eight values at a time"):
+            int8_attention.quantise(x)

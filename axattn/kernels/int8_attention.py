@@ -48,7 +48,13 @@ def _quantise_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of tokens of one head: smooth, turn, round. ``X [tokens, heads, size]`` → ``[tokens, heads, SIZE]``."""
+    """One block of tokens of one head: smooth, turn, round. ``X [tokens, heads, size]`` → ``[tokens, heads, SIZE]``.
+
+    `size` and the strides are counted in eights (`require_eights`).
+    """
+    size = size * 8
+    stride_t = stride_t * 8
+    stride_h = stride_h * 8
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.program_id(1)
     d = tl.arange(0, SIZE)
@@ -120,10 +126,10 @@ def _attend(
             seen = (n < k_length)[None, :]
             if CAUSAL:
                 seen = seen & (n[None, :] <= rows[:, None])
-            if WINDOW:
-                seen = seen & (n[None, :] > rows[:, None] - window)
-                if not CAUSAL:
-                    seen = seen & (n[None, :] < rows[:, None] + window)
+                if WINDOW:
+                    seen = seen & (n[None, :] > rows[:, None] - window)
+            elif WINDOW:
+                seen = seen & (tl.abs(n[None, :] - rows[:, None]) < window)
             s = tl.where(seen, s, float("-inf"))
         higher = tl.maximum(peak, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
@@ -131,9 +137,11 @@ def _attend(
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        if PADDED or MASKED:
+        if MASKED:
             inside = (n < k_length)[:, None] & (d < size)[None, :]
             v = tl.load(V + wide[:, None] * stride_vt + d[None, :], mask=inside, other=0.0)
+        elif PADDED:
+            v = tl.load(V + wide[:, None] * stride_vt + d[None, :], mask=(d < size)[None, :], other=0.0)
         else:
             v = tl.load(V + wide[:, None] * stride_vt + d[None, :])
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -171,7 +179,13 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of one head. ``BLOCKS``: int32 ``[blocks, 2]``, the document and the first query in it."""
+    """One block of queries of one head. ``BLOCKS``: int32 ``[blocks, 2]``, the document and the first query in it.
+
+    `size` and the strides are counted in eights (`require_eights`).
+    """
+    size = size * 8
+    stride_vt = stride_vt * 8
+    stride_vh = stride_vh * 8
     document = tl.load(BLOCKS + 2 * tl.program_id(0))
     first = tl.load(BLOCKS + 2 * tl.program_id(0) + 1)
     h = tl.program_id(1)
@@ -247,19 +261,53 @@ class Tuning(NamedTuple):
 
 
 def tuning(size: int, sm: int | None) -> Tuning:
-    """Blocks for a padded head dim and an architecture (None: the interpreter)."""
+    """Blocks for a padded head dim and an architecture (None: the interpreter).
+
+    They fit the shared memory of a block (`shared_memory`) and spill no register: tests/real/int8_kernels.py compiles
+    them for every chip.
+    """
     if sm is None:
         return Tuning(64, 64, 4, 1)
-    if sm >= 90:
+    if shared_memory(sm) >= 227:
         return Tuning(128, 128, 8, 3) if size <= 128 else Tuning(128, 64, 8, 2)
     if size <= 64:
-        return Tuning(128, 64, 4, 3)
-    return Tuning(128, 64, 8, 2) if size <= 128 else Tuning(64, 32, 4, 2)
+        return Tuning(128, 64, 8, 3)
+    return Tuning(128, 64, 8, 2) if size <= 128 else Tuning(64, 64, 8, 2)
+
+
+def shared_memory(sm: int) -> int:
+    """KiB that a block may have (CUDA's programming guide, "Compute Capabilities")."""
+    if sm < 80:
+        return 64
+    if sm in (80, 87):
+        return 163
+    return 227 if 90 <= sm < 120 else 99
 
 
 def padded_size(head_dim: int) -> int:
     """A power of two that INT8 tensor cores take: at least 32."""
     return max(32, 1 << (head_dim - 1).bit_length())
+
+
+def in_eights(x: torch.Tensor) -> torch.Tensor:
+    """``[tokens, H, D]`` as the kernels read it, eight values at a time: copied where its strides do not allow that."""
+    return x.contiguous() if x.stride(-1) != 1 or _odd_strides(x) else x
+
+
+def require_eights(x: torch.Tensor) -> None:
+    """The kernels count head dims and strides in eights, so that the compiler knows that eight values lie together.
+
+    It reads them one by one otherwise, and the pointers of a head dim that is no multiple of 16 spill registers.
+
+    Raises:
+        ValueError: one is no multiple of 8, or the last dimension is not contiguous.
+    """
+    if x.shape[-1] % 8 or x.stride(-1) != 1 or _odd_strides(x):
+        raise ValueError(f"INT8 kernels read eight values at a time: shape {list(x.shape)}, strides {x.stride()}")
+
+
+def _odd_strides(x: torch.Tensor) -> bool:
+    return any(x.stride(dim) % 8 for dim in (0, 1) if x.shape[dim] > 1)
 
 
 class Rounded(NamedTuple):
@@ -280,10 +328,11 @@ def quantise(x: torch.Tensor, mean: torch.Tensor | None = None, document: torch.
     """Round ``[tokens, H, D]`` to INT8 per token and head.
 
     Args:
-        x: last dimension contiguous.
+        x: as `in_eights` gives it.
         mean: float32 ``[documents, H, D]`` to take away, or None.
         document: int32 ``[tokens]``, the document of each token (with `mean`).
     """
+    require_eights(x)
     tokens, heads, head_dim = x.shape
     size = padded_size(head_dim)
     turn = min(64, head_dim & -head_dim)  # the largest power of two that divides the head dim, at most 64
@@ -301,9 +350,9 @@ def quantise(x: torch.Tensor, mean: torch.Tensor | None = None, document: torch.
         smooth,
         tokens,
         heads,
-        head_dim,
-        x.stride(0),
-        x.stride(1),
+        head_dim // 8,
+        x.stride(0) // 8,
+        x.stride(1) // 8,
         turn**-0.5 if turn >= 16 else 1.0,
         HAS_MEAN=mean is not None,
         ROTATE=turn >= 16,
@@ -341,7 +390,7 @@ def forward(
     Args:
         q: queries ``[tokens, H, D]``, rounded.
         k: keys ``[tokens, Hkv, D]``, rounded.
-        value: ``[tokens, Hkv, D]``, last dimension contiguous.
+        value: ``[tokens, Hkv, D]``, as `in_eights` gives it.
         cu_q: int32 ``[documents + 1]``.
         cu_k: int32 ``[documents + 1]``.
         blocks: of `query_blocks`.
@@ -354,6 +403,7 @@ def forward(
     Returns:
         Output ``[tokens, H, D]`` in the dtype of `value`, and the logsumexp, float32 ``[H, tokens]``.
     """
+    require_eights(value)
     q_tokens, heads, size = q.values.shape
     k_tokens, kv_heads, head_dim = value.shape
     out = torch.empty(q_tokens, heads, head_dim, dtype=value.dtype, device=value.device)
@@ -373,9 +423,9 @@ def forward(
         k_tokens,
         heads,
         kv_heads,
-        head_dim,
-        value.stride(0),
-        value.stride(1),
+        head_dim // 8,
+        value.stride(0) // 8,
+        value.stride(1) // 8,
         scale if softcap else scale * LOG2E,
         window or 0,
         softcap,
