@@ -154,6 +154,7 @@ def _plan_path(
         planned = _plan_layers(layers, name, (name,), environment)
         failed = [entry for entry in planned if not entry.chosen]
         if not failed:
+            notes += filter(None, [native_note(environment) if name == "sdpa" else ""])
             return name, planned, ()
         if not route:
             raise _unsupported(model, name, failed)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable, keep_nan
 from axattn.backends.selection import only_selected, selected
 from axattn.call import AttentionCall
+from axattn.environment import Environment
 from axattn.hf.torch_sdpa import avoids_cudnn, takes_grouped_heads, without_cudnn
 from axattn.masks import LazyMask
 
@@ -25,11 +26,12 @@ CAPABILITY = dataclasses.replace(
     notes={
         "segments": "through a dense S x S mask when called by axattn, as under `auto`",
         "second_gradient": "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); torch raises for its other kernels",
-        "cuDNN": "where torch prefers it (Hopper, Blackwell; torch 2.11), axattn keeps it from calls with a mask and "
-        "from single queries, since it builds a plan for every new length (0.15 to 0.5 s: pytorch#155958, FunASR#3704),"
-        " and on Hopper in training from bidirectional calls of a length that it gives NaN gradients for "
-        "(pytorch#196678, cudnn-frontend#628 and #1072). Other whole rows run on it, as in torch, which pays where "
-        "lengths repeat; where they vary, torch.backends.cuda.enable_cudnn_sdp(False)",
+        "cuDNN": "on Hopper and Blackwell torch 2.11 prefers its kernel. Called by axattn, no call with a mask and no "
+        "single query runs on it, which builds a plan for every new length (0.15 to 0.5 s: FunASR#3704), and on Hopper "
+        "no bidirectional call in training of a length for which its gradients can be NaN (pytorch#196678, trl#7181, "
+        "cudnn-frontend#628, #1072). Other whole rows run on it, which pays where lengths repeat; where they vary, "
+        "torch.backends.cuda.enable_cudnn_sdp(False). `sdpa` as a name of its own is Transformers' function: there "
+        "that line keeps NaN away too",
     },
 )
 
@@ -118,6 +120,16 @@ def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torc
     if mask.dtype == torch.bool:
         return bias.masked_fill(~mask, torch.finfo(dtype).min)
     return bias + mask
+
+
+def native_note(environment: Environment) -> str:
+    """What a plan says where Transformers' own ``sdpa`` runs on a machine; ``""`` for nothing."""
+    if environment.sm != 90 or not environment.has("torch", "2.11"):
+        return ""
+    return (
+        "sdpa is Transformers' own: in training on Hopper, torch runs masked calls on cuDNN, whose gradients can be NaN "
+        '(pytorch#196678). Use "auto", which keeps it away, or torch.backends.cuda.enable_cudnn_sdp(False)'
+    )
 
 
 BACKENDS = (Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa, plain=True),)

@@ -111,20 +111,21 @@ def without_cudnn() -> contextlib.AbstractContextManager[Any]:
     """
     if not torch.compiler.is_compiling():
         return _WITHOUT
-    found = [kernel for kernel, on in _others() if on]
-    return sdpa_kernel(found) if switches.cudnn_sdp_enabled() and found else contextlib.nullcontext()
+    others = _others()
+    return sdpa_kernel([getattr(SDPBackend, name) for name in others]) if others else contextlib.nullcontext()
 
 
-def _others() -> tuple[tuple[SDPBackend, bool], ...]:
-    """The kernels beside cuDNN's, and whether they are on; nothing where none of those that take masks is."""
-    efficient, math = switches.mem_efficient_sdp_enabled(), switches.math_sdp_enabled()
-    if not efficient and not math:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.13
+def _others() -> tuple[str, ...]:
+    """The kernels that may run in cuDNN's place; none where it is off already, or none is on that takes masks."""
+    on = {
+        "FLASH_ATTENTION": switches.flash_sdp_enabled(),
+        "EFFICIENT_ATTENTION": switches.mem_efficient_sdp_enabled(),
+        "MATH": switches.math_sdp_enabled(),
+    }
+    if not switches.cudnn_sdp_enabled() or not (on["EFFICIENT_ATTENTION"] or on["MATH"]):
         return ()
-    return (
-        (SDPBackend.FLASH_ATTENTION, switches.flash_sdp_enabled()),
-        (SDPBackend.EFFICIENT_ATTENTION, efficient),
-        (SDPBackend.MATH, math),
-    )
+    return tuple(name for name in on if on[name])
 
 
 class _Without(contextlib.AbstractContextManager[None]):
@@ -138,7 +139,7 @@ class _Without(contextlib.AbstractContextManager[None]):
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._turned_off = switches.cudnn_sdp_enabled() and bool(_others())
+                self._turned_off = bool(_others())
                 if self._turned_off:
                     switches.enable_cudnn_sdp(False)
             self._inside += 1

@@ -1,4 +1,4 @@
-"""What ``F.scaled_dot_product_attention`` is asked for on a GPU: heads that a fused kernel takes, and when cuDNN's may."""
+"""What ``F.scaled_dot_product_attention`` is asked for on a GPU: heads that a fused kernel takes, and without cuDNN."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from axattn.backends import dense, flash_calls, spans
 from axattn.call import AttentionCall
 from axattn.hf import torch_sdpa
 from axattn.masking import lazy_mask
-from tests.models import build
 from tests.pretend import matrix
 from tests.pretend.machine import two_gpus
 
@@ -160,8 +159,9 @@ def test_cudnn_is_kept_from_what_it_gives_nan_for_and_from_masks(
 
 
 def test_cudnn_is_kept_from_a_bidirectional_model_in_training_whichever_layer_asks() -> None:
-    model = axattn.apply(build("bert", num_hidden_layers=3, attention_probs_dropout_prob=0.0), "auto").to("cuda")
-    ids = torch.randint(1, 30, (1, 64), device="cuda")
+    sizes = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    model = axattn.apply(tf.BertModel(tf.BertConfig(vocab_size=64, **sizes)).eval(), "auto").to("cuda")
+    ids = torch.randint(1, 64, (1, 64), device="cuda")
     with torch.no_grad():
         model(ids)
     asked.clear()
@@ -247,6 +247,7 @@ def test_a_step_of_decoding_reads_keys_where_they_lie(
     q, k, v = query.cpu(), *(x.cpu().repeat_interleave(2, 1) for x in (key, value))
     seen = mask.dense().cpu()
     wanted = ((q @ k.transpose(-1, -2)) * 0.3).masked_fill(~seen, float("-inf")).softmax(-1) @ v
+    wanted = wanted.nan_to_num(0.0)  # the window of a row that ended long ago holds no real key
     assert torch.allclose(found.transpose(1, 2), wanted, atol=1e-5)
     assert asked[-1].query[1:3] == (2, 2)
     assert not asked[-1].cudnn
