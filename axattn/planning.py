@@ -8,6 +8,7 @@ from typing import Any
 
 from axattn import backends, names
 from axattn.backends.base import Backend
+from axattn.backends.dense import native_note
 from axattn.backends.ranking import by_need, interned, ranking, usable
 from axattn.by_path import resolve_names
 from axattn.capability import Need, missing
@@ -154,7 +155,8 @@ def _plan_path(
         planned = _plan_layers(layers, name, (name,), environment)
         failed = [entry for entry in planned if not entry.chosen]
         if not failed:
-            notes += filter(None, [native_note(environment) if name == "sdpa" else ""])
+            if name == "sdpa" and (text := native_note(environment)):
+                notes.append(text)
             return name, planned, ()
         if not route:
             raise _unsupported(model, name, failed)

@@ -127,7 +127,7 @@ def native_note(environment: Environment) -> str:
     if environment.sm != 90 or not environment.has("torch", "2.11"):
         return ""
     return (
-        "sdpa is Transformers' own: in training on Hopper, torch runs masked calls on cuDNN, whose gradients can be NaN "
+        "sdpa is Transformers' own: in training on Hopper torch runs masked calls on cuDNN, whose gradients may be NaN "
         '(pytorch#196678). Use "auto", which keeps it away, or torch.backends.cuda.enable_cudnn_sdp(False)'
     )
 

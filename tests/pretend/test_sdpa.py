@@ -262,11 +262,12 @@ def test_a_single_query_is_given_no_causal_rule(name: str, window: int | None, m
     """Under a softcap flash kernels run: a rule that hides nothing would keep them from splitting the keys."""
     given: list[dict[str, Any]] = []
 
-    def varlen(q: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
+    def kernel(q: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
         given.append(options)
         return q
 
-    monkeypatch.setattr(flash_calls, "varlen_function", lambda version: varlen)
+    for function in ("varlen_function", "dense_function"):
+        monkeypatch.setattr(flash_calls, function, lambda version: kernel)
     for S in (1, 12):
         query, key, value = tensors(S, 12, 8, HALF)
         call = AttentionCall(Attention(), query, key, value, None, True, window, 0.3, 0.0, 5.0, None, None, {})
