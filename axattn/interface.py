@@ -253,7 +253,8 @@ def _hit(
 ) -> tuple[Any, ...]:
     """The note that a layer leaves on the mask for the next layers that have the same candidates. Its last part is
     ``enable_gqa``, None where `attention` is to see to heads or to cuDNN."""
-    causal, grouped, single = mask.plain == "causal", query.shape[1] != key.shape[1], query.shape[2] == 1
+    causal, single = mask.plain == "causal", query.shape[2] == 1
+    grouped: bool | None = query.shape[1] != key.shape[1]
     # the note outlives this forward, and a checkpoint's that runs without gradients at first
     apart = avoids_cudnn(query.device, key.shape[2], masked=False, single=single, causal=causal, training=True)
     if apart or (grouped and (single or not takes_grouped_heads(query, key, value, None, 0.0, causal))):

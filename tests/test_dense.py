@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.backends import cuda as switches
 
 from axattn.backends import dense
 
 Call = tuple[int, int, bool]
+attention: Any = dense.attention
+switches: Any = torch.backends.cuda  # no types
 
 
 def tensors(S: int, T: int = 6) -> list[torch.Tensor]:
@@ -28,16 +29,16 @@ def mask(S: int, T: int = 6) -> torch.Tensor:
 def test_a_cpu_keeps_fewer_kv_heads(S: int, wanted: Call, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its flash kernel takes them, masked too; a single query's heads become its rows, which is faster still."""
     found: list[Call] = []
-    real = F.scaled_dot_product_attention
+    real: Any = F.scaled_dot_product_attention
 
-    def spy(query: torch.Tensor, key: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+    def spy(query: torch.Tensor, key: torch.Tensor, *rest: Any, **options: Any) -> Any:
         found.append((query.shape[1], key.shape[1], options["enable_gqa"]))
         return real(query, key, *rest, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     given = tensors(S)
     causal = not masked and S > 1
-    out = dense.attention(*given, mask(S) if masked else None, 0.0, causal, None)
+    out = attention(*given, mask(S) if masked else None, 0.0, causal, None)
     assert found == [wanted]
     expected = real(*given, mask(S) if masked else None, is_causal=causal, enable_gqa=True)
     assert torch.allclose(out, expected, atol=1e-6)
@@ -55,8 +56,8 @@ def test_a_graph_is_recorded_without_cudnn_and_leaves_it_on(S: int, monkeypatch:
     monkeypatch.setattr(dense, "avoids_cudnn", lambda *given, **named: True)
     given = tensors(S)
 
-    def run(*given: torch.Tensor) -> torch.Tensor:
-        return dense.attention(*given, 0.0, False, None)
+    def run(*given: torch.Tensor) -> Any:
+        return attention(*given, 0.0, False, None)
 
     found = torch.compile(run, backend=backend, fullgraph=True)(*given, mask(S))
     assert torch.allclose(found, run(*given, mask(S)), atol=1e-6)

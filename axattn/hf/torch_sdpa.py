@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from torch.backends import cuda as switches
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from axattn.hf.torch_internals import is_tracing
+
+switches: Any = torch.backends.cuda  # no types
 
 # ---- grouped heads ---------------------------------------------------------------------------------------------------
 

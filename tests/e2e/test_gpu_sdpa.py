@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from axattn.backends import dense
-from axattn.hf.torch_sdpa import sm, takes_grouped_heads
+from axattn.hf import torch_sdpa
+from axattn.hf.torch_sdpa import sm
 
 pytestmark = pytest.mark.gpu
+attention: Any = dense.attention
+takes: Any = torch_sdpa.takes_grouped_heads
+stock: Any = F.scaled_dot_product_attention
 
 
 def negative(queries: int, keys: int) -> list[torch.Tensor]:
@@ -31,7 +36,7 @@ def test_gradients_are_finite_where_logits_are_very_negative(case: str) -> None:
     queries, keys, masked = CASES[case]
     inputs = negative(queries, keys)
     mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device="cuda") if masked else None
-    out = dense.attention(*inputs, mask, 0.0, False, None)
+    out = attention(*inputs, mask, 0.0, False, None)
     assert all(torch.isfinite(x).all() for x in torch.autograd.grad(out.float().sum(), inputs))
 
 
@@ -42,9 +47,10 @@ def test_cudnn_still_has_to_be_kept_away() -> None:
     inputs = negative(704, 704)
     mask = torch.ones(1, 1, 704, 704, dtype=torch.bool, device="cuda")
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = F.scaled_dot_product_attention(*inputs, mask)
+        out = stock(*inputs, mask)
         gradient = torch.autograd.grad(out.float().sum(), inputs)[0]
-    assert not torch.isfinite(gradient).all(), f"cuDNN {torch.backends.cudnn.version()} gives finite gradients"
+    cudnn: Any = torch.backends.cudnn
+    assert not torch.isfinite(gradient).all(), f"cuDNN {cudnn.version()} gives finite gradients"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -55,10 +61,10 @@ def test_grouped_heads_never_run_on_the_math_kernel(dtype: torch.dtype, D: int, 
     mask = torch.ones(1, 1, 256, 256, dtype=torch.bool, device="cuda").tril() if masked else None
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     with sdpa_kernel(fused):  # raises where none of them takes the call
-        found = dense.attention(*given, mask, 0.0, not masked, None)
+        found = attention(*given, mask, 0.0, not masked, None)
     wide = [given[0], *(x.repeat_interleave(4, 1) for x in given[1:])]
     with sdpa_kernel(SDPBackend.MATH):
-        wanted = F.scaled_dot_product_attention(*(x.double() for x in wide), is_causal=True)
+        wanted = stock(*(x.double() for x in wide), is_causal=True)
     assert ((found - wanted).norm() / wanted.norm()).item() < (1e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
@@ -70,8 +76,8 @@ def test_what_is_said_in_a_graph_is_what_torch_takes() -> None:
             told: list[bool] = []
 
             def look(*given: torch.Tensor, told: list[bool] = told) -> torch.Tensor:
-                told.append(takes_grouped_heads(*given, None, 0.0, True))
+                told.append(takes(*given, None, 0.0, True))
                 return given[0] + 1
 
             torch.compile(look, backend="eager")(*given)
-            assert not told[0] or takes_grouped_heads(*given, None, 0.0, True)
+            assert not told[0] or takes(*given, None, 0.0, True)

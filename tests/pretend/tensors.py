@@ -112,9 +112,7 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
         _require_one_device(func, args, tensors, ours)
     device = torch.device(target) if target is not None else _device_of(func, args, ours)
     if not State.mixing and (
-        (func in READS and kwargs.get("output_size") is None)
-        or (func in MOVES and device.type == "cpu" and ours)
-        or _reads_bools(func, args)
+        (func in READS and kwargs.get("output_size") is None) or (func in MOVES and device.type == "cpu" and ours) or _reads_bools(func, args)
     ):
         State.waits[str(func)] += 1
     if not State.mixing and func in MOVES and device.type != "cpu" and _from_host(func, args):

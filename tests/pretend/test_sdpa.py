@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from torch.backends import cuda as switches
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import masking_utils as mu
 
@@ -24,6 +23,8 @@ from tests.pretend import matrix
 from tests.pretend.machine import two_gpus
 
 HALF = torch.bfloat16
+attention: Any = dense.attention
+switches: Any = torch.backends.cuda  # no types
 
 
 class Asked(NamedTuple):
@@ -102,7 +103,7 @@ def test_grouped_heads_reach_a_fused_kernel(
     mask = (torch.rand(2, 4 if per_head else 1, S, 12) < 0.7).cuda() if masked else None
     if mask is not None:
         mask[..., 0] = True
-    out = dense.attention(query, key, value, mask, 0.0, not masked and S > 1, 0.3)
+    out = attention(query, key, value, mask, 0.0, not masked and S > 1, 0.3)
     grads = torch.autograd.grad((out.float() * torch.arange(out.shape[-1], device="cuda")).sum(), (query, key, value))
     shape = {"grouped": (4, 2, S), "repeated": (4, 4, S), "packed": (2, 2, 2)}[form]
     assert (asked[0].query[1], asked[0].key[1], asked[0].query[2]) == shape
@@ -154,7 +155,7 @@ def test_cudnn_is_kept_from_what_it_gives_nan_for_and_from_masks(
     query, key, value = tensors(T, T, 8, HALF)
     mask = torch.ones(1, 1, T, T, dtype=torch.bool, device="cuda") if masked else None
     with torch.set_grad_enabled(training):
-        dense.attention(query, key, value, mask, 0.0, causal, None)
+        attention(query, key, value, mask, 0.0, causal, None)
     assert asked[-1].cudnn == on
 
 
@@ -179,7 +180,7 @@ def test_the_switches_of_the_user_stay() -> None:
     ):
         with sdpa_kernel(kernels):
             before = set(torch.nn.attention._cur_sdpa_kernel_backends())
-            dense.attention(query, key, value, mask, 0.0, False, None)
+            attention(query, key, value, mask, 0.0, False, None)
             assert asked[-1].cudnn == on
             assert set(torch.nn.attention._cur_sdpa_kernel_backends()) == before
 

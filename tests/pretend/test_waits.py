@@ -106,9 +106,7 @@ def test_a_step_of_decoding_under_padding_waits_once(name: str) -> None:
     assert few[0] <= 1
 
 
-@pytest.mark.parametrize(
-    ("queries", "causal", "window"), [(9, True, None), (9, False, None), (1, True, None), (9, True, 4)]
-)
+@pytest.mark.parametrize(("queries", "causal", "window"), [(9, True, None), (9, False, None), (1, True, None), (9, True, 4)])
 def test_calls_without_a_mask_neither_wait_nor_copy(name: str, queries: int, causal: bool, window: int | None) -> None:
     if name == "fp8" and window is not None:
         pytest.skip("fa3-fwd has no windows")
