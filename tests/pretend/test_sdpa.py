@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ from axattn import backends
 from axattn.backends import dense, flash_calls, spans
 from axattn.call import AttentionCall
 from axattn.hf import torch_sdpa
+from axattn.interface import _hit
 from axattn.masking import lazy_mask
 from tests.pretend import matrix
 from tests.pretend.machine import two_gpus
@@ -163,11 +165,22 @@ def test_cudnn_is_kept_from_a_bidirectional_model_in_training_whichever_layer_as
     sizes = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
     model = axattn.apply(tf.BertModel(tf.BertConfig(vocab_size=64, **sizes)).eval(), "auto").to("cuda")
     ids = torch.randint(1, 64, (1, 64), device="cuda")
-    with torch.no_grad():
+    with torch.no_grad():  # what it notes on the mask then serves the training that comes after
+        model(ids)
         model(ids)
     asked.clear()
     model(ids)
     assert [call.cudnn for call in asked] == [False] * 3
+
+
+@pytest.mark.parametrize(("T", "plain", "grouped"), [(192, "full", None), (256, "full", True), (192, "causal", True)])
+def test_what_a_layer_notes_on_a_mask_holds_in_training_too(T: int, plain: str, grouped: bool | None) -> None:
+    """A mask outlives a forward without gradients: None leaves cuDNN to each call."""
+    route: Any = SimpleNamespace(candidates=())
+    mask: Any = SimpleNamespace(plain=plain)
+    q, k, v = tensors(T, T, 8, HALF)
+    with torch.no_grad():
+        assert _hit(route, "varlen", mask, q, k, v)[-1] is grouped
 
 
 def test_the_switches_of_the_user_stay() -> None:
