@@ -11,6 +11,7 @@ import torch
 
 from axattn.backends.base import Backend, keep_nan
 from axattn.backends.compiled import over_documents
+from axattn.backends.dense import attention
 from axattn.backends.portable import portable
 from axattn.call import AttentionCall
 from axattn.call_masks import read_mask, with_keyword_segments
@@ -22,6 +23,7 @@ from axattn.hf.caches import is_unpaged_cache
 from axattn.hf.forward_inputs import AT_ATTENTION, CACHES, PAGED
 from axattn.hf.registries import require_mask
 from axattn.hf.torch_internals import is_tracing, leaves_kernels
+from axattn.hf.torch_sdpa import avoids_cudnn, takes_grouped_heads
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route, route_of
 from axattn.shares import ShareMask
@@ -90,7 +92,9 @@ def attend(
             ):
                 route.served[served] = route.served.get(served, 0) + 1
                 scale = kwargs.get("scaling")
-                if grouped:
+                if grouped is None:
+                    out = attention(query, key, value, None, 0.0, causal, scale)
+                elif grouped:
                     out = _sdpa(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=True)
                 else:
                     out = _sdpa(query, key, value, None, 0.0, causal, scale=scale)
@@ -248,9 +252,15 @@ def _plain_key(mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: to
 def _hit(
     route: Route, served: str, mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[Any, ...]:
-    """The note that a layer leaves on the mask for the next layers that have the same candidates."""
-    shapes = (query.shape, key.shape, value.shape)
-    return shapes, query.dtype, route.candidates, served, mask.plain == "causal", query.shape[1] != key.shape[1]
+    """The note that a layer leaves on the mask for the next layers that have the same candidates. Its last part is
+    ``enable_gqa``, None where `attention` is to see to heads or to cuDNN."""
+    causal, single = mask.plain == "causal", query.shape[2] == 1
+    grouped: bool | None = query.shape[1] != key.shape[1]
+    # the note outlives this forward, and a checkpoint's that runs without gradients at first
+    apart = avoids_cudnn(query.device, key.shape[2], masked=False, single=single, causal=causal, training=True)
+    if apart or (grouped and (single or not takes_grouped_heads(query, key, value, None, 0.0, causal))):
+        grouped = None
+    return (query.shape, key.shape, value.shape), query.dtype, route.candidates, served, causal, grouped
 
 
 def _one_dtype(

@@ -124,7 +124,8 @@ def _row_spans(mask: LazyMask, row: int, low: int, high: int, start: int, visibl
             first = max(low - start, 0)
             last = high - start
             if last <= first and q_length == 1 and high > low:  # one query is read, though it be padding
-                return [Span(row, row + 1, 0, 1, max(low, start + 1 - (pattern.window or visible)), high)]
+                low = max(low, start + 1 - (pattern.window or visible))
+                return [Span(row, row + 1, 0, 1, low, high)] if low < high else []
             return [Span(row, row + 1, first, last, low, high)] if last > first else []
         return [Span(row, row + 1, 0, q_length, low, high)] if high > low else []
     edges: tuple[int, ...] = (0, visible)

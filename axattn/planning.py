@@ -9,6 +9,7 @@ from typing import Any
 
 from axattn import backends, names
 from axattn.backends.base import Backend
+from axattn.backends.dense import native_note
 from axattn.backends.hub import MINUTES, pinned, stand_in
 from axattn.backends.hub_records import FLASH
 from axattn.backends.ranking import by_need, interned, ranking, usable
@@ -217,6 +218,8 @@ def _plan_path(
         failed = [entry for entry in planned if not entry.chosen]
         if not failed and (kernel is not None or name not in names.FLASH or _trains(layers, name, environment)):
             notes += _of_hub(name, kernel, path, layers, environment)
+            if name == "sdpa" and (text := native_note(environment)):
+                notes.append(text)
             return name, planned, ()
         if not failed and not route:  # axattn calls it, and refuses the layers concerned where they train
             return "auto", planned, interned((name,))

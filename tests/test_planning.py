@@ -130,3 +130,12 @@ def test_a_plan_is_a_text_and_json() -> None:
 def test_a_policy_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match='neither "raise" nor "route"'):
         chosen("llama", "auto", on_unsupported="ignore")
+
+
+def test_the_native_sdpa_says_what_torch_does_with_it_on_hopper() -> None:
+    def notes(name: str, environment: Environment) -> str:
+        return " ".join(axattn.plan(CONFIGS["llama"](), name, environment=environment).notes)
+
+    assert "pytorch#196678" in notes("sdpa", HOPPER)
+    assert not notes("sdpa", AMPERE)
+    assert not notes("auto", machine("cuda", 90, **dict.fromkeys(("flash_attn_3", "flash_attn_4"))))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from axattn import determinism
+from axattn.backends import decoding
 from axattn.backends.base import on_gpu_of
 from axattn.backends.spans import one_head_dim, packed_call
 from axattn.call import AttentionCall
@@ -76,6 +77,8 @@ def _softcap(call: AttentionCall) -> dict[str, Any]:
 
 def _call(call: AttentionCall, version: int, options: dict[str, Any], unlimited: int | None) -> torch.Tensor:
     layout = layout_of(call)
+    if decoding.serves(call) and not layout.whole_rows:
+        return decoding.one_query(call, layout)
     left = unlimited if layout.window is None else layout.window - 1
     options = {
         "softmax_scale": call.scale,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from axattn.backends.base import Backend
-from axattn.backends.dense import sdpa
+from axattn.backends.dense import repeated, sdpa
 from axattn.backends.eager import eager
 from axattn.call import AttentionCall
 from axattn.errors import Reason, UnsupportedAttentionError
@@ -44,12 +44,6 @@ def portable(call: AttentionCall, planned: Backend, layer: str) -> torch.Tensor:
         return eager(call)
     groups = int(call.query.shape[1]) // int(call.key.shape[1])
     if groups > 1:  # without `enable_gqa`, which exporters and vmap lack; as Transformers does it under a mask
-        call.key, call.value = (_repeated(x, groups) for x in (call.key, call.value))
+        call.key, call.value = (repeated(x, groups) for x in (call.key, call.value))
     call.ran = "sdpa"
     return sdpa(call)
-
-
-def _repeated(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """``[B, Hkv, T, D]`` as ``[B, H, T, D]``."""
-    B, heads, T, D = x.shape
-    return x[:, :, None].expand(B, heads, groups, T, D).reshape(B, heads * groups, T, D)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from axattn.backends import dense
+from axattn.backends import decoding, dense
 from axattn.backends.base import keep_nan, on_gpu_of
 from axattn.backends.tiles import attention_over_tiles
 from axattn.call import AttentionCall
@@ -25,6 +25,8 @@ def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
     Returns:
         ``[B, S, H, Dv]``. Where torch's flash kernel does not run, under the mask as a dense tensor.
     """
+    if decoding.serves(call):
+        return decoding.one_query(call, layout)
     query, key, value = call.query, call.key, call.value
     value_dim = value.shape[-1]
     query, key, value = one_head_dim(query, key, value)

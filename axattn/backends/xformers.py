@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from axattn.backends import decoding
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.spans import one_head_dim, packed_call, span_lengths
@@ -93,8 +94,10 @@ def _capability(environment: Environment) -> Capability:
 
 def xformers(call: AttentionCall) -> torch.Tensor:
     """Memory-efficient attention; returns ``[B, S, H, Dv]``."""
-    memory_efficient_attention = _library().memory_efficient_attention
     layout = layout_of(call)
+    if decoding.serves(call):
+        return decoding.one_query(call, layout)
+    memory_efficient_attention = _library().memory_efficient_attention
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any) -> torch.Tensor:

@@ -1,0 +1,49 @@
+"""One query a row over its keys, on a GPU, through ``F.scaled_dot_product_attention``: it reads keys where they lie.
+
+A variable-length kernel wants keys as tokens without gaps. To lay those of a cache out so is to copy all of them twice
+at every layer and step, four times the time of the attention itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from axattn.backends import dense
+from axattn.call import AttentionCall
+from axattn.layouts import Layout
+from axattn.masks import LazyMask
+
+
+def serves(call: AttentionCall) -> bool:
+    """Whether `one_query` takes a call; on a CPU tiles read keys where they lie."""
+    single = call.query.shape[2] == 1 and call.query.device.type != "cpu"
+    return single and call.softcap is None and call.sinks is None and call.bias is None
+
+
+def one_query(call: AttentionCall, layout: Layout) -> torch.Tensor:
+    """Attention of the last token of each row.
+
+    Args:
+        call: S is 1; its mask is the one that `layout` was read off, or None.
+        layout: its spans, at most one a row.
+
+    Returns:
+        ``[B, 1, H, Dv]``; zero for a row that is padding.
+    """
+    spans, window = layout.spans, layout.window
+    if not spans:
+        return call.value.new_zeros(layout.rows, 1, call.query.shape[1], call.value.shape[-1])
+    low, high = min(span.k0 for span in spans), max(span.k1 for span in spans)
+    first = spans[0]
+    everywhere = len(spans) == 1 and (first.row0, first.row1) == (0, layout.rows)
+    if everywhere and window is not None:  # bottom-right: the query sits at the last key
+        low = max(low, high - window)
+    keys, values, mask = call.key[:, :, low:high], call.value[:, :, low:high], None
+    if not everywhere:
+        assert isinstance(call.mask, LazyMask)  # without a mask all rows are alike
+        mask = call.mask.dense()[..., low:high]
+    call.ran = "sdpa"
+    out = dense.attention(call.query, keys, values, mask, call.dropout, False, call.scale).transpose(1, 2)
+    if mask is not None and sum(span.row1 - span.row0 for span in spans) < layout.rows:
+        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return out
