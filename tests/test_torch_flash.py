@@ -19,7 +19,9 @@ from tests.fakes import torch_flash
 from tests.models import build
 
 
-@pytest.mark.parametrize(("operator", "fake"), torch_flash.FLASH_OPS.items(), ids=[str(operator) for operator in torch_flash.FLASH_OPS])
+@pytest.mark.parametrize(
+    ("operator", "fake"), torch_flash.FLASH_OPS.items(), ids=[str(operator) for operator in torch_flash.FLASH_OPS]
+)
 def test_the_stand_ins_take_what_torch_declares(operator: Any, fake: Any) -> None:
     declared = {argument.name: argument for argument in operator._schema.arguments}
     taken = inspect.signature(fake).parameters
