@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import axattn
 from axattn.backends import dense
+from tests.models import build, tokens
 
 Call = tuple[int, int, bool]
 attention: Any = dense.attention
@@ -66,3 +68,19 @@ def test_a_graph_is_recorded_without_cudnn_and_leaves_it_on(S: int, monkeypatch:
     assert "CUDNN_ATTENTION" not in before
     assert "CUDNN_ATTENTION" in after
     assert switches.cudnn_sdp_enabled()
+
+
+@torch.no_grad()
+def test_a_padded_step_of_decoding_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that see other keys: no gather, no call a row; the result is that of each row alone."""
+    model = axattn.apply(build("llama"), "varlen")
+    ids, real = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    real[0, :3] = 0
+    cache = model(input_ids=ids[:, :8], attention_mask=real[:, :8], use_cache=True).past_key_values
+    calls = []
+    monkeypatch.setattr(dense, "attention", lambda *a: calls.append(a[0].shape) or attention(*a))
+    found = model(input_ids=ids[:, 8:], attention_mask=real, past_key_values=cache).logits[:, -1]
+    assert len(calls) == model.config.num_hidden_layers
+    axattn.restore(model)
+    alone = torch.cat([model(input_ids=ids[:1, 3:]).logits[:, -1], model(input_ids=ids[1:]).logits[:, -1]])
+    assert torch.allclose(found, alone, atol=1e-5)

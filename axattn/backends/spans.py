@@ -25,7 +25,7 @@ def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
     Returns:
         ``[B, S, H, Dv]``. Where torch's flash kernel does not run, under the mask as a dense tensor.
     """
-    if decoding.serves(call):
+    if decoding.serves(call) or decoding.pays_on_cpu(call):
         return decoding.one_query(call, layout)
     query, key, value = call.query, call.key, call.value
     value_dim = value.shape[-1]
