@@ -121,7 +121,9 @@ def _attend(
             k_scale = tl.load(K_SCALE + n)
         s = tl.dot(q, tl.trans(k)).to(tl.float32) * q_scale[:, None] * k_scale[None, :]
         if SOFTCAP:
-            s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0) * 1.4426950408889634
+            # softcap * tanh(s / softcap), in base 2
+            grown = tl.exp2(s * (2.8853900817779268 / softcap))
+            s = (softcap * 1.4426950408889634) * (1.0 - 2.0 / (grown + 1.0))
         if MASKED:
             seen = (n < k_length)[None, :]
             if CAUSAL:
