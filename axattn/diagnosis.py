@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axattn import backends
+from axattn.backends.dense import native_note
 from axattn.environment import Environment
 from axattn.errors import Reason
 from axattn.hf import contracts
@@ -114,6 +115,8 @@ def diagnose(environment: Environment | str | None = None) -> Diagnosis:
             reasons.append(Reason("gpu", f"{name} does not run on {device}"))
         exact = backend.capability.exactness == "exact"
         said = backend.notice(machine) if backend.notice is not None and not reasons else ""
+        if name == "sdpa":  # asked for by name it is Transformers' own
+            said = said or native_note(machine)
         hub = "" if kernel is None or reasons else str(kernel)
         found.append(dataclasses.replace(_kernel(name, backend.summary, exact, tuple(reasons), said), hub=hub))
     checked = contracts.findings() if environment is None and importlib.util.find_spec("transformers") else []

@@ -138,4 +138,7 @@ def test_the_native_sdpa_says_what_torch_does_with_it_on_hopper() -> None:
 
     assert "pytorch#196678" in notes("sdpa", HOPPER)
     assert not notes("sdpa", AMPERE)
+    said = {kernel.name: kernel.notice for kernel in axattn.diagnose(HOPPER).kernels}
+    assert "pytorch#196678" in said["sdpa"]
+    assert not said["eager"]
     assert not notes("auto", machine("cuda", 90, **dict.fromkeys(("flash_attn_3", "flash_attn_4"))))
