@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from axattn import backends
-from axattn.backends.dense import native_note
 from axattn.environment import Environment
 from axattn.errors import Reason
 from axattn.hf import contracts
@@ -103,6 +102,7 @@ def diagnose(environment: Environment | str | None = None) -> Diagnosis:
         why = (Reason("library", "torch is not installed", "pip install torch"),)
         return Diagnosis(machine, tuple(_kernel(n, "", True, why) for n in backends.builtin_names()))
     from axattn import planning  # needs torch
+    from axattn.backends.dense import native_note
     from axattn.backends.hub import stand_in
 
     found = []
@@ -124,4 +124,5 @@ def diagnose(environment: Environment | str | None = None) -> Diagnosis:
 
 
 def _kernel(name: str, summary: str, exact: bool, reasons: tuple[Reason, ...], notice: str = "") -> KernelDiagnosis:
-    return KernelDiagnosis(name, summary, exact, backends.supports_packing(name), backends.packs(name), reasons, notice)
+    packs = backends.packs(name)
+    return KernelDiagnosis(name, summary, exact, backends.supports_packing(name), packs, reasons, notice=notice)
