@@ -52,8 +52,8 @@ def test_plans_refuse_it_where_transformers_runs_the_name_and_auto_finds_another
     assert axattn.plan(build("llama").config, NAME, environment=machine).running == {"": NAME}
 
 
-def test_windowed_layers_run_elsewhere_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with hopper(NAME) as machine:
+def test_windowed_layers_run_elsewhere_where_it_is_allowed() -> None:
+    with hopper(NAME) as machine, pytest.MonkeyPatch.context() as monkeypatch:  # undone before hopper's own
         here = dataclasses.replace(machine, flash_attn_triton=True)
         monkeypatch.setattr(Environment, "current", classmethod(lambda cls: here))
         model = axattn.apply(build("mistral"), NAME, on_unsupported="route")
