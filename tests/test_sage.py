@@ -41,9 +41,9 @@ def interpreter() -> Iterator[Environment]:
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def library() -> Iterator[None]:
     """A Hopper machine with the sageattention library and no triton."""
-    with hopper() as environment:
+    with hopper() as environment, pytest.MonkeyPatch.context() as monkeypatch:  # undone before hopper's own
         here = dataclasses.replace(environment, libraries={**environment.libraries, "sageattention": "1.0.6"})
         without = {key: version for key, version in here.libraries.items() if key != "triton"}
         here = dataclasses.replace(here, libraries=without)
