@@ -169,7 +169,9 @@ def _mask_reasons(
         reasons.append(Reason("segments", "with a 2-D attention_mask Transformers ignores document boundaries"))
     if _asks_for_cache(module, inputs) and (caches_of(inputs) or cached_under_mask(module)):
         reasons.append(Reason("segments", "with use_cache on (the default) Transformers ignores document boundaries"))
-    positions = inputs.get("position_ids")
+    positions, of_text = inputs.get("position_ids"), False
+    if isinstance(positions, torch.Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
+        positions, of_text = positions[0], hands_positions_to_masks(module, "text_position_ids")
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
         reasons.append(Reason("segments", "the mask is built from position_ids, and none were given"))
     elif any(inputs.get(name) is not None for name in _APART):
@@ -180,18 +182,23 @@ def _mask_reasons(
             reasons.append(Reason("segments", f"position_ids and {given} describe different documents"))
     if overlays and flash_guard.has_kinds(inputs):
         reasons.append(Reason("dense_mask", "Transformers lays image blocks over a packed row's mask in wrong places"))
-    return [*reasons, *standing_reasons(module)]
+    return [*reasons, *standing_reasons(module, of_text=of_text)]
 
 
-def standing_reasons(module: torch.nn.Module) -> list[Reason]:
-    """Why no packed call of this model is right on a name whose masks Transformers builds, whatever the inputs."""
+def standing_reasons(module: torch.nn.Module, *, of_text: bool = False) -> list[Reason]:
+    """Why no packed call of this model is right on a name whose masks Transformers builds, whatever the inputs.
+
+    Args:
+        module: the model.
+        of_text: it was given positions of 4 planes (Qwen-VL), and makes its masks of the first, that of the text.
+    """
     reasons = []
     if not is_causal(module):
         text = "config.is_causal is False: Transformers' masks are then bidirectional, and made without the documents"
         reasons.append(Reason("segments", text))
     if _has_chunks(module) and not _chunks_restart():
         reasons.append(Reason("chunk", "this version of Transformers counts chunks from the row's start"))
-    if not hands_positions_to_masks(module):
+    if not of_text and not hands_positions_to_masks(module):
         reasons.append(
             Reason("segments", f"{type(module).__name__} does not hand position_ids to Transformers' mask builder")
         )

@@ -14,25 +14,31 @@ from axattn.weak_cache import weak_cache
 _MASK_BUILDERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
 
-def hands_positions_to_masks(module: torch.nn.Module) -> bool:
-    """Whether the decoder inside `module` passes ``position_ids`` to Transformers' mask builders (read in its source).
+def hands_positions_to_masks(module: torch.nn.Module, name: str = "position_ids") -> bool:
+    """Whether the decoder inside `module` passes its positions to Transformers' mask builders (read in its source).
 
     Unreadable source counts as no.
+
+    Args:
+        module: the model.
+        name: what the builders are given: ``"position_ids"``, or ``"text_position_ids"``, which models with planes of
+            positions cut from a fourth one.
     """
     classes: set[Any] = {code_of(inner) for inner in module.modules()}
-    found = [answer for cls in classes if (answer := _class_hands_positions(cls)) is not None]
-    return bool(found) and all(found)
+    found = [answer for cls in classes if (answer := _positions_of_masks(cls)) is not None]
+    return bool(found) and all(answer == name for answer in found)
 
 
 @weak_cache
-def _class_hands_positions(cls: Any) -> bool | None:
-    """True or False for a class that builds masks, None for one that does not."""
+def _positions_of_masks(cls: Any) -> str | None:
+    """What a class that builds masks gives the builders as positions, ``""`` for nothing or several things; None for a
+    class that builds none."""
     forward = getattr(cls, "forward", None)
     if forward is None or not hasattr(cls, "config_class"):
         return None
     tree = tree_of(forward)
     if tree is None:
-        return False
+        return ""
     known = set(_MASK_BUILDERS)
     for node in ast.walk(tree):  # mask_function = create_causal_mask if ... else create_sliding_window_causal_mask
         if isinstance(node, ast.Assign) and not any(isinstance(inner, ast.Call) for inner in ast.walk(node.value)):
@@ -47,20 +53,18 @@ def _class_hands_positions(cls: Any) -> bool | None:
     ]
     if not builders:
         return None
-    # not `position_ids=text_position_ids`: models with planes of positions find documents in a fourth plane only
-    spread = any(
-        isinstance(key, ast.Constant) and key.value == "position_ids" and ast.unparse(value) == "position_ids"
+    spread = {
+        ast.unparse(value)
         for node in ast.walk(tree)
         if isinstance(node, ast.Dict)
         for key, value in zip(node.keys, node.values, strict=True)
-    )
-    return all(
-        any(
-            (kw.arg == "position_ids" and ast.unparse(kw.value) == "position_ids") or (kw.arg is None and spread)
-            for kw in call.keywords
-        )
-        for call in builders
-    )
+        if isinstance(key, ast.Constant) and key.value == "position_ids"
+    }
+    given = set()
+    for call in builders:
+        named = [ast.unparse(kw.value) for kw in call.keywords if kw.arg == "position_ids"]
+        given |= set(named) or (spread if any(kw.arg is None for kw in call.keywords) else {""}) or {""}
+    return given.pop() if len(given) == 1 else ""
 
 
 def cached_under_mask(module: torch.nn.Module) -> bool:
@@ -79,7 +83,7 @@ def _down_to_masks(
 ) -> Iterator[tuple[torch.nn.Module, ...]]:
     """Each module that makes masks, behind those around it; not those inside it, which it hands its masks to."""
     chain = (*above, module)
-    if _class_hands_positions(code_of(module)) is not None:
+    if _positions_of_masks(code_of(module)) is not None:
         yield chain
         return
     for child in module.children():

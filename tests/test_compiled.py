@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -278,6 +279,7 @@ def test_kernels_in_operators_launch_on_the_gpu_of_their_tensors(name: str, monk
         inside -= 1
 
     def launched(kernel: Any) -> Any:
+        @functools.wraps(kernel)
         def run(*given: Any, **options: Any) -> Any:
             launches.append(inside)
             return kernel(*given, **options)

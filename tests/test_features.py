@@ -30,4 +30,6 @@ def test_what_the_page_says_of_some_kernels() -> None:
     assert rows["exact"].split(" | ")[at["sage"]] == "-"
     assert rows["Ampere (sm86)"].split(" | ")[at["flash_attention_2"]] == "yes"
     assert rows["Blackwell (sm120)"].split(" | ")[at["flash_attention_4"]].strip(" |") == "yes"
-    assert "- `flash_attention_4`: Blackwell (sm120): no attention sinks (gpt-oss); head dims up to 192" in page
+    (of_sm120,) = (line for line in page.splitlines() if line.startswith("- `flash_attention_4`: Blackwell (sm120)"))
+    assert "no attention sinks (gpt-oss)" in of_sm120
+    assert "head dims up to 192" in of_sm120

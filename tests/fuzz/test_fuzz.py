@@ -53,6 +53,8 @@ TWO = (((0, 4), (0, 3)),)
         Example("gpt2", "sdpa", TWO, training="reentrant checkpointing"),
         # the module that makes these masks makes no cache
         Example("gemma3_vl", "sdpa", TWO),
+        # of four planes of positions the first tells the masks
+        Example("qwen2_5_vl", "sdpa", TWO, cache="off"),
         # positions and cu_seq_lens that say the same, from the user's code behind the input hook
         Example("gpt2", "varlen", TWO, told="collator", giver="inner forward", lengths=True),
     ],

@@ -46,6 +46,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         module = importlib.import_module("sageattention")
     assert module is not fake
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # the number of a CPU's tensors
     yield module
     sage.sage_module.cache_clear()
 
