@@ -39,7 +39,8 @@ def one_query(call: AttentionCall, layout: Layout) -> torch.Tensor:
     """
     spans, window = layout.spans, layout.window
     if not spans:
-        return call.value.new_zeros(layout.rows, 1, call.query.shape[1], call.value.shape[-1])
+        nothing = call.query[:0].sum() + call.key[:0].sum() + call.value[:0].sum()  # zero, and so are the gradients
+        return nothing.expand(layout.rows, 1, call.query.shape[1], call.value.shape[-1])
     low, high = min(span.k0 for span in spans), max(span.k1 for span in spans)
     first = spans[0]
     everywhere = len(spans) == 1 and (first.row0, first.row1) == (0, layout.rows)
