@@ -14,7 +14,11 @@ def _unpads(example: Example | Chat) -> bool:
 
 
 def _lacks(name: str, *families: str) -> Callable[[Example | Chat], bool]:
-    return lambda example: example.name == name and example.family in families
+    def holds(example: Example | Chat) -> bool:
+        runs = {example.name, "varlen" if "apply again" in getattr(example, "steps", ()) else ""}
+        return name in runs and example.family in families
+
+    return holds
 
 
 def _packs(example: Example | Chat) -> bool:
