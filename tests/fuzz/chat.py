@@ -76,6 +76,8 @@ class Chat:
         """Whether a turn goes on from documents that a row of several has left in the cache."""
         first = self.turns[0]
         two = self.packed and max(first.lengths) > 1
+        if self.between == "crop" and self.kind == "dynamic" and max(first.lengths) // 2 == 1:
+            two = False  # the second document was one token, and is cut off
         following = len(self.turns) - (2 if self.last == "beams" else 1)  # beams have a cache of their own
         return two and following > 0 and self.between not in EMPTIES
 
