@@ -41,6 +41,26 @@ TORCH_KERNEL = Capability(
 """What all of torch's own kernels serve, called by axattn; each adds what it has beyond."""
 
 
+FLASH_KERNEL = Capability(
+    devices=frozenset({"cuda"}),
+    dtypes=HALVES,
+    max_head_dim=256,
+    head_dim_multiple=8,
+    value_dim_differs=True,
+    value_dim_padded=True,
+    grouped_heads=True,
+    causal=True,
+    bidirectional=True,
+    window=True,
+    padding=True,
+    segments=True,
+    cross_lengths=True,
+    gradient=True,
+    deterministic=True,
+)
+"""What all FlashAttention libraries and hub kernels serve on CUDA; each adds what it has beyond."""
+
+
 QUANTISED = Capability(
     exactness="lossy",
     devices=frozenset({"cuda"}),

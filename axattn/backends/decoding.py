@@ -16,14 +16,18 @@ from axattn.masks import LazyMask
 
 def serves(call: AttentionCall) -> bool:
     """Whether `one_query` takes a call; on a CPU tiles read keys where they lie."""
-    single = call.query.shape[2] == 1 and call.query.device.type != "cpu"
-    return single and call.softcap is None and call.sinks is None and call.bias is None
+    return call.query.device.type != "cpu" and _is_single(call)
+
+
+def _is_single(call: AttentionCall) -> bool:
+    """Whether it is one query a row, and nothing that ``F.scaled_dot_product_attention`` lacks is asked for."""
+    return call.query.shape[2] == 1 and call.softcap is None and call.sinks is None and call.bias is None
 
 
 def pays_on_cpu(call: AttentionCall) -> bool:
     """Whether `one_query` beats tiles on a CPU: without a gradient one call under a mask, in place of one a row
     (measured: 0.5 to 0.85 of the time)."""
-    single = call.query.shape[2] == 1 and call.query.device.type == "cpu"
+    single = call.query.device.type == "cpu" and _is_single(call)
     return single and not torch.is_grad_enabled() and call.query.shape[0] > 1 and call.key.shape[2] > 1
 
 

@@ -7,30 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from axattn.backends.base import HALVES, Backend, check_gpu, check_library
+from axattn.backends.base import FLASH_KERNEL, Backend, check_gpu, check_library
 from axattn.backends.flash_calls import flash_2, flash_3, flash_4
 from axattn.capability import Capability, Refused
 from axattn.environment import Environment
 from axattn.errors import Reason
 
-_COMMON = Capability(
-    devices=frozenset({"cuda"}),
-    dtypes=HALVES,
-    max_head_dim=256,
-    head_dim_multiple=8,
-    grouped_heads=True,
-    causal=True,
-    bidirectional=True,
-    value_dim_differs=True,
-    value_dim_padded=True,
-    window=True,
-    softcap=True,
-    padding=True,
-    segments=True,
-    cross_lengths=True,
-    gradient=True,
-    deterministic=True,
-)
+_COMMON = dataclasses.replace(FLASH_KERNEL, softcap=True)
 _FLOORS_4 = (("nvidia_cutlass_dsl", "nvidia-cutlass-dsl", "4.6.2"), ("quack_kernels", "quack-kernels", "0.5.3"))
 """From the metadata of flash-attn-4 4.0.0b36."""
 _INSTALL = {

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from axattn.backends.base import HALVES
+from axattn.backends.base import FLASH_KERNEL, HALVES
 from axattn.capability import Capability, Refused
 
 
@@ -67,23 +67,7 @@ class HubKernel:
         return f"sm{self.sms[0]} or newer" if self.sms[1] >= 129 else f"sm{self.sms[0]} to sm{self.sms[1]}"
 
 
-_FLASH = Capability(
-    devices=frozenset({"cuda"}),
-    dtypes=HALVES,
-    max_head_dim=256,
-    head_dim_multiple=8,
-    value_dim_differs=True,
-    value_dim_padded=True,
-    grouped_heads=True,
-    causal=True,
-    bidirectional=True,
-    window=True,
-    padding=True,
-    segments=True,
-    cross_lengths=True,
-    gradient=True,
-    deterministic=True,
-)
+_FLASH = FLASH_KERNEL
 _SINKS = (
     Refused("gives the sinks no gradient", ("sinks", "gradient")),
     Refused("takes sinks in bfloat16 only", ("sinks",), dtypes=frozenset({"float16"})),

@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from axattn.kernels import int8_attention as ours
+from tests.real.cubins import resources
 
 CHIPS = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (24, 32, 40, 64, 120, 128, 200, 256)
@@ -139,18 +137,6 @@ def compiled(case: Case) -> Any:
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=divisible)
     rest = {name: value for name, value in options.items() if name not in kernel.arg_names}
     return triton.compile(source, target=GPUTarget("cuda", case.sm, 32), options=rest)
-
-
-def resources(found: Any) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack, where registers are spilled to: from Triton's own cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()  # type: ignore[union-attr]  # always there
-    return int(registers), int(stack)
 
 
 def shown(case: Case) -> str:

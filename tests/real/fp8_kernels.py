@@ -1,4 +1,4 @@
-"""Our fp8 quantiser as Triton compiles it for chips, no GPU needed: ``python -m tests.compile_fp8_quantiser [90 ...]``.
+"""Our fp8 quantiser as Triton compiles it for chips, no GPU needed: ``python -m tests.real.fp8_kernels [90 ...]``.
 
 A line for each kernel: shared memory, registers, bytes spilled, whether it reads 16 bytes at a time. Exits with 1 where
 one spills, does not fit or reads less at a time. In a process of its own: the suite's kernels are interpreted.
@@ -7,11 +7,7 @@ one spills, does not fit or reads less at a time. In a process of its own: the s
 from __future__ import annotations
 
 import itertools
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -19,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from axattn.kernels import fp8_quantiser as ours
+from tests.real.cubins import resources
 
 POINTERS = {"CHUNKS": "*i32", "ROUNDED": "*u8", "X": "*bf16", "SMOOTH": "*bf16"}
 FLOATS = ("PEAK", "SUM", "LOW", "HIGH", "UNDO")
@@ -50,18 +47,6 @@ def compiled(kernel: Any, flags: dict[str, Any], sm: int, size: int) -> Any:
     attributes = {(n,): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": ours.WARPS})
-
-
-def resources(found: Any) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack, where registers are spilled to."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()  # type: ignore[union-attr]  # always there
-    return int(registers), int(stack)
 
 
 def main(chips: list[int], sizes: tuple[int, ...]) -> int:
