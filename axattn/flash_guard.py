@@ -15,6 +15,7 @@ import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.forward_inputs import KINDS, LENGTHS, tokens_of
+from axattn.hf.model_internals import window_of
 from axattn.hf.source_inspection import calls_interface, calls_of, code_of, file_source, signature_of, source_of
 from axattn.segments import Segments
 from axattn.weak_cache import weak_cache
@@ -25,14 +26,6 @@ _ADVICE = 'Use attn_implementation="varlen" or "auto".'
 def windowed(module: torch.nn.Module) -> bool:
     """Whether some layers of a model have a sliding window (read in its config)."""
     return window_of(module) is not None
-
-
-def window_of(module: torch.nn.Module) -> int | None:
-    """The narrowest sliding window of a model (read in its config), None where it has none."""
-    config: Any = module.config
-    text = config.get_text_config()
-    windows = [getattr(c, name, None) for c in (config, text) for name in ("sliding_window", "local_attention")]
-    return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
 
 
 def overlays(module: torch.nn.Module) -> bool:

@@ -26,7 +26,7 @@ from axattn.hf.torch_internals import is_tracing, leaves_kernels
 from axattn.hf.torch_sdpa import avoids_cudnn, takes_grouped_heads
 from axattn.masks import LazyMask
 from axattn.routes import ATTRIBUTE, Route, route_of
-from axattn.shares import ShareMask
+from axattn.share_mask import ShareMask
 from axattn.traced import TracedSegments
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention

@@ -16,7 +16,8 @@ from axattn.hf.torch_internals import is_tracing
 from axattn.masks import LazyMask
 from axattn.overlays import blocks_in_place, require_one_document
 from axattn.segments import Segments, from_positions, jumps
-from axattn.shares import Share, ShareMask
+from axattn.share_mask import ShareMask
+from axattn.shares import Share
 from axattn.traced import TracedSegments
 
 

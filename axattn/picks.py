@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 
 from axattn.errors import InvalidInputError, Reason
-from axattn.flash_guard import window_of
 from axattn.hf.forward_inputs import tokens_of
+from axattn.hf.model_internals import window_of
 from axattn.hf.source_inspection import code_of, source_of, tree_of
 from axattn.hf.torch_internals import is_tracing, require_when_run
 from axattn.weak_cache import weak_cache

@@ -12,16 +12,28 @@ from __future__ import annotations
 import os
 import threading
 
+from axattn.hf import own_functions
 from axattn.hf.post_import import after_import
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from axattn.errors import Reason
 
 _WATCHED = "transformers.modeling_utils"
 _lock = threading.RLock()
 _active = False
 _waiting = False
+
+
+def _functions() -> dict[str, tuple[Any, Any]]:
+    from axattn.functions import FUNCTIONS
+
+    return FUNCTIONS
+
+
+own_functions.load = _functions
 
 
 def register() -> None:

@@ -17,11 +17,12 @@ from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import axattn
+from axattn.document_rows import as_rows
 from axattn.errors import UnsupportedAttentionError
 from axattn.mixing import mixers
 from axattn.patches import recurrent as patch
 from axattn.patches.entrance import Entrance
-from axattn.recurrent import as_rows, recurrent
+from axattn.recurrent import recurrent
 from axattn.segments import Segments
 from tests import distributed, parallel_jobs
 from tests.census import examine

@@ -36,6 +36,14 @@ def attention_classes(cls: type) -> list[Any]:
     return [getattr(one, "target_class", one) for one in (recorded if isinstance(recorded, list) else [recorded])]
 
 
+def window_of(module: torch.nn.Module) -> int | None:
+    """The narrowest sliding window of a model (read in its config), None where it has none."""
+    config: Any = module.config
+    text = config.get_text_config()
+    windows = [getattr(c, name, None) for c in (config, text) for name in ("sliding_window", "local_attention")]
+    return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
+
+
 def wants_weights(config: Any) -> bool:
     """``config.output_attentions``, without a config's own attribute access, which costs a microsecond."""
     return bool(config.__dict__.get("_output_attentions", False))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason, RegistrationError
+from axattn.hf import own_functions
 from axattn.hf.model_internals import CONFIG_NAME
 from axattn.hf.source_inspection import origin
 
@@ -35,9 +36,7 @@ def ours() -> dict[str, tuple[Any, Any]]:
     """By name, the attention function and the mask function of axattn's. The same objects on every call."""
     if not _ours:
         interfaces()  # before axattn's own modules: nobody who imports Transformers in another thread then waits for us
-        from axattn.functions import FUNCTIONS
-
-        _ours.update(FUNCTIONS)
+        _ours.update(own_functions.load())
     return _ours
 
 

@@ -14,7 +14,7 @@ import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.parallel.collectives import exchange
-from axattn.shares import ShareMask
+from axattn.share_mask import ShareMask
 
 _PER_HEAD = ("s_aux", "sinks")
 _REFUSED = {

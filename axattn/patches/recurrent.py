@@ -12,13 +12,14 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from axattn.context import current
+from axattn.document_rows import Group, as_rows
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.source_inspection import signature_of
 from axattn.hf.torch_internals import is_tracing
 from axattn.mixing import text_model
 from axattn.patches.entrance import Forward, add_entrance
 from axattn.patches.patchset import PatchSet
-from axattn.recurrent import Group, as_rows, recurrent
+from axattn.recurrent import recurrent
 from axattn.segments import Segments
 from axattn.traced import TracedSegments
 

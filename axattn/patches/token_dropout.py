@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from axattn.context import current
+from axattn.document_rows import as_rows
 from axattn.mixing import scaled_by_share, text_model
 from axattn.patches.entrance import Forward, add_entrance
 from axattn.patches.patchset import PatchSet
-from axattn.recurrent import as_rows
 from axattn.segments import Segments
 
 
