@@ -37,7 +37,7 @@ class Need:
         segments: several documents in one row.
         cross_lengths: q_len differs from kv_len (decoding, cross attention).
         gradient: gradients of q, k and v are asked for.
-        deterministic: gradients that are the same to the bit each time are asked for (`axattn.determinism`).
+        deterministic: gradients that are the same to the bit each time are asked for (`axattn.hf.determinism`).
         weights: the attention probabilities are asked for (``output_attentions``).
         traced: the call is inside a graph that ``torch.compile`` traces, with a mask that only a tensor describes.
         dtype: ``"float32"``, ``"bfloat16"``, ...; None when not known.

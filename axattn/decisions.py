@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from axattn import determinism
 from axattn.backends.base import Backend
 from axattn.call import AttentionCall
-from axattn.capability import Need
+from axattn.capability import Capability, Need, missing
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf import determinism
 from axattn.hf.torch_internals import is_tracing
 from axattn.masks import LazyMask
 from axattn.routes import Route
@@ -70,7 +72,7 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
     if backend is None:
         need = need_of(call, sparse)
         backend = route.choose(need)
-        determinism.warn_if_lacking(backend, route.kernels[backend.name][1], need)
+        _warn_if_lacking(backend, route.kernels[backend.name][1], need)
         route.decisions[fingerprint] = backend
     return backend
 
@@ -114,3 +116,11 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
         dtype=str(query.dtype).removeprefix("torch."),
         device=query.device.type,
     )
+
+
+def _warn_if_lacking(backend: Backend, capability: Capability, need: Need) -> None:
+    """Warn, as torch does with ``warn_only=True``, of a kernel that has no deterministic gradient."""
+    if need.gradient and not need.deterministic and torch.are_deterministic_algorithms_enabled():
+        for reason in missing(replace(need, deterministic=True), capability, backend.name):
+            if reason.feature == "deterministic":  # once for each text: Python's own filter
+                warnings.warn(f"axattn: {reason.text}", UserWarning, stacklevel=2)

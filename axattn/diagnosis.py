@@ -103,7 +103,7 @@ def diagnose(environment: Environment | str | None = None) -> Diagnosis:
         return Diagnosis(machine, tuple(_kernel(n, "", True, why) for n in backends.builtin_names()))
     from axattn import planning  # needs torch
     from axattn.backends.dense import native_note
-    from axattn.backends.hub import stand_in
+    from axattn.hf.flash_stand_ins import stand_in
 
     found = []
     for name in backends.builtin_names():

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from axattn import determinism, flash_guard, guard, picks, planes
+from axattn import flash_guard, guard, picks, planes
 from axattn.behind import look
 from axattn.context import Context, Seen, current, slot
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
@@ -188,7 +188,7 @@ class Door:
         if torch.nn.functional.scaled_dot_product_attention is not _SDPA and facts.native is None:
             guard.require_no_context_parallel(module)
         if facts.on_flash and facts.native is not None:
-            determinism.require_native(facts.native, module)
+            flash_guard.require_deterministic(facts.native, facts.nondeterministic, module)
         weights = given.get("output_attentions")
         if weights is None:
             weights = wants_weights(module.config)

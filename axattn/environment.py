@@ -225,11 +225,11 @@ def _hub(libraries: Mapping[str, str]) -> dict[str, Any]:
     """What is known of the hub where its kernels can be loaded."""
     if "kernels" not in libraries:
         return {}
-    from axattn.hf import hub_kernels
+    from axattn import hub_cache
     from axattn.names import HUB_FLASH_REPOSITORIES, HUB_SAGE_REPOSITORIES
 
-    cached = hub_kernels.cached(HUB_FLASH_REPOSITORIES | HUB_SAGE_REPOSITORIES)
-    return {"hub_offline": hub_kernels.is_offline(), "hub_cached": cached}
+    cached = hub_cache.cached(HUB_FLASH_REPOSITORIES | HUB_SAGE_REPOSITORIES)
+    return {"hub_offline": hub_cache.is_offline(), "hub_cached": cached}
 
 
 _CUTE = "flash_attn/cute/__init__.py"  # flash-attn (FlashAttention 2) brings a file of that name too

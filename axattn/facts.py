@@ -19,6 +19,7 @@ class Facts:
         position_planes: how many leading planes ``position_ids`` may have (Qwen-VL: 1, 3 or 4), () for none.
         shares_keys: some layers read the keys and values of another one.
         on_flash: its native name is a flash name.
+        nondeterministic: why its kernel has no deterministic gradient, () where it has one.
         windowed: some layers have a sliding window.
         standing: on this native name no packed call is right (`axattn.guard.standing_reasons`).
         mixers: layers that mix tokens outside of attention (`axattn.mixing`): documents would leak through them.
@@ -43,6 +44,7 @@ class Facts:
     position_planes: tuple[int, ...] = ()
     shares_keys: bool = False
     on_flash: bool = False
+    nondeterministic: tuple[Reason, ...] = ()
     windowed: bool = False
     standing: bool = False
     mixers: tuple[Reason, ...] = ()

@@ -6,12 +6,12 @@ import dataclasses
 
 from axattn import backends
 from axattn.backends.base import Backend
-from axattn.backends.hub import KERNELS_WINDOW, stand_in
 from axattn.backends.hub_records import FLASH
 from axattn.backends.ranking import PREFERENCES, ranking
 from axattn.backends.sage import HUB, HUB_ARCHITECTURES
 from axattn.capability import Capability
 from axattn.environment import Environment
+from axattn.hf.flash_stand_ins import KERNELS_WINDOW, stand_in
 from axattn.machines import EVERY_LIBRARY
 from axattn.names import FLASH as FLASH_NAMES
 from axattn.names import HUB_SAGE_REPOSITORIES, WITHOUT_A_CACHE

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf import determinism
 from axattn.hf.forward_inputs import KINDS, LENGTHS, tokens_of
 from axattn.hf.model_internals import window_of
 from axattn.hf.source_inspection import calls_interface, calls_of, code_of, file_source, signature_of, source_of
@@ -97,6 +100,35 @@ def _gives(module: torch.nn.Module, name: str) -> bool:
     """Whether an attention module gives a keyword with the call of its attention function."""
     calls = calls_of(code_of(module).forward, "attention_interface")
     return bool(calls) and all(any(keyword.arg == name for keyword in call.keywords) for call in calls)
+
+
+def require_deterministic(native: str, lacking: Iterable[Reason], module: torch.nn.Module) -> None:
+    """Raise, or warn, where the kernel's gradient is not the deterministic one that is asked for.
+
+    Args:
+        native: a flash name.
+        lacking: why its kernel has no deterministic gradient; none where it has one.
+        module: the model, in its forward.
+
+    Raises:
+        UnsupportedAttentionError: the model trains like this.
+    """
+    given, fix = determinism.asked_of_native(module.config)
+    if not (given or torch.are_deterministic_algorithms_enabled()) or not torch.is_grad_enabled():
+        return
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return
+    reasons = [*lacking]
+    if not given:
+        text = "Transformers does not hand torch.use_deterministic_algorithms on to it"
+        reasons.insert(0, Reason("deterministic", text, fix))
+    if reasons and determinism.asked(given):
+        fixes = "".join(f"Set {reason.fix}. " for reason in reasons if reason.fix)
+        text = f"{native} can't serve {type(module).__name__} in training"
+        advice = 'Use attn_implementation="varlen", or torch.use_deterministic_algorithms(True, warn_only=True).'
+        raise UnsupportedAttentionError(text, reasons, fixes + advice)
+    for reason in reasons:
+        warnings.warn(f"axattn: {reason.text}", UserWarning, stacklevel=2)  # once for each text: Python's own filter
 
 
 def require_served(native: str, inputs: dict[str, Any], windowed: bool, *, overlays: bool, reads_padding: bool) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 from axattn import backends, names
 from axattn.backends.base import Backend
 from axattn.backends.dense import native_note
-from axattn.backends.hub import MINUTES, pinned, stand_in
+from axattn.backends.hub import MINUTES
 from axattn.backends.hub_records import FLASH
 from axattn.backends.ranking import by_need, interned, ranking, usable
 from axattn.by_path import resolve_names
 from axattn.capability import Capability, Need, missing
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, Reason, UnsupportedAttentionError
+from axattn.hf.flash_stand_ins import pinned, stand_in
 from axattn.needs import LayerNeed, ModelNeeds
 from axattn.options import require_options
 from axattn.plans import LayerPlan, Plan, Policy, Rejected

@@ -186,8 +186,8 @@ def quantiser(tiny: bool) -> list[dict[str, Any]]:
     Gigabytes a second are those that it takes in two readings: 16 bit twice, 8 bit out, smoothed keys out.
     """
     from axattn.backends import fp8
-    from axattn.backends.documents import Documents, smoothed
     from axattn.kernels import fp8_quantiser as ours
+    from axattn.kernels.document_statistics import Documents, smoothed
     from axattn.layouts import Layout, Span
 
     def of_torch(x: torch.Tensor, documents: Documents, heads: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import transformers as tf
 from transformers import masking_utils
 
 import axattn
-from axattn import backends, determinism
+from axattn import backends, flash_guard
 from axattn.capability import Need, missing
 from axattn.errors import UnsupportedAttentionError
 from axattn.interface import attend
@@ -135,10 +135,10 @@ def test_modernbert_says_so_in_its_config(monkeypatch: pytest.MonkeyPatch) -> No
         )  # fmt: skip
         model = tf.ModernBertModel(config)
         if told:
-            determinism.require_native("flash_attention_2", model)
+            flash_guard.require_deterministic("flash_attention_2", (), model)
         else:
             with pytest.raises(UnsupportedAttentionError, match=r"Set config\.deterministic_flash_attn=True"):
-                determinism.require_native("flash_attention_2", model)
+                flash_guard.require_deterministic("flash_attention_2", (), model)
 
 
 def test_old_versions_of_flash_attn_have_none() -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axattn.backends.documents import Documents
+from axattn.kernels.document_statistics import Documents
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import axattn
-from axattn.backends.documents import Documents
+from axattn.kernels.document_statistics import Documents
 from tests.fakes import fp8_quantiser as oracle
 from tests.fakes.machine import hopper
 from tests.interpreter import INTERPRETED

@@ -18,12 +18,12 @@ import transformers.modeling_flash_attention_utils as fa
 import transformers.modeling_utils
 
 import axattn
-from axattn import backends, features, names, planning
+from axattn import backends, features, hub_cache, names, planning
 from axattn.backends import hub, hub_records
 from axattn.capability import Need
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, UnsupportedAttentionError
-from axattn.hf import hub_kernels
+from axattn.hf import flash_stand_ins, hub_kernels
 from axattn.needs import LayerNeed, ModelNeeds
 from axattn.plans import Policy
 from tests.environments import machine
@@ -74,7 +74,7 @@ def test_what_runs_where_the_library_is_absent_is_named_with_its_version(
 
 @pytest.mark.parametrize("name", names.FLASH)
 def test_a_library_that_is_there_runs_itself(name: str) -> None:
-    assert hub.stand_in(name, machine("cuda", 90, transformers="5.24.0")) is None
+    assert flash_stand_ins.stand_in(name, machine("cuda", 90, transformers="5.24.0")) is None
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "npu"])
@@ -127,7 +127,7 @@ def test_the_cache_is_read_as_kernels_reads_it(tmp_path: Path, monkeypatch: pyte
     for inside in ("refs/v4", "snapshots/0510be1e"):
         (tmp_path / "kernels--kernels-community--flash-attn2" / inside).mkdir(parents=True)
     known = {FLASH, "kernels-community/flash-attn3", "kernels-community/flash-attn4"}
-    assert hub_kernels.cached(known) == {f"{FLASH}@v4", f"{FLASH}@0510be1e", "kernels-community/flash-attn3@*"}
+    assert hub_cache.cached(known) == {f"{FLASH}@v4", f"{FLASH}@0510be1e", "kernels-community/flash-attn3@*"}
 
 
 def test_layer_by_layer_the_library_is_needed_and_the_plan_says_so() -> None:
@@ -369,6 +369,6 @@ def test_trust_follows_the_mark_of_the_hub(
 def test_offline_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    monkeypatch.setattr(hub_kernels, "is_offline", lambda: True)
+    monkeypatch.setattr(hub_cache, "is_offline", lambda: True)
     monkeypatch.setattr(huggingface_hub, "HfApi", None)
     assert not hub_kernels.is_trusted("someone")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from axattn.backends.documents import Documents
 from axattn.backends.flash_gradient import Packed
 from axattn.backends.tiles import attention_over_tiles
+from axattn.kernels.document_statistics import Documents
 from axattn.layouts import Layout, Span
 from tests.interpreter import INTERPRETED
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from axattn import determinism
 from axattn.backends import decoding
 from axattn.backends.base import on_gpu_of
 from axattn.backends.spans import one_head_dim, packed_call
 from axattn.call import AttentionCall
+from axattn.hf import determinism
 from axattn.layouts import Layout, Span
 from axattn.masks import LazyMask
 

@@ -1,7 +1,7 @@
 """Hub kernels ``org/name[@rev][:fn]``: Transformers runs flash kernels, axattn sage ones.
 
-Where the library of ``flash_attention_2/3/4`` is absent Transformers runs a hub kernel in its place; `stand_in` says
-which, and at which version. What each kernel serves is in `axattn.backends.hub_records`.
+Where the library of ``flash_attention_2/3/4`` is absent Transformers runs a hub kernel in its place
+(`axattn.hf.flash_stand_ins`). What each kernel serves is in `axattn.backends.hub_records`.
 """
 
 from __future__ import annotations
@@ -17,73 +17,10 @@ from axattn.backends.sage import hub_sage
 from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.hf.flash_stand_ins import kernels_window, pinned
 from axattn.names import HUB_SAGE_REPOSITORIES, HubPath, parse_hub_path
 
-KERNELS_WINDOW: tuple[tuple[str, str], ...] = (
-    # transformers from → the kernels versions it loads (KERNELS_MIN_VERSION, KERNELS_MAX_VERSION there)
-    ("5.23", ">=0.18.2,<0.19"),
-    ("5.20", ">=0.17.2,<0.18"),
-    ("5.18", ">=0.17,<0.18"),
-    ("5.17", ">=0.16,<0.17"),
-)
 MINUTES = "a download of minutes, nothing is compiled"
-
-
-# ---- which kernel, at which version ----------------------------------------------------------------------------------
-
-
-def stand_in(name: str, environment: Environment) -> HubPath | None:
-    """The hub kernel that Transformers runs under a flash name, None where it runs the library itself or raises.
-
-    Held by the contract "stand-ins from the hub" (`axattn.hf.transformers_contracts`).
-
-    Args:
-        name: any name.
-        environment: the machine.
-    """
-    if environment.device not in ("cuda", "rocm", "xpu") or not environment.has("transformers", "5.17"):
-        return None
-    if name not in _LIBRARIES or _has_library(name, environment):
-        return None
-    repository = _STAND_INS[name]
-    if environment.device == "rocm" and (name == "flash_attention_3" or environment.has("transformers", "5.20")):
-        repository = _STAND_INS_ON_ROCM.get(name, repository)
-    return HubPath(repository, version(repository, environment))
-
-
-_LIBRARIES = {
-    "flash_attention_2": ("flash_attn", "2.3.3"),
-    "flash_attention_3": ("flash_attn_3", "0.0.1"),
-    "flash_attention_4": ("flash_attn_4", None),
-}
-"""What Transformers looks for: key of ``Environment.libraries``, oldest version. A bare module without a distribution
-(version 0) is none to it."""
-_STAND_INS = {
-    "flash_attention_2": "kernels-community/flash-attn2",
-    "flash_attention_3": "kernels-community/vllm-flash-attn3",
-    "flash_attention_4": "kernels-community/flash-attn4",
-}
-_STAND_INS_ON_ROCM = dict.fromkeys(("flash_attention_2", "flash_attention_3"), "kernels-community/aiter-flash-attn")
-
-
-def _has_library(name: str, environment: Environment) -> bool:
-    return environment.torch_device == "cuda" and environment.has(*_LIBRARIES[name])
-
-
-def version(repository: str, environment: Environment) -> str:
-    """The branch (``v4``) that Transformers loads of a repository that is named without a revision."""
-    newer = environment.has("transformers", "5.18")
-    if repository == "kernels-community/flash-attn2":
-        four = environment.has("transformers", "5.22") and environment.has("torch", "2.10")
-        return "v4" if four else "v3"
-    if repository in ("kernels-community/aiter-flash-attn", "kernels-community/metal-flash-sdpa"):
-        return "v2" if newer else "v1"
-    return "v0" if repository == "kernels-community/flash-attn4" else "v1"
-
-
-def pinned(path: HubPath, environment: Environment) -> HubPath:
-    """A hub path with the revision that runs."""
-    return path if path.revision else dataclasses.replace(path, revision=version(path.repository, environment))
 
 
 # ---- what it serves and needs ----------------------------------------------------------------------------------------
@@ -178,14 +115,6 @@ def offline_reasons(path: HubPath, environment: Environment) -> list[Reason]:
     load = f"from kernels import get_kernel; get_kernel({here.repository!r}, revision={here.revision!r})"
     text = f"the hub is not to be asked (HF_HUB_OFFLINE), and its cache has no {here}"
     return [Reason("hub", text, f'load it once online: python -c "{load}" ({MINUTES})')]
-
-
-def kernels_window(environment: Environment) -> str:
-    """The versions of ``kernels`` that the machine's Transformers loads, ``""`` where that is not known."""
-    transformers = environment.version("transformers")
-    if transformers is None:
-        return ""
-    return next((window for start, window in KERNELS_WINDOW if environment.has("transformers", start)), "")
 
 
 def _version_window(environment: Environment) -> list[Reason]:

@@ -31,7 +31,7 @@ class Inside:
         scale: factor on the logits.
         softcap: see `axattn.capability.Need`.
         kernel: the backend's name.
-        options: the user's ``kernel_options`` as JSON; beside them ``deterministic``, of `axattn.determinism`.
+        options: the user's ``kernel_options`` as JSON; beside them ``deterministic``, of `axattn.hf.determinism`.
         rule: makes the dense mask, for padding with holes.
     """
 

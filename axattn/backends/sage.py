@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from axattn.backends.base import HALVES, QUANTISED, Backend, check_gpu, check_library
-from axattn.backends.documents import Documents, documents_of, smoothed, smoothed_keys
+from axattn.backends.documents import documents_of, smoothed_keys
 from axattn.backends.exact import exactly
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
@@ -30,6 +30,7 @@ from axattn.capability import Capability
 from axattn.environment import Environment
 from axattn.errors import Reason
 from axattn.hf import hub_kernels
+from axattn.kernels.document_statistics import Documents, smoothed
 from axattn.layouts import Layout
 from axattn.names import HubPath
 from axattn.options import Option, one_of

@@ -11,12 +11,13 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from axattn.environment import Environment
-from axattn.hf import forward_inputs, mask_functions
+from axattn.hf import flash_stand_ins, forward_inputs, mask_functions
 from axattn.hf.caches import is_cache
 from axattn.hf.contracts import Contract
 from axattn.hf.forward_inputs import Role
 from axattn.hf.model_internals import CONFIG_NAME, SUPPORT, checkpoints_reentrantly, flash_slot, wants_weights
 from axattn.hf.source_inspection import signature_of, source_of
+from axattn.names import HUB_FLASH_REPOSITORIES
 
 MASK_KEYWORDS = frozenset(
     {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "device"}
@@ -183,20 +184,18 @@ def _stand_ins() -> str:
     from transformers.utils import is_rocm_platform
     from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
-    from axattn.backends import hub, hub_records
-
     table: dict[str, str] = flash_slot().FLASH_ATTN_KERNEL_FALLBACK
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     machine = Environment("rocm" if is_rocm_platform() else "cuda", libraries=libraries)
     for name, repository in table.items():
-        found = hub.stand_in(name, machine)
+        found = flash_stand_ins.stand_in(name, machine)
         if found is None or found.repository != repository:
             return f"{name} is {repository} where its library is absent"
-    for repository in hub_records.FLASH:
+    for repository in HUB_FLASH_REPOSITORIES:
         number = get_attn_kernel_version(repository)
-        if hub.version(repository, machine) != f"v{number}":
+        if flash_stand_ins.version(repository, machine) != f"v{number}":
             return f"it loads version {number} of {repository}"
-    window = hub.kernels_window(machine)
+    window = flash_stand_ins.kernels_window(machine)
     edges = {KERNELS_MIN_VERSION: True, KERNELS_MAX_VERSION: False}
     wrong = [text for text, inside in edges.items() if (text in SpecifierSet(window, prereleases=True)) is not inside]
     return f"it takes kernels from {KERNELS_MIN_VERSION} to before {KERNELS_MAX_VERSION}" if wrong else ""

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from axattn.backends.documents import Documents
+from axattn.kernels.document_statistics import Documents
 
 WARPS = 4
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from axattn.backends.documents import Documents
 from axattn.backends.flash_gradient import Packed, exact_forward, flash_backward
 from axattn.kernels import int8_attention
+from axattn.kernels.document_statistics import Documents
 
 
 def _sm(device: torch.device) -> int | None:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from axattn import backends, flash_guard, names
+from axattn.capability import Need, missing
 from axattn.derivatives import require_first_of_module
 from axattn.door import Door
-from axattn.errors import UnsupportedAttentionError
+from axattn.environment import Environment
+from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.facts import Facts
 from axattn.guard import standing_reasons
 from axattn.hf import contracts
@@ -81,6 +83,7 @@ def add_doors(
             first_position=first_position(module),
             counts_mask=counts_mask(module),
             on_flash=flash,
+            nondeterministic=_nondeterministic(name) if name in names.FLASH else (),
             windowed=flash_guard.windowed(module),
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
             position_planes=_planes(module),
@@ -125,6 +128,13 @@ def native_name(name: str | None, default: str | None) -> str | None:
     """The native name that serves a config, None when one of our names does."""
     running = name or default
     return running if running is not None and running not in names.ours() else None
+
+
+def _nondeterministic(native: str) -> tuple[Reason, ...]:
+    """Why a flash kernel has no deterministic gradient on this machine, () where it has one."""
+    served = backends.get(native).capability_on(Environment.current())
+    lacking = missing(Need(gradient=True, deterministic=True), served, native)
+    return tuple(reason for reason in lacking if reason.feature == "deterministic")
 
 
 def _positional(signature: inspect.Signature) -> tuple[str, ...]:

@@ -18,12 +18,11 @@ import pytest
 import torch
 
 import axattn
-from axattn import backends
+from axattn import backends, hub_cache
 from axattn.backends import hub, hub_records
 from axattn.backends.hub import hub_backend
 from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, UnsupportedAttentionError
-from axattn.hf import hub_kernels
 from axattn.names import HubPath
 from tests.fakes import flash
 from tests.models import alone, build, positions, tokens
@@ -58,7 +57,7 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         entries.append(f"{repository}={folder}")
     monkeypatch.setenv("LOCAL_KERNELS", os.pathsep.join(entries))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(hub_kernels, "is_offline", lambda: True)
+    monkeypatch.setattr(hub_cache, "is_offline", lambda: True)
     record = dataclasses.replace(hub_records.UNKNOWN, head_dim_multiple=8)  # the fake's: it trains on a CPU
     known = dataclasses.replace(hub_records.FLASH[FLASH], serves={"cpu": record})
     monkeypatch.setattr(hub, "FLASH", {**hub_records.FLASH, FLASH: known})

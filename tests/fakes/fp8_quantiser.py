@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from axattn.backends import documents as statistics
-from axattn.backends.documents import Documents
+from axattn.kernels.document_statistics import Documents
 from tests.fakes import torchao
 
 calls: list[str] = []

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from axattn.backends import fp8
-from axattn.backends.documents import Documents
 from axattn.hf import integrations
+from axattn.kernels.document_statistics import Documents
 from axattn.layouts import Layout, Span
 from tests.fakes import torchao as fake
 from tests.interpreter import INTERPRETED

@@ -1,0 +1,76 @@
+"""`Documents`: statistics of each packed document, which quantised kernels need so that no document sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from axattn.transfers import on_device
+
+_BLOCK = 256  # tokens reduced by one thread at a time: a long document is many blocks, reduced again
+_CHUNK = 128  # tokens that a chunk is a multiple of
+_MOST = 64  # chunks of a document at most: each reads what all of them found
+
+
+class Documents:
+    """Packed documents of some lengths, none of them empty.
+
+    Attributes:
+        lengths: tokens of each document.
+        device: where the statistics are made.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = tuple(lengths)
+        self.device = device
+
+    @cached_property
+    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of each block, and blocks of each document."""
+        counts = [-(-length // _BLOCK) for length in self.lengths]
+        sizes = [min(_BLOCK, length - start) for length in self.lengths for start in range(0, length, _BLOCK)]
+        return on_device(torch.tensor(sizes), self.device), on_device(torch.tensor(counts), self.device)
+
+    @cached_property
+    def _tokens(self) -> torch.Tensor:
+        return on_device(torch.tensor(self.lengths), self.device)
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """int32 ``[tokens]``: the number of each token's document."""
+        return self.spread(torch.arange(len(self.lengths), dtype=torch.int32, device=self.device))
+
+    @cached_property
+    def chunks(self) -> torch.Tensor:
+        """Int32 ``[chunks, 5]``: document, first token and end of each chunk, and its document's first chunk and end.
+
+        A document is cut alike whatever lies beside it, so that nothing computed from its chunks depends on that.
+        """
+        table: list[tuple[int, ...]] = []
+        start = 0
+        for document, length in enumerate(self.lengths):
+            step = _CHUNK * -(-length // (_CHUNK * _MOST))
+            own = (len(table), len(table) + -(-length // step))
+            table += [(document, start + a, start + min(a + step, length), *own) for a in range(0, length, step)]
+            start += length
+        return torch.tensor(table, dtype=torch.int32).reshape(-1, 5).to(self.device)
+
+    def _reduce(self, x: torch.Tensor, how: str) -> torch.Tensor:
+        sizes, counts = self._blocks
+        partial = torch.segment_reduce(x, how, lengths=sizes, axis=0, unsafe=True)
+        return torch.segment_reduce(partial, how, lengths=counts, axis=0, unsafe=True)
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[documents, H, D]``: the mean over each document's tokens of `x` ``[tokens, H, D]``."""
+        return self._reduce(x.float(), "sum") / self._tokens[:, None, None]
+
+    def spread(self, statistic: torch.Tensor) -> torch.Tensor:
+        """``[tokens, ...]``: each document's value of ``[documents, ...]`` for each of its tokens."""
+        return torch.repeat_interleave(statistic, self._tokens, dim=0, output_size=sum(self.lengths))
+
+
+def smoothed(key: torch.Tensor, keys: Documents) -> torch.Tensor:
+    """``[tokens, Hkv, D]`` less its mean over each document: softmax is the same, and what is left needs fewer bits."""
+    return (key.float() - keys.spread(keys.mean(key))).to(key.dtype)
