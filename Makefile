@@ -21,6 +21,7 @@ setup: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(READY)
 	$(BIN)/mypy
@@ -110,7 +111,7 @@ census: $(READY)
 
 # The pages that are made, not written.
 docs: $(READY)
-	$(BIN)/python -m axattn.features > docs/backends.md
+	$(BIN)/python -m axattn.planning.capability_docs > docs/backends.md
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run

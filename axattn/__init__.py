@@ -11,14 +11,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from axattn.registration import register, register_when_imported, registered, unregister
+from axattn.attention.registration import register, register_when_imported, registered, unregister
 
 if TYPE_CHECKING:
     from axattn import parallel as parallel
-    from axattn.benching.kernels import bench
-    from axattn.config import AttentionConfig
-    from axattn.diagnosis import diagnose
-    from axattn.environment import Environment
+    from axattn.documents.collator import PackingCollator
     from axattn.errors import (
         AxattnError,
         BackendUnavailableError,
@@ -29,12 +26,15 @@ if TYPE_CHECKING:
         UnsupportedAttentionError,
     )
     from axattn.loading import apply, from_pretrained, plan, restore, status, using
-    from axattn.migration import migrate
-    from axattn.packing import PackingCollator
+    from axattn.machine.environment import Environment
     from axattn.parallel.model import sequence_parallel
+    from axattn.planning.diagnosis import diagnose
+    from axattn.tools.axolotl.config import AttentionConfig
+    from axattn.tools.axolotl.migration import migrate
+    from axattn.tools.bench.kernels import bench
+    from axattn.tools.verify.callback import VerifyCallback
+    from axattn.tools.verify.whole import verify
     from axattn.training import prepare_for_training
-    from axattn.verification.callback import VerifyCallback
-    from axattn.verification.whole import verify
 
 __version__ = "0.1.0"
 

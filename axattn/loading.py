@@ -11,37 +11,39 @@ from typing import Any
 
 import torch
 
-from axattn import backends, canary, names, planning
-from axattn.by_path import nested
-from axattn.classes import around_towers, inner_model_classes, native_support_reasons, require_interface
-from axattn.config_values import require_possible
-from axattn.environment import Environment
+from axattn import backends
+from axattn.attention.registration import register_free
 from axattn.errors import InvalidConfigError, UnsupportedAttentionError
-from axattn.hf import contracts, hub_kernels, mask_functions
+from axattn.hf import canary, contracts, hub_kernels, mask_functions
 from axattn.hf.checkpoints import concrete_class, load_config, load_weights, resolve_class
 from axattn.hf.registries import require_free
-from axattn.machines import as_environment
-from axattn.needs import ModelNeeds, model_needs, sub_configs
-from axattn.options import require_mapping
-from axattn.patches import leftovers
+from axattn.machine.environment import Environment
+from axattn.machine.presets import as_environment
+from axattn.patches import copied_modules
 from axattn.patches.cache import disable_cache
-from axattn.patches.doors import add_doors, native_name, require_first_gradients
 from axattn.patches.flash_slot import preload
 from axattn.patches.flex import add_compile_room
+from axattn.patches.input_hooks import add_doors, native_name, require_first_gradients
+from axattn.patches.native_gradients import require_gradients
 from axattn.patches.paged_steps import add_paged_steps
 from axattn.patches.patchset import PatchSet
 from axattn.patches.recurrent import add_document_runs
 from axattn.patches.rope import add_rope_by_document
 from axattn.patches.routes import add_routes, set_names
+from axattn.patches.state import ATTRIBUTE, State, state_of, transformers_model
 from axattn.patches.token_dropout import add_shares_by_document
-from axattn.patches.trained import require_gradients
-from axattn.plans import Plan, Policy
-from axattn.read_configs import Copy, copies, layers_apart, paths_of
-from axattn.registration import register_free
+from axattn.planning import planner
+from axattn.planning.model_classes import around_towers, inner_model_classes, native_support_reasons, require_interface
+from axattn.planning.plan import Plan, Policy
+from axattn.planning.routes import OnUnsupported
 from axattn.reporting import Status, read_status
-from axattn.routes import OnUnsupported
-from axattn.state import ATTRIBUTE, State, state_of, transformers_model
-from axattn.unpadding import add_unpadding
+from axattn.spec import names
+from axattn.spec.options import require_mapping
+from axattn.spec.sub_config_names import nested
+from axattn.traits.attention_configs import Copy, copies, layers_apart, paths_of
+from axattn.traits.config_checks import require_possible
+from axattn.traits.layer_needs import ModelNeeds, model_needs, sub_configs
+from axattn.unpadding.unpadded_forward import add_unpadding
 
 logger = logging.getLogger("axattn")
 _said: set[str] = set()
@@ -73,7 +75,7 @@ def from_pretrained(
             keeps both names. ``AXATTN_NO_FA4=1`` turns it off.
         kernel_options: choices that the kernels named offer, such as ``{"group_size": 512}`` for ``s2``.
         unpad: run padded batches as one packed row of their real tokens, through the whole model; outputs come back in
-            their places, zeros where padding is (see `axattn.unpadding`).
+            their places, zeros where padding is (see `axattn.unpadding.unpadded_forward`).
         **kwargs: everything that ``from_pretrained`` of the model class takes.
 
     Returns:
@@ -166,7 +168,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     """
     state = state_of(model)
     if state is not None:
-        leftovers.undo(transformers_model(model), state)
+        copied_modules.undo(transformers_model(model), state)
     return model
 
 
@@ -228,7 +230,7 @@ def plan(
     Args:
         model: a model, a config, a hub name or a local folder. No weights are loaded.
         attn_implementation: as for `from_pretrained`.
-        environment: the machine, also by name (``"sm90"``, see `axattn.machines`); this one when None.
+        environment: the machine, also by name (``"sm90"``, see `axattn.machine.presets`); this one when None.
         on_unsupported: as for `from_pretrained`.
         allow_all_kernels: as for `from_pretrained`.
         upgrade_flash: as for `from_pretrained`.
@@ -286,7 +288,7 @@ def _decide(
     require_free(names.names_in(value), needs.model)
     spoken, notes = around_towers(config, cls, value, policy)
     machine = environment or Environment.current()
-    decided = planning.plan(needs, spoken, machine, policy)
+    decided = planner.plan(needs, spoken, machine, policy)
     require_free([name for name in decided.running.values() if name is not None], needs.model)
     _require_contracts(needs.model, decided)
     inner = inner_model_classes(config) if isinstance(value, str) else {}

@@ -9,10 +9,10 @@ import torch
 
 from axattn.hf.hub_kernels import loaded_revision
 from axattn.hf.registries import foreign, name_of, ours
-from axattn.needs import sub_configs
-from axattn.read_configs import copies
-from axattn.routes import ATTRIBUTE, Route, route_in_passing
-from axattn.state import state_of
+from axattn.patches.state import state_of
+from axattn.planning.routes import ATTRIBUTE, Route, route_in_passing
+from axattn.traits.attention_configs import copies
+from axattn.traits.layer_needs import sub_configs
 
 
 @dataclass(frozen=True, slots=True)

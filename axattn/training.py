@@ -8,11 +8,11 @@ from typing import TypeVar
 
 import torch
 
-from axattn import names
-from axattn.needs import sub_configs
 from axattn.patches.cache import disable_cache
 from axattn.patches.dtype import cast_stray_weights
-from axattn.state import ensure_state, transformers_model
+from axattn.patches.state import ensure_state, transformers_model
+from axattn.spec import names
+from axattn.traits.layer_needs import sub_configs
 
 logger = logging.getLogger("axattn")
 

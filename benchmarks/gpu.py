@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from axattn.benching.kernels import Attention, bench, mask_of, usable_kernels
-from axattn.benching.shapes import Shape
-from axattn.benching.steps import bench_step
-from axattn.benching.timing import Run, matmul_tflops, timed, working
+from axattn.tools.bench.kernels import Attention, bench, mask_of, usable_kernels
+from axattn.tools.bench.shapes import Shape
+from axattn.tools.bench.steps import bench_step
+from axattn.tools.bench.timing import Run, matmul_tflops, timed, working
 from benchmarks.measure import machine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,7 +188,7 @@ def quantiser(tiny: bool) -> list[dict[str, Any]]:
     from axattn.backends import fp8
     from axattn.kernels import fp8_quantiser as ours
     from axattn.kernels.document_statistics import Documents, smoothed
-    from axattn.layouts import Layout, Span
+    from axattn.masks.varlen_layout import Layout, Span
 
     def of_torch(x: torch.Tensor, documents: Documents, heads: int) -> torch.Tensor:
         peak = torch.linalg.vector_norm(x, float("inf"), dim=-1, dtype=torch.float32)
@@ -240,7 +240,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if DEVICE == "cpu" and not arguments.tiny:
         parser.error("no GPU here; --tiny runs small shapes on a CPU")
-    from axattn.environment import Environment
+    from axattn.machine.environment import Environment
 
     result: dict[str, Any] = {"machine": {**machine(), **Environment.current().to_dict()}}
     result["matmul_tflops"] = round(matmul_tflops(DEVICE, BF16, 256 if arguments.tiny else None), 1)

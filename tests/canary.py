@@ -8,8 +8,7 @@ import accelerate  # noqa: F401  # contracts are checked of what is imported
 import peft  # noqa: F401
 
 import axattn
-from axattn import canary
-from axattn.hf import contracts
+from axattn.hf import canary, contracts
 
 
 def main() -> int:

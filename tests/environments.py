@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from axattn.environment import Environment
+from axattn.machine.environment import Environment
 
 LIBRARIES = {
     "torch": "2.13.0",

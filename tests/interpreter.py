@@ -16,7 +16,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from axattn.environment import Environment
+from axattn.machine.environment import Environment
 
 
 def _interprets() -> bool:

@@ -5,13 +5,13 @@ import torch
 
 from axattn import backends
 from axattn.backends.hub import hub_backend
-from axattn.backends.spans import packed_index
-from axattn.capability import Capability
-from axattn.environment import Environment
+from axattn.backends.varlen_engine.packed import packed_index
 from axattn.errors import BackendUnavailableError, UnknownAttentionError
-from axattn.layouts import Layout, Span
-from axattn.names import CANONICAL, HubPath
-from axattn.planning import require_available, usable_exact
+from axattn.machine.environment import Environment
+from axattn.masks.varlen_layout import Layout, Span
+from axattn.planning.planner import require_available, usable_exact
+from axattn.spec.capability import Capability
+from axattn.spec.names import CANONICAL, HubPath
 from tests.environments import AMPERE, HOPPER, machine
 
 

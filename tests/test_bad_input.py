@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 import axattn
 from axattn import parallel
 from axattn.cli import app
+from axattn.documents.collator import PackingCollator
 from axattn.errors import AxattnError, InvalidConfigError, InvalidInputError, UnknownAttentionError
-from axattn.packing import PackingCollator
 from tests.models import CONFIGS, build
 
 runner = CliRunner()
@@ -317,7 +317,7 @@ def test_ranks_are_whole_numbers(size: Any) -> None:
 
 
 def test_an_unknown_name_is_refused_before_a_benchmark_loads_anything() -> None:
-    from axattn.benching.steps import bench_step
+    from axattn.tools.bench.steps import bench_step
 
     with pytest.raises(UnknownAttentionError, match="nope"):
         bench_step(None, ["auto", "nope"])
@@ -373,7 +373,7 @@ def test_an_error_without_words_of_ours_is_one_line_too(monkeypatch: pytest.Monk
     def broken() -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("axattn.diagnosis.diagnose", broken)
+    monkeypatch.setattr("axattn.planning.diagnosis.diagnose", broken)
     done = runner.invoke(app, ["doctor", "--json"])
     assert done.exit_code == 1
     assert done.stderr == "axattn: RuntimeError: out of memory (AXATTN_TRACEBACK=1 shows where)\n"

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import axattn
-from axattn.benching import kernels, report, steps
-from axattn.benching.kernels import bench, usable_kernels
-from axattn.benching.shapes import Shape, document_lengths, shapes_of
 from axattn.cli import app
 from axattn.errors import InvalidConfigError, UnknownAttentionError
+from axattn.tools.bench import kernels, report, steps
+from axattn.tools.bench.kernels import bench, usable_kernels
+from axattn.tools.bench.shapes import Shape, document_lengths, shapes_of
 from tests.fakes.machine import hopper
 from tests.models import build
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import axattn
-from axattn.by_row import reasons_by_document, reasons_by_row
+from axattn.documents.peft_row_effects import reasons_by_document, reasons_by_row
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from tests.models import build, positions, tokens
 

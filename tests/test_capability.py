@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from axattn.capability import Capability, Need, Refused, missing
+from axattn.spec.capability import Capability, Need, Refused, missing
 
 ALL = Capability(
     devices=frozenset({"cpu"}),

@@ -9,8 +9,8 @@ import torch
 import transformers as tf
 
 import axattn
-from axattn.classes import inner_model_classes, model_class_reasons
 from axattn.errors import UnsupportedAttentionError
+from axattn.planning.model_classes import inner_model_classes, model_class_reasons
 from tests.census.configs import of_class, tiny
 from tests.models import CONFIGS, REFUSED, amplify
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import axattn
 from axattn.cli import app
-from axattn.diagnosis import diagnose
+from axattn.planning.diagnosis import diagnose
 from tests.environments import CPU, HOPPER
 from tests.models import build
 

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import axattn
-from axattn import segments, traced
-from axattn.backends import passes, ranking, spans
-from axattn.backends.compiled import attention_op, over_documents
-from axattn.call import AttentionCall
-from axattn.masking import lazy_mask
+from axattn.backends.call import AttentionCall
+from axattn.backends.compiled_ops.varlen_op import attention_op, over_documents
+from axattn.backends.varlen_engine import forward_backward, packed
+from axattn.documents import boundaries, traced
+from axattn.masks.mask_interface import lazy_mask
+from axattn.planning import ranking
 from tests.census import examine
 from tests.census.expected import Expected
 from tests.fakes import flash, int8, torchao
@@ -56,7 +57,7 @@ def test_traced_documents_are_those_read_on_the_host(data: st.DataObject) -> Non
     given_mask = data.draw(st.sampled_from([None, real, (real > 0).long(), real > 0]))
     given_where = data.draw(st.sampled_from([None, where, where[:1]]))
     try:
-        wanted = segments.from_positions(given_where, given_mask, rows, length)
+        wanted = boundaries.from_positions(given_where, given_mask, rows, length)
     except axattn.InvalidInputError:
         with pytest.raises(RuntimeError, match="the numbers of documents"):
             traced.from_positions(given_where, given_mask, rows, length)
@@ -72,7 +73,7 @@ def test_traced_documents_are_those_read_on_the_host(data: st.DataObject) -> Non
 
 def test_traced_lengths_are_those_read_on_the_host_and_checked_when_the_graph_runs() -> None:
     edges = torch.tensor([0, 3, 6, 10, 12], dtype=torch.int32)
-    wanted, found = segments.from_cu_seqlens(edges, 2, 6), traced.from_cu_seqlens(edges, 2, 6, "cu_seq_lens_q")
+    wanted, found = boundaries.from_cu_seqlens(edges, 2, 6), traced.from_cu_seqlens(edges, 2, 6, "cu_seq_lens_q")
     assert torch.equal(found.document_ids, wanted.document_ids)
     for bad in ([0, 3, 11], [1, 3, 12], [0, 6, 3, 12], [0, 4, 8, 12]):
         with pytest.raises(RuntimeError, match="axattn"):
@@ -286,7 +287,7 @@ def test_kernels_in_operators_launch_on_the_gpu_of_their_tensors(name: str, monk
 
         return run
 
-    for holder in (spans, passes):
+    for holder in (packed, forward_backward):
         monkeypatch.setattr(holder, "on_gpu_of", guard)
     for holder, function in LAUNCHES[name]:
         monkeypatch.setattr(holder, function, launched(getattr(holder, function)))

@@ -12,11 +12,13 @@ import torch
 from pydantic import ValidationError
 
 import axattn
-from axattn import backends, features, names
-from axattn.config import COMPUTED, AttentionConfig
-from axattn.diagnosis import diagnose
-from axattn.environment import Environment
+from axattn import backends
 from axattn.errors import InvalidConfigError, UnsupportedAttentionError
+from axattn.machine.environment import Environment
+from axattn.planning import capability_docs
+from axattn.planning.diagnosis import diagnose
+from axattn.spec import names
+from axattn.tools.axolotl.config import COMPUTED, AttentionConfig
 from tests.environments import CPU, HOPPER, NPU
 from tests.models import CONFIGS, build, tokens
 
@@ -112,7 +114,7 @@ def test_computed_flags_follow_the_name_and_are_dumped(name: str) -> None:
 
 def test_doctor_the_docs_and_a_config_give_one_answer_about_packing() -> None:
     found = diagnose(CPU)
-    page = features.page()
+    page = capability_docs.page()
     row = next(line for line in page.splitlines() if line.startswith("| packed documents, as a name"))
     cells = dict(zip(backends.builtin_names(), [cell.strip() for cell in row.strip("|").split("|")][1:], strict=True))
     for kernel in found.kernels:

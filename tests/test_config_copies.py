@@ -13,7 +13,7 @@ import torch
 import axattn
 from axattn.errors import UnsupportedAttentionError
 from axattn.hf.model_internals import CONFIG_NAME
-from axattn.verification.modules import verify_modules
+from axattn.tools.verify.modules import verify_modules
 from tests.conformance.families import FAMILIES
 from tests.fakes.machine import hopper
 from tests.models import build, positions, tokens

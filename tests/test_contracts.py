@@ -17,9 +17,8 @@ from packaging.version import Version
 from typer.testing import CliRunner
 
 import axattn
-from axattn import canary
 from axattn.errors import UnsupportedAttentionError
-from axattn.hf import contracts, integrations, transformers_contracts
+from axattn.hf import canary, contracts, integrations, transformers_contracts
 from axattn.hf.contracts import Contract, every_contract
 from axattn.hf.torch_internals import calls_around
 from tests.models import build, positions, tokens
@@ -300,11 +299,11 @@ def test_a_canary_that_can_not_be_built_does_not_end_the_load_of_another_model(
 
 
 def leak_through_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("axattn.door.mark_packed", lambda *_: None)
+    monkeypatch.setattr("axattn.documents.input_hook.mark_packed", lambda *_: None)
 
 
 def leak_in_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("axattn.reading.from_positions", lambda *_: None)
+    monkeypatch.setattr("axattn.documents.read_inputs.from_positions", lambda *_: None)
 
 
 def wrong_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +315,7 @@ def wrong_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         pattern = recognise(function)
         return pattern and mask_functions.Pattern(causal=pattern.causal, base=pattern.base)
 
-    monkeypatch.setattr("axattn.masking.recognise", wider)
+    monkeypatch.setattr("axattn.masks.mask_interface.recognise", wider)
 
 
 @pytest.mark.parametrize(

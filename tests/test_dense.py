@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import axattn
-from axattn.backends import dense
+from axattn.backends import sdpa
 from tests.models import build, tokens
 
 Call = tuple[int, int, bool]
-attention: Any = dense.attention
+attention: Any = sdpa.attention
 switches: Any = torch.backends.cuda  # no types
 
 
@@ -55,7 +55,7 @@ def test_a_graph_is_recorded_without_cudnn_and_leaves_it_on(S: int, monkeypatch:
         code.append(graph.code)
         return graph
 
-    monkeypatch.setattr(dense, "avoids_cudnn", lambda *given, **named: True)
+    monkeypatch.setattr(sdpa, "avoids_cudnn", lambda *given, **named: True)
     given = tensors(S)
 
     def run(*given: torch.Tensor) -> Any:
@@ -78,7 +78,7 @@ def test_a_padded_step_of_decoding_is_one_call(monkeypatch: pytest.MonkeyPatch) 
     real[0, :3] = 0
     cache = model(input_ids=ids[:, :8], attention_mask=real[:, :8], use_cache=True).past_key_values
     calls = []
-    monkeypatch.setattr(dense, "attention", lambda *a: calls.append(a[0].shape) or attention(*a))
+    monkeypatch.setattr(sdpa, "attention", lambda *a: calls.append(a[0].shape) or attention(*a))
     found = model(input_ids=ids[:, 8:], attention_mask=real, past_key_values=cache).logits[:, -1]
     assert len(calls) == model.config.num_hidden_layers
     axattn.restore(model)

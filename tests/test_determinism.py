@@ -11,12 +11,13 @@ import transformers as tf
 from transformers import masking_utils
 
 import axattn
-from axattn import backends, flash_guard
-from axattn.capability import Need, missing
+from axattn import backends
+from axattn.attention.interface import attend
+from axattn.documents import native_flash_guard
 from axattn.errors import UnsupportedAttentionError
-from axattn.interface import attend
-from axattn.masking import lazy_mask
-from axattn.routes import ATTRIBUTE, Route
+from axattn.masks.mask_interface import lazy_mask
+from axattn.planning.routes import ATTRIBUTE, Route
+from axattn.spec.capability import Need, missing
 from tests.conformance.families import FAMILIES
 from tests.environments import machine
 from tests.fakes import flash
@@ -135,10 +136,10 @@ def test_modernbert_says_so_in_its_config(monkeypatch: pytest.MonkeyPatch) -> No
         )  # fmt: skip
         model = tf.ModernBertModel(config)
         if told:
-            flash_guard.require_deterministic("flash_attention_2", (), model)
+            native_flash_guard.require_deterministic("flash_attention_2", (), model)
         else:
             with pytest.raises(UnsupportedAttentionError, match=r"Set config\.deterministic_flash_attn=True"):
-                flash_guard.require_deterministic("flash_attention_2", (), model)
+                native_flash_guard.require_deterministic("flash_attention_2", (), model)
 
 
 def test_old_versions_of_flash_attn_have_none() -> None:

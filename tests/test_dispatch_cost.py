@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import axattn
-from axattn.routes import Route
+from axattn.planning.routes import Route
 from tests.models import build, positions, tokens
 
 READS = {

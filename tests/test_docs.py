@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from axattn import names
+from axattn.spec import names
 from tests.models import build
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,10 +11,10 @@ import transformers as tf
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import axattn
-from axattn import context, guard
+from axattn.documents import forward_context, native_guard
+from axattn.documents.boundaries import Segments
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
-from axattn.patches.doors import hands_on
-from axattn.segments import Segments
+from axattn.patches.input_hooks import hands_on
 from tests.models import alone, build, positions, tokens
 
 PACKED = {"position_ids": positions((4, 6))}
@@ -48,7 +48,7 @@ def test_bad_input_is_one_clear_error_and_the_model_runs_on(model: Any, inputs: 
     before = model(ids).logits
     with pytest.raises(InvalidInputError, match=part):
         model(ids, **inputs)
-    assert context.current() is None
+    assert forward_context.current() is None
     assert torch.equal(model(ids).logits, before)
 
 
@@ -61,7 +61,7 @@ def test_an_empty_batch_is_one_clear_error(model: Any, shape: tuple[int, int]) -
 def test_a_forward_that_raises_leaves_no_context_behind(model: Any) -> None:
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, 4), 10_000))
-    assert context.current() is None
+    assert forward_context.current() is None
 
 
 def test_inner_models_called_by_themselves_are_guarded_too(model: Any) -> None:
@@ -214,15 +214,15 @@ def test_the_guard_of_flash_names(inputs: dict[str, Any], boundaries: Any, part:
     segments = Segments(boundaries, torch.device("cpu"))
     call = ("flash_attention_2", torch.nn.Module(), inputs, segments, None)
     if part is None:
-        guard.require_no_leak(*call)
+        native_guard.require_no_leak(*call)
     else:
         with pytest.raises(UnsupportedAttentionError, match=part):
-            guard.require_no_leak(*call)
+            native_guard.require_no_leak(*call)
 
 
 @pytest.mark.parametrize(("family", "answer"), [("llama", True), ("mistral", True), ("gpt_oss", False), ("opt", False)])
 def test_whether_a_model_hands_positions_on_is_read_from_its_source(family: str, answer: bool) -> None:
-    assert guard.hands_positions_to_masks(build(family)) is answer
+    assert native_guard.hands_positions_to_masks(build(family)) is answer
 
 
 @torch.no_grad()
@@ -278,7 +278,7 @@ def test_an_interrupted_forward_leaves_no_documents_to_the_next(again: str) -> N
     found = model(ids, use_cache=False, output_hidden_states=True).hidden_states[-1] if whole else None
     found = model.model(ids, use_cache=False).last_hidden_state if found is None else found
     assert torch.allclose(found, expected, atol=1e-5)
-    assert context.current() is None
+    assert forward_context.current() is None
 
 
 # ---- copies -------------------------------------------------------------------------------------------------------
@@ -354,15 +354,15 @@ def test_two_threads_do_not_see_each_others_documents(model: Any) -> None:
     ids, found = tokens(1, 10), []
     with torch.no_grad():
         expected = model(ids).logits
-        context.slot().context = context.Context(
-            None, (1, 10), False, context.Seen(), model.model, None
+        forward_context.slot().context = forward_context.Context(
+            None, (1, 10), False, forward_context.Seen(), model.model, None
         )  # as while a forward runs here
         try:
-            thread = threading.Thread(target=lambda: found.extend([context.current(), model(ids).logits]))
+            thread = threading.Thread(target=lambda: found.extend([forward_context.current(), model(ids).logits]))
             thread.start()
             thread.join()
         finally:
-            context.slot().context = None
+            forward_context.slot().context = None
     assert found[0] is None
     assert torch.equal(found[1], expected)
 

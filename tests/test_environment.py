@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from axattn.environment import Environment
+from axattn.machine.environment import Environment
 from tests.environments import CPU, HOPPER, ROCM6, machine
 
 

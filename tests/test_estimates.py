@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 
-from axattn.capability import Need
 from axattn.errors import InvalidConfigError
-from axattn.estimates import estimate, total
-from axattn.machines import NAMES, machine
-from axattn.needs import LayerNeed
-from axattn.plans import LayerPlan, Plan
+from axattn.machine.presets import NAMES, machine
+from axattn.planning.estimates import estimate, total
+from axattn.planning.plan import LayerPlan, Plan
+from axattn.spec.capability import Need
+from axattn.traits.layer_needs import LayerNeed
 
 
 def entry(chosen: str = "varlen", **need: object) -> LayerPlan:

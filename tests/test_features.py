@@ -2,24 +2,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from axattn import backends, features
-from axattn.capability import Capability
+from axattn import backends
+from axattn.planning import capability_docs
+from axattn.spec.capability import Capability
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends.md"
 
 
 def test_the_page_of_kernels_is_made_of_their_records() -> None:
-    assert PAGE.read_text() == features.page(), "stale: run `make docs`"
+    assert PAGE.read_text() == capability_docs.page(), "stale: run `make docs`"
 
 
 def test_every_feature_has_a_row_and_every_kernel_a_column() -> None:
-    assert set(features._LABELS) == set(Capability().features())
-    page = features.page()
+    assert set(capability_docs._LABELS) == set(Capability().features())
+    page = capability_docs.page()
     assert all(f"**`{name}`**" in page for name in backends.builtin_names())
 
 
 def test_what_the_page_says_of_some_kernels() -> None:
-    page = features.page()
+    page = capability_docs.page()
     rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
     columns = rows["feature"].split(" | ")
     at = {name.strip("` |"): i for i, name in enumerate(columns)}

@@ -15,14 +15,14 @@ import transformers as tf
 import transformers.modeling_flash_attention_utils as fa
 
 import axattn
-from axattn import flash_guard
 from axattn.backends import flash_calls, get
-from axattn.call import AttentionCall
-from axattn.capability import Need, missing
-from axattn.environment import files_differ
+from axattn.backends.call import AttentionCall
+from axattn.documents import native_flash_guard
+from axattn.documents.boundaries import Segments
 from axattn.errors import BackendUnavailableError, UnsupportedAttentionError
-from axattn.masking import lazy_mask
-from axattn.segments import Segments
+from axattn.machine.environment import files_differ
+from axattn.masks.mask_interface import lazy_mask
+from axattn.spec.capability import Need, missing
 from tests.census.configs import tiny
 from tests.conformance.families import FAMILIES
 from tests.environments import AMPERE, BLACKWELL, HOPPER, machine
@@ -189,28 +189,30 @@ def test_latent_attention_is_planned_on_flash_with_its_wider_head_dim() -> None:
     ],
 )
 def test_padding_between_real_tokens_is_seen(mask: list[list[int]], holes: bool) -> None:
-    assert flash_guard._has_holes(torch.tensor(mask)) is holes
+    assert native_flash_guard._has_holes(torch.tensor(mask)) is holes
 
 
 def test_which_attention_classes_pass_their_keywords_on() -> None:
     model = build("llama")
-    assert flash_guard.passes_keywords(type(model.model.layers[0].self_attn))
-    assert not flash_guard.passes_keywords(torch.nn.Linear)
+    assert native_flash_guard.passes_keywords(type(model.model.layers[0].self_attn))
+    assert not native_flash_guard.passes_keywords(torch.nn.Linear)
 
 
 def test_documents_that_do_not_reach_the_attention_module_are_refused() -> None:
     segments = Segments(((0, 4, 10),), torch.device("cpu"))
     attention = build("llama").model.layers[0].self_attn
     where = {"position_ids": positions((4, 6))}
-    flash_guard.require_reached("flash_attention_2", attention, where, segments)
-    flash_guard.require_reached("flash_attention_4", attention, flash_guard.lengths_of(segments), segments)
+    native_flash_guard.require_reached("flash_attention_2", attention, where, segments)
+    native_flash_guard.require_reached(
+        "flash_attention_4", attention, native_flash_guard.lengths_of(segments), segments
+    )
     for name, module, kwargs in (
         ("flash_attention_2", attention, {}),
         ("flash_attention_4", attention, where),  # a tensor for an int
         ("flash_attention_2", torch.nn.Linear(2, 2), where),  # does not hand them on
     ):
         with pytest.raises(UnsupportedAttentionError, match="do not reach"):
-            flash_guard.require_reached(name, module, kwargs, segments)
+            native_flash_guard.require_reached(name, module, kwargs, segments)
 
 
 @torch.no_grad()
@@ -508,9 +510,9 @@ def test_models_whose_attention_modules_say_otherwise_than_their_masks_are_refus
 
 def test_an_attention_module_that_does_not_say_whether_it_is_causal_is_refused() -> None:
     model = build("llama")
-    assert not flash_guard.contradictions(model.model)
+    assert not native_flash_guard.contradictions(model.model)
     del model.model.layers[1].self_attn.is_causal
-    (reason,) = flash_guard.contradictions(model.model)
+    (reason,) = native_flash_guard.contradictions(model.model)
     assert "LlamaAttention has no is_causal" in reason.text
 
 

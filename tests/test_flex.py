@@ -14,7 +14,7 @@ from torch._dynamo import config
 
 import axattn
 from axattn.backends import flex as backend
-from axattn.environment import Environment
+from axattn.machine.environment import Environment
 from axattn.patches import flex
 from tests.models import alone, build, positions, tokens
 

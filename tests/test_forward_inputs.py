@@ -15,7 +15,7 @@ from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionEr
 from axattn.hf import forward_inputs
 from axattn.hf.caches import caches_in, is_cache, is_packed, mark_packed
 from axattn.hf.forward_inputs import may_tell_documents, token_shape, unknown_tensors
-from axattn.parallel.rows import _require_known
+from axattn.parallel.split_inputs import _require_known
 from tests.models import build, positions, tokens
 from tests.renamed import renamed
 

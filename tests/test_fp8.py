@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import axattn
+from axattn.attention.interface import attend
 from axattn.backends import fp8
-from axattn.backends.flash_gradient import Packed
-from axattn.capability import Need, missing
+from axattn.backends.varlen_engine.flash_backward import Packed
 from axattn.errors import BackendUnavailableError, InvalidConfigError, UnsupportedAttentionError
-from axattn.interface import attend
-from axattn.layouts import Layout, Span
-from axattn.masking import lazy_mask
+from axattn.masks.mask_interface import lazy_mask
+from axattn.masks.varlen_layout import Layout, Span
+from axattn.spec.capability import Need, missing
 from tests.conformance.families import FAMILIES
 from tests.fakes import flash, fp8_quantiser, torchao
 from tests.fakes.machine import hopper
@@ -70,8 +70,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def run(inputs: list[torch.Tensor], **options: Any) -> torch.Tensor:
     module = Attention()
-    model_route = axattn.routes.Route("fp8", "layer", ("fp8",), "fp8", options=options)
-    module.__dict__[axattn.routes.ATTRIBUTE] = model_route
+    model_route = axattn.planning.routes.Route("fp8", "layer", ("fp8",), "fp8", options=options)
+    module.__dict__[axattn.planning.routes.ATTRIBUTE] = model_route
     length = inputs[0].shape[2]
     out, _ = attend("fp8", module, *inputs, lazy_mask(2, length, length))
     return out

@@ -18,14 +18,17 @@ import transformers.modeling_flash_attention_utils as fa
 import transformers.modeling_utils
 
 import axattn
-from axattn import backends, features, hub_cache, names, planning
+from axattn import backends
 from axattn.backends import hub, hub_records
-from axattn.capability import Need
-from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, UnsupportedAttentionError
 from axattn.hf import flash_stand_ins, hub_kernels
-from axattn.needs import LayerNeed, ModelNeeds
-from axattn.plans import Policy
+from axattn.machine import hub_cache
+from axattn.machine.environment import Environment
+from axattn.planning import capability_docs, planner
+from axattn.planning.plan import Policy
+from axattn.spec import names
+from axattn.spec.capability import Need
+from axattn.traits.layer_needs import LayerNeed, ModelNeeds
 from tests.environments import machine
 from tests.fakes import flash
 from tests.models import alone, build, positions, tokens
@@ -80,11 +83,11 @@ def test_a_library_that_is_there_runs_itself(name: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "mps", "npu"])
 def test_nothing_stands_in_where_no_kernel_has_a_build(device: str) -> None:
     with pytest.raises(BackendUnavailableError, match="needs an NVIDIA GPU"):
-        planning.require_available("flash_attention_2", without(device))
+        planner.require_available("flash_attention_2", without(device))
 
 
 def test_auto_and_upgrades_load_nothing_from_the_hub() -> None:
-    assert not set(planning.usable_exact(without())) & set(names.FLASH)
+    assert not set(planner.usable_exact(without())) & set(names.FLASH)
     here = machine("cuda", 90, flash_attn_4=None, transformers="5.24.0")
     assert axattn.plan(build("llama"), "flash_attention_2", environment=here).running == {"": "flash_attention_2"}
 
@@ -108,7 +111,7 @@ def test_what_keeps_a_kernel_from_running_is_said_with_both_ways_out(
     environment: Environment, reason: str, fix: str
 ) -> None:
     with pytest.raises(BackendUnavailableError) as caught:
-        planning.require_available("flash_attention_2", environment)
+        planner.require_available("flash_attention_2", environment)
     text = str(caught.value)
     assert "flash-attn is not installed; in its place Transformers runs the hub kernel" in text
     assert reason in text
@@ -118,7 +121,7 @@ def test_what_keeps_a_kernel_from_running_is_said_with_both_ways_out(
 
 @pytest.mark.parametrize("have", [f"{FLASH}@v4", f"{FLASH}@*"])
 def test_offline_a_cached_kernel_runs(have: str) -> None:
-    planning.require_available("flash_attention_2", dataclasses.replace(OFFLINE, hub_cached=frozenset({have})))
+    planner.require_available("flash_attention_2", dataclasses.replace(OFFLINE, hub_cached=frozenset({have})))
 
 
 def test_the_cache_is_read_as_kernels_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +139,7 @@ def test_layer_by_layer_the_library_is_needed_and_the_plan_says_so() -> None:
         for index, size in ((0, 64), (1, 512))
     )
     needs = ModelNeeds("Model", layers, ("",), ())
-    plan = planning.plan(needs, "flash_attention_2", without(), Policy(on_unsupported="route"))
+    plan = planner.plan(needs, "flash_attention_2", without(), Policy(on_unsupported="route"))
     assert plan.running == {"": "auto"}
     assert not set(names.FLASH) & set(plan.orders[""])  # a call of one would be an ImportError
     assert not any(names.is_flash(entry.chosen) for entry in plan.layers)
@@ -145,7 +148,7 @@ def test_layer_by_layer_the_library_is_needed_and_the_plan_says_so() -> None:
 
 def test_every_known_kernel_has_a_record_and_a_row() -> None:
     assert set(hub_records.FLASH) == names.HUB_FLASH_REPOSITORIES
-    page = features.page()
+    page = capability_docs.page()
     for repository in names.HUB_FLASH_REPOSITORIES | names.HUB_SAGE_REPOSITORIES:
         assert f"| `{repository}`: " in page
 
@@ -170,9 +173,9 @@ def test_every_known_kernel_has_a_record_and_a_row() -> None:
     ],
 )
 def test_the_records_are_those_of_each_kernel(path: str, environment: Environment, need: Need, reason: str) -> None:
-    planning.require_available(path, environment)
+    planner.require_available(path, environment)
     record = backends.get(path).capability_on(environment)
-    texts = [one.text for one in planning.missing(need, record, path)]
+    texts = [one.text for one in planner.missing(need, record, path)]
     assert [reason] == [reason for text in texts if reason in text] if reason else not texts, texts
 
 
@@ -187,7 +190,7 @@ def test_the_records_are_those_of_each_kernel(path: str, environment: Environmen
 )
 def test_what_a_kernel_has_no_build_for(path: str, environment: Environment, reason: str) -> None:
     with pytest.raises(BackendUnavailableError, match=reason):
-        planning.require_available(path, environment)
+        planner.require_available(path, environment)
 
 
 # ---- loaded and run --------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from axattn.backends.flash_gradient import Packed
-from axattn.backends.tiles import attention_over_tiles
+from axattn.backends.varlen_engine.cpu_tiles import attention_over_tiles
+from axattn.backends.varlen_engine.flash_backward import Packed
 from axattn.kernels.document_statistics import Documents
-from axattn.layouts import Layout, Span
+from axattn.masks.varlen_layout import Layout, Span
 from tests.interpreter import INTERPRETED
 
 pytestmark = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def exact(q: Any, k: Any, v: Any, packed: Packed) -> torch.Tensor:
 
 
 def ours(q: Any, k: Any, v: Any, packed: Packed, exact_backward: bool = False, softcap: float = 0.0) -> torch.Tensor:
-    from axattn.kernels import int8_operator
+    from axattn.backends import int8_operator
     from axattn.kernels.int8_attention import query_blocks
 
     q_lengths, k_lengths = (tuple((cu[1:] - cu[:-1]).tolist()) for cu in (packed.cu_q, packed.cu_k))
@@ -193,7 +193,7 @@ def test_next_to_nothing_gives_the_mean_of_the_values(value: float) -> None:
 
 
 def test_the_operator_keeps_its_promises_to_torch() -> None:
-    from axattn.kernels import int8_operator
+    from axattn.backends import int8_operator
     from axattn.kernels.int8_attention import query_blocks
 
     packed = packed_of((9, 5), (9, 5), True, None, 64)

@@ -11,14 +11,14 @@ from transformers import DynamicCache
 from transformers import masking_utils as mu
 
 import axattn
+from axattn.attention.interface import attend
+from axattn.documents.boundaries import Segments
 from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionError
 from axattn.hf.forward_inputs import AT_ATTENTION, CACHES
 from axattn.hf.mask_functions import known
-from axattn.interface import attend
-from axattn.masking import lazy_mask
-from axattn.masks import LazyMask
-from axattn.routes import ATTRIBUTE, Route
-from axattn.segments import Segments
+from axattn.masks.lazy_mask import LazyMask
+from axattn.masks.mask_interface import lazy_mask
+from axattn.planning.routes import ATTRIBUTE, Route
 from tests.census.configs import tiny
 from tests.fakes.machine import hopper
 from tests.models import amplify, build, positions, tokens
@@ -132,7 +132,7 @@ def test_the_shortcut_counts_its_calls_and_stays_shut_under_autocast() -> None:
     module, mask = Attention(), after_a_plain_call()
     for _ in range(3):
         attend("varlen", module, *qkv(), mask)
-    from axattn.routes import route_of
+    from axattn.planning.routes import route_of
 
     assert route_of(module, "varlen").served == {"varlen": 3}
     for _ in range(2):

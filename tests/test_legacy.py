@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from axattn import names
+from axattn.spec import names
 
 PACKAGE = Path(__file__).resolve().parents[1] / "axattn"
 READERS = {"config.py", "names.py", "migration.py"}

@@ -278,14 +278,14 @@ def test_status_of_a_model_that_transformers_loaded_tells_its_layers_once_they_h
 
 
 def test_a_call_that_the_planned_kernel_can_not_serve_is_routed_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    from axattn import routes
+    from axattn.planning import routes
 
     routes._said.clear()
     model = axattn.apply(build("llama"), "auto")
     attention = model.model.layers[0].self_attn
     with caplog.at_level(logging.WARNING, "axattn"):
         for _ in range(2):
-            from axattn.interface import attend
+            from axattn.attention.interface import attend
 
             q = torch.randn(1, 4, 5, 8)
             kv = torch.randn(1, 2, 5, 8)

@@ -5,7 +5,7 @@ import torch
 import transformers as tf
 
 import axattn
-from axattn.losses import predicts_next
+from axattn.traits.losses import predicts_next
 from tests.census.configs import tiny
 from tests.census.examine import build
 from tests.models import tokens

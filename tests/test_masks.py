@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import masking_utils as mu
 
-from axattn import masking
+from axattn.documents.boundaries import Segments, from_positions
 from axattn.errors import UnsupportedAttentionError
 from axattn.hf.mask_functions import Pattern, recognise
-from axattn.layouts import Layout
-from axattn.masking import lazy_mask
-from axattn.masks import LazyMask
-from axattn.segments import Segments, from_positions
+from axattn.masks import mask_interface
+from axattn.masks.lazy_mask import LazyMask
+from axattn.masks.mask_interface import lazy_mask
+from axattn.masks.varlen_layout import Layout
 from tests.models import positions
 
 
@@ -269,7 +269,7 @@ def test_the_plain_causal_mask_is_one_object_until_it_is_made_dense() -> None:
 def test_few_plain_masks_are_kept() -> None:
     for length in range(2, 60):
         lazy_mask(1, length, length, 0, 0, mu.causal_mask_function, None, device="cpu")
-    assert len(masking._plain) <= masking._PLAIN_KEPT
+    assert len(mask_interface._plain) <= mask_interface._PLAIN_KEPT
 
 
 def test_slices_that_take_everything_leave_the_mask_lazy() -> None:

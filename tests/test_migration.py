@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from axattn import migration, names
 from axattn.cli import app
-from axattn.config import AttentionConfig
-from axattn.migration import migrate, migrate_file
+from axattn.spec import names
+from axattn.tools.axolotl import migration
+from axattn.tools.axolotl.config import AttentionConfig
+from axattn.tools.axolotl.migration import migrate, migrate_file
 
 runner = CliRunner()
 WHOLE = """\

@@ -8,7 +8,7 @@ import transformers as tf
 
 import axattn
 from axattn.errors import UnsupportedAttentionError
-from axattn.mixing import mixers
+from axattn.traits.token_mixers import mixers
 from tests.census.configs import tiny
 from tests.models import positions, tokens
 

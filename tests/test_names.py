@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from axattn import names
 from axattn.errors import UnknownAttentionError
+from axattn.spec import names
 
 HUB = ["org/name", "org/name@main", "org/name@v1.2:fn", "kernels-community/flash-attn2:flash_attn_func"]
 

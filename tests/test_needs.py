@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import transformers as tf
 
-from axattn.needs import model_needs, sub_configs
+from axattn.traits.layer_needs import model_needs, sub_configs
 from tests.census.configs import tiny
 from tests.models import CONFIGS, LAYERS, SMALL, build
 

@@ -7,8 +7,8 @@ import torch
 import transformers as tf
 
 import axattn
-from axattn import numbering
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
+from axattn.traits import position_ids
 from tests.census.configs import of_class, tiny
 from tests.census.examine import build as census
 from tests.models import amplify, build, positions, tokens
@@ -60,7 +60,7 @@ def test_roberta_counts_from_behind_its_padding_token(name: str) -> None:
     model = roberta()
     ids = tokens(1, sum(LENGTHS))
     expected = torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], 1)
-    assert numbering.first_position(model) == 2
+    assert position_ids.first_position(model) == 2
     axattn.apply(model, name)
     with pytest.raises(InvalidInputError, match=r"start at 0, but Roberta\w+ counts from 2") as error:
         model(ids, position_ids=positions(LENGTHS))
@@ -90,19 +90,19 @@ def test_an_unpadded_batch_of_roberta_has_the_positions_of_the_padded_one(side: 
 
 @pytest.mark.parametrize(("family", "counts"), [("opt", True), ("llama", False)])
 def test_whether_a_model_counts_its_mask_is_read_from_its_file(family: str, counts: bool) -> None:
-    assert numbering.counts_mask(build(family)) is counts
+    assert position_ids.counts_mask(build(family)) is counts
 
 
 def test_biogpt_s_embedding_could_count_the_mask_but_is_never_asked_to() -> None:
     model = census("biogpt", "causal")
     mask = torch.tensor([[0, 0, 1, 1, 1]])
-    assert numbering.own_positions(model, None, mask).tolist() == [[0, 1, 2, 3, 4]]
-    assert numbering.own_positions(build("opt"), None, mask)[0, 2:].tolist() == [0, 1, 2]
+    assert position_ids.own_positions(model, None, mask).tolist() == [[0, 1, 2, 3, 4]]
+    assert position_ids.own_positions(build("opt"), None, mask)[0, 2:].tolist() == [0, 1, 2]
 
 
 def test_a_layer_that_counts_only_where_no_positions_come_is_no_counter() -> None:
-    assert not numbering.counters(census("distilbert", "masked"))
-    assert numbering.counters(build("llama4", no_rope_layers=[1, 0]))
+    assert not position_ids.counters(census("distilbert", "masked"))
+    assert position_ids.counters(build("llama4", no_rope_layers=[1, 0]))
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def test_positions_that_a_model_drops_number_no_documents() -> None:
     """CSM's depth decoder sets them to None, and chooses weights by a token's place in the row."""
     config = of_class(tf.CsmDepthDecoderConfig, "none")
     model = tf.CsmDepthDecoderModel._from_config(config, attn_implementation="eager")
-    assert ["ignores position_ids" in reason.text for reason in numbering.unread_positions(model)] == [True]
+    assert ["ignores position_ids" in reason.text for reason in position_ids.unread_positions(model)] == [True]
     with pytest.raises(UnsupportedAttentionError, match="ignores position_ids, and counts along the whole row"):
         axattn.apply(model, "auto", unpad=True)
     axattn.apply(model, "auto")

@@ -6,7 +6,7 @@ import pytest
 
 import axattn
 from axattn.errors import InvalidConfigError
-from axattn.options import Option, one_of, require_options
+from axattn.spec.options import Option, one_of, require_options
 from tests.models import build
 
 SIZE = Option("size", 1, "how big", one_of(1, 2, None))

@@ -9,10 +9,10 @@ import torch
 from transformers import masking_utils as mu
 
 import axattn
+from axattn.documents.traced import TracedSegments
 from axattn.errors import UnsupportedAttentionError
 from axattn.hf.mask_functions import known
-from axattn.overlays import blocks_in_place, require_one_document
-from axattn.traced import TracedSegments
+from axattn.masks.image_blocks import blocks_in_place, require_one_document
 from tests.conformance.families import FAMILIES, IMAGE
 from tests.models import positions
 

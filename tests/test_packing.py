@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import axattn
+from axattn.documents.boundaries import from_cu_seqlens, from_positions
+from axattn.documents.collator import IGNORE_INDEX, PackingCollator, first_fit_decreasing
 from axattn.errors import InvalidInputError
-from axattn.packing import IGNORE_INDEX, PackingCollator, first_fit_decreasing
-from axattn.segments import from_cu_seqlens, from_positions
 
 
 def examples(*lengths: int) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 import axattn
-from axattn import numbering
+from axattn.traits import position_ids
 from tests.models import LAYERS, amplify, build, tokens
 from tests.test_rope import long
 
@@ -125,7 +125,7 @@ def cut(logits: torch.Tensor) -> torch.Tensor:
 def test_documents_equal_those_alone_wherever_padding_is(kind: str) -> None:
     torch._dynamo.reset()
     eager = MODELS[kind]()
-    first = numbering.first_position(eager)
+    first = position_ids.first_position(eager)
     cache = {"use_cache": False} if isinstance(eager, tf.GenerationMixin) else {}
     expected = torch.cat([eager(TOKENS[row : row + 1, a:b], **cache).logits[0] for row, a, b in DOCUMENTS])
     ours = axattn.apply(copy.deepcopy(eager), "auto")

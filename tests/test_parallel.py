@@ -10,12 +10,12 @@ import torch
 import transformers as tf
 from transformers.utils import ModelOutput
 
+from axattn.documents.sequence_shard import Share
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from axattn.parallel import accelerate_config, estimate
-from axattn.parallel.arithmetic import table
-from axattn.parallel.exchange import repeats
-from axattn.parallel.rows import join
-from axattn.shares import Share
+from axattn.parallel.estimates import table
+from axattn.parallel.split_inputs import join
+from axattn.parallel.ulysses import repeats
 from tests import parallel_jobs as jobs
 from tests.distributed import run
 from tests.models import CONFIGS

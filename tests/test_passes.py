@@ -12,14 +12,15 @@ import torch
 
 import axattn
 from axattn import backends
-from axattn.backends import fp8, passes, sage, varlen
-from axattn.backends.compiled import attention_op
-from axattn.backends.flash_gradient import exact_forward
+from axattn.backends import fp8, sage, varlen
+from axattn.backends.compiled_ops.varlen_op import attention_op
+from axattn.backends.varlen_engine import forward_backward
+from axattn.backends.varlen_engine.flash_backward import exact_forward
 from tests.fakes.machine import hopper
 from tests.models import build, positions, tokens
 from tests.operators import RULES, documents, inputs, padding, rule
 
-PASSES = {"tiles": passes.TILES, "packed": varlen._PACKED, "none, so run again": None}
+PASSES = {"tiles": forward_backward.TILES, "packed": varlen._PACKED, "none, so run again": None}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def nothing_compiled() -> None:
     torch._dynamo.reset()  # the graphs of other tests count towards torch's limit
 
 
-def with_passes(monkeypatch: pytest.MonkeyPatch, chosen: passes.Passes | None) -> None:
+def with_passes(monkeypatch: pytest.MonkeyPatch, chosen: forward_backward.Passes | None) -> None:
     """`varlen` with those passes: the ones of a GPU run on a CPU too."""
     kernel = dataclasses.replace(backends.get("varlen"), passes=lambda call: chosen)
     monkeypatch.setattr(backends, "get", lambda name: {"varlen": kernel}[name])
@@ -98,8 +99,14 @@ def test_a_query_that_is_not_finite_shows_in_the_operators_output() -> None:
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("varlen", ("axattn.backends.tiles.forward_over_tiles", "axattn.backends.passes.forward_over_tiles")),
-        ("sage", ("axattn.kernels.int8_operator.attention",)),
+        (
+            "varlen",
+            (
+                "axattn.backends.varlen_engine.cpu_tiles.forward_over_tiles",
+                "axattn.backends.varlen_engine.forward_backward.forward_over_tiles",
+            ),
+        ),
+        ("sage", ("axattn.backends.int8_operator.attention",)),
         ("fp8", ("axattn.backends.fp8._attention",)),
     ],
 )
@@ -139,8 +146,8 @@ def test_an_exact_backward_uses_nothing_of_a_lossy_forward_but_its_keys(monkeypa
     def useless(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros_like(q), q.new_zeros(q.shape[1], q.shape[0])
 
-    kernel = passes.PackedPasses(useless, lambda key, _: key, exact_forward)
-    with_passes(monkeypatch, passes.over_packed(kernel))
+    kernel = forward_backward.PackedPasses(useless, lambda key, _: key, exact_forward)
+    with_passes(monkeypatch, forward_backward.over_packed(kernel))
     q, k, v = inputs()
     out, _ = attention_op(q, k, v, documents(), None, True, None, None, 0.3, None, "varlen", "{}")
     mask = rule(documents(), None, True, None, None)

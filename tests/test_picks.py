@@ -12,8 +12,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import axattn
 from axattn.errors import InvalidInputError
-from axattn.picks import Pick, column_of
-from axattn.pooling import picked
+from axattn.traits.picked_tokens import Pick, column_of
+from axattn.traits.pooling import picked
 from tests.fakes.machine import hopper
 from tests.models import tokens
 from tests.test_pooling import tiny_of

@@ -6,9 +6,9 @@ import pytest
 import transformers as tf
 
 import axattn
-from axattn.by_path import resolve_names
-from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, UnknownAttentionError, UnsupportedAttentionError
+from axattn.machine.environment import Environment
+from axattn.spec.sub_config_names import resolve_names
 from tests.environments import AMPERE, CPU, HOPPER, machine
 from tests.models import CONFIGS, LAYERS, SMALL
 

@@ -11,9 +11,9 @@ import torch
 import transformers as tf
 
 import axattn
-from axattn.context import current
+from axattn.documents.forward_context import current
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
-from axattn.pooling import read_at, reads_first
+from axattn.traits.pooling import read_at, reads_first
 from tests.census.configs import of_class
 from tests.fakes.machine import hopper
 from tests.models import amplify, build, positions, tokens

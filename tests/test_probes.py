@@ -18,12 +18,12 @@ from transformers.models.bert.modeling_bert import BertPooler
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 import axattn
-from axattn import losses, mixing, numbering, pooling
 from axattn.errors import UnsupportedAttentionError
 from axattn.hf import probes, trial
 from axattn.hf.skeleton import Projection, Shape, Skeleton
 from axattn.hf.source_inspection import source_of
 from axattn.parallel.checks import reasons_against as parallel_reasons
+from axattn.traits import losses, pooling, position_ids, token_mixers
 from tests.census import examine
 from tests.census.configs import HEADS, tiny
 from tests.models import alone, amplify, build, positions, tokens
@@ -69,9 +69,9 @@ def test_a_run_of_an_architecture_shows_what_its_source_says(head: str) -> None:
         if model is None or model.config.is_encoder_decoder:  # nothing is packed there
             continue
         with trial.shared_skeletons():
-            text = mixing.text_model(model)
-            found = [*losses.contradictions(model), *numbering.contradictions(text), *pooling.contradictions(model)]
-            found += [one for one in mixing.mixers(model, by_document=True) if "the source says" in one.text]
+            text = token_mixers.text_model(model)
+            found = [*losses.contradictions(model), *position_ids.contradictions(text), *pooling.contradictions(model)]
+            found += [one for one in token_mixers.mixers(model, by_document=True) if "the source says" in one.text]
             answers = {"loss": probes.loss(model), "numbering": probes.numbering(text), "mixing": probes.mixing(model)}
         wanted = SHOWN.get(model_type)
         assert not found or (wanted is not None and all(wanted in one.text for one in found)), (model_type, found)
@@ -91,7 +91,7 @@ def test_a_token_that_is_masked_is_seen_to_change_the_others() -> None:
 @pytest.mark.parametrize("model_type", ["mra", "nystromformer", "yoso", "falcon"])
 def test_what_only_a_run_shows_is_found(model_type: str) -> None:
     model = _built("tokens", model_type)
-    assert [SHOWN[model_type] in one.text for one in numbering.unread_positions(model)] == [True]
+    assert [SHOWN[model_type] in one.text for one in position_ids.unread_positions(model)] == [True]
 
 
 # ---- source that can't be read -------------------------------------------------------------------------------------
@@ -170,8 +170,8 @@ def roberta(cls: Any) -> Any:
 @torch.no_grad()
 def test_positions_without_a_source_are_what_a_run_shows() -> None:
     model = roberta(made(EMBEDDINGS.format(count=FAIRSEQ), RobertaEmbeddings))
-    assert numbering.first_position(model) == 2
-    assert not numbering.unread_positions(model)
+    assert position_ids.first_position(model) == 2
+    assert not position_ids.unread_positions(model)
     ids = tokens(1, sum(LENGTHS))
     expected = torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], 1)
     axattn.apply(model, "varlen")
@@ -182,7 +182,7 @@ def test_a_way_of_counting_that_nobody_knows_is_refused() -> None:
     """From 4 along the row, where tokens of padding are counted as any: `numbering.counted` has no such way."""
     model = roberta(made(EMBEDDINGS.format(count=ALONG), RobertaEmbeddings))
     model.roberta.embeddings.padding_idx = model.config.pad_token_id = 3
-    assert "in a way that is not known" in numbering.unread_positions(model)[0].text
+    assert "in a way that is not known" in position_ids.unread_positions(model)[0].text
 
 
 POOLER = """
@@ -452,7 +452,7 @@ def test_a_run_that_fails_leaves_the_source_alone_to_tell() -> None:
     assert (probes.loss(model), probes.numbering(model), probes.mixing(model)) == (None, None, None)
     assert losses.predicts_next(model)
     assert not losses.contradictions(model)
-    assert numbering.first_position(model) == 0
+    assert position_ids.first_position(model) == 0
 
 
 def test_no_forward_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import axattn
-from axattn import backends, planning
-from axattn.backends.ranking import PREFERENCES, by_need, ranking, usable
-from axattn.capability import Need, missing
-from axattn.environment import Environment
-from axattn.needs import model_needs
-from axattn.plans import Policy
-from axattn.routes import Route
+from axattn import backends
+from axattn.machine.environment import Environment
+from axattn.planning import planner
+from axattn.planning.plan import Policy
+from axattn.planning.ranking import PREFERENCES, by_need, ranking, usable
+from axattn.planning.routes import Route
+from axattn.spec.capability import Need, missing
+from axattn.traits.layer_needs import model_needs
 from tests.conformance.families import FAMILIES
 from tests.environments import ADA, AMPERE, BLACKWELL, CPU, HOPPER, NPU, ROCM6, TURING, machine
 from tests.fakes.machine import hopper
@@ -126,7 +127,7 @@ def test_preferences_name_kernels_of_the_orders() -> None:
 
 
 def test_the_plan_says_why_not_the_faster_kernels() -> None:
-    plan = planning.plan(
+    plan = planner.plan(
         model_needs(build("llama").config), "auto", machine("cuda", 90, flash_attn_3=None, flash_attn_4=None), Policy()
     )
     first = plan.layers[0]

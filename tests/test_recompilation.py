@@ -124,8 +124,8 @@ def test_masks_of_compiled_layers_are_freed_with_their_batch() -> None:
     import gc
     import weakref
 
-    from axattn.masking import lazy_mask
-    from axattn.masks import of_handle
+    from axattn.masks.lazy_mask import of_handle
+    from axattn.masks.mask_interface import lazy_mask
 
     padding = torch.ones(2, 9, dtype=torch.bool)
     mask = lazy_mask(2, 9, 9, attention_mask=padding)

@@ -17,13 +17,13 @@ from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import axattn
-from axattn.document_rows import as_rows
+from axattn.documents.boundaries import Segments
+from axattn.documents.document_rows import as_rows
 from axattn.errors import UnsupportedAttentionError
-from axattn.mixing import mixers
 from axattn.patches import recurrent as patch
-from axattn.patches.entrance import Entrance
-from axattn.recurrent import recurrent
-from axattn.segments import Segments
+from axattn.patches.forward_wrapper import Entrance
+from axattn.traits.recurrent import recurrent
+from axattn.traits.token_mixers import mixers
 from tests import distributed, parallel_jobs
 from tests.census import examine
 from tests.conformance.cases import Batch, packed, padded

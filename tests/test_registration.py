@@ -17,9 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.models.llama import modeling_llama
 
 import axattn
-from axattn import names, registration
+from axattn.attention import registration
 from axattn.errors import RegistrationError
 from axattn.hf import registries
+from axattn.spec import names
 from tests.models import build, positions, tokens
 
 TABLES = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
@@ -246,7 +247,7 @@ def test_a_registry_of_a_models_own_file_counts(monkeypatch: pytest.MonkeyPatch)
 def test_what_an_earlier_import_of_axattn_has_left_is_no_other_packages() -> None:
     def attend() -> None: ...
 
-    attend.__module__ = "axattn.interface"
+    attend.__module__ = "axattn.attention.interface"
     model = axattn.apply(build("llama"), "varlen")
     TABLES[0]["varlen"] = functools.partial(attend, "varlen")
     with pytest.raises(RegistrationError, match="not in Transformers' registries as this import"):
@@ -259,13 +260,13 @@ def test_what_an_earlier_import_of_axattn_has_left_is_no_other_packages() -> Non
 def test_automatic_registration_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     axattn.unregister()
     monkeypatch.setenv("AXATTN_AUTO_REGISTER", value)
-    axattn.registration.register_when_imported()
+    axattn.attention.registration.register_when_imported()
     assert not axattn.registered()
     axattn.apply(build("llama"), "varlen")
     assert axattn.registered()
     axattn.unregister()
     monkeypatch.setenv("AXATTN_AUTO_REGISTER", "1")
-    axattn.registration.register_when_imported()
+    axattn.attention.registration.register_when_imported()
     assert axattn.registered()
 
 

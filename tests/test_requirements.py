@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 import axattn
-from axattn import backends, names
-from axattn.environment import Environment
+from axattn import backends
 from axattn.errors import BackendUnavailableError
-from axattn.planning import require_available
+from axattn.machine.environment import Environment
+from axattn.planning.planner import require_available
+from axattn.spec import names
 from tests.environments import ADA, AMPERE, BLACKWELL, CPU, HOPPER, NPU, ROCM5, ROCM6, TURING, machine
 from tests.models import build
 

@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import axattn
 from axattn import backends
-from axattn.backends import dense
+from axattn.backends import sdpa
 from tests.models import alone, build, positions, tokens
 
 LENGTHS = (5, 9, 4)
@@ -162,7 +162,7 @@ def test_a_kernel_that_fails_in_mid_training_leaves_a_model_that_trains_on_and_c
     model = build("llama")
     before = fingerprint(model)
     axattn.apply(model, "varlen").train()
-    real, calls = dense.sdpa, [0]
+    real, calls = sdpa.sdpa, [0]
 
     def failing(call: Any) -> torch.Tensor:
         calls[0] += 1
@@ -172,7 +172,7 @@ def test_a_kernel_that_fails_in_mid_training_leaves_a_model_that_trains_on_and_c
 
     padding = torch.ones(1, 18, dtype=torch.long)
     padding[0, 3] = 0  # a hole: runs through dense.sdpa
-    monkeypatch.setattr(dense, "sdpa", failing)
+    monkeypatch.setattr(sdpa, "sdpa", failing)
     with pytest.raises(RuntimeError, match="device-side failure"):
         model(tokens(1, 18), attention_mask=padding)
     monkeypatch.undo()

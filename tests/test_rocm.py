@@ -10,10 +10,10 @@ import torch
 
 import axattn
 from axattn.backends import get
-from axattn.capability import Need, missing
-from axattn.diagnosis import diagnose
-from axattn.environment import Environment
 from axattn.errors import UnsupportedAttentionError
+from axattn.machine.environment import Environment
+from axattn.planning.diagnosis import diagnose
+from axattn.spec.capability import Need, missing
 from tests.environments import AMPERE, CPU, HOPPER, ROCM6
 from tests.fakes.machine import hopper
 from tests.models import build, tokens

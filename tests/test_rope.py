@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 
 import axattn
-from axattn import rope
+from axattn.traits import dynamic_rope
 from tests.models import alone, build, positions, tokens
 
 LIMIT = 6
@@ -31,7 +31,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 def long(family: str = "llama") -> Any:
     """A tiny model under LongRoPE; its heads have 8 channels, so 4 frequencies."""
     model = build(family, head_dim=8, rope_parameters=LONGROPE)
-    assert rope.limits(model) == [LIMIT]
+    assert dynamic_rope.limits(model) == [LIMIT]
     return model
 
 
@@ -113,7 +113,7 @@ def test_in_a_compiled_graph() -> None:
 def test_layers_of_two_kinds_with_one_longrope() -> None:
     each = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": LONGROPE}
     model = build("gemma3", head_dim=8, rope_parameters=each)
-    assert rope.limits(model) == [LIMIT]
+    assert dynamic_rope.limits(model) == [LIMIT]
     ids = tokens(1, sum(LENGTHS))
     expected = alone(model, ids, LENGTHS)
     axattn.apply(model, "auto")
@@ -174,8 +174,8 @@ def test_padding_behind_a_short_document_stretches_nothing() -> None:
 
 
 def test_what_a_config_asks_for() -> None:
-    assert rope.by_length(long().config) == ["longrope"]
-    assert rope.by_length(build("llama", rope_parameters=DYNAMIC).config) == ["dynamic"]
-    assert rope.by_length(build("llama").config) == []
-    assert rope.stretched_from(long()) is None
-    assert rope.stretched_from(build("llama", rope_parameters=DYNAMIC, max_position_embeddings=9)) == 9
+    assert dynamic_rope.by_length(long().config) == ["longrope"]
+    assert dynamic_rope.by_length(build("llama", rope_parameters=DYNAMIC).config) == ["dynamic"]
+    assert dynamic_rope.by_length(build("llama").config) == []
+    assert dynamic_rope.stretched_from(long()) is None
+    assert dynamic_rope.stretched_from(build("llama", rope_parameters=DYNAMIC, max_position_embeddings=9)) == 9

@@ -5,9 +5,9 @@ import pickle
 import pytest
 
 from axattn import backends
-from axattn.capability import Need
 from axattn.errors import UnsupportedAttentionError
-from axattn.routes import Route, candidates
+from axattn.planning.routes import Route, candidates
+from axattn.spec.capability import Need
 from tests.environments import CPU
 
 

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 import axattn
-from axattn.backends import dense, s2
+from axattn.attention.interface import attend
+from axattn.backends import s2, sdpa
 from axattn.backends.s2 import grouped
 from axattn.errors import InvalidConfigError, UnsupportedAttentionError
-from axattn.interface import attend
-from axattn.layouts import Layout, Span
-from axattn.masking import lazy_mask
+from axattn.masks.mask_interface import lazy_mask
+from axattn.masks.varlen_layout import Layout, Span
 from tests.models import alone, build, positions, tokens
 
 
@@ -51,7 +51,7 @@ def test_training_equals_the_papers_definition_forward_and_backward(length: int)
 @pytest.mark.parametrize("length", [1, 7, 16, 30])
 def test_without_a_kernel_over_spans_it_is_still_the_papers(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 on a GPU: what torch's flash kernel does not take runs under a dense mask."""
-    monkeypatch.setattr(s2, "over_layout", lambda part, _: dense.sdpa(part))
+    monkeypatch.setattr(s2, "over_layout", lambda part, _: sdpa.sdpa(part))
     inputs = qkv(length)
     out, _ = attend("s2", Attention().train(), *inputs, lazy_mask(2, length, length))
     assert torch.allclose(out, from_the_paper(*inputs), atol=1e-6)

@@ -15,13 +15,13 @@ from transformers.masking_utils import bidirectional_mask_function, sliding_wind
 
 import axattn
 from axattn import backends
+from axattn.attention.interface import attend
 from axattn.backends import sage
-from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, InvalidConfigError, UnsupportedAttentionError
-from axattn.interface import attend
-from axattn.masking import lazy_mask
-from axattn.planning import require_available
-from axattn.routes import ATTRIBUTE, Route
+from axattn.machine.environment import Environment
+from axattn.masks.mask_interface import lazy_mask
+from axattn.planning.planner import require_available
+from axattn.planning.routes import ATTRIBUTE, Route
 from tests.environments import AMPERE, BLACKWELL, CPU, HOPPER, TURING, machine
 from tests.fakes import sageattention
 from tests.fakes.machine import hopper
@@ -159,7 +159,7 @@ def losses(model: Any, steps: int, period: int, rate: float) -> list[float]:
 
 def without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the plain library does. The zero keeps the graph of a LoRA run, which has no other way to its adapters."""
-    from axattn.kernels import int8_operator
+    from axattn.backends import int8_operator
 
     real = int8_operator.attention
 
@@ -278,7 +278,7 @@ def test_the_library_gets_a_copy_of_the_keys_and_a_true_gradient(any_device: Non
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_library_packed(any_device: None, dim: int) -> None:
-    from axattn.segments import Segments
+    from axattn.documents.boundaries import Segments
 
     inputs = qkv(40, dim, rows=1)
     mask = lazy_mask(1, 40, 40).with_segments(Segments(((0, 13, 40),), torch.device("cpu")))

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 import axattn
-from axattn import names
 from axattn.errors import InvalidConfigError
+from axattn.spec import names
 from tests.models import build
 
 ROOT = Path(__file__).resolve().parents[1]

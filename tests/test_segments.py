@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axattn import traced
+from axattn.documents import traced
+from axattn.documents.boundaries import Segments, from_cu_seqlens, from_positions
 from axattn.errors import InvalidInputError
-from axattn.segments import Segments, from_cu_seqlens, from_positions
 from tests.models import positions
 
 CPU = torch.device("cpu")

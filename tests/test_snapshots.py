@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import axattn
-from axattn import masking
-from axattn.backends import compiled
-from axattn.backends.compiled import attention_op
-from axattn.snapshots import memo_of, snapshot
+from axattn.backends.compiled_ops import varlen_op
+from axattn.backends.compiled_ops.varlen_op import attention_op
+from axattn.hf.tensor_snapshots import memo_of, snapshot
+from axattn.masks import mask_interface
 from tests.fakes.machine import hopper
 from tests.models import alone, build, positions, tokens
 from tests.operators import documents, inputs, padding, rule
@@ -25,8 +25,8 @@ MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Grows by one with every mask that an operator builds."""
     masks: list[Any] = []
-    build_mask = compiled._build
-    monkeypatch.setattr(compiled, "_build", lambda *given: masks.append(given) or build_mask(*given))
+    build_mask = varlen_op._build
+    monkeypatch.setattr(varlen_op, "_build", lambda *given: masks.append(given) or build_mask(*given))
     return masks
 
 
@@ -137,7 +137,7 @@ def test_a_snapshot_is_a_copy_and_a_well_behaved_operator() -> None:
 def test_a_model_trains_after_an_evaluation_in_inference_mode(how: str) -> None:
     """Plain rows keep their mask and its layout: what backward needs of them must not be inference tensors."""
     torch._dynamo.reset()
-    masking._plain.clear()
+    mask_interface._plain.clear()
     with hopper("sage"):
         model = axattn.apply(build("llama", num_hidden_layers=1), "sage")
         if how != "eager":
@@ -145,6 +145,6 @@ def test_a_model_trains_after_an_evaluation_in_inference_mode(how: str) -> None:
                 layer.compile(backend="aot_eager")
         with torch.inference_mode():
             model(tokens(2, 12), use_cache=False)
-        assert masking._plain
+        assert mask_interface._plain
         model.train()(tokens(2, 12), use_cache=False).logits.square().sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters())

@@ -10,8 +10,8 @@ import transformers as tf
 from torch._dynamo.backends.debugging import aot_eager
 
 import axattn
-from axattn.handles import entry_of, new_handle
-from axattn.masks import LazyMask
+from axattn.hf.graph_handles import entry_of, new_handle
+from axattn.masks.lazy_mask import LazyMask
 from tests.models import build, positions, tokens
 from tests.parallel_jobs import compare, gradients
 
@@ -146,7 +146,7 @@ def test_operators_that_read_on_the_host_are_kept_out_of_cuda_graphs() -> None:
 
 def test_a_mask_over_a_static_cache_reads_its_offset_when_eager_asks() -> None:
     """`generate` builds it before the forward, and the cache counts on in place."""
-    from axattn.masking import lazy_mask
+    from axattn.masks.mask_interface import lazy_mask
 
     offset = torch.tensor(4)
     mask = lazy_mask(2, 1, 8, q_offset=offset)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import axattn
+from axattn.attention.interface import attend
+from axattn.backends.call import AttentionCall
 from axattn.backends.varlen import varlen
-from axattn.call import AttentionCall
-from axattn.interface import attend
-from axattn.masking import lazy_mask
-from axattn.routes import ATTRIBUTE, Route
-from axattn.segments import Segments
+from axattn.documents.boundaries import Segments
+from axattn.masks.mask_interface import lazy_mask
+from axattn.planning.routes import ATTRIBUTE, Route
 from tests.fakes.machine import hopper
 from tests.models import build, positions, tokens
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axattn.backends import tiles as tiles_module
-from axattn.backends.tiles import attention_over_tiles, tiles
-from axattn.layouts import Layout, Span
+from axattn.backends.varlen_engine import cpu_tiles as tiles_module
+from axattn.backends.varlen_engine.cpu_tiles import attention_over_tiles, tiles
+from axattn.masks.varlen_layout import Layout, Span
 from tests.test_masks import dense_of_layout
 
 

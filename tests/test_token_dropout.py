@@ -9,8 +9,8 @@ import torch
 import transformers
 
 import axattn
-from axattn.mixing import mixers, scaled_by_share
-from axattn.patches.entrance import Entrance
+from axattn.patches.forward_wrapper import Entrance
+from axattn.traits.token_mixers import mixers, scaled_by_share
 from tests.conformance.cases import Batch, packed, padded
 
 MASKED, PADDING = 4, 1

@@ -11,9 +11,9 @@ import torch
 
 import axattn
 from axattn.backends import get
-from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError
 from axattn.hf import torch_internals
+from axattn.machine.environment import Environment
 from tests.environments import AMPERE, BLACKWELL, CPU, HOPPER, ROCM6, TURING, machine
 from tests.fakes import torch_flash
 from tests.models import build
@@ -132,7 +132,7 @@ def test_what_a_process_puts_in_the_place_of_torchs_kernels_is_known(
 def test_an_activation_after_the_machine_was_probed_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention import _registry
 
-    from axattn import environment
+    from axattn.machine import environment
 
     monkeypatch.setattr(environment, "_probe", lambda: HOPPER)
     assert Environment.current() is HOPPER

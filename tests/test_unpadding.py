@@ -16,7 +16,7 @@ import transformers as tf
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 import axattn
-from axattn import unpadding
+from axattn.unpadding import unpadded_forward
 from tests.census import examine
 from tests.e2e.test_trainer import corpus, padded, train
 from tests.models import CONFIGS, HYBRIDS, build, positions, tokens
@@ -157,7 +157,7 @@ def test_token_labels_that_are_not_shifted_stay_where_they_are() -> None:
 
 
 def test_targets_that_padding_predicts_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    unpadding._said.clear()
+    unpadded_forward._said.clear()
     model, reference = both("llama")
     given = batch("left")
     real = given["attention_mask"].bool()
@@ -259,7 +259,7 @@ def test_from_pretrained_takes_it(tmp_path: Path) -> None:
 
 
 def test_hybrids_are_known() -> None:
-    assert all(unpadding.mixers(build(family)) for family in HYBRIDS)
+    assert all(unpadded_forward.mixers(build(family)) for family in HYBRIDS)
 
 
 @torch.no_grad()

@@ -12,11 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 import axattn
-from axattn import masking, masks, reading
-from axattn.backends import dense, spans, varlen
+from axattn.backends import sdpa, varlen
+from axattn.backends.varlen_engine import packed
 from axattn.cli import app
+from axattn.documents import read_inputs
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
-from axattn.verification import modules, whole
+from axattn.masks import lazy_mask, mask_interface
+from axattn.tools.verify import modules, whole
 from tests.census.examine import build as census
 from tests.conformance.families import FAMILIES
 from tests.interpreter import INTERPRETED, interpreting
@@ -87,25 +89,25 @@ def test_what_transformers_leaks_is_refused_not_wrong(folders: Any) -> None:
 
 
 def _no_documents(patch: Patch) -> None:
-    patch.setattr(reading, "from_positions", lambda *_: None)
+    patch.setattr(read_inputs, "from_positions", lambda *_: None)
 
 
 def _no_padding(patch: Patch) -> None:
-    patch.setattr(masks.LazyMask, "padding", property(lambda self: None))
+    patch.setattr(lazy_mask.LazyMask, "padding", property(lambda self: None))
 
 
 def _no_window(patch: Patch) -> None:
-    real = masking.recognise
+    real = mask_interface.recognise
 
     def changed(function: Any) -> Any:
         found = real(function)
         return None if found is None else type(found)(causal=found.causal, chunk=found.chunk)
 
-    patch.setattr(masking, "recognise", changed)
+    patch.setattr(mask_interface, "recognise", changed)
 
 
 def _no_key_gradient(patch: Patch) -> None:
-    real = spans.over_layout
+    real = packed.over_layout
 
     def dropped(call: Any, layout: Any) -> torch.Tensor:
         call.key = call.key.detach()
@@ -115,13 +117,13 @@ def _no_key_gradient(patch: Patch) -> None:
 
 
 def _wrong_scale(patch: Patch) -> None:
-    real = dense.sdpa
+    real = sdpa.sdpa
 
     def scaled(call: Any) -> torch.Tensor:
         call.scale = 2 * call.scale
         return real(call)
 
-    patch.setattr(dense, "sdpa", scaled)
+    patch.setattr(sdpa, "sdpa", scaled)
     patch.setattr(varlen, "over_layout", lambda call, layout: scaled(call))
 
 

@@ -10,10 +10,10 @@ import torch
 
 import axattn
 from axattn.backends import get
+from axattn.backends.call import AttentionCall
 from axattn.backends.xformers import block_diagonal, both_ways
-from axattn.call import AttentionCall
-from axattn.layouts import Layout, Span
-from axattn.masking import lazy_mask
+from axattn.masks.mask_interface import lazy_mask
+from axattn.masks.varlen_layout import Layout, Span
 from tests.environments import HOPPER, TURING, machine
 from tests.fakes.machine import hopper
 from tests.models import alone, build, positions, tokens

@@ -11,12 +11,12 @@ import importlib.metadata
 
 from axattn.backends.base import Backend
 from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError
-from axattn.names import ENTRY_POINT_GROUP, Packs, flags, installed, parse_hub_path
-from axattn.names import packs as packs_by_name
+from axattn.spec.names import ENTRY_POINT_GROUP, Packs, flags, installed, parse_hub_path
+from axattn.spec.names import packs as packs_by_name
 
 _MODULES: dict[str, str] = {
     "varlen": "axattn.backends.varlen",
-    "sdpa": "axattn.backends.dense",
+    "sdpa": "axattn.backends.sdpa",
     "eager": "axattn.backends.eager",
     "s2": "axattn.backends.s2",
     "flash_attention_2": "axattn.backends.flash",
@@ -68,7 +68,8 @@ def get(name: str) -> Backend:
 
 def packs(name: str) -> Packs:
     """Whether the documents of a row stay apart on a name, and on what condition: ``"yes"``, ``"no"``, or
-    ``"without a cache"`` (`axattn.names.WITHOUT_A_CACHE`). What `axattn doctor`, the docs and `AttentionConfig` say."""
+    ``"without a cache"`` (`axattn.spec.names.WITHOUT_A_CACHE`). What `axattn doctor`, the docs and `AttentionConfig`
+    say."""
     if name in installed():
         return "yes" if get(name).capability.segments else "no"
     return packs_by_name(name.split(":", maxsplit=1)[0] if name in _MODULES else name)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from axattn.capability import Capability, Refused
-from axattn.environment import Environment
 from axattn.errors import Reason
-from axattn.options import Option
+from axattn.machine.environment import Environment
+from axattn.spec.capability import Capability, Refused
+from axattn.spec.options import Option
 
 if TYPE_CHECKING:
     import torch
 
-    from axattn.backends.passes import Passes
-    from axattn.call import AttentionCall
+    from axattn.backends.call import AttentionCall
+    from axattn.backends.varlen_engine.forward_backward import Passes
 
 FLOATS = frozenset({"float32", "float64", "bfloat16", "float16"})
 HALVES = frozenset({"bfloat16", "float16"})

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from axattn.backends import dense
-from axattn.call import AttentionCall
-from axattn.layouts import Layout
-from axattn.masks import LazyMask
+from axattn.backends import sdpa
+from axattn.backends.call import AttentionCall
+from axattn.masks.lazy_mask import LazyMask
+from axattn.masks.varlen_layout import Layout
 
 
 def serves(call: AttentionCall) -> bool:
@@ -55,7 +55,7 @@ def one_query(call: AttentionCall, layout: Layout) -> torch.Tensor:
         assert isinstance(call.mask, LazyMask)  # without a mask all rows are alike
         mask = call.mask.dense()[..., low:high]
     call.ran = "sdpa"
-    out = dense.attention(call.query, keys, values, mask, call.dropout, False, call.scale).transpose(1, 2)
+    out = sdpa.attention(call.query, keys, values, mask, call.dropout, False, call.scale).transpose(1, 2)
     if mask is not None and sum(span.row1 - span.row0 for span in spans) < layout.rows:
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out

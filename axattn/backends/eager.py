@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
-from axattn.backends.selection import only_selected, selected
-from axattn.call import AttentionCall
+from axattn.backends.call import AttentionCall
+from axattn.backends.sparse_indices import only_selected, selected
 from axattn.errors import Reason, UnsupportedAttentionError
 
 CAPABILITY = dataclasses.replace(

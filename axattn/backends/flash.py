@@ -9,9 +9,9 @@ import dataclasses
 
 from axattn.backends.base import FLASH_KERNEL, Backend, check_gpu, check_library
 from axattn.backends.flash_calls import flash_2, flash_3, flash_4
-from axattn.capability import Capability, Refused
-from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.machine.environment import Environment
+from axattn.spec.capability import Capability, Refused
 
 _COMMON = dataclasses.replace(FLASH_KERNEL, softcap=True)
 _FLOORS_4 = (("nvidia_cutlass_dsl", "nvidia-cutlass-dsl", "4.6.2"), ("quack_kernels", "quack-kernels", "0.5.3"))

@@ -16,11 +16,11 @@ import torch
 
 from axattn.backends import decoding
 from axattn.backends.base import on_gpu_of
-from axattn.backends.spans import one_head_dim, packed_call
-from axattn.call import AttentionCall
+from axattn.backends.call import AttentionCall
+from axattn.backends.varlen_engine.packed import one_head_dim, packed_call
 from axattn.hf import determinism
-from axattn.layouts import Layout, Span
-from axattn.masks import LazyMask
+from axattn.masks.lazy_mask import LazyMask
+from axattn.masks.varlen_layout import Layout, Span
 
 _MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
 

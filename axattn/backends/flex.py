@@ -6,9 +6,9 @@ import dataclasses
 import shutil
 
 from axattn.backends.base import TORCH_KERNEL, Backend, check_library
-from axattn.capability import Capability
-from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.machine.environment import Environment
+from axattn.spec.capability import Capability
 
 CAPABILITY = dataclasses.replace(
     TORCH_KERNEL,

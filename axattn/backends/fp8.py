@@ -1,8 +1,8 @@
 """``fp8``: attention in FP8 (e4m3) by FlashAttention 3, for inference and, with a true gradient, for training.
 
 Q, K and V are scaled to fp8 per document and KV head, so that no document's values change another's; K loses its mean
-first (`axattn.backends.flash_gradient`). Whole rows go through torchao's quantiser, documents through ours
-(`axattn.kernels.fp8_quantiser`); both are Triton.
+first (`axattn.backends.varlen_engine.flash_backward`). Whole rows go through torchao's quantiser, documents through
+ours (`axattn.kernels.fp8_quantiser`); both are Triton.
 
 Error on random data with keys far from zero (measured with e4m3 operands and weights, tests/test_fp8.py): output 4.5 %,
 gradients 3 %; with ``backward="exact"`` gradients 0.5 %, which is bf16's own. A Hadamard rotation changes neither.
@@ -23,20 +23,20 @@ from typing import Any
 import torch
 
 from axattn.backends.base import QUANTISED, Backend, check_gpu, check_library
-from axattn.backends.documents import documents_of
+from axattn.backends.call import AttentionCall
 from axattn.backends.flash_calls import layout_of
-from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
-from axattn.backends.hadamard import hadamard
-from axattn.backends.passes import PackedPasses, Passes, over_packed
-from axattn.backends.spans import one_head_dim, packed_call
 from axattn.backends.torch_flash import unusable
-from axattn.call import AttentionCall
-from axattn.capability import Capability
-from axattn.environment import Environment
+from axattn.backends.varlen_engine.flash_backward import BACKWARD, Packed, exact_forward, flash_backward
+from axattn.backends.varlen_engine.forward_backward import PackedPasses, Passes, over_packed
+from axattn.backends.varlen_engine.packed import one_head_dim, packed_call
+from axattn.backends.varlen_engine.per_document import documents_of
 from axattn.errors import BackendUnavailableError, Reason
 from axattn.hf import integrations
-from axattn.layouts import Layout
-from axattn.options import Option, one_of
+from axattn.kernels.hadamard import hadamard
+from axattn.machine.environment import Environment
+from axattn.masks.varlen_layout import Layout
+from axattn.spec.capability import Capability
+from axattn.spec.options import Option, one_of
 
 _INSTALL = "pip install torchao fa3-fwd"
 CAPABILITY = dataclasses.replace(

@@ -14,11 +14,11 @@ from packaging.specifiers import SpecifierSet
 from axattn.backends.base import Backend, check_library
 from axattn.backends.hub_records import FLASH, UNKNOWN, Broken, HubKernel
 from axattn.backends.sage import hub_sage
-from axattn.capability import Capability
-from axattn.environment import Environment
 from axattn.errors import Reason
 from axattn.hf.flash_stand_ins import kernels_window, pinned
-from axattn.names import HUB_SAGE_REPOSITORIES, HubPath, parse_hub_path
+from axattn.machine.environment import Environment
+from axattn.spec.capability import Capability
+from axattn.spec.names import HUB_SAGE_REPOSITORIES, HubPath, parse_hub_path
 
 MINUTES = "a download of minutes, nothing is compiled"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from axattn.backends.base import FLASH_KERNEL, HALVES
-from axattn.capability import Capability, Refused
+from axattn.spec.capability import Capability, Refused
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,13 @@ import torch
 
 from axattn.backends import varlen
 from axattn.backends.base import FLOATS, Backend, always_usable
-from axattn.backends.spans import over_layout
-from axattn.call import AttentionCall
-from axattn.capability import Capability
+from axattn.backends.call import AttentionCall
+from axattn.backends.varlen_engine.packed import over_layout
 from axattn.errors import Reason, UnsupportedAttentionError
-from axattn.layouts import Layout, Span
-from axattn.masks import LazyMask
-from axattn.options import Option
+from axattn.masks.lazy_mask import LazyMask
+from axattn.masks.varlen_layout import Layout, Span
+from axattn.spec.capability import Capability
+from axattn.spec.options import Option
 
 GROUP_SIZE = 0.25  # the paper's: a group is a quarter of the row
 

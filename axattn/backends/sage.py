@@ -18,22 +18,22 @@ from typing import Any
 import torch
 
 from axattn.backends.base import HALVES, QUANTISED, Backend, check_gpu, check_library
-from axattn.backends.documents import documents_of, smoothed_keys
-from axattn.backends.exact import exactly
+from axattn.backends.call import AttentionCall
+from axattn.backends.exact_fallback import exactly
 from axattn.backends.flash_calls import layout_of
-from axattn.backends.flash_gradient import BACKWARD, Packed, exact_forward, flash_backward
-from axattn.backends.passes import PackedPasses, Passes, over_packed
-from axattn.backends.spans import one_head_dim, packed_call
 from axattn.backends.torch_flash import unusable
-from axattn.call import AttentionCall
-from axattn.capability import Capability
-from axattn.environment import Environment
+from axattn.backends.varlen_engine.flash_backward import BACKWARD, Packed, exact_forward, flash_backward
+from axattn.backends.varlen_engine.forward_backward import PackedPasses, Passes, over_packed
+from axattn.backends.varlen_engine.packed import one_head_dim, packed_call
+from axattn.backends.varlen_engine.per_document import documents_of, smoothed_keys
 from axattn.errors import Reason
 from axattn.hf import hub_kernels
 from axattn.kernels.document_statistics import Documents, smoothed
-from axattn.layouts import Layout
-from axattn.names import HubPath
-from axattn.options import Option, one_of
+from axattn.machine.environment import Environment
+from axattn.masks.varlen_layout import Layout
+from axattn.spec.capability import Capability
+from axattn.spec.names import HubPath
+from axattn.spec.options import Option, one_of
 
 CAPABILITY = dataclasses.replace(
     QUANTISED,
@@ -96,7 +96,7 @@ def _quantised(
     exact_backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[tokens, H, D]`` and logsumexp ``[H, tokens]``."""
-    from axattn.kernels import int8_operator
+    from axattn.backends import int8_operator
 
     queries, keys = documents_of(layout, q.device)
     blocks = _blocks(layout, queries, int8_operator.block_of(q))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from axattn.environment import Environment
 from axattn.errors import Reason
+from axattn.machine.environment import Environment
 
 _SHOWN = {"FA3": "FlashAttention 3", "FA4": "FlashAttention 4"}
 _SERVES = {"FA3": (9,), "FA4": (9, 10)}

@@ -1,7 +1,8 @@
 """``varlen``: variable-length attention with torch's own flash kernels; documents cost only their own lengths.
 
-On a CPU torch's flash op runs document by document (`axattn.backends.tiles`); on CUDA ``torch.nn.attention.varlen``.
-What has no variable-length form (an arbitrary mask, dropout, fp32 on CUDA) runs exactly through ``sdpa`` here.
+On a CPU torch's flash op runs document by document (`axattn.backends.varlen_engine.cpu_tiles`); on CUDA
+``torch.nn.attention.varlen``. What has no variable-length form (an arbitrary mask, dropout, fp32 on CUDA) runs exactly
+through ``sdpa`` here.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import dataclasses
 
 import torch
 
-from axattn.backends import compiled, dense, torch_flash
+from axattn.backends import sdpa, torch_flash
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
-from axattn.backends.flash_gradient import exact_forward
-from axattn.backends.passes import TILES, PackedPasses, Passes, over_packed
-from axattn.backends.spans import over_layout, runs_flash
-from axattn.call import AttentionCall
-from axattn.environment import Environment
+from axattn.backends.call import AttentionCall
+from axattn.backends.compiled_ops import varlen_op
+from axattn.backends.varlen_engine.flash_backward import exact_forward
+from axattn.backends.varlen_engine.forward_backward import TILES, PackedPasses, Passes, over_packed
+from axattn.backends.varlen_engine.packed import over_layout, runs_flash
 from axattn.errors import Reason
 from axattn.hf.torch_internals import is_tracing
-from axattn.masks import LazyMask
+from axattn.machine.environment import Environment
+from axattn.masks.lazy_mask import LazyMask
 
 CAPABILITY = dataclasses.replace(
     TORCH_KERNEL,
@@ -38,11 +40,11 @@ CAPABILITY = dataclasses.replace(
 def varlen(call: AttentionCall) -> torch.Tensor:
     """Attention that costs what the documents cost; returns ``[B, S, H, Dv]``."""
     if call.dropout or not isinstance(call.mask, LazyMask) or call.mask.plain is not None:
-        return dense.sdpa(call)
+        return sdpa.sdpa(call)
     if is_tracing():
-        return compiled.over_documents(call, "varlen")
+        return varlen_op.over_documents(call, "varlen")
     layout = call.mask.layout()
-    return dense.sdpa(call) if layout is None else over_layout(call, layout)
+    return sdpa.sdpa(call) if layout is None else over_layout(call, layout)
 
 
 def passes(call: AttentionCall) -> Passes | None:
@@ -71,7 +73,7 @@ BACKENDS = (
         probe,
         varlen,
         plain=True,
-        notice=dense.notice,
+        notice=sdpa.notice,
         runs_on=torch_flash.runs_on,
         passes=passes,
     ),

@@ -20,13 +20,13 @@ from packaging.version import Version
 
 from axattn.backends import decoding
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
+from axattn.backends.call import AttentionCall
 from axattn.backends.flash_calls import layout_of
-from axattn.backends.spans import one_head_dim, packed_call, span_lengths
-from axattn.call import AttentionCall
-from axattn.capability import Capability, Refused
-from axattn.environment import Environment
+from axattn.backends.varlen_engine.packed import one_head_dim, packed_call, span_lengths
 from axattn.errors import Reason
-from axattn.layouts import Layout
+from axattn.machine.environment import Environment
+from axattn.masks.varlen_layout import Layout
+from axattn.spec.capability import Capability, Refused
 
 _INSTALL = "pip install xformers"
 _BOTH_WAYS = ("window", "bidirectional")

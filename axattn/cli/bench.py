@@ -43,8 +43,8 @@ def bench(
 
     with user_errors(as_json):
         if compare is not None:
-            from axattn.benching.report import compare as compared
-            from axattn.benching.report import read
+            from axattn.tools.bench.report import compare as compared
+            from axattn.tools.bench.report import read
 
             rows = compared(read(compare[0]), read(compare[1]))
             print_json(rows) if as_json else _print_comparison(rows)
@@ -59,8 +59,8 @@ def bench(
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        from axattn.benching.kernels import bench
-        from axattn.benching.shapes import Shape, shapes_of
+        from axattn.tools.bench.kernels import bench
+        from axattn.tools.bench.shapes import Shape, shapes_of
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, transient=True, disable=as_json, console=Console(stderr=True)) as bar:
@@ -81,7 +81,7 @@ def bench(
             if "shapes" in found and find_spec("matplotlib") is None:
                 typer.echo('axattn: no plot: matplotlib is not installed (pip install "axattn[bench]")', err=True)
             elif "shapes" in found:
-                from axattn.benching.report import plot
+                from axattn.tools.bench.report import plot
 
                 plot(found, output / "bench.png")
         if as_json:
@@ -103,10 +103,10 @@ def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int
     import torch
 
     import axattn
-    from axattn.benching.kernels import described, usable_kernels
-    from axattn.benching.steps import bench_step
     from axattn.errors import AxattnError, InvalidInputError, Reason
-    from axattn.names import canonicalise
+    from axattn.spec.names import canonicalise
+    from axattn.tools.bench.kernels import described, usable_kernels
+    from axattn.tools.bench.steps import bench_step
 
     asked = [canonicalise(name) for name in attn]  # before anything is loaded
     try:

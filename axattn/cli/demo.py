@@ -25,9 +25,9 @@ def demo(
     """
     from importlib.util import find_spec
 
-    from axattn import names
     from axattn.cli.output import quiet_transformers, user_errors
     from axattn.errors import BackendUnavailableError, Reason
+    from axattn.spec import names
 
     with user_errors(as_json):
         absent = [name for name in ("accelerate", "matplotlib", "tokenizers") if find_spec(name) is None]
@@ -39,11 +39,11 @@ def demo(
             )
         wanted = names.canonicalise(attn)  # before anything is made
         quiet_transformers()
-        from axattn.environment import Environment
-        from axattn.planning import require_available
+        from axattn.machine.environment import Environment
+        from axattn.planning.planner import require_available
 
         require_available(wanted, Environment.current())
-        from axattn.demo.job import run
+        from axattn.tools.demo.job import run
 
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             failed = run(output, attn, steps, seed)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from axattn.diagnosis import Diagnosis
     from axattn.errors import AxattnError
+    from axattn.planning.diagnosis import Diagnosis
 
 
 def doctor(
@@ -24,9 +24,9 @@ def doctor(
 
         axattn doctor --require flash_attention_2
     """
-    from axattn import names
     from axattn.cli.output import described, print_json, user_errors
-    from axattn.diagnosis import diagnose
+    from axattn.planning.diagnosis import diagnose
+    from axattn.spec import names
 
     with user_errors(as_json):
         wanted = names.canonicalise(require) if require else ""
@@ -48,7 +48,7 @@ def _lacking(wanted: str, found: Diagnosis) -> AxattnError | None:
     if not wanted or wanted == "auto":
         return None
     try:
-        from axattn.planning import require_available  # needs torch
+        from axattn.planning.planner import require_available  # needs torch
 
         require_available(wanted, found.environment)
     except AxattnError as error:
@@ -60,7 +60,7 @@ def _print_table(found: Diagnosis) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from axattn.names import WITHOUT_A_CACHE
+    from axattn.spec.names import WITHOUT_A_CACHE
 
     console = Console()
     libraries = ", ".join(f"{name} {version}" for name, version in found.environment.libraries.items())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from axattn.migration import Migration
+    from axattn.tools.axolotl.migration import Migration
 
 
 def migrate(
@@ -40,7 +40,7 @@ def migrate(
 
     from axattn.cli.output import print_json, user_errors
     from axattn.errors import InvalidConfigError
-    from axattn.migration import find, look_at
+    from axattn.tools.axolotl.migration import find, look_at
 
     with user_errors(as_json):
         if write and check:
@@ -63,8 +63,8 @@ def migrate(
 
 def _written(one: Migration) -> Migration:
     """`one`, written; a file that can't be is another problem of its own."""
-    from axattn.migration import write_file
-    from axattn.yaml_nodes import Problem
+    from axattn.tools.axolotl.migration import write_file
+    from axattn.tools.axolotl.yaml_nodes import Problem
 
     try:
         write_file(one)

@@ -39,10 +39,10 @@ def plan(
         from dataclasses import asdict
 
         import axattn
-        from axattn.config import COMPUTED, AttentionConfig
-        from axattn.estimates import estimate, total
-        from axattn.machines import machine
-        from axattn.routes import OnUnsupported
+        from axattn.machine.presets import machine
+        from axattn.planning.estimates import estimate, total
+        from axattn.planning.routes import OnUnsupported
+        from axattn.tools.axolotl.config import COMPUTED, AttentionConfig
 
         there = machine(environment) if environment else None
         policy: OnUnsupported = "route" if route else "raise"
@@ -57,6 +57,6 @@ def plan(
                     shown["estimate"] = asdict(estimate(entry, seq_len))
             print_json(value)
         else:
-            from axattn.cli.tables import print_plan
+            from axattn.tools.tables import print_plan
 
             print_plan(found, seq_len=seq_len, flags=flags, assumed=bool(environment) and "." not in environment)

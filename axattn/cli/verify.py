@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from axattn.verification.records import Verification
+    from axattn.tools.verify.records import Verification
 
 
 def verify(

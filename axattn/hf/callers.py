@@ -8,7 +8,7 @@ from types import CodeType
 from typing import Any
 
 from axattn.hf.torch_internals import keywords_of_call
-from axattn.weak_cache import weak_cache
+from axattn.hf.weak_cache import weak_cache
 
 _FRAMES = 60
 

@@ -19,7 +19,7 @@ from axattn.errors import Reason
 
 OLDEST_TESTED = {"transformers": "5.17.0", "torch": "2.11.0"}
 NEWEST_TESTED = {"transformers": "5.24.0", "torch": "2.13.0"}
-"""The versions that the tests run on; `axattn.canary` looks at newer ones."""
+"""The versions that the tests run on; `axattn.hf.canary` looks at newer ones."""
 
 Refused = Literal[
     "models", "packed rows", "unpadded rows", "compiled packed rows", "flash names", "adapters by row", "fp8", ""
@@ -144,7 +144,7 @@ _seen_wrong: list[tuple[Refused, Reason]] = []
 
 
 def refuse(refused: Refused, text: str) -> None:
-    """Refuse something in this process from now on, because it was seen to be wrong (`axattn.canary`)."""
+    """Refuse something in this process from now on, because it was seen to be wrong (`axattn.hf.canary`)."""
     _seen_wrong.append((refused, Reason("version", text)))
 
 

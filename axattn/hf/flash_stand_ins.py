@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from axattn.environment import Environment
-from axattn.names import HubPath
+from axattn.machine.environment import Environment
+from axattn.spec.names import HubPath
 
 KERNELS_WINDOW: tuple[tuple[str, str], ...] = (
     # transformers from → the kernels versions it loads (KERNELS_MIN_VERSION, KERNELS_MAX_VERSION there)

@@ -125,7 +125,7 @@ PAGED = ("read_index", "write_index", "block_table")
 """What Transformers' continuous batching hands to every layer."""
 AT_ATTENTION = frozenset(name for name, one in INPUTS.items() if one.at_attention)
 """What may arrive at the attention function and changes nothing there: documents are read through the mask, or by
-`axattn.call_masks`, and labels, positions and settings are for others."""
+`axattn.masks.user_masks`, and labels, positions and settings are for others."""
 READ = frozenset(name for name, one in INPUTS.items() if one.read)
 """What an input hook reads."""
 CACHES = keywords(Role.CACHE)

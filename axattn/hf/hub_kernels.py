@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from axattn import hub_cache
+from axattn.machine import hub_cache
 
 
 def is_trusted(publisher: str) -> bool:

@@ -175,18 +175,22 @@ def _quantiser() -> str:
 
 
 CONTRACTS = (
-    Contract("flash attention on a CPU", "torch", ("backends.tiles",), _cpu_flash, "packed rows"),
-    Contract("flash attention on a GPU", "torch", ("backends.flash_gradient",), _gpu_flash, "packed rows"),
-    Contract("autograd inside operators", "torch", ("backends.inside",), _dispatch_keys, "compiled packed rows"),
-    Contract("calls of modules", "torch", ("handed_on", "hf.callers"), _module_calls, ""),
-    Contract("hooks of modules", "torch", ("patches.doors", "parallel.accelerate"), _hooks, "models"),
-    Contract("replicas of modules", "torch", ("patches.entrance",), _replicas, "unpadded rows"),
-    Contract("frames", "torch", ("context",), _frames, "models"),
-    Contract("tracers and transforms", "torch", ("backends.portable",), _tracers, "models"),
-    Contract("hooks of adapters", "peft", ("by_row",), _adapter_hooks, "adapters by row"),
+    Contract("flash attention on a CPU", "torch", ("backends.varlen_engine.cpu_tiles",), _cpu_flash, "packed rows"),
+    Contract(
+        "flash attention on a GPU", "torch", ("backends.varlen_engine.flash_backward",), _gpu_flash, "packed rows"
+    ),
+    Contract(
+        "autograd inside operators", "torch", ("backends.compiled_ops.body",), _dispatch_keys, "compiled packed rows"
+    ),
+    Contract("calls of modules", "torch", ("documents.wrapper_positions", "hf.callers"), _module_calls, ""),
+    Contract("hooks of modules", "torch", ("patches.input_hooks", "parallel.accelerate"), _hooks, "models"),
+    Contract("replicas of modules", "torch", ("patches.forward_wrapper",), _replicas, "unpadded rows"),
+    Contract("frames", "torch", ("documents.forward_context",), _frames, "models"),
+    Contract("tracers and transforms", "torch", ("backends.compiled_ops.portable",), _tracers, "models"),
+    Contract("hooks of adapters", "peft", ("documents.peft_row_effects",), _adapter_hooks, "adapters by row"),
     Contract("hooks of context parallelism", "accelerate", ("parallel.accelerate",), _accelerate_hooks, ""),
     Contract("the fp8 quantiser", "torchao", ("backends.fp8",), _quantiser, "fp8"),
 )
 """Where calls of modules can't be found, a model under PEFT without positions is refused when it runs
-(`axattn.handed_on`); where accelerate's hooks can't, masks that they take away are refused when they are missed
-(`axattn.interface`)."""
+(`axattn.documents.wrapper_positions`); where accelerate's hooks can't, masks that they take away are refused when they
+are missed (`axattn.attention.interface`)."""

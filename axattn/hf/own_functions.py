@@ -6,4 +6,4 @@ from collections.abc import Callable
 from typing import Any
 
 load: Callable[[], dict[str, tuple[Any, Any]]]
-"""Name → attention function, mask function; set by `axattn.registration`, which ``import axattn`` imports."""
+"""Name → attention function, mask function; set by `axattn.attention.registration`, which ``import axattn`` imports."""

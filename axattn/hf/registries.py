@@ -1,6 +1,6 @@
 """Who stands in Transformers' registries of attention and mask functions under our names, looked up as its models do.
 
-Nothing is written to them here: `axattn.registration` does that.
+Nothing is written to them here: `axattn.attention.registration` does that.
 """
 
 from __future__ import annotations

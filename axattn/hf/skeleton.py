@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from axattn.hf.source_inspection import code_of
-from axattn.weak_cache import weak_cache
+from axattn.hf.weak_cache import weak_cache
 
 _LARGEST = 1 << 20
 """Numbers in a parameter up to which it is made; of a larger one there is only the shape."""

@@ -24,7 +24,7 @@ import textwrap
 from types import CodeType
 from typing import Any
 
-from axattn.weak_cache import weak_cache
+from axattn.hf.weak_cache import weak_cache
 
 
 def code_of(module: Any) -> Any:

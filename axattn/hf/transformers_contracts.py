@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from packaging.specifiers import SpecifierSet
 
-from axattn.environment import Environment
 from axattn.hf import flash_stand_ins, forward_inputs, mask_functions
 from axattn.hf.caches import is_cache
 from axattn.hf.contracts import Contract
 from axattn.hf.forward_inputs import Role
 from axattn.hf.model_internals import CONFIG_NAME, SUPPORT, checkpoints_reentrantly, flash_slot, wants_weights
 from axattn.hf.source_inspection import signature_of, source_of
-from axattn.names import HUB_FLASH_REPOSITORIES
+from axattn.machine.environment import Environment
+from axattn.spec.names import HUB_FLASH_REPOSITORIES
 
 MASK_KEYWORDS = frozenset(
     {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "device"}
-    | {"allow_is_causal_skip", "allow_is_bidirectional_skip", "local_size", "dtype", "config", "use_vmap"}
+    | {"allow_is_causal_skip", "allow_is_bidirectional_skip", "local_size", "dtype", "tools.axolotl.config", "use_vmap"}
 )
 """What Transformers passes to a mask function."""
 _PROBE = "axattn_contract"
@@ -243,30 +243,48 @@ CONTRACTS = (
     Contract(
         "registries of attention and mask functions",
         "transformers",
-        ("hf.registries", "registration"),
+        ("hf.registries", "attention.registration"),
         _registries,
         "models",
     ),
     Contract(
         "calls of mask functions",
         "transformers",
-        ("masking", "hf.mask_functions", "overlays", "call_masks"),
+        ("masks.mask_interface", "hf.mask_functions", "masks.image_blocks", "masks.user_masks"),
         _mask_builders,
         "packed rows",
     ),
-    Contract("dense masks", "transformers", ("masking",), _dense_masks, "models"),
+    Contract("dense masks", "transformers", ("masks.mask_interface",), _dense_masks, "models"),
     Contract("names in configs", "transformers", ("patches.routes", "loading"), _names, "models"),
-    Contract("calls of attention functions", "transformers", ("interface",), _attention_call, "models"),
+    Contract("calls of attention functions", "transformers", ("attention.interface",), _attention_call, "models"),
     Contract("eager functions of models", "transformers", ("backends.eager",), _eager, ""),
     Contract("words of a forward's inputs", "transformers", ("hf.forward_inputs",), _input_words, ""),
-    Contract("caches", "transformers", ("hf.caches", "door"), _caches, "packed rows"),
-    Contract("outputs of models", "transformers", ("door", "unpadding", "parallel.rows"), _outputs, "packed rows"),
-    Contract("lengths of packed rows on the flash path", "transformers", ("flash_guard",), _lengths, "flash names"),
+    Contract("caches", "transformers", ("hf.caches", "documents.input_hook"), _caches, "packed rows"),
+    Contract(
+        "outputs of models",
+        "transformers",
+        ("documents.input_hook", "unpadding.unpadded_forward", "parallel.split_inputs"),
+        _outputs,
+        "packed rows",
+    ),
+    Contract(
+        "lengths of packed rows on the flash path",
+        "transformers",
+        ("documents.native_flash_guard",),
+        _lengths,
+        "flash names",
+    ),
     Contract("the slot of flash functions", "transformers", ("patches.flash_slot",), _flash_slot, "flash names"),
-    Contract("stand-ins from the hub", "transformers", ("backends.hub", "planning"), _stand_ins, ""),
-    Contract("settings of models", "transformers", ("guard", "door"), _settings, "packed rows"),
+    Contract("stand-ins from the hub", "transformers", ("backends.hub", "planning.planner"), _stand_ins, ""),
+    Contract(
+        "settings of models",
+        "transformers",
+        ("documents.native_guard", "documents.input_hook"),
+        _settings,
+        "packed rows",
+    ),
     Contract("sources of models", "transformers", ("hf.source_inspection",), _sources, "packed rows"),
-    Contract("decoder layers", "transformers", ("recurrent",), _layers, "packed rows"),
+    Contract("decoder layers", "transformers", ("traits.recurrent",), _layers, "packed rows"),
 )
 """In the order in which a load meets them. Where models have no eager function, the kernel named eager refuses by
-itself; words that are not known are refused where they come (`axattn.inputs`)."""
+itself; words that are not known are refused where they come (`axattn.documents.inputs`)."""

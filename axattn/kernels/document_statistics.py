@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from axattn.transfers import on_device
+from axattn.hf.transfers import on_device
 
 _BLOCK = 256  # tokens reduced by one thread at a time: a long document is many blocks, reduced again
 _CHUNK = 128  # tokens that a chunk is a multiple of

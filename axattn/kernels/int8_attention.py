@@ -7,8 +7,9 @@ and K are rounded to 8 bit with a scale each. Here, beyond the papers:
 - Scales are per token, for Q and for K, and both are turned by a Hadamard matrix before they are rounded: q.k is the
   same (the matrix is orthogonal), and an outlier channel is spread over 64.
 - Packed documents, causal (aligned bottom-right), windows, softcap, grouped heads, tails masked exactly.
-- The logsumexp of the smoothed problem comes out in fp32, which the backward needs (`axattn.backends.flash_gradient`;
-  SageBwd, arXiv:2603.02170: smoothing K is essential and dP stays in 16 bit, as flash attention's backward has it).
+- The logsumexp of the smoothed problem comes out in fp32, which the backward needs
+  (`axattn.backends.varlen_engine.flash_backward`; SageBwd, arXiv:2603.02170: smoothing K is essential and dP stays in
+  16 bit, as flash attention's backward has it).
 
 Under a softcap K keeps its mean: ``tanh`` sees a shift.
 """
@@ -21,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from axattn.backends.hadamard import hadamard
-from axattn.transfers import on_device
+from axattn.hf.transfers import on_device
+from axattn.kernels.hadamard import hadamard
 
 LOG2E = 1.4426950408889634
 

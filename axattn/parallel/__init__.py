@@ -5,8 +5,8 @@
 """
 
 from axattn.parallel.accelerate import accelerate_config
-from axattn.parallel.arithmetic import Estimate, estimate
 from axattn.parallel.collectives import average_gradients
+from axattn.parallel.estimates import Estimate, estimate
 from axattn.parallel.model import sequence_parallel
 
 __all__ = ["Estimate", "accelerate_config", "average_gradients", "estimate", "sequence_parallel"]

@@ -9,7 +9,7 @@ import torch
 from axattn.errors import InvalidInputError, Reason
 from axattn.hf.integrations import takes_masks_away
 from axattn.hf.torch_internals import pre_hooks, put_pre_hook, take_pre_hook
-from axattn.parallel.arithmetic import require_counts
+from axattn.parallel.estimates import require_counts
 from axattn.patches.patchset import PatchSet
 
 BACKEND = "axattn"

@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 
-from axattn import backends, names, numbering
+from axattn import backends
 from axattn.errors import Reason
 from axattn.hf.source_inspection import code_of, signature_of
 from axattn.hf.trial import shared_skeletons
-from axattn.losses import contradictions, takes_keywords
-from axattn.mixing import mixers, text_model
-from axattn.needs import sub_configs
-from axattn.pooling import one_a_row
-from axattn.rope import by_length
-from axattn.routes import ATTRIBUTE
-from axattn.state import state_of
+from axattn.patches.state import state_of
+from axattn.planning.routes import ATTRIBUTE
+from axattn.spec import names
+from axattn.traits import position_ids
+from axattn.traits.dynamic_rope import by_length
+from axattn.traits.layer_needs import sub_configs
+from axattn.traits.losses import contradictions, takes_keywords
+from axattn.traits.pooling import one_a_row
+from axattn.traits.token_mixers import mixers, text_model
 
 
 @shared_skeletons()
@@ -67,7 +69,7 @@ def _splits_heads(name: str) -> bool:
 
 def _layer_reasons(model: torch.nn.Module, config: Any) -> list[Reason]:
     """Layers that see more of a row than their own tokens elsewhere than in an attention module of ours."""
-    reasons = [*mixers(model), *numbering.counters(model), *numbering.contradictions(text_model(model))]
+    reasons = [*mixers(model), *position_ids.counters(model), *position_ids.contradictions(text_model(model))]
     routed = sum(ATTRIBUTE in vars(module) for module in model.modules())
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and routed < layers and not reasons:

@@ -7,16 +7,16 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from axattn.context import Context, Seen, current, inside, reading
+from axattn.documents.forward_context import Context, Seen, current, inside, reading
+from axattn.documents.inputs import require_ours
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
-from axattn.facts import Facts
-from axattn.inputs import require_ours
 from axattn.parallel import accelerate
 from axattn.parallel.checks import reasons_against
 from axattn.parallel.collectives import total
-from axattn.parallel.rows import Group, join, split
-from axattn.patches.entrance import Forward, OncePerCall, add_model_entrances, changes_around, wants_cache
-from axattn.state import ATTRIBUTE, state_of, transformers_model
+from axattn.parallel.split_inputs import Group, join, split
+from axattn.patches.forward_wrapper import Forward, OncePerCall, add_model_entrances, changes_around, wants_cache
+from axattn.patches.state import ATTRIBUTE, state_of, transformers_model
+from axattn.traits.model_traits import Facts
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Gather = bool | Literal["auto"]
@@ -136,7 +136,7 @@ class Split:
         return output.to_tuple() if as_tuple else output
 
     def missed(self, context: Context) -> str:
-        """See `axattn.patches.entrance.WholeModel`."""
+        """See `axattn.patches.forward_wrapper.WholeModel`."""
         return "this batch would not be split over ranks, as axattn.sequence_parallel says"
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from axattn.needs import sub_configs
 from axattn.patches.patchset import PatchSet
+from axattn.traits.layer_needs import sub_configs
 
 
 def disable_cache(patches: PatchSet, model: torch.nn.Module) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from axattn import names
 from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
 from axattn.hf.model_internals import flash_slot
-from axattn.plans import Plan
+from axattn.planning.plan import Plan
+from axattn.spec import names
 
 _KEYWORDS = {
     # field of `Need` → the keywords of a kernel's function that Transformers passes it by

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from axattn import backends, names
-from axattn.capability import missing
+from axattn import backends
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.model_internals import CONFIG_NAME, supports
-from axattn.needs import sub_configs
 from axattn.patches.patchset import PatchSet
-from axattn.plans import Plan
-from axattn.read_configs import copies
+from axattn.planning.plan import Plan
+from axattn.spec import names
+from axattn.spec.capability import missing
+from axattn.traits.attention_configs import copies
+from axattn.traits.layer_needs import sub_configs
 
 METHOD = "init_continuous_batching"
 """The method of models by which everything that batches continuously gets its manager (Transformers 5.17 to 5.24)."""

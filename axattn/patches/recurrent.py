@@ -1,4 +1,4 @@
-"""Patch: layers that carry a state along a row run packed rows document by document (see `axattn.recurrent`).
+"""Patch: layers that carry a state along a row run packed rows document by document (see `axattn.traits.recurrent`).
 
 The documents come to such a layer as its mask does: a hook on the layer around it hands them on inside a
 `DocumentMask`. What gradient checkpointing keeps for the layer's second run then holds them too.
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from axattn.context import current
-from axattn.document_rows import Group, as_rows
+from axattn.documents.boundaries import Segments
+from axattn.documents.document_rows import Group, as_rows
+from axattn.documents.forward_context import current
+from axattn.documents.traced import TracedSegments
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.source_inspection import signature_of
 from axattn.hf.torch_internals import is_tracing
-from axattn.mixing import text_model
-from axattn.patches.entrance import Forward, add_entrance
+from axattn.patches.forward_wrapper import Forward, add_entrance
 from axattn.patches.patchset import PatchSet
-from axattn.recurrent import recurrent
-from axattn.segments import Segments
-from axattn.traced import TracedSegments
+from axattn.traits.recurrent import recurrent
+from axattn.traits.token_mixers import text_model
 
 _ALONE = "Give it one document a row, padded."
 

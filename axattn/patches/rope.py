@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from axattn import rope
-from axattn.context import current, slot
+from axattn.documents.forward_context import current, slot
 from axattn.patches.patchset import PatchSet
+from axattn.traits import dynamic_rope
 
 
 def add_rope_by_document(patches: PatchSet, model: torch.nn.Module) -> None:
@@ -18,7 +18,7 @@ def add_rope_by_document(patches: PatchSet, model: torch.nn.Module) -> None:
         patches: takes the hooks over.
         model: the whole model.
     """
-    for module in rope.longropes(model):
+    for module in dynamic_rope.longropes(model):
         patches.add_handle(module.register_forward_hook(_by_document, with_kwargs=True))
 
 
@@ -33,11 +33,11 @@ def _by_document(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
     segments = None if context is None or slot().told is not None else context.documents
     given = {**dict(zip(("x", "position_ids", "layer_type"), args, strict=False)), **kwargs}
     positions, layer = given["position_ids"], given.get("layer_type")
-    if context is None or segments is None or rope.kind(module, layer) != rope.LONGROPE:
+    if context is None or segments is None or dynamic_rope.kind(module, layer) != dynamic_rope.LONGROPE:
         return None
     if positions.shape[-1] != segments.length:
         return None
-    limit = rope.limit(module, layer)
+    limit = dynamic_rope.limit(module, layer)
     ids = segments.document_ids.to(positions.device)
     at = positions.reshape(-1, positions.shape[-1]).to(ids.dtype).expand(ids.shape)
     mask = context.seen.mask

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from axattn import names
-from axattn.by_path import nested
 from axattn.hf.model_internals import CONFIG_NAME
 from axattn.hf.registries import require_own_file
-from axattn.needs import sub_configs
 from axattn.patches.patchset import PatchSet
-from axattn.plans import Plan
-from axattn.read_configs import Copy, is_attention
-from axattn.routes import ATTRIBUTE, Route, candidates
+from axattn.planning.plan import Plan
+from axattn.planning.routes import ATTRIBUTE, Route, candidates
+from axattn.spec import names
+from axattn.spec.sub_config_names import nested
+from axattn.traits.attention_configs import Copy, is_attention
+from axattn.traits.layer_needs import sub_configs
 
 
 def set_names(
@@ -28,7 +28,7 @@ def set_names(
 ) -> None:
     """Put the plan's names into the model's configs; native ones through Transformers' own checked setter.
 
-    Each copy of a config (`axattn.read_configs.copies`) follows what it is a copy of.
+    Each copy of a config (`axattn.traits.attention_configs.copies`) follows what it is a copy of.
     """
     configs = dict(sub_configs(model.config))
     copies = {id(copy.config): copy for copy in copied}
@@ -54,7 +54,7 @@ def add_routes(patches: PatchSet, modules: dict[str, torch.nn.Module], path_of: 
     Args:
         patches: takes the changes over.
         modules: every module of the model, by name.
-        path_of: as `axattn.read_configs.paths_of` has it.
+        path_of: as `axattn.traits.attention_configs.paths_of` has it.
         plan: of the model.
     """
     chosen = {(entry.layer.path, entry.layer.index): entry.chosen for entry in plan.layers}

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from axattn.context import current
-from axattn.document_rows import as_rows
-from axattn.mixing import scaled_by_share, text_model
-from axattn.patches.entrance import Forward, add_entrance
+from axattn.documents.boundaries import Segments
+from axattn.documents.document_rows import as_rows
+from axattn.documents.forward_context import current
+from axattn.patches.forward_wrapper import Forward, add_entrance
 from axattn.patches.patchset import PatchSet
-from axattn.segments import Segments
+from axattn.traits.token_mixers import scaled_by_share, text_model
 
 
 def add_shares_by_document(patches: PatchSet, model: torch.nn.Module) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from axattn.backends.base import Backend, check_library
-from axattn.capability import Capability
+from axattn.spec.capability import Capability
 
 
 def forward(call):

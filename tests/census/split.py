@@ -9,8 +9,8 @@ import torch
 
 import axattn
 from axattn.errors import AxattnError
-from axattn.losses import shifted
 from axattn.parallel import average_gradients
+from axattn.traits.losses import shifted
 from tests.census.examine import Finding, Record, build, every, first_line
 from tests.census.expected import LENGTHS, logits_of
 from tests.models import positions

@@ -36,7 +36,8 @@ def test_auto_is_right_wherever_eager_serves_the_documents_alone() -> None:
         if report.status(value) == "refused"
     }
     own_code = {(name, "dense") for name in ("bloom", "falcon", "gpt_neo")}
-    # eager drops the gradients of shared keys as well: see `axattn.guard.require_gradients_of_shared_keys`
+    # eager drops the gradients of shared keys as well: see
+    # `axattn.documents.native_guard.require_gradients_of_shared_keys`
     shared_keys = {("gemma4", "packed gradients, reentrant checkpointing")}
     state = {("qwen3_next", "compiled, fullgraph")}  # lengths of documents are not known while a graph is traced
     assert refused == own_code | shared_keys | state

@@ -9,26 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from axattn import (
-    door,
-    flash_guard,
-    functions,
-    guard,
-    inputs,
-    interface,
-    layouts,
-    masking,
-    masks,
-    planes,
-    reading,
-    traced,
-)
-from axattn.backends import dense, fp8, spans
-from axattn.call import AttentionCall
+from axattn.attention import interface, registry_functions
+from axattn.backends import fp8, int8_operator, sdpa
+from axattn.backends.call import AttentionCall
+from axattn.backends.varlen_engine import packed
+from axattn.documents import input_hook, inputs, mrope, native_flash_guard, native_guard, read_inputs, traced
+from axattn.documents.boundaries import Segments
 from axattn.hf.mask_functions import known
-from axattn.kernels import int8_operator
+from axattn.masks import lazy_mask, mask_interface, varlen_layout
 from axattn.patches import recurrent
-from axattn.segments import Segments
 from tests.conformance.cells import run
 
 Patch = pytest.MonkeyPatch
@@ -47,13 +36,13 @@ def fault(backend: str, family: str, scenario: str) -> Callable[[Callable[[Patch
 
 
 def _pattern(patch: Patch, **changes: Any) -> None:
-    real = masking.recognise
+    real = mask_interface.recognise
 
     def changed(function: Any) -> Any:
         found = real(function)
         return None if found is None else dataclasses.replace(found, **changes)
 
-    patch.setattr(masking, "recognise", changed)
+    patch.setattr(mask_interface, "recognise", changed)
 
 
 def _call(patch: Patch, **changes: Any) -> None:
@@ -76,8 +65,8 @@ def chunks_do_not_restart_with_a_document(patch: Patch) -> None:
         index = torch.arange(kv_length)
         return ((index <= index[:, None]) & (index // chunk == index[:, None] // chunk))[None, None]
 
-    patch.setattr(masking, "_chunks_in_documents", from_the_row)
-    patch.setattr(masks, "build_layout", lambda mask: None)
+    patch.setattr(mask_interface, "_chunks_in_documents", from_the_row)
+    patch.setattr(lazy_mask, "build_layout", lambda mask: None)
 
 
 @fault("auto", "bert", "dense")
@@ -107,7 +96,7 @@ def position_bias_is_ignored(patch: Patch) -> None:
 
 @fault("auto", "deepseek_v32", "longer than window and chunk")
 def sparse_indices_are_ignored(patch: Patch) -> None:
-    patch.setattr(dense, "selected", lambda call: None)
+    patch.setattr(sdpa, "selected", lambda call: None)
 
 
 @fault("auto", "llama", "dropout")
@@ -122,7 +111,7 @@ def attention_weights_are_forgotten(patch: Patch) -> None:
 
 @fault("auto", "llama", "left padding")
 def padding_is_ignored(patch: Patch) -> None:
-    patch.setattr(masking, "_padding", lambda *given: None)
+    patch.setattr(mask_interface, "_padding", lambda *given: None)
 
 
 @fault("auto", "llama", "own 4-D float mask")
@@ -132,24 +121,24 @@ def a_users_mask_is_ignored(patch: Patch) -> None:
 
 @fault("auto", "gemma3_vl", "an image in the text")
 def image_blocks_are_taken_for_causal(patch: Patch) -> None:
-    patch.setattr(masking, "recognise", lambda function: masks.Pattern(causal=True))
+    patch.setattr(mask_interface, "recognise", lambda function: lazy_mask.Pattern(causal=True))
 
 
 @fault("auto", "qwen2_5_vl", "images in packed documents")
 def an_image_in_packed_rows_keeps_positions_of_one_plane(patch: Patch) -> None:
-    patch.setattr(planes, "lacks_planes", lambda inputs: False)
+    patch.setattr(mrope, "lacks_planes", lambda inputs: False)
 
 
 if known().remap is not None:  # else Transformers looks them up in place
 
     @fault("auto", "gemma3_vl", "images in packed documents")
     def image_blocks_are_looked_up_within_documents(patch: Patch) -> None:
-        patch.setattr(masking, "blocks_in_place", lambda function: function)
+        patch.setattr(mask_interface, "blocks_in_place", lambda function: function)
 
 
 @fault("auto", "qwen3_next", "packed, numbered in the mask")
 def the_model_gets_the_numbers_of_its_documents(patch: Patch) -> None:
-    patch.setattr(door, "plain", lambda mask: mask)
+    patch.setattr(input_hook, "plain", lambda mask: mask)
 
 
 @fault("auto", "qwen3_next", "packed, many rows")
@@ -170,7 +159,7 @@ def tokens_of_a_document_come_back_in_another_place(patch: Patch) -> None:
 
 @fault("auto", "llama", "packed, many rows")
 def only_the_first_row_has_documents(patch: Patch) -> None:
-    real = reading.from_positions
+    real = read_inputs.from_positions
 
     def first(*given: Any) -> Segments | None:
         found = real(*given)
@@ -179,12 +168,12 @@ def only_the_first_row_has_documents(patch: Patch) -> None:
         whole = (0, found.length)
         return Segments((found.boundaries[0], *[whole] * (found.rows - 1)), found.device)
 
-    patch.setattr(reading, "from_positions", first)
+    patch.setattr(read_inputs, "from_positions", first)
 
 
 @fault("auto", "llama", "no leak between documents")
 def a_boundary_is_off_by_one(patch: Patch) -> None:
-    real = reading.from_positions
+    real = read_inputs.from_positions
 
     def late(*given: Any) -> Segments | None:
         found = real(*given)
@@ -193,7 +182,7 @@ def a_boundary_is_off_by_one(patch: Patch) -> None:
         rows = [(0, *(edge + 1 for edge in row[1:-1]), row[-1]) for row in found.boundaries]
         return Segments(tuple(rows), found.device)
 
-    patch.setattr(reading, "from_positions", late)
+    patch.setattr(read_inputs, "from_positions", late)
 
 
 @fault("auto", "llama", "packed, cu_seq_lens")
@@ -206,42 +195,42 @@ def cumulative_lengths_are_ignored(patch: Patch) -> None:
 
 @fault("auto", "llama4", "packed, cache on by default")
 def the_door_is_open(patch: Patch) -> None:
-    patch.setattr(door.Door, "enter", lambda self, module, args, kwargs: None)
+    patch.setattr(input_hook.Door, "enter", lambda self, module, args, kwargs: None)
 
 
 @fault("auto", "llama", "left padding")
 def no_mask_is_made(patch: Patch) -> None:
-    patch.setattr(functions, "lazy_mask", lambda **given: None)
+    patch.setattr(registry_functions, "lazy_mask", lambda **given: None)
 
 
 @fault("auto", "llama", "prefill, then two chunks over the cache")
 def queries_over_a_cache_are_aligned_top_left(patch: Patch) -> None:
-    real = masking.LazyMask
-    patch.setattr(masking, "LazyMask", lambda **given: real(**{**given, "q_offset": 0}))
+    real = mask_interface.LazyMask
+    patch.setattr(mask_interface, "LazyMask", lambda **given: real(**{**given, "q_offset": 0}))
 
 
 @fault("auto", "llama", "generate, static cache")
 def an_empty_static_cache_is_taken_for_bottom_right(patch: Patch) -> None:
-    real = layouts.Span
+    real = varlen_layout.Span
 
     def moved(row0: int, row1: int, q0: int, q1: int, k0: int, k1: int) -> Any:
         return real(row0, row1, q0, q1, k0, k1)
 
-    patch.setattr(layouts, "Span", moved)
-    real_mask = masking.LazyMask
+    patch.setattr(varlen_layout, "Span", moved)
+    real_mask = mask_interface.LazyMask
 
     def last(**given: Any) -> Any:
         _, _, q_length, kv_length = given["shape"]
         offset = kv_length - q_length if given["q_offset"] == 0 else given["q_offset"]
         return real_mask(**{**given, "q_offset": offset})
 
-    patch.setattr(masking, "LazyMask", last)
+    patch.setattr(mask_interface, "LazyMask", last)
 
 
 @fault("auto", "llama", "packed gradients")
 def the_gradient_is_dropped(patch: Patch) -> None:
-    real = spans.attention_over_tiles
-    patch.setattr(spans, "attention_over_tiles", lambda *given: real(*given).detach())
+    real = packed.attention_over_tiles
+    patch.setattr(packed, "attention_over_tiles", lambda *given: real(*given).detach())
 
 
 @fault("auto", "llama", "compiled, fullgraph")
@@ -251,30 +240,30 @@ def documents_are_forgotten_in_compiled_graphs(patch: Patch) -> None:
 
 @fault("sdpa", "llama", "packed, cache on by default")
 def the_guard_of_native_names_is_off(patch: Patch) -> None:
-    patch.setattr(guard, "require_no_leak", lambda *given: None)
+    patch.setattr(native_guard, "require_no_leak", lambda *given: None)
 
 
 @fault("flash_attention_2", "llama", "packed, many rows")
 def the_flash_path_gets_no_lengths(patch: Patch) -> None:
-    patch.setattr(flash_guard, "lengths_of", lambda segments: {})
-    patch.setattr(flash_guard, "require_reached", lambda *given: None)
+    patch.setattr(native_flash_guard, "lengths_of", lambda segments: {})
+    patch.setattr(native_flash_guard, "require_reached", lambda *given: None)
 
 
 @fault("eager", "llama", "own 4-D bool mask")
 def bool_masks_pass_to_eager(patch: Patch) -> None:
-    patch.setattr(guard, "require_mask_is_read", lambda *given: None)
+    patch.setattr(native_guard, "require_mask_is_read", lambda *given: None)
 
 
 @fault("auto", "gemma4", "packed gradients, reentrant checkpointing")
 def lost_gradients_of_shared_keys_pass(patch: Patch) -> None:
-    patch.setattr(guard, "require_gradients_of_shared_keys", lambda module: None)
+    patch.setattr(native_guard, "require_gradients_of_shared_keys", lambda module: None)
 
 
 @pytest.fixture(autouse=True)
 def no_masks_of_earlier_forwards() -> Any:
-    masking._plain.clear()
+    mask_interface._plain.clear()
     yield
-    masking._plain.clear()
+    mask_interface._plain.clear()
     torch._dynamo.reset()
 
 

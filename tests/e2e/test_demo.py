@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from axattn.demo.corpus import documents
-from axattn.demo.proof import Proof
+from axattn.tools.demo.corpus import documents
+from axattn.tools.demo.proof import Proof
 
 
 @pytest.mark.slow

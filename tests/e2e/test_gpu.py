@@ -12,11 +12,11 @@ import torch.nn.functional as F
 import transformers as tf
 
 import axattn
+from axattn.attention.interface import attend
+from axattn.documents.boundaries import Segments
 from axattn.hf.mask_functions import recognise
-from axattn.interface import attend
-from axattn.masking import lazy_mask
-from axattn.masks import LazyMask
-from axattn.segments import Segments
+from axattn.masks.lazy_mask import LazyMask
+from axattn.masks.mask_interface import lazy_mask
 from tests.models import build, positions, tokens
 
 pytestmark = pytest.mark.gpu

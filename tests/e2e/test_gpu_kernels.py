@@ -16,7 +16,7 @@ import torch
 
 import axattn
 from axattn import backends
-from axattn.environment import Environment
+from axattn.machine.environment import Environment
 from tests.models import build, positions, tokens
 
 pytestmark = pytest.mark.gpu
@@ -155,7 +155,8 @@ def test_packed_forward_and_gradients_against_documents_alone(kernel: str, famil
 
 @pytest.mark.parametrize("described", ["packed", "padded"])
 def test_a_compiled_step_against_eager(kernel: str, described: str) -> None:
-    """Inside a graph a kernel's forward and backward are apart (`axattn.backends.passes`), or it runs twice."""
+    """Inside a graph a kernel's forward and backward are apart (`axattn.backends.varlen_engine.forward_backward`), or
+    it runs twice."""
     if kernel not in ("varlen", "sdpa", "xformers", *LOSSY):
         pytest.skip(f"Transformers runs {kernel}")
     torch._dynamo.reset()

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from axattn.backends import dense
+from axattn.backends import sdpa
 from axattn.hf import torch_sdpa
 from axattn.hf.torch_sdpa import sm
 
 pytestmark = pytest.mark.gpu
-attention: Any = dense.attention
+attention: Any = sdpa.attention
 takes: Any = torch_sdpa.takes_grouped_heads
 stock: Any = F.scaled_dot_product_attention
 

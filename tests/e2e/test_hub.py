@@ -18,12 +18,13 @@ import pytest
 import torch
 
 import axattn
-from axattn import backends, hub_cache
+from axattn import backends
 from axattn.backends import hub, hub_records
 from axattn.backends.hub import hub_backend
-from axattn.environment import Environment
 from axattn.errors import BackendUnavailableError, UnsupportedAttentionError
-from axattn.names import HubPath
+from axattn.machine import hub_cache
+from axattn.machine.environment import Environment
+from axattn.spec.names import HubPath
 from tests.fakes import flash
 from tests.models import alone, build, positions, tokens
 

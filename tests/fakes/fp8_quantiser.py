@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from axattn.backends import documents as statistics
+from axattn.backends.varlen_engine import per_document as statistics
 from axattn.kernels.document_statistics import Documents
 from tests.fakes import torchao
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 import axattn.kernels
 from axattn import backends
 from axattn.backends import flash_calls, fp8
-from axattn.capability import Capability, Refused
-from axattn.environment import Environment
+from axattn.machine.environment import Environment
+from axattn.spec.capability import Capability, Refused
 from tests.environments import machine
 from tests.fakes import flash, fp8_quantiser, torchao
 

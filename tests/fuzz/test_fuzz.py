@@ -77,13 +77,13 @@ def test_sound_examples_are_right() -> None:
 
 
 def test_documents_that_leak_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("axattn.door.read", lambda *a: (None, tuple(a[2]["input_ids"].shape), False))
+    monkeypatch.setattr("axattn.documents.input_hook.read", lambda *a: (None, tuple(a[2]["input_ids"].shape), False))
     assert run(PACKED).status == "wrong"
     assert run(dataclasses.replace(PACKED, training="plain")).status == "wrong"
 
 
 def test_a_cache_that_forgets_its_documents_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("axattn.door.mark_packed", lambda *a: None)
+    monkeypatch.setattr("axattn.documents.input_hook.mark_packed", lambda *a: None)
     assert run(FOLLOWED).status == "wrong"
 
 
@@ -91,7 +91,7 @@ def test_a_refusal_that_nobody_needs_is_untrue(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*args: Any) -> Any:
         raise UnsupportedAttentionError("no rows", [])
 
-    monkeypatch.setattr("axattn.door.read", refuse)
+    monkeypatch.setattr("axattn.documents.input_hook.read", refuse)
     alone = Example(rows=(((0, 4),),), told="nothing")
     assert run(alone).status == run(dataclasses.replace(alone, told="positions")).status == "untrue refusal"
 
@@ -100,5 +100,5 @@ def test_an_error_of_somebody_else_is_foreign(monkeypatch: pytest.MonkeyPatch) -
     def fail(*args: Any) -> Any:
         raise KeyError("somewhere")
 
-    monkeypatch.setattr("axattn.door.read", fail)
+    monkeypatch.setattr("axattn.documents.input_hook.read", fail)
     assert run(PACKED) == Verdict("foreign error", "KeyError: 'somewhere'")

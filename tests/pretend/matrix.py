@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from axattn.backends import spans, varlen
-from axattn.environment import Environment
+from axattn.backends import varlen
+from axattn.backends.varlen_engine import packed
+from axattn.machine.environment import Environment
 from tests.conformance import cells
 from tests.conformance.cases import Case
 from tests.conformance.cells import Cell
@@ -65,7 +66,7 @@ def kernels() -> Iterator[None]:
         return query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
     with pytest.MonkeyPatch.context() as patch, flash.sharp():
-        for room in (spans, varlen):
+        for room in (packed, varlen):
             patch.setattr(room, "runs_flash", serves)
         for holder, (names, sets_device) in _FAKES.items():
             for name in names:

@@ -10,9 +10,9 @@ import torch
 
 from axattn import backends
 from axattn.backends import sage
-from axattn.call import AttentionCall
-from axattn.masking import lazy_mask
-from axattn.masks import LazyMask
+from axattn.backends.call import AttentionCall
+from axattn.masks.lazy_mask import LazyMask
+from axattn.masks.mask_interface import lazy_mask
 from tests.fakes import sageattention
 from tests.fakes.machine import hopper
 from tests.pretend import matrix

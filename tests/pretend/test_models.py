@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import axattn
-from axattn import masks
 from axattn.backends import sage
-from axattn.environment import Environment
+from axattn.machine.environment import Environment
+from axattn.masks import lazy_mask
 from tests.conformance.cases import Batch, packed, padded
 from tests.environments import machine as environment
 from tests.fakes import sageattention
@@ -164,7 +164,7 @@ def test_restore_gives_data_parallel_its_own_copies_back() -> None:
 
 def test_layers_on_another_device_share_one_mask_and_none_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    real = masks.LazyMask.on
+    real = lazy_mask.LazyMask.on
 
     def counted(self: Any, device: torch.device) -> Any:
         found = real(self, device)
@@ -174,8 +174,8 @@ def test_layers_on_another_device_share_one_mask_and_none_is_dense(monkeypatch: 
     def never(self: Any) -> Any:
         raise AssertionError("a dense mask of a packed row")
 
-    monkeypatch.setattr(masks.LazyMask, "on", counted)
-    monkeypatch.setattr(masks.LazyMask, "dense", never)
+    monkeypatch.setattr(lazy_mask.LazyMask, "on", counted)
+    monkeypatch.setattr(lazy_mask.LazyMask, "dense", never)
     model = matrix.on_gpus(axattn.apply(build("llama", num_hidden_layers=6), "varlen"), "two")
     batch = BATCHES["packed"]
     model(batch.ids, position_ids=batch.positions, use_cache=False)

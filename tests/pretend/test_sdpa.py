@@ -16,16 +16,17 @@ from transformers import masking_utils as mu
 
 import axattn
 from axattn import backends
-from axattn.backends import dense, flash_calls, spans
-from axattn.call import AttentionCall
+from axattn.attention.interface import _hit
+from axattn.backends import flash_calls, sdpa
+from axattn.backends.call import AttentionCall
+from axattn.backends.varlen_engine import packed
 from axattn.hf import torch_sdpa
-from axattn.interface import _hit
-from axattn.masking import lazy_mask
+from axattn.masks.mask_interface import lazy_mask
 from tests.pretend import matrix
 from tests.pretend.machine import two_gpus
 
 HALF = torch.bfloat16
-attention: Any = dense.attention
+attention: Any = sdpa.attention
 switches: Any = torch.backends.cuda  # no types
 
 
@@ -70,7 +71,7 @@ def _flash(params: Any) -> bool:
 @pytest.fixture(autouse=True)
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(F, "scaled_dot_product_attention", _spy)
-    monkeypatch.setattr("axattn.interface._sdpa", _spy)
+    monkeypatch.setattr("axattn.attention.interface._sdpa", _spy)
     for name, answer in {"flash": _flash, "cudnn": _flash, "efficient": lambda params: False}.items():
         monkeypatch.setattr(switches, f"can_use_{name}_attention", answer)
     asked.clear()
@@ -245,7 +246,7 @@ def test_a_step_of_decoding_reads_keys_where_they_lie(
     def never(*_: Any) -> Any:
         raise AssertionError("keys were copied")
 
-    monkeypatch.setattr(spans, "packed", never)
+    monkeypatch.setattr(packed, "packed", never)
     query, key, value = tensors(1, cache, 8, torch.float32)
     real = torch.zeros(2, cache, dtype=torch.bool)
     for row, (low, high) in enumerate(padding):

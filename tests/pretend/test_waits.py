@@ -10,11 +10,11 @@ import torch
 
 import axattn
 from axattn import backends
-from axattn.backends import ranking
-from axattn.backends.spans import packed_index
-from axattn.call import AttentionCall
-from axattn.layouts import Layout, Span
-from axattn.transfers import on_device
+from axattn.backends.call import AttentionCall
+from axattn.backends.varlen_engine.packed import packed_index
+from axattn.hf.transfers import on_device
+from axattn.masks.varlen_layout import Layout, Span
+from axattn.planning import ranking
 from tests.conformance.cases import packed, padded
 from tests.fakes.machine import FLASH, hopper
 from tests.models import build

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import masking_utils
 
-from axattn.call import AttentionCall
-from axattn.capability import Need
-from axattn.masking import lazy_mask
+from axattn.backends.call import AttentionCall
+from axattn.masks.mask_interface import lazy_mask
+from axattn.spec.capability import Need
 
 ROWS, LENGTH, LONGER, WINDOW = 2, 24, 37, 7
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-4}

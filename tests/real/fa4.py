@@ -100,7 +100,7 @@ class _Answered(BaseException):
 
 
 def _child(machine: str, thin: int, whole: bool, needs: str) -> None:
-    from axattn.capability import Need
+    from axattn.spec.capability import Need
     from tests.real.needs import served
 
     asked = list(served("flash_attention_4", machine, thin))
@@ -124,7 +124,7 @@ def _fields(need: Any) -> tuple[Any, ...]:
 
 
 def _shown(need: Any) -> str:
-    from axattn.capability import Need
+    from axattn.spec.capability import Need
 
     plain = Need(**PLAIN)
     names = [name for name in Need.__dataclass_fields__ if getattr(need, name) != getattr(plain, name)]
@@ -222,7 +222,7 @@ class _Library:
 def _call(need: Any) -> Any:
     import torch
 
-    from axattn.call import AttentionCall
+    from axattn.backends.call import AttentionCall
 
     dtype = getattr(torch, need.dtype)
     queries = LENGTH if not need.cross_lengths else SHORT if need.gradient else 1

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from axattn import backends
-from axattn.capability import Need, missing
-from axattn.environment import Environment
-from axattn.machines import machine as machine_by_name
+from axattn.machine.environment import Environment
+from axattn.machine.presets import machine as machine_by_name
+from axattn.spec.capability import Need, missing
 
 HEADS, WINDOW, CHUNK, SOFTCAP, DROPOUT = 8, 96, 64, 30.0, 0.1
 GRID: dict[str, tuple[Any, ...]] = {
@@ -36,7 +36,7 @@ def served(backend: str, machine: str | Environment, thin: int | None = None) ->
 
     Args:
         backend: a name, such as ``"flash_attention_4"``.
-        machine: a name, such as ``"sm90"`` (`axattn.machines.NAMES`), or one described.
+        machine: a name, such as ``"sm90"`` (`axattn.machine.presets.NAMES`), or one described.
         thin: at most so many fields that are not the plainest: 2 for every pair of features, 3 for every triple. A
             dtype or a head dim counts as one, so that ``"float16"`` with a window in training is a triple. None for the
             whole grid, a second and up to 36,000 needs.

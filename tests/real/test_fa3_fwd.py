@@ -9,8 +9,8 @@ import pytest
 import transformers
 
 from axattn.backends import fp8
-from axattn.capability import Need
-from axattn.environment import Environment
+from axattn.machine.environment import Environment
+from axattn.spec.capability import Need
 from tests.conformance import cells, report
 from tests.fakes import flash
 from tests.fakes.machine import hopper

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from axattn import backends
-from axattn.capability import Need, missing
-from axattn.machines import machine
+from axattn.machine.presets import machine
+from axattn.spec.capability import Need, missing
 from tests.real import fa4
 
 pytestmark = pytest.mark.skipif(not fa4.there(), reason=f"flash-attn-4 has not been fetched: {fa4.FETCH}")

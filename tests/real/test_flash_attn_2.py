@@ -15,8 +15,8 @@ import transformers
 
 from axattn import backends
 from axattn.backends import flash_calls
-from axattn.capability import Need, missing
-from axattn.machines import machine
+from axattn.machine.presets import machine
+from axattn.spec.capability import Need, missing
 from tests.conformance import cells, report
 from tests.fakes import flash
 from tests.real import flash_attn_2_cuda, loading

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from axattn.capability import Need
-from axattn.machines import machine
+from axattn.machine.presets import machine
+from axattn.spec.capability import Need
 from tests.interpreter import INTERPRETED
 from tests.real.needs import served
 from tests.real.packages import EVERYTHING, needs

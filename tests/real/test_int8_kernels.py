@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from axattn.kernels.int8_attention import shared_memory
-from axattn.machines import NAMES, machine
+from axattn.machine.presets import NAMES, machine
 
 ALL = os.environ.get("AXATTN_REAL") == "all"
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from axattn import backends
-from axattn.capability import missing
-from axattn.machines import machine
+from axattn.machine.presets import machine
+from axattn.spec.capability import missing
 from tests.real.needs import served
 
 RUNS_ON = {

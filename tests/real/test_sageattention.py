@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from axattn.backends import get, sage
-from axattn.call import AttentionCall
-from axattn.masking import lazy_mask
-from axattn.segments import Segments
+from axattn.backends.call import AttentionCall
+from axattn.documents.boundaries import Segments
+from axattn.masks.mask_interface import lazy_mask
 from tests.fakes import sageattention as fake
 from tests.interpreter import INTERPRETED
 

@@ -23,7 +23,7 @@ import torch
 from axattn.backends import fp8
 from axattn.hf import integrations
 from axattn.kernels.document_statistics import Documents
-from axattn.layouts import Layout, Span
+from axattn.masks.varlen_layout import Layout, Span
 from tests.fakes import torchao as fake
 from tests.interpreter import INTERPRETED
 from tests.real.loading import on_cpu

@@ -14,8 +14,8 @@ import pytest
 from packaging.version import Version
 
 from axattn.backends import get
-from axattn.capability import Need, missing
-from axattn.machines import machine
+from axattn.machine.presets import machine
+from axattn.spec.capability import Need, missing
 from tests.environments import machine as environment
 
 pytestmark = pytest.mark.skipif(

@@ -18,10 +18,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from axattn import backends
-from axattn.call import AttentionCall
-from axattn.capability import Need, missing
-from axattn.layouts import Layout, Span
-from axattn.machines import machine
+from axattn.backends.call import AttentionCall
+from axattn.machine.presets import machine
+from axattn.masks.varlen_layout import Layout, Span
+from axattn.spec.capability import Need, missing
 from tests.real.needs import CHUNK, served
 
 _NO_NUMBERS = FakeTensorMode()

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import axattn
-from axattn import names
+from axattn.spec import names
 from tests.upstream import outcomes
 from tests.upstream.sources import PACKAGE
 

@@ -1,0 +1,70 @@
+"""`AttentionCall`: one attention call as every backend sees it, already normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from axattn.masks.lazy_mask import LazyMask
+
+
+@dataclass(slots=True, eq=False)
+class AttentionCall:
+    """What an attention module asks for, free of Transformers' conventions.
+
+    Attributes:
+        module: the attention module that calls.
+        query: ``[B, H, S, D]``.
+        key: ``[B, Hkv, T, D]``.
+        value: ``[B, Hkv, T, Dv]``.
+        mask: a `LazyMask`, a user's 4-D tensor (bool: True attends; float: added to the logits), or None.
+        causal: without a mask: a query sees no later key (S equals T); ignored when there is a mask.
+        window: without a mask: keys seen to the left, the query included.
+        scale: factor on the logits.
+        dropout: probability of attention dropout.
+        softcap: see `Need.softcap`.
+        sinks: ``[H]`` learned sinks, or None.
+        bias: additive position bias ``[1 or B, H, S, T]``, or None.
+        extras: further keywords for the model's own eager function.
+        options: the user's ``kernel_options``.
+        want_weights: the attention weights are asked for (`Need.weights`).
+        weights: where a kernel that gives them puts them, ``[B, H, S, T]``.
+        ran: where a backend hands the call on, the name of the backend whose kernel has computed it; else ``""``.
+    """
+
+    module: torch.nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: LazyMask | torch.Tensor | None
+    causal: bool
+    window: int | None
+    scale: float
+    dropout: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+    bias: torch.Tensor | None
+    extras: dict[str, object]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    want_weights: bool = False
+    weights: torch.Tensor | None = None
+    ran: str = ""
+
+    def dense_mask(self) -> torch.Tensor | None:
+        """The mask as a tensor ``[B or 1, 1 or H, S, T]`` (bool or additive float), None when all attend to all.
+
+        Without a mask the causal rule is the plain lower triangle.
+        """
+        if isinstance(self.mask, LazyMask):
+            return self.mask.dense()
+        if self.mask is not None or not self.causal:
+            return self.mask
+        size = self.query.shape[2]
+        index = torch.arange(size, device=self.query.device)
+        seen = index[None, :] <= index[:, None]
+        if self.window is not None:
+            seen &= index[None, :] > index[:, None] - self.window
+        return seen[None, None]

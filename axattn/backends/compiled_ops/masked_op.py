@@ -1,0 +1,72 @@
+"""A kernel over spans as one operator under a mask made outside the graph: what a layer compiled by itself runs.
+
+`axattn.backends.compiled_ops.varlen_op` is for whole models, whose masks are made inside the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from axattn.backends.compiled_ops.body import Inside, fake_gradients, fake_output, keep
+from axattn.hf.tensor_snapshots import READS_ON_HOST
+from axattn.masks.lazy_mask import of_handle
+
+
+@torch.library.custom_op("axattn::masked_attention", mutates_args=(), tags=READS_ON_HOST)
+def masked_attention_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    handle: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    kernel: str,
+    options: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of whole rows under the mask behind ``LazyMask.handle``; the rest as for `Inside`.
+
+    Returns:
+        Output ``[B, S, H, Dv]``, and what its backward needs beside it.
+    """
+    mask = of_handle(handle)
+    return Inside(mask, scale, softcap, kernel, options, mask.dense).forward(query, key, value)
+
+
+masked_attention_op.register_fake(fake_output)
+
+
+@torch.library.custom_op("axattn::masked_attention_backward", mutates_args=(), tags=READS_ON_HOST)
+def masked_attention_backward_op(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    handle: torch.Tensor,
+    out: torch.Tensor | None,
+    logsumexp: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    kernel: str,
+    options: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `masked_attention_op` to query, key and value."""
+    mask = of_handle(handle)
+    saved = None if out is None or logsumexp is None else (out, logsumexp)
+    return Inside(mask, scale, softcap, kernel, options, mask.dense).backward(grad, query, key, value, saved)
+
+
+masked_attention_backward_op.register_fake(fake_gradients)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    keep(ctx, inputs, output, tensors=4)
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    dq, dk, dv = masked_attention_backward_op(grad, *ctx.saved_tensors, *ctx.rule)
+    return dq, dk, dv, *(None,) * 5
+
+
+masked_attention_op.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,253 @@
+"""Kernels over spans inside a compiled graph: one opaque operator that finds the documents when it runs.
+
+A graph can't depend on document lengths, so the operator takes their tensor and builds the `Layout` itself, once for
+all layers that are given the same snapshot (`axattn.hf.tensor_snapshots`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdRef
+
+from axattn.backends.call import AttentionCall
+from axattn.backends.compiled_ops.body import Inside, fake_gradients, fake_output, keep
+from axattn.backends.compiled_ops.masked_op import masked_attention_op
+from axattn.backends.exact_fallback import exactly
+from axattn.documents.traced import TracedSegments
+from axattn.hf.mask_functions import Pattern
+from axattn.hf.tensor_snapshots import READS_ON_HOST, memo_of
+from axattn.masks.lazy_mask import LazyMask
+
+
+def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> torch.Tensor:
+    """A call as one operator of the graph where queries and keys are the same tokens, else `exactly`.
+
+    Args:
+        call: its mask is a `LazyMask`, or None for whole rows.
+        kernel: the backend that runs inside the operator.
+        options: the user's ``kernel_options`` as JSON.
+
+    Returns:
+        ``[B, S, H, Dv]``.
+    """
+    mask, S = call.mask, call.query.shape[2]
+    if isinstance(mask, LazyMask):
+        whole, pattern, padding, segments = mask.whole, mask.pattern, mask.padding, mask.segments
+    else:
+        whole, padding, segments = mask is None and call.key.shape[2] == S, None, None
+        pattern = Pattern(causal=call.causal and S > 1, window=call.window)
+    if not whole or pattern is None or call.dropout:  # dropout: the operator's backward would draw another mask
+        return exactly(call)
+    out: torch.Tensor
+    if isinstance(mask, LazyMask) and mask.handle is not None:  # made before the graph: a layer compiled by itself
+        out, _ = masked_attention_op(
+            call.query, call.key, call.value, mask.handle, call.scale, call.softcap, kernel, options
+        )
+        return out
+    out, _ = attention_op(
+        call.query,
+        call.key,
+        call.value,
+        None if segments is None else segments.document_ids,
+        padding,
+        pattern.causal,
+        pattern.window,
+        pattern.chunk,
+        call.scale,
+        call.softcap,
+        kernel,
+        options,
+    )
+    return out
+
+
+def _mask(
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    shape: tuple[int, int],
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    device: torch.device,
+) -> LazyMask:
+    """The mask, which keeps its layout: one transfer to the host for all layers that share snapshots.
+
+    Tensors of any other origin are read at every call: they may have been changed since, and nothing on them tells.
+    """
+    anchor = documents if documents is not None else padding
+    if anchor is None:
+        return _fixed_mask(shape, causal, window, chunk, device)
+    pattern = Pattern(causal=causal, window=window, chunk=chunk)
+    known = memo_of(anchor)
+    if known is None or (padding is not None and memo_of(padding) is None):
+        return _build(documents, padding, shape, pattern, device)
+    key = (None if padding is None else WeakIdRef(padding), shape, causal, window, chunk)
+    if key not in known:
+        known[key] = _build(documents, padding, shape, pattern, device)
+    mask: LazyMask = known[key]
+    return mask
+
+
+@functools.lru_cache(maxsize=32)
+def _fixed_mask(
+    shape: tuple[int, int], causal: bool, window: int | None, chunk: int | None, device: torch.device
+) -> LazyMask:
+    """The mask of rows without padding and documents."""
+    return _build(None, None, shape, Pattern(causal=causal, window=window, chunk=chunk), device)
+
+
+def _build(
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    shape: tuple[int, int],
+    pattern: Pattern,
+    device: torch.device,
+) -> LazyMask:
+    rows, length = shape
+    return LazyMask(
+        shape=(rows, 1, length, length),
+        pattern=pattern,
+        segments=None if documents is None else TracedSegments(documents, rows, length).read(),
+        padding=None if padding is None else padding.clone(),  # the memo's key must not be held by its value
+        materialise=_never,
+        device=device,
+    )
+
+
+def _never() -> torch.Tensor:
+    raise AssertionError("a layout needs no dense mask")
+
+
+def _inside(
+    query: torch.Tensor,
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    scale: float,
+    softcap: float | None,
+    kernel: str,
+    options: str,
+) -> Inside:
+    B, _, S, _ = query.shape
+    mask = _mask(documents, padding, (B, S), causal, window, chunk, query.device)
+
+    def rule() -> torch.Tensor:
+        return _rule(documents, padding, S, causal, window, chunk, query.device)
+
+    return Inside(mask, scale, softcap, kernel, options, rule)
+
+
+def _rule(
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    length: int,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """bool ``[B, 1, S, S]`` of the same rule."""
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index
+    seen = (distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool))[None]
+    if window is not None:
+        seen = seen & (distance.abs() < window)
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
+    if chunk is not None:  # chunks count from the start of a document, or from a row's first real token
+        starts = torch.zeros(1, length, dtype=torch.long, device=device)
+        if padding is not None:
+            starts = starts + padding.long().argmax(-1)[:, None]
+        if documents is not None:
+            new = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+            starts = torch.maximum(starts, torch.where(new, index, 0).cummax(-1).values)
+        position = index - starts
+        seen = seen & (position[:, :, None] // chunk == position[:, None, :] // chunk)
+    if padding is not None:
+        seen = seen & padding[:, None, :]
+    return seen[:, None]
+
+
+@torch.library.custom_op("axattn::attention", mutates_args=(), tags=READS_ON_HOST)
+def attention_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    scale: float,
+    softcap: float | None,
+    kernel: str,
+    options: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of whole rows (S == T) over documents.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key: ``[B, Hkv, S, D]``.
+        value: ``[B, Hkv, S, Dv]``.
+        documents: int64 ``[B, S]``, or None when every row is one document.
+        padding: bool ``[B, S]`` (True: real key), or None.
+        causal: a query sees no later key.
+        window: keys seen to the left, the query included.
+        chunk: chunk size of chunked attention.
+        scale: factor on the logits.
+        softcap: see `axattn.spec.capability.Need`.
+        kernel: the backend that runs.
+        options: the user's ``kernel_options`` as JSON.
+
+    Returns:
+        Output ``[B, S, H, Dv]``, and what its backward needs beside it (`axattn.backends.compiled_ops.body`).
+    """
+    inside = _inside(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
+    return inside.forward(query, key, value)
+
+
+attention_op.register_fake(fake_output)
+
+
+@torch.library.custom_op("axattn::attention_backward", mutates_args=(), tags=READS_ON_HOST)
+def attention_backward_op(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    out: torch.Tensor | None,
+    logsumexp: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    scale: float,
+    softcap: float | None,
+    kernel: str,
+    options: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attention_op` to query, key and value."""
+    inside = _inside(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
+    saved = None if out is None or logsumexp is None else (out, logsumexp)
+    return inside.backward(grad, query, key, value, saved)
+
+
+attention_backward_op.register_fake(fake_gradients)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    keep(ctx, inputs, output, tensors=5)
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    dq, dk, dv = attention_backward_op(grad, *ctx.saved_tensors, *ctx.rule)
+    return dq, dk, dv, *(None,) * 9
+
+
+attention_op.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,151 @@
+"""``sdpa``: torch's ``scaled_dot_product_attention`` with a dense mask; exact for every mask that is a tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from axattn.backends.base import TORCH_KERNEL, Backend, always_usable, keep_nan
+from axattn.backends.call import AttentionCall
+from axattn.backends.sparse_indices import only_selected, selected
+from axattn.hf.torch_sdpa import avoids_cudnn, takes_grouped_heads, without_cudnn
+from axattn.machine.environment import Environment
+from axattn.masks.lazy_mask import LazyMask
+
+CAPABILITY = dataclasses.replace(
+    TORCH_KERNEL,
+    devices=frozenset({"cpu", "cuda", "xpu", "mps"}),
+    bias=True,
+    dropout=True,
+    dense_mask=True,
+    sparse=True,
+    second_gradient=True,
+    notes={
+        "segments": "through a dense S x S mask when called by axattn, as under `auto`",
+        "second_gradient": "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); torch raises for its other kernels",
+        "cuDNN": "on Hopper and Blackwell torch 2.11 prefers its kernel. Called by axattn, no call with a mask and no "
+        "single query runs on it, which builds a plan for every new length (0.15 to 0.5 s: FunASR#3704), and on Hopper "
+        "no bidirectional call in training of a length for which its gradients can be NaN (pytorch#196678, trl#7181, "
+        "cudnn-frontend#628, #1072). Other whole rows run on it, which pays where lengths repeat; where they vary, "
+        "torch.backends.cuda.enable_cudnn_sdp(False). `sdpa` as a name of its own is Transformers' function: there "
+        "that line keeps NaN away too",
+    },
+)
+
+
+def sdpa(call: AttentionCall) -> torch.Tensor:
+    """Attention through ``F.scaled_dot_product_attention``; returns ``[B, S, H, Dv]``."""
+    plain = call.mask.plain if isinstance(call.mask, LazyMask) else None
+    query, key, value = call.query, call.key, call.value
+    kept = selected(call)
+    if kept is not None:
+        mask, causal = _with_bias(only_selected(call.dense_mask(), kept), call.bias, query.dtype), False
+    elif call.bias is None and plain is not None:
+        mask, causal = None, plain == "causal"
+    elif call.bias is None and call.mask is None and call.window is None:
+        mask, causal = None, call.causal and bool(query.shape[2] > 1)
+    else:
+        mask, causal = _with_bias(call.dense_mask(), call.bias, query.dtype), False
+    if mask is not None or call.dropout:
+        call.ran = "sdpa"  # whoever handed it on; whole rows without either run so under the names of others
+    out = attention(query, key, value, mask, call.dropout, causal, call.scale)
+    return keep_nan(out.transpose(1, 2), query)
+
+
+def notice(environment: Environment) -> str:
+    """What to say where ``F.scaled_dot_product_attention`` has no kernel but its MATH one: S x S in memory."""
+    if environment.device != "rocm" or environment.torch_flash:
+        return ""
+    if environment.torch_flash is None:
+        known = "other than gfx90a, gfx942 and gfx950 (from torch 2.13 on gfx1100 and gfx1201 too)"
+        return f"on AMD GPUs {known} torch runs its MATH kernel, S x S in memory, unless {_EXPERIMENTAL} is set"
+    text = f"torch's flash kernel does not run on {environment.gfx}, its MATH kernel does: S x S in memory"
+    return f"{text}. {_EXPERIMENTAL}, set before Python starts, mends it where torch's AOTriton knows this GPU"
+
+
+_EXPERIMENTAL = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1"
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """``F.scaled_dot_product_attention``, with grouped heads in a form that one of torch's fused kernels takes.
+
+    A single query's heads of a group become its rows: one more view, and no key is read twice (on a CPU 1.5 to 30 times
+    as fast as ``enable_gqa``, benchmarks/NOTES.md). Of several queries the heads are repeated where no fused kernel
+    takes fewer KV heads: ``enable_gqa`` sends those to the MATH kernel, S x S in float32. Transformers' ``sdpa`` does
+    both under a mask, and the second for head dims above 256.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key: ``[B, Hkv, T, D]``.
+        value: ``[B, Hkv, T, Dv]``.
+        mask: ``[B|1, H|1, S|1, T]`` (bool: True attends; float: added), or None.
+        dropout: probability of attention dropout.
+        causal: a query sees no later key, aligned top-left.
+        scale: factor on the logits, None for ``D ** -0.5``.
+
+    Returns:
+        ``[B, H, S, Dv]``.
+    """
+    B, heads, S, D = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    groups, grouped, packs = heads // kv_heads, False, False
+    if groups > 1:
+        packs = S == 1 and not (causal and keys > 1)  # top-left: its one key is the first
+        if packs:
+            query, causal = query.reshape(B, kv_heads, groups, D), False
+            if mask is not None and mask.shape[1] > 1:
+                mask = mask.reshape(mask.shape[0], kv_heads, groups, keys)
+        elif takes_grouped_heads(query, key, value, mask, dropout, causal):
+            grouped = True
+        else:
+            key, value = repeated(key, groups), repeated(value, groups)
+    training, masked = torch.is_grad_enabled(), mask is not None
+    apart = avoids_cudnn(query.device, keys, masked=masked, single=S == 1, causal=causal, training=training)
+    with without_cudnn() if apart else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    return out.reshape(B, heads, S, value.shape[-1]) if packs else out
+
+
+def repeated(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """``[B, Hkv, T, D]`` as ``[B, H, T, D]``."""
+    B, heads, T, D = x.shape
+    return x[:, :, None].expand(B, heads, groups, T, D).reshape(B, heads * groups, T, D)
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
+    if bias is None or mask is None:
+        return mask if bias is None else bias.to(dtype)
+    bias = bias.to(dtype)
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, torch.finfo(dtype).min)
+    return bias + mask
+
+
+def native_note(environment: Environment) -> str:
+    """What a plan says where Transformers' own ``sdpa`` runs on a machine; ``""`` for nothing."""
+    if environment.sm != 90 or not environment.has("torch", "2.11"):
+        return ""
+    return (
+        "sdpa is Transformers' own: in training on Hopper torch runs masked calls on cuDNN, whose gradients may be NaN "
+        '(pytorch#196678). Use "auto", which keeps it away, or torch.backends.cuda.enable_cudnn_sdp(False)'
+    )
+
+
+BACKENDS = (
+    Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa, plain=True, notice=notice),
+)

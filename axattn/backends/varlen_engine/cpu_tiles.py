@@ -1,0 +1,200 @@
+"""Exact attention over a `Layout` on a CPU: torch's own flash kernel, tile by tile, with one autograd node.
+
+A tile is a block of queries with the keys it may see, so time and memory follow the documents and the window, never
+S x S. Bitwise equal to ``F.scaled_dot_product_attention`` on each document alone (same kernel, same inputs).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from axattn.hf.torch_internals import cpu_flash_backward, cpu_flash_forward
+from axattn.masks.varlen_layout import Layout
+
+_WINDOW_BLOCK = 256  # queries a tile of windowed attention takes at least; more waste mask, fewer waste calls
+
+
+class Tile(NamedTuple):
+    """Queries ``[q0, q1)`` of rows ``[row0, row1)`` over keys ``[k0, k1)``; `offset` is the first query's key index."""
+
+    row0: int
+    row1: int
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    causal: bool
+    offset: int | None  # None: no mask beyond `causal`
+
+
+def tiles(layout: Layout) -> list[Tile]:
+    """Cut the spans of a layout into tiles. Plain causal or full spans stay whole; windows are cut in blocks."""
+    result: list[Tile] = []
+    for span in layout.spans:
+        row0, row1, q0, q1, k0, k1 = span
+        queries, keys, window = q1 - q0, k1 - k0, layout.window
+        offset = keys - queries  # bottom-right: the last query sits at the last key
+        narrow = window is not None and window < keys
+        if not narrow:
+            if not layout.causal or queries == 1:
+                result.append(Tile(*span, causal=False, offset=None))
+            elif offset == 0:
+                result.append(Tile(*span, causal=True, offset=None))
+            else:
+                result.append(Tile(*span, causal=False, offset=offset))
+            continue
+        assert window is not None
+        block = max(window, _WINDOW_BLOCK)
+        for start in range(0, queries, block):
+            end = min(start + block, queries)
+            low = max(start + offset - window + 1, 0)
+            high = min(end + offset if layout.causal else end + offset + window - 1, keys)
+            result.append(Tile(row0, row1, q0 + start, q0 + end, k0 + low, k0 + high, False, start + offset - low))
+    return result
+
+
+@functools.lru_cache(maxsize=64)
+def _tile_mask(
+    queries: int, keys: int, offset: int, causal: bool, window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Additive ``[queries, keys]`` of one tile (0 or -inf). Cached: inner tiles are alike in every layer."""
+    q = torch.arange(queries)[:, None] + offset
+    k = torch.arange(keys)[None, :]
+    seen = k <= q if causal else torch.ones(queries, keys, dtype=torch.bool)
+    if window is not None:
+        seen = seen & (k > q - window)
+        if not causal:
+            seen = seen & (k < q + window)
+    return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+class _Segmented(torch.autograd.Function):
+    """Forward and backward of torch's CPU flash attention over tiles."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: list[Tile],
+        layout: Layout,
+        scale: float,
+    ) -> torch.Tensor:
+        out, saved = forward_over_tiles(query, key, value, plan, layout, scale)
+        ctx.save_for_backward(query, key, value, out, *saved)
+        ctx.plan, ctx.layout, ctx.scale = plan, layout, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out, *saved = ctx.saved_tensors
+        dq, dk, dv = backward_over_tiles(grad, query, key, value, out, saved, ctx.plan, ctx.layout, ctx.scale)
+        return dq, dk, dv, None, None, None
+
+
+def forward_over_tiles(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[Tile], layout: Layout, scale: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`attention_over_tiles` without autograd: ``[B, S, H, D]``, and each tile's logsumexp ``[rows, H, queries]``."""
+    B, H, S, _ = query.shape
+    disjoint = _disjoint(layout, plan)
+    out = (query.new_empty if disjoint else query.new_zeros)(B, S, H, value.shape[-1])
+    saved = []
+    for tile in plan:
+        q, k, v = _slices(tile, query, key, value)
+        part, lse = cpu_flash_forward(q, k, v, tile.causal, _mask_of(tile, layout, q.dtype), scale)
+        out[tile.row0 : tile.row1, tile.q0 : tile.q1] = part.transpose(1, 2)
+        saved.append(lse)
+    return out, saved
+
+
+def backward_over_tiles(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    logsumexps: Sequence[torch.Tensor],
+    plan: list[Tile],
+    layout: Layout,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attention_over_tiles`.
+
+    Args:
+        grad: of the output, ``[B, S, H, D]``.
+        query: ``[B, H, S, D]``.
+        key: ``[B, Hkv, T, D]``.
+        value: ``[B, Hkv, T, D]``.
+        out: the output, ``[B, S, H, D]``.
+        logsumexps: float32 ``[rows, H, queries]`` of each tile.
+        plan: the tiles.
+        layout: that they were cut from.
+        scale: factor on the logits.
+    """
+    disjoint = _disjoint(layout, plan)
+    like = torch.empty_like if disjoint else torch.zeros_like
+    dq, dk, dv = like(query), like(key), like(value)
+    for tile, lse in zip(plan, logsumexps, strict=True):
+        q, k, v = _slices(tile, query, key, value)
+        part = (slice(tile.row0, tile.row1), slice(tile.q0, tile.q1))
+        mask = _mask_of(tile, layout, q.dtype)
+        gq, gk, gv = cpu_flash_backward(
+            grad[part].transpose(1, 2), q, k, v, out[part].transpose(1, 2), lse, tile.causal, mask, scale
+        )
+        for target, part_grad in zip(_slices(tile, dq, dk, dv), (gq, gk, gv), strict=True):
+            if disjoint:
+                target.copy_(part_grad)
+            else:
+                target.add_(part_grad)
+    return dq, dk, dv
+
+
+def _slices(
+    tile: Tile, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, keys = slice(tile.row0, tile.row1), slice(tile.k0, tile.k1)
+    return query[rows, :, tile.q0 : tile.q1], key[rows, :, keys], value[rows, :, keys]
+
+
+def _mask_of(tile: Tile, layout: Layout, dtype: torch.dtype) -> torch.Tensor | None:
+    if tile.offset is None:
+        return None
+    return _tile_mask(tile.q1 - tile.q0, tile.k1 - tile.k0, tile.offset, layout.causal, layout.window, dtype)
+
+
+def attention_over_tiles(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
+) -> torch.Tensor:
+    """Exact attention of a layout.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key: ``[B, Hkv, T, D]``.
+        value: ``[B, Hkv, T, D]``.
+        layout: spans of the mask.
+        scale: factor on the logits.
+
+    Returns:
+        ``[B, S, H, D]``; zero at queries that no span covers (padding).
+    """
+    out: torch.Tensor = _Segmented.apply(query, key, value, tiles_of(layout), layout, scale)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
+    return out
+
+
+def tiles_of(layout: Layout) -> list[Tile]:
+    """The tiles of a layout, cut once for all layers that share it."""
+    return layout.kept("tiles", lambda: tiles(layout))
+
+
+def _disjoint(layout: Layout, plan: list[Tile]) -> bool:
+    """Whether the tiles cover every query and every key exactly once, so gradients need no zeros and no adding."""
+    square = all(t.offset is None and (t.q0, t.q1) == (t.k0, t.k1) for t in plan)
+    covered = sum((t.row1 - t.row0) * (t.q1 - t.q0) for t in plan)
+    return square and layout.q_length == layout.kv_length and covered == layout.rows * layout.q_length

@@ -1,0 +1,24 @@
+"""Statistics of each document of a layout, made once for all layers that share it."""
+
+from __future__ import annotations
+
+import torch
+
+from axattn.backends.varlen_engine.packed import span_lengths
+from axattn.kernels.document_statistics import Documents, smoothed
+from axattn.masks.varlen_layout import Layout
+
+
+def documents_of(layout: Layout, device: torch.device) -> tuple[Documents, Documents]:
+    """The sequences of queries and of keys in a layout, made once for all layers that share it."""
+
+    def make() -> tuple[Documents, Documents]:
+        q_lengths, k_lengths = span_lengths(layout)
+        return Documents(q_lengths, device), Documents(k_lengths, device)
+
+    return layout.kept("documents", make)
+
+
+def smoothed_keys(key: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """`smoothed` over the documents of a layout."""
+    return smoothed(key, documents_of(layout, key.device)[1])

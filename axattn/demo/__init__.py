@@ -1,1 +1,0 @@
-"""The main job end to end: data, training, proofs and report. ``axattn demo`` runs `axattn.demo.job.run`."""

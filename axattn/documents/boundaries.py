@@ -1,0 +1,259 @@
+"""`Segments`: which tokens of each row belong to one document, computed once a forward.
+
+Sources, in order of precedence: ``cu_seq_lens`` keywords, then ``position_ids`` together with a 2-D mask of document
+numbers. Everything that reads tensor values does so in one transfer to the host per forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from axattn.errors import InvalidInputError, Reason
+from axattn.hf.torch_internals import running_max
+from axattn.hf.transfers import on_device
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The documents of a packed batch of B rows of S tokens.
+
+    Attributes:
+        boundaries: per row, the document boundaries ``(0, ..., S)``: n documents have n + 1 boundaries.
+        device: where the tensors below live.
+        memo: what is derived from the documents once for all layers of a forward.
+    """
+
+    boundaries: tuple[tuple[int, ...], ...]
+    device: torch.device
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.boundaries)
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.boundaries[0][-1]
+
+    @property
+    def documents(self) -> int:
+        """How many documents all rows hold together."""
+        return sum(len(row) - 1 for row in self.boundaries)
+
+    @property
+    def packed(self) -> bool:
+        """Whether any row holds more than one document."""
+        return any(len(row) > 2 for row in self.boundaries)
+
+    @property
+    def alone(self) -> int:
+        """How many tokens from the start of every row are of its first document."""
+        return min(row[1] for row in self.boundaries)
+
+    @cached_property
+    def document_ids(self) -> torch.Tensor:
+        """int64 ``[B, S]``: the number of each token's document within its row."""
+        rows = []
+        for row in self.boundaries:
+            lengths = torch.tensor([b - a for a, b in pairwise(row)])
+            rows.append(torch.repeat_interleave(torch.arange(len(lengths)), lengths))
+        return on_device(torch.stack(rows), self.device)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 ``[B, S]``: the position of each token within its document, from 0."""
+        rows = [torch.cat([torch.arange(b - a) for a, b in pairwise(row)]) for row in self.boundaries]
+        return on_device(torch.stack(rows), self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """int32 ``[documents + 1]``: cumulative lengths over the flattened ``B * S`` tokens."""
+        lengths = [b - a for row in self.boundaries for a, b in pairwise(row)]
+        return on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), self.device)
+
+    def to(self, device: torch.device) -> Segments:
+        """The same documents with tensors on `device`."""
+        return self if device == self.device else Segments(self.boundaries, device)
+
+
+def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str = "cu_seq_lens_q") -> Segments:
+    """Documents from cumulative lengths over the flattened ``rows * length`` tokens.
+
+    Args:
+        cu_seqlens: int32 ``[documents + 1]``.
+        rows: B.
+        length: S.
+        name: the keyword to name in errors.
+
+    Raises:
+        InvalidInputError: wrong dtype or shape, not starting at 0, decreasing, not ending at the token count, or a
+            document that spans two rows.
+    """
+    reasons: list[Reason] = []
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise InvalidInputError(f"{name} must be an int32 tensor, not {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype != torch.int32:
+        reasons.append(Reason(name, f"dtype is {_plain(cu_seqlens.dtype)}, kernels read int32"))
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        reasons.append(Reason(name, f"shape is {list(cu_seqlens.shape)}, not [documents + 1]"))
+        raise _invalid(name, reasons)
+    ends = [int(value) for value in cu_seqlens.tolist()]
+    tokens = rows * length
+    if ends[0] != 0:
+        reasons.append(Reason(name, f"starts at {ends[0]}, not 0"))
+    if any(b < a for a, b in pairwise(ends)):
+        at = next(i for i, (a, b) in enumerate(pairwise(ends)) if b < a)
+        reasons.append(Reason(name, f"decreases from {ends[at]} to {ends[at + 1]} at index {at + 1}"))
+    if ends[-1] != tokens:
+        reasons.append(Reason(name, f"ends at {ends[-1]}, but the batch has {rows} x {length} = {tokens} tokens"))
+    if reasons:
+        raise _invalid(name, reasons)
+    boundaries: list[tuple[int, ...]] = []
+    known = set(ends)
+    for row in range(rows):
+        low, high = row * length, (row + 1) * length
+        if low not in known or high not in known:
+            at = low if low not in known else high
+            raise _invalid(name, [Reason(name, f"a document spans two rows (token {at} is inside it)")])
+        boundaries.append(tuple(sorted({end - low for end in ends if low <= end <= high})))
+    return Segments(tuple(boundaries), cu_seqlens.device)
+
+
+def has_numbers(attention_mask: torch.Tensor) -> bool:
+    """Whether a 2-D mask ``[B, S]`` numbers documents: a value above 1. Reads the value."""
+    return attention_mask.dtype is not torch.bool and attention_mask.numel() > 0 and bool(attention_mask.max() > 1)
+
+
+def from_positions(
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    rows: int,
+    length: int,
+    numbered: bool | None = None,
+) -> Segments | None:
+    """Documents from positions and a 2-D mask; None when every row is one document.
+
+    Where documents start: see `starts_told`. In packed rows padding in front of a row's first document is no part of
+    it: it gets boundaries of its own.
+
+    Args:
+        position_ids: integer ``[B, S]``, ``[1, S]`` or ``[S]``, or None.
+        attention_mask: ``[B, S]``, or None. Numbers above 1 are those of documents.
+        rows: B.
+        length: S.
+        numbered: what `has_numbers` says of the mask, where it is known.
+
+    Raises:
+        InvalidInputError: positions start anew, or jump, inside a document that the mask numbers.
+    """
+    if length < 2:
+        return None
+    if attention_mask is not None and numbered is None:
+        numbered = has_numbers(attention_mask)
+    told = starts_told(position_ids, attention_mask, bool(numbered))
+    starts = told.by_number if told.by_number is not None else told.by_position
+    if starts is None:
+        return None
+    if told.by_number is not None and told.by_position is not None and attention_mask is not None:
+        _require_agreement(told.by_position & ~told.by_number, attention_mask)
+    if told.padding_ends is not None:
+        starts = starts | (told.padding_ends & starts.any())
+    found = starts.cpu().nonzero().tolist()  # the one transfer to the host
+    if not found:
+        return None
+    if starts.shape[0] == 1 and rows > 1:
+        found = [(row, at) for row in range(rows) for _, at in found]
+    per_row: list[list[int]] = [[0] for _ in range(rows)]
+    for row, at in found:
+        per_row[row].append(at + 1)
+    return Segments(tuple((*row, length) for row in per_row), starts.device)
+
+
+class Starts(NamedTuple):
+    """Where documents start by what each input says: bool ``[B or 1, S - 1]``, from a row's second token on.
+
+    Attributes:
+        by_position: positions do not go on, None without any.
+        by_number: numbers change, None for a mask that has none.
+        padding_ends: padding in front of the row ends, None without a mask.
+    """
+
+    by_position: torch.Tensor | None
+    by_number: torch.Tensor | None
+    padding_ends: torch.Tensor | None
+
+
+def starts_told(positions: torch.Tensor | None, mask: torch.Tensor | None, numbered: bool) -> Starts:
+    """Where documents start, as positions and a 2-D mask tell it. Tensors only: also while a graph is traced.
+
+    Padding (mask 0) starts no document, and its own positions do not matter. A real token is compared with the last
+    real one before it. Its position goes on if it is one more (padding in between is not counted: ``cumsum(mask) - 1``,
+    as ``generate`` has it), or as much more as there are tokens in between (padding is counted). Its number goes on if
+    it is the same; numbers may fall or come back, and start another document each time.
+
+    Args:
+        positions: integers ``[B, S]``, ``[1, S]`` or ``[S]``, or None.
+        mask: ``[B, S]``, nonzero for real tokens, or None.
+        numbered: the mask numbers documents, or it may.
+    """
+    if positions is not None:
+        positions = positions.reshape(-1, positions.shape[-1]).long()
+    if mask is None:
+        by_position = None if positions is None else positions[:, 1:] != positions[:, :-1] + 1
+        return Starts(by_position, None, None)
+    if positions is not None:
+        rows = max(positions.shape[0], mask.shape[0])
+        positions, mask = positions.expand(rows, -1), mask.to(positions.device).expand(rows, -1)
+    real, index = mask != 0, torch.arange(mask.shape[-1], device=mask.device)
+    before = running_max(torch.where(real, index, -1))[:, :-1]  # the last real token, -1 for none
+    first, last = before < 0, before.clamp(min=0)
+    real = real[:, 1:]
+    inside = real & ~first
+    by_position = by_number = None
+    if positions is not None:
+        step = positions[:, 1:] - positions.gather(1, last)
+        by_position = inside & (step != 1) & (step != index[1:] - before)
+    if numbered:
+        by_number = inside & (mask[:, 1:] != mask.gather(1, last))
+    return Starts(by_position, by_number, real & first)
+
+
+def _require_agreement(against: torch.Tensor, numbers: torch.Tensor) -> None:
+    if bool(against.any()):
+        row, at = against.nonzero()[0].tolist()
+        number = int(numbers.expand(len(against), -1)[row, at + 1])
+        raise InvalidInputError(
+            "position_ids and the numbers of documents (attention_mask, seq_idx) do not agree",
+            [Reason("position_ids", f"row {row}: they jump at token {at + 1}, inside of document {number}")],
+            "Give a mask of 0 and 1 with position_ids, or numbers of documents alone.",
+        )
+
+
+def jumps(document_ids: torch.Tensor) -> torch.Tensor:
+    """Positions ``[B, S]`` from document numbers of that shape, for `from_positions`: they jump at every document."""
+    return torch.arange(document_ids.shape[-1], device=document_ids.device) + 2 * document_ids
+
+
+def documents_in(segments: Segments, mask: torch.Tensor | None) -> int:
+    """How many documents hold a real token, for errors: padding in front of a row is none."""
+    if mask is None or tuple(mask.shape) != (segments.rows, segments.length):
+        return segments.documents
+    real = (mask != 0).tolist()
+    return sum(any(real[row][a:b]) for row, edges in enumerate(segments.boundaries) for a, b in pairwise(edges))
+
+
+def _invalid(name: str, reasons: Sequence[Reason]) -> InvalidInputError:
+    advice = "Build it as torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), or use PackingCollator."
+    return InvalidInputError(f"{name} can't be used", reasons, advice)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

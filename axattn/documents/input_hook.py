@@ -1,0 +1,285 @@
+"""The door of a model: hooks that read positions, cumulative lengths and masks once, before the model's own forward.
+
+Every `PreTrainedModel` inside a model has one `Door`. It checks the inputs, finds the documents (`Segments`) and holds
+them in the thread's slot (`axattn.documents.forward_context`) while the forward runs, where the mask function picks
+them up. On native names the same door is a guard: packed input that Transformers would leak is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import FrameType
+from typing import Any
+
+import torch
+
+from axattn.documents import mrope, native_flash_guard, native_guard
+from axattn.documents.boundaries import Segments
+from axattn.documents.forward_context import Context, Seen, current, slot
+from axattn.documents.inputs import switched
+from axattn.documents.late_inputs import look
+from axattn.documents.read_inputs import described, plain, read
+from axattn.documents.traced import TracedSegments
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.hf.caches import caches_in, is_packed, mark_packed
+from axattn.hf.foreign_code import changes_inputs
+from axattn.hf.forward_inputs import INPUTS, LENGTHS, caches_of, is_paged_step, token_shape
+from axattn.hf.model_internals import wants_weights
+from axattn.hf.registries import require_registered
+from axattn.hf.source_inspection import calls_interface
+from axattn.hf.torch_internals import last_pre_hook
+from axattn.traits import picked_tokens
+from axattn.traits.attention_configs import NameCheck
+from axattn.traits.model_traits import Facts
+from axattn.traits.pooling import padding_is_read
+from axattn.traits.position_ids import counted
+
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
+class Door:
+    """The forward pre-hook and forward hook of one `PreTrainedModel`. Picklable and copyable with its model.
+
+    Args:
+        facts: about the model.
+    """
+
+    _own: Any = None
+    _last = -1
+    _behind = False
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.names = NameCheck()
+        self._watching: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what it has found of the hooks and the ``forward`` of its module, to find it again in a copy."""
+        kept = ("facts", "names", "_watching")
+        return {name: value for name, value in vars(self).items() if name in kept}
+
+    def unwatch(self) -> None:
+        """Take off the hooks that a forward has added."""
+        while self._watching:
+            self._watching.pop().remove()
+
+    def enter(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook (``with_kwargs=True``). Packed rows get what they lack: on a flash name the lengths of their
+        documents, which Transformers' flash path reads at any batch size; positions that start anew in each. Of a mask
+        that numbers them the model gets a plain one."""
+        if is_paged_step(kwargs) and (self.facts.native is not None or switched(self.facts, module)):
+            return None
+        require_registered(module)
+        self.names.require(module)
+        given = {**dict(zip(self.facts.parameters, args, strict=False)), **kwargs} if args else kwargs
+        here, outer = slot(), current()
+        behind = None if torch.compiler.is_compiling() or not self._is_behind(module) else module
+        weights = self._require_allowed(module, given)
+        seen = described(given, outer)
+        unchanged: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        if outer is not None and _speaks_of(outer, seen.cu_q) and token_shape(given) is None:
+            # the lengths of the text, which a vision tower is given too (transformers 5.17)
+            kwargs = {name: value for name, value in kwargs.items() if name not in LENGTHS}
+            seen, unchanged = seen._replace(cu_q=None, cu_k=None), (args, kwargs)
+        if here.share is not None or here.told is not None:
+            segments, shape = self._told(module, given, here.told)
+            here.context = Context(
+                segments, shape, weights, seen, self, outer, here.share, caller=_caller(), behind=behind
+            )
+            return unchanged
+        if (
+            outer is not None
+            and behind is None
+            and not weights
+            and outer.segments is None
+            and outer.door is not self
+            and seen.nothing
+            and given.keys() <= INPUTS.keys()
+            and not any(map(is_packed, caches_of(given)))
+            and given.get("encoder_hidden_states") is None
+        ):
+            return unchanged  # an inner model with nothing to read: the outer door has looked, and its context holds
+        reads_padding = outer is not None and outer.reads_padding
+        if self.facts.reads and not reads_padding:
+            reads_padding = padding_is_read(self.facts, module, given)
+        if self.facts.picks and not reads_padding:
+            reads_padding = picked_tokens.padding_is_read(self.facts.picks, self.facts.native, module, given)
+        masked = outer.plain if outer is not None and seen.mask is outer.seen.mask else None
+        if outer is not None and seen.same(outer.seen):
+            segments, shape = outer.documents, outer.shape
+        else:
+            segments, shape, numbered = read(self.facts, module, given, seen, outer)
+            if numbered and masked is None:
+                masked = plain(seen.mask)
+        if masked is not None and masked is not given.get("attention_mask"):
+            args, kwargs = unchanged = self._masked(args, kwargs, masked)
+        if segments is not None:
+            completed, seen = self._complete(module, args, kwargs, given, seen, segments)
+            unchanged = completed or unchanged
+        here.context = Context(
+            segments,
+            shape,
+            weights,
+            seen,
+            self,
+            outer,
+            crosses=given.get("encoder_hidden_states") is not None,
+            reads_padding=reads_padding,
+            caller=_caller(),
+            plain=masked,
+            caches=tuple(caches_of(given)) if segments is not None else (),
+            behind=behind,
+        )
+        return unchanged
+
+    def reached(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of an attention module on a flash name: have the documents come this far, and as such?"""
+        if self.facts.native is None or is_paged_step(kwargs):
+            return
+        native_flash_guard.require_plain_positions(self.facts.native, module, args, kwargs)
+        context = current()
+        if context is not None and isinstance(context.segments, Segments):
+            native_flash_guard.require_reached(self.facts.native, module, kwargs, context.segments)
+
+    def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Forward hook (``always_call=True``): also runs when the forward raised."""
+        here = slot()
+        context = here.context
+        if context is None or context.door is not self:  # `enter` raised: nothing was set
+            return
+        here.context = context.outer
+        if context.segments is not None:
+            caches = [*context.caches, *caches_in(output)]
+            if caches:
+                alone = context.segments.alone
+                for cache in caches:
+                    mark_packed(cache, alone)
+
+    def _is_behind(self, module: torch.nn.Module) -> bool:
+        """Whether code that is not known runs between this hook and the model's own ``forward``, and may change its
+        inputs (`axattn.documents.late_inputs`)."""
+        own, last = module.__dict__.get("forward"), last_pre_hook(module)
+        if own is not self._own or last != self._last:
+            self._own, self._last = own, last
+            self._behind = changes_inputs(module, self.enter)
+            if self._behind and self.facts.native is not None and not self._watching:
+                self._watch(module)
+        return self._behind
+
+    def _watch(self, module: torch.nn.Module) -> None:
+        """On names that Transformers serves nothing of ours is called inside of its forward: hook modules that are, the
+        first of which is called before a finished mask takes the place of the one that was given (BERT)."""
+        attention = next((inner for inner in module.modules() if calls_interface(type(inner))), None)
+        for inner in dict.fromkeys((*module.children(), attention)):
+            if inner is not None:
+                # before the input hook of a model inside, which has a context of its own
+                self._watching.append(inner.register_forward_pre_hook(_look, prepend=True))
+
+    def _require_allowed(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
+        """Raise for what this model can't do on its kernel, whatever the tokens; whether attention weights are asked
+        for."""
+        facts = self.facts
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            native_guard.require_prefix_survives(module, given)
+        if facts.shares_keys:
+            native_guard.require_gradients_of_shared_keys(module)
+        if torch.nn.functional.scaled_dot_product_attention is not _SDPA and facts.native is None:
+            native_guard.require_no_context_parallel(module)
+        if facts.on_flash and facts.native is not None:
+            native_flash_guard.require_deterministic(facts.native, facts.nondeterministic, module)
+        weights = given.get("output_attentions")
+        if weights is None:
+            weights = wants_weights(module.config)
+        if weights and facts.native not in (None, "eager"):
+            raise UnsupportedAttentionError(
+                f"{facts.native} can't serve {type(module).__name__}",
+                [Reason("weights", "output_attentions=True (its kernel never forms the attention weights)")],
+                'Use attn_implementation="auto" or "eager".',
+            )
+        return bool(weights)
+
+    def _masked(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: torch.Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs with another 2-D mask."""
+        if "attention_mask" in kwargs:
+            return args, {**kwargs, "attention_mask": mask}
+        at = self.facts.parameters.index("attention_mask")
+        return (*args[:at], mask, *args[at + 1 :]), kwargs
+
+    def _told(
+        self, module: torch.nn.Module, given: dict[str, Any], told: Segments | None
+    ) -> tuple[Segments | TracedSegments | None, tuple[int, int] | None]:
+        """The documents where they are known before (`axattn.documents.forward_context.inside`)."""
+        shape = token_shape(given)
+        if told is not None and shape != (told.rows, told.length):
+            # read from positions alone, two rows could be one document
+            raise InvalidInputError(
+                f"{type(module).__name__} has {shape} tokens where the unpadded row has {(told.rows, told.length)}",
+                advice="Leave unpad out.",
+            )
+        return (told if told is not None and told.packed else None), shape
+
+    def _complete(
+        self,
+        module: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: dict[str, Any],
+        seen: Seen,
+        segments: Segments | TracedSegments,
+    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Seen]:
+        """The inputs with what packed rows lack, None when they lack nothing; and what is seen of them then."""
+        facts = self.facts
+        flattened = bool(facts.position_planes) and mrope.lacks_planes(given)
+        added: dict[str, Any] = {}
+        lengths = None
+        if (flattened or facts.on_flash) and facts.takes_lengths and isinstance(segments, Segments):
+            lengths = added = native_flash_guard.lengths_of(segments)
+            seen = seen._replace(cu_q=lengths["cu_seq_lens_q"], cu_k=lengths["cu_seq_lens_k"])
+        if flattened:
+            if isinstance(segments, TracedSegments):
+                segments.require_single("packed rows with images need position_ids of 3 or 4 planes in a graph")
+            else:
+                args, added = mrope.left_to_model(module, facts.parameters, args, lengths)
+                seen = seen._replace(positions=None)
+        elif seen.positions is None and not facts.position_planes and "position_ids" in facts.parameters[len(args) :]:
+            added["position_ids"] = self._positions(segments, given, seen)
+            seen = seen._replace(positions=added["position_ids"])
+        return ((args, {**kwargs, **added}) if added else None), seen
+
+    def _positions(self, segments: Segments | TracedSegments, given: dict[str, Any], seen: Seen) -> torch.Tensor:
+        """int64 ``[B, S]`` that start anew in each document; in a graph that may not be packed at all, else the model's
+        own count."""
+        facts, documents = self.facts, segments.document_ids
+        mask = seen.mask
+        if not isinstance(mask, torch.Tensor) or mask.shape != documents.shape:
+            mask = torch.ones_like(documents)
+        count = functools.partial(counted, facts.first_position, facts.counts_mask, given.get("input_ids"), mask)
+        anew: torch.Tensor = count(documents)
+        if isinstance(segments, Segments) or seen.cu_q is not None or seen.cu_k is not None:
+            return anew
+        return torch.where((documents[:, -1] > 0).any(), anew, count())
+
+
+def _look(module: torch.nn.Module, args: Any) -> None:
+    """Forward pre-hook of an attention module (see `Door._watch`)."""
+    context = None if torch.compiler.is_compiling() else current()
+    if context is not None and context.behind is not None:
+        look(context)
+
+
+def _caller() -> FrameType | None:
+    """The frame that calls the hook in which this is called: it runs the model's forward next."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    here = inspect.currentframe()
+    return here.f_back.f_back if here is not None and here.f_back is not None else None
+
+
+def _speaks_of(context: Context, lengths: Any) -> bool:
+    """Whether these are the lengths that the model of a context was given for its own tokens."""
+    return lengths is not None and context.seen.cu_q is lengths

@@ -1,0 +1,308 @@
+"""The inputs of a model's forward: read, and refused where they can't be right. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from axattn.documents import native_guard
+from axattn.documents.boundaries import Segments, from_cu_seqlens
+from axattn.documents.peft_row_effects import reasons_by_document
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.hf.caches import cache_length
+from axattn.hf.forward_inputs import caches_of, may_tell_documents
+from axattn.hf.torch_internals import is_tracing, require_when_run
+from axattn.spec import names
+from axattn.traits.model_traits import Facts
+
+_ALONE = "Give it one document a row, padded."
+
+
+def documents_of_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segments:
+    """The documents that ``cu_seq_lens_q`` and ``cu_seq_lens_k`` describe, of which one may be None.
+
+    Raises:
+        InvalidInputError: they can't be read (see `from_cu_seqlens`), or differ.
+    """
+    found = [
+        from_cu_seqlens(value, rows, length, name)
+        for name, value in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k))
+        if value is not None and not (name == "cu_seq_lens_k" and value is cu_q)
+    ]
+    if len(found) == 2 and found[0].boundaries != found[1].boundaries:
+        raise InvalidInputError(
+            "cu_seq_lens_q and cu_seq_lens_k describe different documents",
+            advice="In self-attention over packed rows they are the same tensor.",
+        )
+    return found[0]
+
+
+def mask_of_tokens(mask: torch.Tensor | None, length: int, caches: list[Any]) -> torch.Tensor | None:
+    """What a 2-D mask ``[B, T]`` says of this forward's own tokens ``[B, S]``, which stand behind those of a cache.
+
+    None where it says nothing of them: for one token (nothing to separate), or a cache whose length is not known while
+    tracing.
+    """
+    if mask is None or mask.shape[-1] == length:
+        return mask
+    if length < 2:
+        return None
+    cache = next((cache for cache in caches if hasattr(cache, "get_seq_length")), None)
+    held = 0 if cache is None else cache.get_seq_length()
+    if isinstance(held, torch.Tensor):
+        if is_tracing():
+            return None
+        held = int(held)
+    own = mask[:, held : held + length]
+    return own if own.shape[-1] == length else None
+
+
+def require_mask_fits(mask: Any, length: int, caches: list[Any]) -> None:
+    """Raise where a 2-D mask ``[B, T]`` speaks of more tokens than a forward and its cache have: read at the wrong
+    place, it would tell documents that nobody gave.
+
+    PEFT 0.21 hands its prefix over as ``past_key_values`` beside the ``cache`` that Transformers 5.24 goes by: it is
+    dropped there, and the mask still counts it.
+
+    Raises:
+        InvalidInputError: it does.
+    """
+    held = max(map(cache_length, caches), default=0)
+    if isinstance(mask, torch.Tensor) and mask.shape[-1] > held + length:
+        raise InvalidInputError(
+            f"attention_mask has {mask.shape[-1]} columns, for {length} tokens over a cache of {held}",
+            [Reason("attention_mask", "the tokens that it speaks of are not there (a prefix or cache that got lost)")],
+            f"Give a mask of [{mask.shape[0]}, {held + length}].",
+        )
+
+
+def numbers_of(index: Any, mask: torch.Tensor | None, rows: int, length: int) -> torch.Tensor:
+    """int64 ``[B, S]``: numbers of documents from 1 on, 0 for padding, from ``seq_idx`` and a 2-D mask.
+
+    Args:
+        index: the document of each token, ``[B or 1, S]`` (``DataCollatorWithFlattening(return_seq_idx=True)``).
+        mask: ``[B, S]``, 0 for padding; it may number documents too. None where no token is padding.
+        rows: B.
+        length: S.
+
+    Raises:
+        InvalidInputError: `index` has another shape or dtype.
+    """
+    fits = isinstance(index, torch.Tensor) and index.ndim == 2 and index.shape[0] in (1, rows)
+    if not fits or index.shape[1] != length or index.is_floating_point():
+        shown = f"shape {list(index.shape)}, {index.dtype}" if isinstance(index, torch.Tensor) else repr(index)
+        raise InvalidInputError(
+            f"seq_idx is {shown}, but the batch has {rows} rows of {length} tokens",
+            advice=f"Give the number of each token's document, int32 [{rows}, {length}], or leave it out.",
+        )
+    numbers: torch.Tensor = (index.long() - index.min() + 1).expand(rows, length)
+    if mask is None:
+        return numbers
+    real = (mask != 0).to(numbers.device)
+    numbers = numbers * (mask.max().long() + 1).to(numbers.device) + mask.to(numbers.device, torch.long)
+    return numbers * real
+
+
+def text_positions(positions: Any, rows: int, length: int, planes: tuple[int, ...]) -> torch.Tensor | None:
+    """The text positions ``[B or 1, S]`` in ``position_ids``, None when there are none to read documents from.
+
+    Raises:
+        InvalidInputError: another shape, or positions that are no integers.
+    """
+    if not isinstance(positions, torch.Tensor):
+        return None
+    shape = positions.shape
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        dtype = str(positions.dtype).removeprefix("torch.")
+        raise InvalidInputError(f"position_ids have dtype {dtype}", advice="Positions are integers (torch.long).")
+    if positions.ndim == 3 and planes:
+        if shape[0] in planes and shape[1] in (1, rows) and shape[2] == length:
+            return None if shape[0] == 3 else positions[0]
+    elif positions.ndim == 2 and shape[0] in (1, rows) and shape[1] == length:
+        return positions
+    elif positions.ndim == 1 and shape[0] == length:
+        return positions[None]
+    legal = f"[{rows}, {length}] or [1, {length}]"  # not before: text of a length would be a graph for each length
+    if positions.ndim == 3 and planes:
+        legal = f"[{'|'.join(map(str, planes))}, {rows}, {length}]"
+    raise InvalidInputError(
+        f"position_ids have shape {list(shape)}, but the batch has {rows} rows of {length} tokens",
+        advice=f"This model takes {legal}.",
+    )
+
+
+def require_counted_from(first: int, module: torch.nn.Module, positions: torch.Tensor, mask: Any) -> None:
+    """RoBERTa and its kin count from ``padding_idx + 1``; positions below are those of padding, or of no token.
+
+    Raises:
+        InvalidInputError: a real token has such a position.
+    """
+    if is_tracing():
+        real = positions if mask is None else positions.masked_fill(mask == 0, first)
+        require_when_run((real >= first).all(), "position_ids start at padding_idx + 1 in this model")
+        return
+    real = positions if mask is None else positions.expand(mask.shape)[mask != 0]
+    low = int(real.min()) if real.numel() else first
+    if low < first:
+        raise InvalidInputError(
+            f"position_ids start at {low}, but {type(module).__name__} counts from {first}",
+            [Reason("position_ids", f"position {first - 1} is that of padding")],
+            f"Give position_ids + {first - low} (PackingCollator takes first_position).",
+        )
+
+
+def require_first_is_real(text: str, mask: torch.Tensor) -> None:
+    """What a kernel gives for padding is not what eager attention gives; nothing must read it.
+
+    Raises:
+        InvalidInputError: a row starts with padding.
+    """
+    if is_tracing():
+        require_when_run((mask[:, 0] != 0).all(), f"{text}, and rows are padded on the left")
+    elif not bool((mask[:, 0] != 0).all()):
+        advice = 'Set tokenizer.padding_side = "right", or use attn_implementation="eager".'
+        raise InvalidInputError("rows are padded on the left", [Reason("padding", text)], advice)
+
+
+def switched(facts: Facts, module: torch.nn.Module) -> str:
+    """The name of Transformers that a model was put on behind axattn (``model.set_attn_implementation``), or ``""``."""
+    config: Any = module.config
+    running = config._attn_implementation
+    return running if facts.native is None and isinstance(running, str) and names.is_native(running) else ""
+
+
+def require_ours(facts: Facts, module: torch.nn.Module) -> None:
+    """Raise where a model was `switched`: its door stands for our kernels, which keep documents and parts of rows
+    apart, and does not guard that name.
+
+    Raises:
+        UnsupportedAttentionError: it was.
+    """
+    running = switched(facts, module)
+    if running:
+        text = f"it was put on {running} after axattn had put it on another kernel"
+        advice = f'Use axattn.apply(model, "{running}"), or axattn.restore(model) first.'
+        name = type(module).__name__
+        raise UnsupportedAttentionError(
+            f"{name} can't run rows that are packed or split", [Reason("model", text)], advice
+        )
+
+
+def require_known(
+    module: torch.nn.Module,
+    unknown: Mapping[str, list[torch.Tensor]],
+    mask: torch.Tensor | None,
+    rows: int,
+    length: int,
+) -> None:
+    """Raise for a keyword that axattn does not know and that may say where documents end: nobody would read it.
+
+    Args:
+        module: the model.
+        unknown: what such keywords hold for tokens (`axattn.hf.forward_inputs.unknown_tensors`).
+        mask: the 2-D mask ``[B, S]``, or None.
+        rows: B.
+        length: S.
+
+    Raises:
+        UnsupportedAttentionError: one of them can be read as a description of several documents. In a compiled graph
+            that is asserted when it runs.
+    """
+    for name, tensors in unknown.items():
+        for x in tensors:
+            told = may_tell_documents(x, mask, rows, length)
+            if told is None:
+                continue
+            if is_tracing():
+                require_when_run(~told, f"{name} is not known, and may describe packed documents")
+            elif bool(told):
+                raise UnsupportedAttentionError(
+                    f"{type(module).__name__} can't run this batch",
+                    [Reason(name, f"{name}: an unknown keyword whose values may describe packed documents")],
+                    "Describe documents by position_ids, cu_seq_lens_q or seq_idx.",
+                )
+
+
+def require_packable(
+    facts: Facts,
+    module: torch.nn.Module,
+    inputs: dict[str, Any],
+    segments: Segments,
+    unknown: Iterable[str],
+    mask: Any,
+) -> None:
+    """Raise for packed rows that this model can't take, or not with these inputs.
+
+    Args:
+        facts: about the model.
+        module: the model.
+        inputs: of its forward, by name.
+        segments: the documents.
+        unknown: keywords that are not known and hold something for tokens.
+        mask: the 2-D mask, or None.
+
+    Raises:
+        InvalidInputError: an encoder-decoder, rows that go on from a cache, or an unknown keyword that may say more
+            of the tokens.
+        UnsupportedAttentionError: documents would leak, or be numbered wrong.
+    """
+    name = type(module).__name__
+    require_ours(facts, module)
+    if facts.encoder_decoder:
+        reasons = [Reason("segments", "its cross-attention has no document boundaries")]
+        raise InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ALONE)
+    held = max(map(cache_length, caches_of(inputs)), default=0)
+    if held > 0:
+        raise InvalidInputError(
+            "packed rows can't continue from a cache",
+            [Reason("segments", f"the cache already holds {held} tokens of unknown documents")],
+            "Pass no cache, or one document a row.",
+        )
+    if unknown:
+        reasons = [Reason(keyword, f"{keyword}: what an unknown keyword says of the tokens") for keyword in unknown]
+        raise InvalidInputError(f"packed rows can't run in {name} with these inputs", reasons, _ALONE)
+    if facts.mixers:
+        raise UnsupportedAttentionError(f"packed rows would leak in {name}", facts.mixers, _ALONE)
+    unfit = [*facts.unfit, *reasons_by_document(module)]
+    if unfit:
+        raise UnsupportedAttentionError(f"packed rows can't run in {name}", unfit, _ALONE)
+    if facts.counted is not None and segments.length > facts.counted:
+        text = f"its layers without RoPE scale queries by their position in the row, from {facts.counted} on"
+        raise UnsupportedAttentionError(
+            f"{name} can't take packed rows of {segments.length} tokens",
+            [Reason("segments", text)],
+            f"Pack into rows of at most {facts.counted} tokens.",
+        )
+    if facts.stretched_from is not None:
+        _require_not_stretched(facts.stretched_from, name, inputs.get("position_ids"), segments, mask)
+    if facts.native is not None:
+        follow = facts.on_flash and facts.takes_lengths
+        native_guard.require_no_leak(
+            facts.native, module, inputs, segments, mask, lengths_follow=follow, overlays=facts.overlays
+        )
+
+
+def _require_not_stretched(limit: int, name: str, positions: Any, segments: Segments, mask: Any) -> None:
+    """Raise where dynamic NTK would stretch the frequencies of all documents: by the highest position that is given,
+    padding's too; where none are, by the longest document (`axattn.documents.input_hook` counts no padding).
+
+    Raises:
+        UnsupportedAttentionError: it would.
+    """
+    longest = max(b - a for row in segments.boundaries for a, b in pairwise(row))
+    if isinstance(positions, torch.Tensor):
+        reach = int(positions.max()) + 1
+    elif isinstance(mask, torch.Tensor) and mask.shape == segments.document_ids.shape:
+        reach = int(segments.positions.masked_fill(mask == 0, 0).max()) + 1
+    else:
+        reach = longest
+    if reach > limit:
+        by = f"longest document, of {reach} tokens" if reach <= longest else f"highest position, {reach - 1}"
+        raise UnsupportedAttentionError(
+            f"{name} can't take packed rows with positions above {limit - 1}",
+            [Reason("segments", f"its rotary embedding (dynamic) is stretched by the {by}")],
+            _ALONE,
+        )

@@ -1,0 +1,273 @@
+"""What Transformers' flash path drops in silence, and the refusal of it. Pure checks over a call's inputs.
+
+That path never sees the mask function: documents, image blocks and positions reach the kernel by other ways, or not at
+all. Measured on transformers 5.17 and 5.23, over strict fakes of the kernels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from axattn.documents.boundaries import Segments
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf import determinism
+from axattn.hf.forward_inputs import KINDS, LENGTHS, tokens_of
+from axattn.hf.model_internals import window_of
+from axattn.hf.source_inspection import calls_interface, calls_of, code_of, file_source, signature_of, source_of
+from axattn.hf.weak_cache import weak_cache
+
+_ADVICE = 'Use attn_implementation="varlen" or "auto".'
+
+
+def windowed(module: torch.nn.Module) -> bool:
+    """Whether some layers of a model have a sliding window (read in its config)."""
+    return window_of(module) is not None
+
+
+def overlays(module: torch.nn.Module) -> bool:
+    """Whether a model lays blocks over its mask where ``token_type_ids`` say so."""
+    source = sys.modules.get(code_of(module).__module__)
+    mentions = source is not None and "block_sequence_ids" in file_source(source.__name__)
+    return mentions and bool(set(signature_of(module).parameters) & set(KINDS))
+
+
+def takes_lengths(module: torch.nn.Module) -> bool:
+    """Whether the forward of a model takes what `lengths_of` gives."""
+    parameters = signature_of(module).parameters
+    spread = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return spread or set(LENGTHS) <= set(parameters)
+
+
+def contradictions(model: torch.nn.Module) -> list[Reason]:
+    """Why Transformers' flash path would compute something else than its masks say, whatever the inputs.
+
+    It reads ``is_causal`` and ``sliding_window`` of attention modules. PaliGemma's and those of Pegasus-X's decoder say
+    that they are not causal; T5Gemma's encoder gives a window one token smaller than its mask's, as every model with
+    windows does once ``config.is_causal`` is False; PhiMoE's and Qwen2-MoE's give none (transformers 5.23).
+
+    Args:
+        model: a ``PreTrainedModel``: one of those inside the whole, each is asked.
+    """
+    inner = [module for module in model.modules() if _calls_interface(module)]
+    silent = [type(module) for module in inner if not hasattr(module, "is_causal") and not _gives(module, "is_causal")]
+    if silent:
+        return [Reason("causal", f"{silent[0].__name__} has no is_causal, which Transformers' flash path reads")]
+    source = source_of(code_of(model).forward)
+    config: Any = model.config
+    text = config.get_text_config()
+    causal = "create_causal_mask" in source and getattr(text, "is_causal", True)
+    causal = causal and ("is_decoder" not in source or getattr(config, "is_decoder", False))
+    if causal and inner and not any(getattr(module, "is_causal", True) for module in inner):
+        name = type(inner[0]).__name__
+        return [Reason("causal", f"{name}.is_causal is False: Transformers' flash path would attend to later tokens")]
+    window = getattr(text, "sliding_window", None)
+    if isinstance(window, int) and window > 0:
+        return _window_contradictions(source, text, window, inner)
+    return []
+
+
+def _window_contradictions(source: str, config: Any, window: int, inner: list[torch.nn.Module]) -> list[Reason]:
+    """Windows that masks have and the kernel is not told of, or told of another."""
+    kinds = getattr(config, "layer_types", None)
+    if "create_sliding_window" in source and inner and (not kinds or any("sliding" in str(kind) for kind in kinds)):
+        told = [module for module in inner if _gives(module, "sliding_window")]
+        if not told:
+            name = type(inner[0]).__name__
+            return [Reason("window", f"{name} does not hand its window of {window} tokens to Transformers' flash path")]
+    both_ways = "create_sliding_window_causal_mask" in source and not getattr(config, "is_causal", True)
+    if both_ways or "create_bidirectional_sliding_window_mask" in source:  # |q - k| <= window (`masking_utils`)
+        windows = {getattr(module, "sliding_window", window) for module in inner}
+        others = {size for size in windows if isinstance(size, int)} - {window + 1}
+        if others:
+            text = f"its mask reaches {window} tokens to each side, Transformers' flash path {min(others) - 1}"
+            return [Reason("window", text)]
+    return []
+
+
+def _calls_interface(module: torch.nn.Module) -> bool:
+    cls: Any = type(module)
+    return calls_interface(cls)
+
+
+def _gives(module: torch.nn.Module, name: str) -> bool:
+    """Whether an attention module gives a keyword with the call of its attention function."""
+    calls = calls_of(code_of(module).forward, "attention_interface")
+    return bool(calls) and all(any(keyword.arg == name for keyword in call.keywords) for call in calls)
+
+
+def require_deterministic(native: str, lacking: Iterable[Reason], module: torch.nn.Module) -> None:
+    """Raise, or warn, where the kernel's gradient is not the deterministic one that is asked for.
+
+    Args:
+        native: a flash name.
+        lacking: why its kernel has no deterministic gradient; none where it has one.
+        module: the model, in its forward.
+
+    Raises:
+        UnsupportedAttentionError: the model trains like this.
+    """
+    given, fix = determinism.asked_of_native(module.config)
+    if not (given or torch.are_deterministic_algorithms_enabled()) or not torch.is_grad_enabled():
+        return
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return
+    reasons = [*lacking]
+    if not given:
+        text = "Transformers does not hand torch.use_deterministic_algorithms on to it"
+        reasons.insert(0, Reason("deterministic", text, fix))
+    if reasons and determinism.asked(given):
+        fixes = "".join(f"Set {reason.fix}. " for reason in reasons if reason.fix)
+        text = f"{native} can't serve {type(module).__name__} in training"
+        advice = 'Use attn_implementation="varlen", or torch.use_deterministic_algorithms(True, warn_only=True).'
+        raise UnsupportedAttentionError(text, reasons, fixes + advice)
+    for reason in reasons:
+        warnings.warn(f"axattn: {reason.text}", UserWarning, stacklevel=2)  # once for each text: Python's own filter
+
+
+def require_served(native: str, inputs: dict[str, Any], windowed: bool, *, overlays: bool, reads_padding: bool) -> None:
+    """Raise for inputs whose meaning the flash path would drop; of the model it takes what
+    `axattn.traits.model_traits.Facts` hold.
+
+    Raises:
+        UnsupportedAttentionError: image blocks, padding with holes in front of a sliding window, padding that a head
+            reads, or as many targets as padded source tokens.
+    """
+    reasons: list[Reason] = []
+    if _crosses_padding(inputs):
+        text = "as many targets as source tokens, some of them padding: the flash path takes both for one sequence"
+        reasons.append(Reason("padding", text))
+    if overlays and has_kinds(inputs):
+        text = "tokens of an image attend to each other both ways, and the flash path is causal throughout"
+        reasons.append(Reason("dense_mask", text))
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        if reads_padding and not bool((mask != 0).all()):
+            text = "its head reads padding too, for which the flash path computes no attention"
+            reasons.append(Reason("padding", text))
+        if windowed and _has_holes(mask):
+            text = "padding between real tokens: the flash path takes it out, and the window then reaches too far"
+            reasons.append(Reason("padding", text))
+    if reasons:
+        raise UnsupportedAttentionError(f"{native} can't serve this batch", reasons, _ADVICE)
+
+
+def has_kinds(inputs: dict[str, Any]) -> bool:
+    """Whether some tokens are said to be of an image."""
+    kinds = [given for name in KINDS if isinstance(given := inputs.get(name), torch.Tensor)]
+    return any(bool(given.any()) for given in kinds)
+
+
+def _crosses_padding(inputs: dict[str, Any]) -> bool:
+    """Whether cross-attention over a padded source has as many queries as keys: Transformers' ``_upad_input`` then cuts
+    the queries at the source's padding (transformers 5.23)."""
+    source, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
+    tokens = tokens_of(inputs)
+    if not all(isinstance(x, torch.Tensor) for x in (source, mask, tokens)):
+        return False
+    assert isinstance(source, torch.Tensor)
+    assert isinstance(mask, torch.Tensor)
+    assert isinstance(tokens, torch.Tensor)
+    return source.shape[1] == tokens.shape[1] and mask.ndim == 2 and not bool(mask.all())
+
+
+def _has_holes(mask: torch.Tensor) -> bool:
+    real = (mask != 0).to(torch.int32)
+    span = real.shape[-1] - real.argmax(-1) - real.flip(-1).argmax(-1)
+    return bool(((real.sum(-1) > 0) & (real.sum(-1) != span)).any())
+
+
+@weak_cache
+def passes_keywords(cls: Any) -> bool:
+    """Whether an attention class hands its ``**kwargs`` on to the attention function (read in its source)."""
+    found = calls_of(cls.forward, "attention_interface")
+    return bool(found) and all(any(kw.arg is None for kw in call.keywords) for call in found)
+
+
+def require_plain_positions(
+    native: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise for positions handed to the flash path of a single row that are not one for each token: it looks for
+    documents in them, and its cumulative lengths then reach past the tokens.
+
+    Planes of positions (GLM-4.5V; transformers 5.23), heights and widths of patches (Pixtral; 5.17).
+
+    Raises:
+        UnsupportedAttentionError: this attention module gets such positions.
+    """
+    positions, hidden = kwargs.get("position_ids"), kwargs.get("hidden_states", next(iter(args), None))
+    if not isinstance(positions, torch.Tensor) or not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+        return
+    rows, length = hidden.shape[:2]
+    if rows == 1 and tuple(positions.shape) not in ((1, length), (length,)):
+        shape = "planes of positions" if positions.ndim == 3 else f"positions of shape {list(positions.shape)}"
+        text = f"{type(module).__name__} is given {shape} for {length} tokens, and would read past its row"
+        raise UnsupportedAttentionError(f"{native} can't serve this batch", [Reason("position_ids", text)], _ADVICE)
+
+
+def require_reached(native: str, module: torch.nn.Module, kwargs: dict[str, Any], segments: Segments) -> None:
+    """Raise unless the description of the documents has reached this attention module of a packed forward.
+
+    Raises:
+        UnsupportedAttentionError: it has not, so they would leak (ModernBERT, Llama 4; transformers 5.23).
+    """
+    cls = code_of(module)
+    lengths = all(kwargs.get(name) is not None for name in LENGTHS)
+    if not passes_keywords(cls) or not (lengths or not packed_reasons(native, kwargs, segments)):
+        raise UnsupportedAttentionError(
+            f"packed rows would leak on {native}",
+            [Reason("segments", f"the lengths of the documents do not reach {cls.__name__}")],
+            _ADVICE,
+        )
+
+
+def lengths_of(segments: Segments) -> dict[str, Any]:
+    """The four keywords that describe documents to Transformers' flash path; int maxima, as FlashAttention 4 wants."""
+    longest = max(b - a for row in segments.boundaries for a, b in pairwise(row))
+    edges = segments.cu_seqlens
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+
+
+def packed_reasons(
+    native: str, inputs: dict[str, Any], segments: Segments, *, lengths_follow: bool = False
+) -> list[Reason]:
+    """Why packed rows would leak: right with all four lengths, or with one row whose documents start alike.
+
+    Args:
+        native: the flash name.
+        inputs: of the forward.
+        segments: the documents.
+        lengths_follow: the door adds the lengths to the inputs.
+    """
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool((mask != 0).all()):
+        return [
+            Reason("padding", "with padding the flash path reads the mask, and the lengths of the documents no more")
+        ]
+    given = [name for name in LENGTHS if inputs.get(name) is not None]
+    if lengths_follow or len(given) == len(LENGTHS):
+        return []
+    reasons = []
+    if given:
+        absent = ", ".join(name for name in LENGTHS if name not in given)
+        reasons.append(Reason("segments", f"Transformers reads the lengths only when all are given; missing: {absent}"))
+    if segments.rows > 1:
+        reasons.append(Reason("segments", "Transformers' flash path separates documents only when there is one row"))
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, torch.Tensor):
+        reasons.append(Reason("segments", "neither cu_seq_lens nor position_ids reach the kernel"))
+    elif segments.rows == 1:
+        flat = positions.reshape(-1)
+        starts = [int(flat[at]) for at in segments.boundaries[0][:-1]]
+        if len(set(starts)) > 1:
+            reasons.append(Reason("segments", "documents start at different positions, which the flash path merges"))
+    if not reasons and native == "flash_attention_4":
+        text = "it wants its longest document as an int, and gets a tensor unless max_length_q and _k are given"
+        reasons.append(Reason("segments", text))
+    return reasons

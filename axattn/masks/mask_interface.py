@@ -1,0 +1,337 @@
+"""The mask function that Transformers calls for all our names: it describes the mask and computes nothing yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from axattn.documents.boundaries import Segments, from_positions, jumps
+from axattn.documents.forward_context import Context, current
+from axattn.documents.late_inputs import look
+from axattn.documents.sequence_shard import Share
+from axattn.documents.traced import TracedSegments
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.hf.callers import reads_last_token
+from axattn.hf.mask_functions import Pattern, known, recognise, recognise_traced
+from axattn.hf.torch_internals import is_tracing
+from axattn.masks.image_blocks import blocks_in_place, require_one_document
+from axattn.masks.lazy_mask import LazyMask
+from axattn.masks.shard_mask import ShareMask
+
+
+def lazy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: torch.Tensor | LazyMask | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    local_size: int | None = None,
+    config: Any = None,
+    **others: Any,
+) -> LazyMask:
+    """Describe a mask as Transformers asks for it (``transformers.masking_utils``, arguments as for ``sdpa_mask``).
+
+    Documents come from the door (see `axattn.documents.input_hook`); a model without one falls back to what
+    Transformers itself found in ``position_ids``. The remaining keywords (``dtype``, ``allow_is_causal_skip``, ...)
+    only steer shortcuts that a `LazyMask` does not need.
+
+    Args:
+        batch_size: B.
+        q_length: S.
+        kv_length: T.
+        q_offset: absolute position of the first query; a tensor with a static cache (read or copied now: the cache
+            changes it).
+        kv_offset: absolute position of the first key.
+        mask_function: Transformers' mask function over absolute indices; causal when None.
+        attention_mask: bool ``[B, T']``, True for real tokens, or None.
+        use_vmap: the mask function is not index based.
+        device: where a dense mask is built.
+        local_size: window or chunk size on such layers; read only while ``torch.compile`` traces.
+        config: the model's; likewise.
+        others: see above.
+
+    Returns:
+        A `LazyMask` of shape ``[B, 1, S, T]``.
+    """
+    context = current()
+    if context is not None and context.behind is not None:
+        look(context)
+    tracing = is_tracing()
+    # over a cache whose length a graph must not depend on: `generate` makes the masks of static caches outside of the
+    # forward that it compiles, and in a graph their length is a tensor
+    dense = isinstance(q_offset, torch.Tensor) if tracing else context is None and q_length != kv_length
+    if context is not None and context.share is not None:
+        return _shared(context.share, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
+    on_host = None
+    if isinstance(attention_mask, torch.Tensor) and not dense and not tracing:
+        on_host = _padding(attention_mask.cpu(), kv_length, kv_offset)  # one transfer: all else is read from it
+        if bool(on_host.all()):
+            attention_mask = on_host = None  # no padding: the commonest mask that is given
+    if (
+        mask_function is known().causal
+        and attention_mask is None
+        and q_length == kv_length
+        and (context is None or (context.segments is None and not context.weights))
+        and type(q_offset) is int
+        and not tracing
+        and q_offset == kv_offset
+        and not use_vmap
+    ):
+        return _plain_causal(batch_size, q_length, torch.device(device), context is not None)
+    if isinstance(attention_mask, LazyMask):  # `generate` builds the masks of a static cache before the forward
+        return attention_mask
+    function = known().causal if mask_function is None else mask_function
+    device = torch.device(device)
+    offset: Any = q_offset.clone() if dense and isinstance(q_offset, torch.Tensor) else int(q_offset)
+    if use_vmap:
+        pattern = None
+    elif tracing:
+        pattern = recognise_traced(function, local_size, config, "allow_is_bidirectional_skip" in others)
+    else:
+        pattern = recognise(function)
+    segments = None if dense else _segments(pattern, batch_size, q_length, offset, kv_length, device)
+    if pattern is not None and pattern.base is not None:
+        function = pattern.base
+    elif pattern is None and segments is not None:
+        if isinstance(segments, TracedSegments) and use_vmap:
+            require_one_document(segments)
+        elif not tracing:
+            function = blocks_in_place(function)
+    padding = None if attention_mask is None else _padding(attention_mask, kv_length, kv_offset)
+    last_is_read = padding is not None and _last_is_read(
+        padding if on_host is None else on_host, pattern, q_length, offset, kv_offset
+    )
+    every_query = last_is_read or (padding is not None and context is not None and context.reads_padding)
+
+    def materialise() -> torch.Tensor:
+        from transformers.masking_utils import sdpa_mask
+
+        if pattern is not None and pattern.chunk is not None and segments is not None:
+            seen = _chunks_in_documents(segments, pattern.chunk, kv_length, padding)
+        else:
+            seen = sdpa_mask(
+                batch_size=batch_size,
+                q_length=q_length,
+                kv_length=kv_length,
+                q_offset=offset,
+                kv_offset=kv_offset,
+                mask_function=function,
+                attention_mask=None,
+                allow_is_causal_skip=False,
+                allow_is_bidirectional_skip=False,
+                use_vmap=use_vmap,
+                device=device,
+            )
+        if padding is not None:
+            seen = seen & padding[:, None, None, :]
+        if segments is not None:
+            seen = seen & _same_document(segments, kv_length)
+        return seen
+
+    if last_is_read and pattern is not None and (pattern.window or pattern.chunk):
+        _require_last_sees_keys(materialise())
+    # an overlay of the user's or of images is dense in any case, and can't be made inside of an operator (vmap)
+    ready = not tracing and (use_vmap or (dense and q_length == 1))
+    return LazyMask(
+        shape=(batch_size, 1, q_length, kv_length),
+        pattern=None if every_query else pattern,  # spans leave padding out
+        segments=segments,
+        padding=padding,
+        materialise=materialise,
+        q_offset=offset,
+        kv_offset=kv_offset,
+        device=device,
+        guarded=context is not None,
+        weights=context is not None and context.weights,
+        crosses=_crosses(pattern, context, (batch_size, q_length)),
+        dense_in_graphs=dense,
+        ready=materialise().contiguous() if ready else None,
+        padding_on_host=on_host,
+    )
+
+
+_plain: dict[tuple[int, int, torch.device, bool], LazyMask] = {}
+_PLAIN_KEPT = 8
+
+
+def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -> LazyMask:
+    """The plain causal mask of whole rows, one object over many forwards: the commonest mask, and it has no state.
+
+    What the interface notes on it (`LazyMask.hit`) then also serves the next forward. One that was made dense is not
+    kept: it would hold S x S bytes.
+    """
+    key = (rows, length, device, guarded)
+    mask = _plain.get(key)
+    if mask is None or mask.materialised:
+
+        def materialise() -> torch.Tensor:
+            return torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(rows, 1, length, length)
+
+        with torch.inference_mode(False):  # a training step may be given it next: its handle is saved for backward
+            mask = LazyMask(
+                shape=(rows, 1, length, length),
+                pattern=recognise(known().causal),
+                segments=None,
+                padding=None,
+                materialise=materialise,
+                device=device,
+                guarded=guarded,
+            )
+        if len(_plain) >= _PLAIN_KEPT:
+            _plain.clear()
+        _plain[key] = mask
+    return mask
+
+
+def _shared(
+    share: Share,
+    mask_function: Callable[..., Any] | None,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    use_vmap: bool,
+    device: torch.device | str,
+) -> ShareMask:
+    """The mask of the whole rows, for a model that sees its share of them. What the share says of documents holds."""
+    function = known().causal if mask_function is None else mask_function
+    pattern = None if use_vmap else recognise(function)
+    reasons = []
+    if pattern is None:
+        reasons.append(Reason("dense_mask", "its mask is more than causal, windowed or in chunks"))
+    if (q_length, kv_length) != (share.part, share.part) or int(q_offset) != kv_offset:
+        reasons.append(Reason("cross_lengths", f"{q_length} queries over {kv_length} keys (a cache)"))
+    if pattern is None or reasons:
+        raise UnsupportedAttentionError("this model can't run sequence-parallel", reasons)
+    length, device = share.length, torch.device(device)
+    plain = Pattern(causal=pattern.causal, window=pattern.window, chunk=pattern.chunk)
+    segments = None if share.segments is None else share.segments.to(device)
+
+    def materialise() -> torch.Tensor:
+        seen = _rule(length, plain, share.padding, device)
+        if plain.chunk is not None and segments is not None:
+            seen = _chunks_in_documents(segments, plain.chunk, length)[:, 0]
+        seen = seen[:, None].expand(share.rows, 1, length, length)
+        if share.padding is not None:
+            seen = seen & share.padding[:, None, None, :]
+        return seen if segments is None else seen & _same_document(segments, length)
+
+    whole = LazyMask(
+        shape=(share.rows, 1, length, length),
+        pattern=plain,
+        segments=segments,
+        padding=share.padding,
+        materialise=materialise,
+        device=device,
+        guarded=True,
+    )
+    return ShareMask(share, whole)
+
+
+def _rule(length: int, pattern: Pattern, padding: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """bool ``[B or 1, S, S]`` of a pattern over rows of one document; chunks count from a row's first real token."""
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index
+    seen = distance >= 0 if pattern.causal else torch.ones_like(distance, dtype=torch.bool)
+    if pattern.window is not None:
+        seen = seen & (distance.abs() < pattern.window)
+    seen = seen[None]
+    if pattern.chunk is not None:
+        first = torch.zeros(1, 1, dtype=torch.long, device=device)
+        if padding is not None:
+            first = padding.long().argmax(-1, keepdim=True)
+        chunks = (index - first) // pattern.chunk
+        seen = seen & (chunks[:, :, None] == chunks[:, None, :])
+    return seen
+
+
+def _crosses(pattern: Pattern | None, context: Context | None, shape: tuple[int, int]) -> bool:
+    """Whether a mask may be one of cross-attention; in doubt, yes. Causal rules and windows are about one sequence."""
+    if pattern is None or pattern.causal or pattern.window is not None:
+        return False
+    return context is None or context.crosses or context.shape != shape
+
+
+def _last_is_read(padding: torch.Tensor, pattern: Pattern | None, q_length: int, q_offset: Any, kv_offset: int) -> bool:
+    """Whether the last query of some row is padding behind real tokens, and its caller reads that (``generate`` on rows
+    padded on the right). Of a row that is padding so far (padded on the left, in the first of several chunks) nothing
+    is read. A single query is never left out of spans."""
+    if is_tracing() or q_length == 1 or pattern is None or not reads_last_token(causal=pattern.causal):
+        return False
+    last = q_offset + q_length - 1 - kv_offset
+    return bool((~padding[:, last] & padding[:, :last].any(-1)).any())
+
+
+def _require_last_sees_keys(dense: torch.Tensor) -> None:
+    """What a query that sees no key is given is another thing on each kernel.
+
+    Args:
+        dense: the mask, ``[B, 1, S, T]``.
+
+    Raises:
+        InvalidInputError: the last query of a row sees none. Of a row that is padding from end to end nothing is asked.
+    """
+    seen = dense.any(-1)[:, 0]
+    if not bool((seen[:, -1] | ~seen.any(-1)).all()):
+        text = "the last token of each row is read, which is padding, and all that its window holds is padding too"
+        raise InvalidInputError(
+            "rows are padded on the right", [Reason("padding", text)], 'Set tokenizer.padding_side = "left".'
+        )
+
+
+def _segments(
+    pattern: Pattern | None, rows: int, q_length: int, q_offset: int, kv_length: int, device: torch.device
+) -> Segments | TracedSegments | None:
+    context = current()
+    if context is not None and context.segments is not None:
+        found = context.documents
+        assert found is not None
+        if (found.rows, found.length) != (rows, q_length) or q_offset != 0 or kv_length < q_length:
+            return None
+        return found.to(device)
+    if pattern is None or pattern.document_ids is None:
+        return None
+    ids = pattern.document_ids
+    return from_positions(jumps(ids), None, rows, q_length)
+
+
+def _padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor:
+    """bool ``[B, T]`` for the keys in the cache, as Transformers cuts and pads it: unknown keys are not real."""
+    mask = attention_mask.to(torch.bool)
+    if kv_offset == 0 and mask.shape[-1] == kv_length:
+        return mask
+    short = kv_length + kv_offset - mask.shape[-1]
+    if short > 0:
+        mask = torch.nn.functional.pad(mask, (0, short))
+    return mask[:, kv_offset : kv_offset + kv_length]
+
+
+def _same_document(segments: Segments | TracedSegments, kv_length: int) -> torch.Tensor:
+    """bool ``[B, 1, S, T]``; keys past S (an empty static cache) belong to no document."""
+    ids = segments.document_ids
+    keys = torch.nn.functional.pad(ids, (0, kv_length - ids.shape[-1]), value=-1)
+    return (ids[:, None, :, None] == keys[:, None, None, :]).contiguous()
+
+
+def _chunks_in_documents(
+    segments: Segments | TracedSegments, chunk: int, kv_length: int, padding: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Chunked causal attention where the chunks restart with each document (Transformers counts from the row's start,
+    or from its first real token; what is traced counts padding before that to the first document).
+
+    bool ``[B, 1, S, T]``.
+    """
+    positions = segments.positions
+    if padding is not None and isinstance(segments, TracedSegments):
+        first = padding.long().argmax(-1, keepdim=True)
+        positions = positions - torch.where(segments.document_ids == 0, first, 0)
+    keys = torch.nn.functional.pad(positions, (0, kv_length - positions.shape[-1]))
+    index = torch.arange(kv_length, device=positions.device)
+    causal = index[None, None, None, :] <= index[: positions.shape[-1]][None, None, :, None]
+    return causal & (positions[:, None, :, None] // chunk == keys[:, None, None, :] // chunk)

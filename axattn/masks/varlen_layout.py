@@ -1,0 +1,176 @@
+"""`Layout`: a mask as spans of queries and keys, what a variable-length kernel needs, and how to read it off a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+
+from axattn.documents.boundaries import Segments
+from axattn.hf.transfers import captures_graph
+
+if TYPE_CHECKING:
+    from axattn.masks.lazy_mask import LazyMask
+
+Made = TypeVar("Made")
+
+
+class Span(NamedTuple):
+    """Queries ``[q0, q1)`` of rows ``[row0, row1)`` attend to keys ``[k0, k1)``, aligned bottom-right if causal."""
+
+    row0: int
+    row1: int
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mask as spans: what a variable-length kernel needs.
+
+    Attributes:
+        spans: disjoint in their queries; a query in no span is padding and its output is zero.
+        causal: within a span.
+        window: keys seen to the left, the query itself included (and to the right, if not causal); None for all.
+        rows: B.
+        q_length: S.
+        kv_length: T.
+        memo: what backends derive from the layout (`kept`).
+    """
+
+    spans: tuple[Span, ...]
+    causal: bool
+    window: int | None
+    rows: int
+    q_length: int
+    kv_length: int
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether each row is one document from end to end."""
+        return self.spans == ((0, self.rows, 0, self.q_length, 0, self.kv_length),)
+
+    def dense(self, device: torch.device) -> torch.Tensor:
+        """The same as a mask: bool ``[B, 1, S, T]``, True: attend."""
+        seen = torch.zeros(self.rows, 1, self.q_length, self.kv_length, dtype=torch.bool, device=device)
+        for row0, row1, q0, q1, k0, k1 in self.spans:
+            queries = torch.arange(q0 - q1, 0, device=device)[:, None]  # counted from the end: aligned bottom-right
+            distance = queries - torch.arange(k0 - k1, 0, device=device)
+            part = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+            if self.window is not None:
+                part = part & (distance.abs() < self.window)
+            seen[row0:row1, 0, q0:q1, k0:k1] = part
+        return seen
+
+    def kept(self, name: str, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made once for all layers.
+
+        Not under ``inference_mode``: the layout of plain rows outlives a forward, and a training step after it could
+        not save such tensors for backward. Nor while a CUDA graph is captured, which may outlive the layout.
+        """
+        if captures_graph():
+            return make()
+        if name not in self.memo:
+            with torch.inference_mode(False):
+                self.memo[name] = make()
+        found: Made = self.memo[name]
+        return found
+
+
+def build_layout(mask: LazyMask) -> Layout | None:
+    """The spans of a mask; None when the pattern is unknown, padding has holes, or chunks meet a cache.
+
+    Reads padding values in one transfer to the host (`LazyMask.padding_on_host`).
+    """
+    pattern = mask.pattern
+    if pattern is None:
+        return None
+    rows, _, q_length, kv_length = mask.shape
+    start = mask.q_offset - mask.kv_offset  # the key index of the first query
+    aligned = start == 0 and kv_length >= q_length
+    if pattern.causal:
+        visible = start + q_length
+        if visible > kv_length:
+            return None
+    else:
+        visible = kv_length
+        aligned = kv_length == q_length and not (mask.crosses and mask.padding is not None)
+        if pattern.window is not None and not aligned:
+            return None
+    if (mask.segments is not None or pattern.chunk is not None) and not aligned:
+        return None
+    real = _real_keys(None if mask.padding is None else mask.padding_on_host, rows, visible)
+    if real is None:
+        return None
+    spans: list[Span] = []
+    for row in range(rows):
+        low, high = real[row]
+        spans += _row_spans(mask, row, low, high, start, visible, aligned and (pattern.causal or q_length == visible))
+    merged = _merge_equal_rows(spans, rows)
+    return Layout(tuple(merged), pattern.causal, pattern.window, rows, q_length, kv_length)
+
+
+def _row_spans(mask: LazyMask, row: int, low: int, high: int, start: int, visible: int, square: bool) -> list[Span]:
+    pattern, q_length = mask.pattern, mask.shape[2]
+    assert pattern is not None
+    if not square:
+        if pattern.causal:  # the queries are the last keys; those before `low` are padding
+            first = max(low - start, 0)
+            last = high - start
+            if last <= first and q_length == 1 and high > low:  # one query is read, though it be padding
+                low = max(low, start + 1 - (pattern.window or visible))
+                return [Span(row, row + 1, 0, 1, low, high)] if low < high else []
+            return [Span(row, row + 1, first, last, low, high)] if last > first else []
+        return [Span(row, row + 1, 0, q_length, low, high)] if high > low else []
+    edges: tuple[int, ...] = (0, visible)
+    if mask.segments is not None:
+        assert isinstance(mask.segments, Segments)  # a traced mask has no layout (`LazyMask.whole`)
+        edges = mask.segments.boundaries[row]
+    spans = []
+    for a, b in pairwise(edges):
+        a, b = max(a, low), min(b, high)  # noqa: PLW2901
+        if a >= b:
+            continue
+        step = pattern.chunk or b - a
+        spans += [Span(row, row + 1, s, e, s, e) for s in range(a, b, step) for e in (min(s + step, b),)]
+    return spans
+
+
+def _real_keys(padding: torch.Tensor | None, rows: int, visible: int) -> list[tuple[int, int]] | None:
+    """Per row the range of real keys; None when a row's real keys are not contiguous."""
+    if padding is None:
+        return [(0, visible)] * rows
+    seen = padding[:, :visible].to(torch.int32)
+    first = seen.argmax(-1)
+    count = seen.sum(-1)
+    last = visible - seen.flip(-1).argmax(-1)
+    ranges: list[tuple[int, int]] = []
+    for a, b, n in torch.stack([first, last, count], -1).tolist():
+        if n == 0:
+            ranges.append((0, 0))
+        elif b - a != n:
+            return None
+        else:
+            ranges.append((a, b))
+    if len(ranges) == 1 and rows > 1:
+        ranges *= rows
+    return ranges
+
+
+def _merge_equal_rows(spans: list[Span], rows: int) -> list[Span]:
+    """One span over all rows where every row has the same spans: the plain batched case stays one kernel call."""
+    if rows == 1 or not spans or len(spans) % rows:
+        return spans
+    per_row = len(spans) // rows
+    first = spans[:per_row]
+    for row in range(rows):
+        for a, b in zip(first, spans[row * per_row : (row + 1) * per_row], strict=True):
+            if b.row0 != row or a[2:] != b[2:]:
+                return spans
+    return [Span(0, rows, *span[2:]) for span in first]

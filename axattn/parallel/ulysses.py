@@ -1,0 +1,115 @@
+"""Attention of rows that are split over ranks: heads for tokens, any kernel, tokens for heads.
+
+The all-to-all of DeepSpeed Ulysses (arXiv:2309.14509): every rank sends each other rank its tokens of that rank's
+heads, runs the kernel on whole rows of its own heads, and sends the output back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.masks.shard_mask import ShareMask
+from axattn.parallel.collectives import exchange
+
+_PER_HEAD = ("s_aux", "sinks")
+_REFUSED = {
+    "position_bias": "the model computes its position bias from the tokens of one rank",
+    "indices": "the model selects keys among the tokens of one rank",
+    "block_indices": "the model selects blocks of keys among the tokens of one rank",
+}
+
+
+def repeats(heads: int, kv_heads: int, ranks: int) -> int:
+    """How often each KV head is repeated so that the ranks get as many each, and next to their query heads.
+
+    The smallest r such that r x kv_heads is a multiple of `ranks` and a divisor of `heads` (a multiple of `ranks`).
+    """
+    least = math.lcm(kv_heads, ranks) // kv_heads
+    return next(r for r in range(least, heads // kv_heads + 1, least) if heads % (r * kv_heads) == 0)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer breaks its graph here
+def over_ranks(
+    attend: Callable[..., Any],
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: ShareMask,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """Run `attend` on whole rows and this rank's heads.
+
+    Args:
+        attend: the attention function (`axattn.attention.interface.attend`).
+        name: for `attend`.
+        module: the attention module.
+        query: this rank's tokens, ``[B, H, S / P, D]``.
+        key: ``[B, Hkv, S / P, D]``.
+        value: ``[B, Hkv, S / P, Dv]``.
+        mask: of the call.
+        kwargs: the call's keywords.
+
+    Returns:
+        ``[B, S / P, H, Dv]`` and None.
+
+    Raises:
+        UnsupportedAttentionError: the heads can't be shared out, or the call has what only whole rows have.
+    """
+    share = mask.share
+    P = share.ranks
+    B, H, part, D = query.shape
+    reasons = [Reason(keyword, text) for keyword, text in _REFUSED.items() if kwargs.get(keyword) is not None]
+    if kwargs.get("output_attentions"):
+        reasons.append(Reason("weights", "output_attentions=True (the weights of a row are on several ranks)"))
+    if key.shape[2] != part or part != share.part or share.rows != B:
+        reasons.append(Reason("cross_lengths", "queries and keys are not this rank's share of the same rows"))
+    if H % P:
+        reasons.append(Reason("heads", f"{H} heads can't be shared out to {P} ranks"))
+    if reasons:
+        raise UnsupportedAttentionError(f"{type(module).__name__} can't run over {P} ranks", reasons)
+    again = repeats(H, key.shape[1], P)
+    if again > 1:
+        key, value = key.repeat_interleave(again, 1), value.repeat_interleave(again, 1)
+    sizes = [x.shape[1] // P * x.shape[3] for x in (query, key, value)]
+    packed = torch.cat([_by_rank(x, P) for x in (query, key, value)], -1)
+    received = exchange(packed, share.group)  # [P, B, S / P, heads x dims of this rank]
+    whole = received.transpose(0, 1).reshape(B, share.length, -1)
+    parts = torch.split(whole, sizes, -1)
+    q, k, v = (
+        x.reshape(B, share.length, -1, dim).transpose(1, 2)
+        for x, dim in zip(parts, (D, D, value.shape[3]), strict=True)
+    )
+    own = slice(share.rank * (H // P), (share.rank + 1) * (H // P))
+    given = {word: x[own] if word in _PER_HEAD and x is not None else x for word, x in kwargs.items()}
+    out, _ = attend(name, _stand_in(module, again, own), q, k, v, mask.whole_rows, **given)  # [B, S, H / P, Dv]
+    back = out.reshape(B, P, part, -1).transpose(0, 1)
+    mine = exchange(back, share.group)  # [P, B, S / P, H / P x Dv], by the rank that had the heads
+    return mine.permute(1, 2, 0, 3).reshape(B, part, H, -1), None
+
+
+def _by_rank(x: torch.Tensor, ranks: int) -> torch.Tensor:
+    """``[B, heads, S, D]`` → ``[P, B, S, heads / P x D]``."""
+    B, heads, S, D = x.shape
+    return x.reshape(B, ranks, heads // ranks, S, D).permute(1, 0, 3, 2, 4).reshape(ranks, B, S, -1)
+
+
+def _stand_in(module: torch.nn.Module, again: int, own: slice) -> torch.nn.Module:
+    """The module as its own eager function must see it: with this rank's sinks, and the groups of repeated KV heads."""
+    changed: dict[str, Any] = {}
+    groups, sinks = getattr(module, "num_key_value_groups", None), getattr(module, "sinks", None)
+    if again > 1 and isinstance(groups, int):
+        changed["num_key_value_groups"] = groups // again
+    if isinstance(sinks, torch.Tensor):
+        changed["sinks"] = sinks[own]
+    if not changed:
+        return module
+    stand: torch.nn.Module = object.__new__(type(module))
+    stand.__dict__ = {**module.__dict__, **changed}
+    return stand

@@ -1,0 +1,76 @@
+"""`bench_step`: a whole training step of a model on each name, packed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from axattn import loading
+from axattn.spec.names import canonicalise
+from axattn.tools.bench.shapes import document_lengths
+from axattn.tools.bench.timing import peak_bytes, timed
+
+
+def bench_step(
+    model: Any,
+    names: Sequence[str],
+    *,
+    tokens: int = 2048,
+    documents: int = 8,
+    rounds: int = 3,
+    progress: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Step time of a loaded model on each name, over the same packed row.
+
+    Args:
+        model: a causal language model, loaded. It is left as it was.
+        names: attention names; Transformers' own ``sdpa`` is run first, as the base (right or not).
+        tokens: of the row.
+        documents: in it.
+        rounds: timed steps of each.
+        progress: called with each name before it runs.
+
+    Raises:
+        UnknownAttentionError: a name that no kernel has.
+
+    Returns:
+        Per name: ``tokens_per_s``, ``ratio`` to ``sdpa``, ``peak_bytes``; or ``failed`` with the reason.
+    """
+    names = [canonicalise(name) for name in names]
+    device = next(model.parameters()).device
+    lengths = document_lengths(tokens, max(tokens // documents, 1))
+    where = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, tokens)).to(device)
+
+    def step() -> None:
+        loss = model(ids, labels=ids, position_ids=where, use_cache=False).loss
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    found: dict[str, dict[str, Any]] = {}
+    spent: dict[str, list[float]] = {}
+    for name in ("sdpa", *(n for n in names if n != "sdpa")):
+        if progress is not None:
+            progress(name)
+        try:
+            with loading.using(model, name):
+                step()
+                found[name] = {"name": name, "peak_bytes": peak_bytes(step)}
+            spent[name] = []
+        except Exception as error:  # a benchmark goes on: the reason is part of its result
+            found[name] = {"name": name, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+    for turn in range(rounds):
+        for name, values in spent.items():
+            if progress is not None:
+                progress(f"{name}, round {turn + 1} of {rounds}")
+            with loading.using(model, name):
+                values.extend(timed({name: step}, 1, 1, device.type)[name])
+    base = spent.get("sdpa")
+    for name, values in spent.items():
+        found[name]["tokens_per_s"] = round(tokens / statistics.median(values) * 1e3)
+        each = None if base is None else [a / b for a, b in zip(values, base, strict=True)]
+        found[name]["ratio"] = None if each is None else round(statistics.median(each), 4)
+    return list(found.values())

@@ -1,0 +1,198 @@
+"""Which configs the modules of a model read: Transformers looks up the name of the attention there at every forward.
+
+A model does where it makes the masks, an attention module where it calls the kernel. Mostly that is one object. Copies
+come with copies of modules (T5's stacks, PEFT's ``layer_replication`` and ``modules_to_save``, ``copy.deepcopy`` of a
+layer), and with a config that somebody exchanges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.model_internals import CONFIG_NAME, supports
+from axattn.hf.registries import name_of, ours
+from axattn.hf.source_inspection import calls_interface
+from axattn.spec import names
+from axattn.traits.layer_needs import sub_configs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copy:
+    """A config that a module reads and that is no part of its model's own.
+
+    Attributes:
+        layer: the module's name in the model.
+        module: the module.
+        config: its config.
+        path: the sub-config of the model that it is a copy of.
+    """
+
+    layer: str
+    module: torch.nn.Module
+    config: Any
+    path: str
+
+    @property
+    def attends(self) -> bool:
+        """Whether the module calls Transformers' attention interface."""
+        return is_attention(self.module)
+
+
+def is_attention(module: torch.nn.Module) -> bool:
+    """Whether a module calls Transformers' attention interface in its own ``forward``."""
+    cls: Any = type(module)
+    return calls_interface(cls)
+
+
+def copies(model: Any) -> list[Copy]:
+    """The modules of a model that read a config which is no part of ``model.config``, outer ones first."""
+    from transformers import PreTrainedModel
+
+    own = sub_configs(model.config)
+    path_of = {id(config): path for path, config in own}
+    known = set(path_of)
+    found: list[Copy] = []
+    around: dict[str, str] = {}  # by name of a module, the path of the `PreTrainedModel` that it is in
+    for name, module in model.named_modules():
+        path = around.get(name.rpartition(".")[0], "")
+        config = _config_of(module)
+        if config is not None:
+            if id(config) not in path_of:
+                path_of[id(config)] = _original(config, own, path)
+            if isinstance(module, PreTrainedModel):
+                path = path_of[id(config)]
+            if id(config) not in known:
+                found.append(Copy(name, module, config, path_of[id(config)]))
+        around[name] = path
+    return found
+
+
+def layers_apart(copied: Iterable[Copy]) -> list[tuple[str, Any, int]]:
+    """Path, config and layer number of the attention modules with a config that no inner model has too."""
+    from transformers import PreTrainedModel
+
+    copied = list(copied)
+    owned = {id(copy.config) for copy in copied if isinstance(copy.module, PreTrainedModel)}
+    return [
+        (copy.path, copy.config, getattr(copy.module, "layer_idx", None) or 0)
+        for copy in copied
+        if copy.attends and id(copy.config) not in owned
+    ]
+
+
+def paths_of(model: Any, copied: Iterable[Copy]) -> dict[int, str]:
+    """By ``id(config)``, the path of every config that a model's modules read."""
+    return {**{id(copy.config): copy.path for copy in copied}, **{id(c): path for path, c in sub_configs(model.config)}}
+
+
+def _config_of(module: torch.nn.Module) -> Any:
+    """The config in which a module looks up the name of its attention, None when it has none."""
+    config = vars(module).get("config")
+    return config if CONFIG_NAME in getattr(config, "__dict__", ()) else None
+
+
+def _original(config: Any, own: list[tuple[str, Any]], around: str) -> str:
+    """The path of what a config is a copy of: of its class, in the model around it if that has one, else alike."""
+    alike = {path: one for path, one in own if type(one) is type(config)}
+    if around in alike or not alike:
+        return around
+    return next((path for path, one in alike.items() if one.to_dict() == config.to_dict()), next(iter(alike)))
+
+
+def reads_masks_of(name: str | None, masks: str | None, model: Any) -> bool:
+    """Whether an attention module on a name computes what is meant with masks that are made for another one.
+
+    Args:
+        name: what the module reads.
+        masks: what its model reads.
+        model: the model.
+    """
+    name, masks = ((one or "eager").removeprefix("paged|") for one in (name, masks))
+    if name == masks or name in ours():  # axattn's attention function knows every kind of mask
+        return True
+    if name == "sdpa" and (masks == "eager" or masks in ours()):
+        return supports(type(model), "sdpa") and not getattr(model.config, "attn_logit_softcapping", None)
+    return names.is_flash(name) and names.is_flash(masks)
+
+
+class NameCheck:
+    """Before a forward of a model with a door: do its attention modules read the name that its masks are made for?
+
+    Modules and configs may have been added or exchanged since the last look (`copies` is what `axattn.apply` saw): as
+    long as all are the same objects, a forward costs a comparison of lists. A copy looks anew, by itself.
+    """
+
+    def __init__(self) -> None:
+        self._parents: list[torch.nn.Module] = []
+        self._children: list[torch.nn.Module | None] | None = None
+        self._readers: list[tuple[torch.nn.Module, Any]] = []
+        self._apart: list[tuple[str, Any, Any]] = []
+        self._config: Any = None
+
+    def __reduce__(self) -> Any:
+        return NameCheck, ()  # of a copied layer's hook it would hold the whole model
+
+    def look(self, model: Any) -> None:
+        """Find the attention modules of a model, those of inner models left out: they have doors of their own."""
+        self._parents, self._readers, self._config = [], [], model.config
+        layers: list[str] = []
+        self._find(model, "", layers)
+        self._children = [child for parent in self._parents for child in parent._modules.values()]
+        own = sub_configs(model.config)
+        known = {id(config) for _, config in own}
+        apart = []
+        for layer, (module, _) in zip(layers, self._readers, strict=True):
+            config = _config_of(module)
+            if config is not None and id(config) not in known:
+                known.add(id(config))
+                apart.append((layer, config, dict(own)[_original(config, own, "")]))
+        self._apart = apart
+
+    def _find(self, module: torch.nn.Module, name: str, layers: list[str]) -> bool:
+        """Whether there is attention in a module, and, noted in `self`, where."""
+        from transformers import PreTrainedModel
+
+        found = not name
+        for key, child in module._modules.items():
+            if child is None or isinstance(child, PreTrainedModel):
+                continue
+            below = f"{name}.{key}" if name else key
+            attends = is_attention(child)
+            if attends:
+                layers.append(below)
+                self._readers.append((child, child.__dict__.get("config")))
+            found = self._find(child, below, layers) or attends or found
+        if found:
+            self._parents.append(module)
+        return found
+
+    def require(self, model: Any) -> None:
+        """Raise where a layer reads another name, and would be given masks that it misreads.
+
+        Raises:
+            UnsupportedAttentionError: with the layer and both names.
+        """
+        if not torch.compiler.is_compiling() and (
+            model.config is not self._config
+            or [child for parent in self._parents for child in parent._modules.values()] != self._children
+            or any(reader.__dict__.get("config") is not config for reader, config in self._readers)
+        ):
+            self.look(model)
+        for layer, config, original in self._apart:
+            name, masks = name_of(config), name_of(original)
+            if name != masks and not reads_masks_of(name, masks, model):
+                raise UnsupportedAttentionError(
+                    f"{masks} can't serve {layer} of {type(model).__name__}",
+                    [
+                        Reason(
+                            "config",
+                            f"the layer reads {name!r} in a config of its own, and its masks are made for {masks!r}",
+                        )
+                    ],
+                    f'Call axattn.apply(model, "{masks}") again: it switches every config that a layer reads.',
+                )

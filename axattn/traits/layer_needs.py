@@ -1,0 +1,214 @@
+"""Reads what each attention layer of a model needs from its Transformers config alone: no weights, no model object."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from axattn.spec.capability import Need
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNeed:
+    """What one layer asks for.
+
+    Attributes:
+        path: the sub-config, ``""`` for the model's own config, ``"text_config"``, ``"a.b"`` when nested.
+        index: layer number within that config.
+        kind: Transformers' layer type (``full_attention``, ``sliding_attention``, ...).
+        need: its `Need`.
+    """
+
+    path: str
+    index: int
+    kind: str
+    need: Need
+
+    @property
+    def name(self) -> str:
+        """For people: ``text_config layer 3``."""
+        return f"{self.path} layer {self.index}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNeeds:
+    """What a model asks for.
+
+    Attributes:
+        model: class name or model type, for messages.
+        layers: every attention layer found.
+        paths: every config path of the model, ``""`` first.
+        unknown: paths whose config tells nothing about attention; they are checked call by call.
+    """
+
+    model: str
+    layers: tuple[LayerNeed, ...]
+    paths: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def model_needs(config: Any, model: str = "", copied: Iterable[tuple[str, Any, int]] = ()) -> ModelNeeds:
+    """The needs of every attention layer that a config describes.
+
+    Args:
+        config: a ``PreTrainedConfig``.
+        model: name for messages, the config's model type if empty.
+        copied: path, config and layer number of attention modules that read a copy of a config.
+    """
+    layers: list[LayerNeed] = []
+    paths: list[str] = []
+    unknown: list[str] = []
+    for path, inner in sub_configs(config):
+        paths.append(path)
+        found = _layers(path, inner)
+        layers += found
+        if not found and not inner.sub_configs:
+            unknown.append(path)
+    apart = [layer for path, inner, index in copied for layer in _layer_of_copy(path, inner, index)]
+    if apart:
+        layers = sorted(dict.fromkeys((*layers, *apart)), key=lambda layer: (paths.index(layer.path), layer.index))
+    return ModelNeeds(model or config.model_type, tuple(layers), tuple(paths), tuple(unknown))
+
+
+def sub_configs(config: Any, path: str = "") -> list[tuple[str, Any]]:
+    """``(path, config)`` of a config and every config inside it, outermost first."""
+    found = [(path, config)]
+    for key in config.sub_configs:
+        inner = getattr(config, key, None)
+        if inner is not None and hasattr(inner, "sub_configs"):
+            found += sub_configs(inner, f"{path}.{key}" if path else key)
+    return found
+
+
+def _layers(path: str, config: Any) -> list[LayerNeed]:
+    count = _first(config, "num_hidden_layers", "depth", "num_layers", "encoder_layers")
+    if not isinstance(count, int):
+        return []
+    words = _modeling_words(config)
+    kinds = getattr(config, "layer_types", None) or [_default_kind(config)] * count
+    alike: dict[str, Need | None] = {}  # layers of one kind are alike unless the config says otherwise
+    found = []
+    for index, kind in enumerate(kinds):
+        if kind.startswith("linear") or not ("attention" in kind or kind in _OTHER_ATTENTION):
+            continue
+        if kind not in alike or _layer_config(config, index) is not config:
+            alike[kind] = _layer_need(_layer_config(config, index), kind, words)
+        need = alike[kind]
+        if need is not None:
+            found.append(LayerNeed(path, index, kind, need))
+    return found
+
+
+def _layer_of_copy(path: str, config: Any, index: int) -> list[LayerNeed]:
+    """The layer of a number, also where a config is a copy from a model of fewer layers, if all are alike."""
+    layers = _layers(path, config)
+    if len({(layer.kind, layer.need) for layer in layers}) == 1:
+        return [replace(layers[0], index=index)]
+    return [layer for layer in layers if layer.index == index]
+
+
+_OTHER_ATTENTION = ("hybrid", "hybrid_sliding", "minimax_m3_sparse")
+
+
+def _layer_config(config: Any, index: int) -> Any:
+    """The config of one layer; Gemma 4's global layers have head dims of their own (``per_layer_config``)."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+
+
+def _layer_need(config: Any, kind: str, words: _Words) -> Need | None:
+    heads = _first(config, "num_attention_heads", "num_heads", "encoder_attention_heads")
+    size = _first(config, "hidden_size", "d_model", "embed_dim")
+    if not isinstance(heads, int) or not heads:
+        return None
+    head_dim = _first(config, "head_dim") or (size // heads if isinstance(size, int) else None)
+    value_dim = head_dim
+    nope, rope = _first(config, "qk_nope_head_dim"), _first(config, "qk_rope_head_dim")
+    if isinstance(nope, int) and isinstance(rope, int):  # multi-head latent attention
+        head_dim, value_dim = nope + rope, _first(config, "v_head_dim") or nope + rope
+    return Need(
+        head_dim=head_dim,
+        value_dim=value_dim,
+        heads=heads,
+        kv_heads=_first(config, "num_key_value_heads") or heads,
+        causal=_is_causal(config, words),
+        window=_first(config, "sliding_window") if kind == "sliding_attention" else None,
+        chunk=_first(config, "attention_chunk_size") if kind == "chunked_attention" else None,
+        softcap=_first(config, "attn_logit_softcapping") if "softcap" in words.keywords else None,
+        sinks=bool({"s_aux", "sinks"} & words.keywords),
+        bias="position_bias" in words.keywords,
+        sparse=_selects(config, kind, words),
+        dropout=_dropout(config),
+    )
+
+
+def _selects(config: Any, kind: str, words: _Words) -> bool:
+    """Whether an indexer selects the keys of a layer; where kinds of layers tell, only those that have one do."""
+    if "block_indices" in words.keywords:
+        return kind == "minimax_m3_sparse"
+    kinds = getattr(config, "layer_types", None) or ()
+    return "indices" in words.keywords and (kind == "indexed_attention" or "indexed_attention" not in kinds)
+
+
+def _default_kind(config: Any) -> str:
+    if _first(config, "sliding_window") and getattr(config, "use_sliding_window", True):
+        return "sliding_attention"
+    return "chunked_attention" if _first(config, "attention_chunk_size") else "full_attention"
+
+
+def _is_causal(config: Any, words: _Words) -> bool:
+    if getattr(config, "is_causal", None) is False:
+        return False
+    if any(tower in type(config).__name__ for tower in ("Vision", "Audio", "Speech")):
+        return False
+    if "create_causal_mask" in words.names:
+        both = "create_bidirectional_mask" in words.names
+        return bool(getattr(config, "is_decoder", False)) if both else True
+    return not words.names  # a file we can't read: assume the common case
+
+
+def _dropout(config: Any) -> float:
+    value = _first(config, "attention_dropout", "attention_probs_dropout_prob")
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _first(config: Any, *names: str) -> Any:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What a modeling file mentions: keywords given to the attention function, and names it uses."""
+
+    keywords: frozenset[str]
+    names: frozenset[str]
+
+
+def _modeling_words(config: Any) -> _Words:
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    return _read_words(module)
+
+
+@functools.cache
+def _read_words(module: str) -> _Words:
+    try:
+        source = inspect.getsource(sys.modules.get(module) or importlib.import_module(module))
+    except (ImportError, OSError, TypeError):
+        return _Words(frozenset(), frozenset())
+    keywords: set[str] = set()
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface":
+            keywords |= {kw.arg for kw in node.keywords if kw.arg is not None}
+    return _Words(frozenset(keywords), frozenset(names))

@@ -1,0 +1,277 @@
+"""``unpad=True``: a padded batch runs as one packed row of its real tokens through the whole model.
+
+Padding is taken out at the model's door and put back at its exit: not attention alone, every layer does without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from axattn.documents.boundaries import Segments
+from axattn.documents.forward_context import Context, Seen, current, inside, reading
+from axattn.documents.inputs import require_ours
+from axattn.documents.peft_row_effects import reasons_by_row
+from axattn.documents.read_inputs import documents
+from axattn.documents.unpadded_batch import FlatRow
+from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.hf import contracts
+from axattn.hf.foreign_code import foreign_hooks, takes_gradients_by_row
+from axattn.hf.forward_inputs import INPUTS, is_given, tokens_of, unpadded_as
+from axattn.hf.forward_outputs import Holds, tensors_of
+from axattn.hf.torch_internals import is_tracing
+from axattn.hf.trial import shared_skeletons
+from axattn.patches.forward_wrapper import Forward, add_model_entrances, wants_cache
+from axattn.patches.patchset import PatchSet
+from axattn.planning.plan import Plan
+from axattn.traits import losses, pooling
+from axattn.traits.dynamic_rope import limits, stretched_from
+from axattn.traits.layer_needs import sub_configs
+from axattn.traits.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
+from axattn.traits.model_traits import Facts
+from axattn.traits.pooling import one_a_row, pools, read_at, reads_first, reads_last, reads_rows
+from axattn.traits.position_ids import counters, own_positions, unread_positions
+from axattn.traits.token_mixers import mixers
+from axattn.unpadding.pooler import add_whole_rows
+
+logger = logging.getLogger("axattn")
+
+_said: set[str] = set()
+
+
+@shared_skeletons()
+def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
+    """Every reason why a model's batches can't be flattened; empty when they can."""
+    from axattn.spec import names
+
+    config: Any = model.config
+    reasons = [*mixers(model, by_document=True), *counters(model), *unread_positions(model)]
+    reasons += [*losses.contradictions(model), *pooling.contradictions(model)]
+    native = sorted({name for name in decided.running.values() if name is not None and names.is_native(name)})
+    if native:
+        text = f"{', '.join(native)} is called by Transformers, which would leak the rows into each other"
+        reasons.append(Reason("model", text, 'attn_implementation="auto" or "varlen"'))
+    if "s2" in decided.running.values():
+        reasons.append(Reason("segments", "s2 does not pack"))
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append(Reason("model", "it is an encoder-decoder, whose two sides have other padding"))
+    if len(sub_configs(config)) > 1:
+        reasons.append(Reason("model", "it takes images or audio by row"))
+    if any(entry.layer.need.bias for entry in decided.layers):
+        reasons.append(Reason("bias", "its position bias is made for whole rows"))
+    reasons += contracts.reasons("packed rows", "unpadded rows")
+    return [*reasons, *one_a_row(inner_part(model), unless_first=True)]
+
+
+def inner_part(model: torch.nn.Module) -> torch.nn.Module:
+    """What runs unpadded: the model, or what is under a head that reads one token of each padded row, or beside one."""
+    inner: torch.nn.Module = getattr(model, "base_model", model)
+    one_token = reads_first(model) or reads_last(model) or (pools(inner) and not reads_rows(model))
+    return inner if one_token else model
+
+
+def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> None:
+    """Take padding out of every batch of a model.
+
+    Raises:
+        UnsupportedAttentionError: its batches can't be flattened; with every reason.
+    """
+    reasons = reasons_against(model, decided)
+    if reasons:
+        raise UnsupportedAttentionError(f"unpad=True can't serve {type(model).__name__}", reasons, "Leave unpad out.")
+    inner = inner_part(model)
+    add_whole_rows(patches, inner)
+    reads_first = "first" in read_at(model) | read_at(inner)
+    change = Unpad(limits(model), stretched_from(model), reads_first)
+    add_model_entrances(patches, inner, change, at_head=False)
+
+
+class Unpad:
+    """The change around a model's ``forward``: its real tokens in as one row, whole padded rows out.
+
+    Args:
+        limits: lengths from which its rotary frequencies follow the longest row (`axattn.traits.dynamic_rope`).
+        stretched_from: the one from which they follow every step of its length, None for none.
+        reads_first: the first token of each padded row is read, by a head or a pooler.
+    """
+
+    def __init__(self, limits: list[int], stretched_from: int | None, reads_first: bool) -> None:
+        self.facts = Facts()
+        self.limits = limits
+        self.stretched_from = stretched_from
+        self.reads_first = reads_first
+        self.looked = False
+
+    def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
+        """Run one forward; returns the model's output. Batches without padding, those where something reads padding,
+        and those that read a cache or whose caller may go on from theirs, run as they are; so does everything inside a
+        compiled graph."""
+        mask, around = inputs.get("attention_mask"), current()
+        if (
+            not isinstance(mask, torch.Tensor)
+            or mask.ndim != 2
+            or (around is not None and around.reads_padding)
+            or wants_cache(model, inputs)
+            or is_tracing()
+        ):
+            return forward(inputs)
+        tokens = tokens_of(inputs)
+        if tokens is None or mask.shape != tokens.shape[:2]:
+            return forward(inputs)
+        keep = (mask != 0).flatten().nonzero().flatten()  # [N]
+        if keep.numel() in (0, mask.numel()) or (self.reads_first and not bool((mask[:, 0] != 0).all())):
+            return forward(inputs)
+        require_ours(self.facts, model)
+        _require_known(model, inputs)
+        if not self.looked:
+            self.looked = True
+            _say_what_hooks_see(model)
+        rows, length = mask.shape
+        flat = FlatRow(keep, rows, length)
+        packed = documents(self.facts, model, inputs)
+        segments = _flat_documents(packed, keep, rows, length)
+        if segments is None:
+            return forward(inputs)
+        given = unpadded_as(inputs, "copy") | {"use_cache": False, "return_dict": True}
+        given |= {key: flat.flatten(value) for key, value in unpadded_as(inputs, "cut").items()}
+        given["position_ids"] = _positions(model, inputs, mask, flat, packed)
+        if self.limits and self._stretches(inputs, given["position_ids"], segments, rows, length):
+            return forward(inputs)
+        if inputs.get("labels") is not None:
+            given |= _targets(model, inputs, mask, flat)
+        told = segments if segments.packed else None
+        context = Context(told, (1, keep.numel()), False, Seen(), self, around, flat=flat)
+        with inside(told=segments), reading(context):  # a door inside is told; a model without one reads its own
+            output = forward(given)
+        _restore(model, output, flat)
+        return output.to_tuple() if inputs.get("return_dict") is False else output
+
+    def missed(self, context: Context) -> str:
+        """See `axattn.patches.forward_wrapper.WholeModel`: batches without padding miss nothing."""
+        mask = context.seen.mask
+        padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all())
+        return "this batch would not run unpadded, as unpad=True says" if padded else ""
+
+    def _stretches(
+        self, inputs: dict[str, Any], positions: torch.Tensor, segments: Segments, rows: int, length: int
+    ) -> bool:
+        """Whether rotary frequencies would be others than in the padded batch: chosen by its longest position, or there
+        by document."""
+        whole = inputs.get("position_ids")
+        padded = length if whole is None else int(whole.max()) + 1
+        flat = int(positions.max()) + 1
+        if self.stretched_from is not None and self.stretched_from < padded != flat:
+            return True
+        return any(limit < padded and (flat <= limit or segments.documents != rows) for limit in self.limits)
+
+
+def _flat_documents(packed: Segments | None, keep: torch.Tensor, rows: int, length: int) -> Segments | None:
+    """The documents of the flat row: each row's own, without its padding. None for padding inside a document: without
+    it, its tokens would be nearer to each other than a window or chunk counts."""
+    starts = {row * length for row in range(rows)}
+    if packed is not None:
+        starts |= {row * length + at for row, edges in enumerate(packed.boundaries) for at in edges[:-1]}
+    edges = torch.tensor(sorted(starts), device=keep.device)
+    member = torch.bucketize(keep, edges, right=True) - 1
+    holes = ((keep[1:] != keep[:-1] + 1) & (member[1:] == member[:-1])).sum()
+    inside, *counts = torch.cat([holes[None], torch.bincount(member, minlength=len(edges))]).tolist()
+    if inside:
+        return None
+    ends = [0]
+    for count in counts:
+        if count:
+            ends.append(ends[-1] + count)
+    return Segments((tuple(ends),), keep.device)
+
+
+def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
+    """Padding back in its places, in every output that has a value for each token.
+
+    Raises:
+        UnsupportedAttentionError: an output has another shape than the one that is known of it.
+    """
+    reasons = []
+    for key, holds, value in tensors_of(output):
+        if holds is Holds.LAYERS:
+            output[key] = tuple(map(flat.restore, value))
+        elif holds is Holds.ROUTING:
+            output[key] = tuple(flat.restore_along_rows(x) for x in value)
+        elif holds is Holds.TOKENS and flat.holds(value):
+            output[key] = flat.restore(value)
+        elif holds is not Holds.WHOLE and not (holds is Holds.ROWS and len(value) == flat.rows):
+            # (one value of each row is that of a pooler, which has read whole rows)
+            reasons.append(Reason("model", f"how to put padding back in its output {key} is not known"))
+    if reasons:
+        raise UnsupportedAttentionError(f"{type(model).__name__} can't run unpadded", reasons, "Leave unpad out.")
+
+
+def _positions(
+    model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, flat: FlatRow, packed: Segments | None
+) -> torch.Tensor:
+    """The positions that the padded run has: as given, else counted as the model counts them, in each document anew
+    (where the input hook has not done so: it is passed by, or what tells the documents came behind it)."""
+    given = inputs.get("position_ids")
+    rows, length = mask.shape
+    if given is None:
+        ids = None if packed is None else packed.document_ids.to(mask.device)
+        given = own_positions(model, inputs.get("input_ids"), mask, ids)
+    return flat.flatten(given.reshape(-1, length).expand(rows, length))
+
+
+def _targets(
+    model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, flat: FlatRow
+) -> dict[str, torch.Tensor]:
+    """Labels of the flat row: what each real token predicts in its own row.
+
+    What padding predicts (the first token behind padding on the left) is no target any more; it is said once.
+    """
+    labels = inputs["labels"]
+    if not predicts_next(model):
+        return {"labels": flat.flatten(labels)}
+    wanted = shifted(labels) if inputs.get("shift_labels") is None else inputs["shift_labels"]
+    lost = int(((wanted != IGNORE_INDEX) & (mask == 0)).sum())
+    if lost and "lost" not in _said:
+        _said.add("lost")
+        logger.warning("axattn: unpad=True leaves out %d targets that padding would have predicted", lost)
+    targets = flat.flatten(wanted)
+    if takes_keywords(model):
+        return {"labels": flat.flatten(labels), "shift_labels": targets}
+    before = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=IGNORE_INDEX)  # the model shifts them back
+    return {"labels": before}
+
+
+def _say_what_hooks_see(model: torch.nn.Module) -> None:
+    """Warn of hooks inside of a model: whether they read dim 0 as samples can't be seen."""
+    hooked = foreign_hooks(model)
+    if hooked:
+        some = hooked[0] if len(hooked) == 1 else f"{hooked[0]} and {len(hooked) - 1} more"
+        logger.warning(
+            "axattn: unpad=True runs a batch as one row of real tokens: hooks on %s see [1, N, ...], not [B, S, ...]",
+            some,
+        )
+
+
+def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+    reasons = [
+        Reason(key, f"{key}: how to put its padded rows together is not known")
+        for key, value in inputs.items()
+        if (key not in INPUTS or INPUTS[key].unpads == "refuse") and is_given(value)
+    ]
+    reasons += reasons_by_row(model)
+    if takes_gradients_by_row(model):
+        text = (
+            "Opacus takes a gradient for each index of dim 0: one for the whole batch, clipped as if it were a sample"
+        )
+        reasons.append(Reason("gradient", text))
+    if inputs.get("output_attentions"):
+        reasons.append(Reason("weights", "output_attentions=True (the weights would be those of the flat row)"))
+    keep = inputs.get("logits_to_keep")
+    if isinstance(keep, torch.Tensor) or keep:
+        reasons.append(Reason("logits_to_keep", "logits_to_keep counts tokens of padded rows"))
+    positions = inputs.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.ndim > 2:
+        reasons.append(Reason("position_ids", f"position_ids of shape {list(positions.shape)}"))
+    if reasons:
+        raise InvalidInputError(f"{type(model).__name__} can't run this batch unpadded", reasons, "Leave unpad out.")
