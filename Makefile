@@ -35,11 +35,13 @@ pretend: $(READY)
 
 # The oldest supported Transformers, laid over the same environment: every test that touches Transformers again, but the demo.
 oldest: $(OLDEST_READY)
-	$(OLDEST)/bin/python -m pytest -n 2 -q -m "not slow" $(addprefix tests/test_,contracts.py forward_inputs.py registration.py \
-	    post_import.py segments.py masks.py interface.py door.py loading.py needs.py planning.py training.py s2.py flash.py \
-	    fp8.py ranking.py compiled.py numbering.py numbered.py mixing.py pooling.py losses.py probes.py rope.py recurrent.py \
-	    token_dropout.py bad_input.py exporting.py paged_steps.py packed_caches.py picks.py padding.py padding_read.py \
-	    config_copies.py foreign_hooks.py determinism.py) tests/conformance tests/census tests/e2e
+	$(OLDEST)/bin/python -m pytest -n 2 -q -m "not slow" $(addprefix tests/,traits conformance census e2e \
+	    hf/test_contracts.py hf/test_forward_inputs.py hf/test_post_import.py hf/test_probes.py masks/test_lazy_mask.py \
+	    $(addprefix documents/test_,boundaries.py foreign_hooks.py input_hook.py numbered_masks.py packed_caches.py \
+	    padding.py padding_read.py) planning/test_planner.py planning/test_ranking.py \
+	    $(addprefix backends/test_,compiled_ops.py determinism.py exporting.py flash.py fp8.py s2.py) \
+	    $(addprefix patches/test_,paged_steps.py recurrent.py token_dropout.py) \
+	    attention/test_interface.py attention/test_registration.py test_bad_input.py test_loading.py test_training.py)
 
 # The newest of Transformers and its neighbours that the registry serves, unconstrained, in an environment of its own:
 # what a nightly job runs, and what a maintainer runs first when a new Transformers comes out (docs/new-transformers.md).
@@ -55,15 +57,15 @@ newest:
 	$(NEWEST)/bin/python -m pip install -q --upgrade transformers peft trl accelerate datasets  # past our own bound, too
 	$(NEWEST)/bin/python -m pip list 2>/dev/null | grep -iE "^(torch|transformers|peft|trl|accelerate|datasets) "
 	$(NEWEST)/bin/python -m tests.canary
-	AXATTN_SAMPLE=thin $(NEWEST)/bin/python -m pytest -n 2 -q $(addprefix tests/,test_contracts.py test_forward_inputs.py \
-	    test_registration.py conformance/test_matrix.py census/test_census.py e2e) -k "not tested_ones"
+	AXATTN_SAMPLE=thin $(NEWEST)/bin/python -m pytest -n 2 -q $(addprefix tests/,hf/test_contracts.py hf/test_forward_inputs.py \
+	    attention/test_registration.py conformance/test_matrix.py census/test_census.py e2e) -k "not tested_ones"
 
 # What a nightly job runs besides `make test`: the newest of everything, and the sweeps that take long.
 nightly: newest $(READY)
 	$(BIN)/python -m tests.conformance
 	$(BIN)/python -m tests.census
 	$(BIN)/python -m tests.fuzz --examples 20000
-	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/test_probes.py
+	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/hf/test_probes.py
 	$(MAKE) upstream
 	$(MAKE) real-kernels
 

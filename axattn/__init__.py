@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "AttentionConfig": "config",
+    "AttentionConfig": "tools.axolotl.config",
     "AxattnError": "errors",
     "BackendUnavailableError": "errors",
-    "Environment": "environment",
+    "Environment": "machine.environment",
     "InvalidConfigError": "errors",
     "InvalidInputError": "errors",
-    "PackingCollator": "packing",
+    "PackingCollator": "documents.collator",
     "RegistrationError": "errors",
     "UnknownAttentionError": "errors",
     "UnsupportedAttentionError": "errors",
@@ -57,11 +57,11 @@ _LAZY = {
     "status": "loading",
     "sequence_parallel": "parallel.model",
     "using": "loading",
-    "verify": "verification.whole",
-    "bench": "benching.kernels",
-    "diagnose": "diagnosis",
-    "migrate": "migration",
-    "VerifyCallback": "verification.callback",
+    "verify": "tools.verify.whole",
+    "bench": "tools.bench.kernels",
+    "diagnose": "planning.diagnosis",
+    "migrate": "tools.axolotl.migration",
+    "VerifyCallback": "tools.verify.callback",
 }
 
 __all__ = [

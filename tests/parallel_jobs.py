@@ -1,4 +1,5 @@
-"""What the processes of `tests/test_parallel.py` and `tests/e2e/test_distributed.py` run. No test lives here."""
+"""What the processes of `tests/parallel/test_sequence_parallel.py` and `tests/e2e/test_distributed.py` run. No test
+lives here."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from axattn.errors import (
 )
 from axattn.hf.registries import interfaces
 from tests.conformance.families import FAMILIES
+from tests.documents.test_input_hook import qwen_vl
 from tests.models import CONFIGS, REFUSED, alone, build, positions, tokens
-from tests.test_door import qwen_vl
 
 
 @pytest.fixture(scope="module")

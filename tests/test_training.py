@@ -10,8 +10,8 @@ import torch
 import axattn
 from axattn.patches.dtype import compute_dtype
 from axattn.training import needs_dtype_cast
+from tests.documents.test_input_hook import qwen_vl
 from tests.models import build, tokens
-from tests.test_door import qwen_vl
 
 
 def test_the_cache_is_off_on_every_sub_config_and_comes_back() -> None:

@@ -4,8 +4,9 @@ Q, K and V are scaled to fp8 per document and KV head, so that no document's val
 first (`axattn.backends.varlen_engine.flash_backward`). Whole rows go through torchao's quantiser, documents through
 ours (`axattn.kernels.fp8_quantiser`); both are Triton.
 
-Error on random data with keys far from zero (measured with e4m3 operands and weights, tests/test_fp8.py): output 4.5 %,
-gradients 3 %; with ``backward="exact"`` gradients 0.5 %, which is bf16's own. A Hadamard rotation changes neither.
+Error on random data with keys far from zero (measured with e4m3 operands and weights, tests/backends/test_fp8.py):
+output 4.5 %, gradients 3 %; with ``backward="exact"`` gradients 0.5 %, which is bf16's own. A Hadamard rotation changes
+neither.
 """
 
 from __future__ import annotations

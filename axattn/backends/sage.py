@@ -5,7 +5,8 @@ that a true gradient needs. The library serves causal self-attention of head dim
 no logsumexp, so its backward makes the exact output again. A single query (decoding) runs on `varlen`: there is nothing
 to win by rounding the cache at every token.
 
-Error with keys far from zero (tests/test_sage.py, measured in Triton's interpreter): output 0.6-0.8 %, gradients 1 %.
+Error with keys far from zero (tests/backends/test_sage.py, measured in Triton's interpreter): output 0.6-0.8 %,
+gradients 1 %.
 """
 
 from __future__ import annotations

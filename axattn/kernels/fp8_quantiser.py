@@ -6,8 +6,8 @@ the largest absolute value will be once the mean is gone (rounding keeps order, 
 the statistics of a document's chunks in a fixed order, scales and rounds.
 
 The e4m3 bits are made in integer arithmetic, to nearest and ties to even, so that the interpreter, whose casts
-truncate, runs what the chip runs; torch's own cast gives the same bits (tests/test_fp8_quantiser.py). 14 instructions
-an element instead of 4 (sm90): the second launch is still bound by memory. Launches are on the current GPU
+truncate, runs what the chip runs; torch's own cast gives the same bits (tests/kernels/test_fp8_quantiser.py). 14
+instructions an element instead of 4 (sm90): the second launch is still bound by memory. Launches are on the current GPU
 (`axattn.backends.base.on_gpu_of`).
 """
 

@@ -23,7 +23,7 @@ logger = logging.getLogger("axattn")
 _DYNAMO = logging.getLogger("torch._dynamo.convert_frame")
 _RAN_OUT = ("recompile_limit", "'flex_attention'")
 """Both stand in torch's warning that it compiles no further kernel (2.13). It is no interface: where torch words it
-otherwise, nothing is said of ours (tests/test_flex.py sees that)."""
+otherwise, nothing is said of ours (tests/backends/test_flex.py sees that)."""
 
 
 class _Open(threading.local):

@@ -72,7 +72,7 @@ def every_key() -> Iterator[tuple[str, str, str]]:
                 if scenario.name == "compiled, fullgraph" and not traced:
                     continue
                 if backend == "s2" and "gradients" in scenario.name:
-                    continue  # sparse in training by definition: tests/test_s2.py compares with the paper's rule
+                    continue  # sparse in training by definition: tests/backends/test_s2.py has the paper's rule
                 if family.kind in scenario.kinds and not scenario.applies(family):
                     yield backend, family.name, scenario.name
 

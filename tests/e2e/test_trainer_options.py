@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 import axattn
+from tests.documents.test_input_hook import qwen_vl
 from tests.e2e.test_trainer import corpus, padded, train
 from tests.models import build
-from tests.test_door import qwen_vl
 
 pytest.importorskip("accelerate")
 

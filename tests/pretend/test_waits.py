@@ -23,7 +23,7 @@ from tests.pretend.machine import two_gpus
 from tests.pretend.tensors import State
 
 SPANS = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers", "fp8", "sage")
-"""The kernels over spans; ``sage:library`` has head dims that tiny models lack (tests/test_sage.py)."""
+"""The kernels over spans; ``sage:library`` has head dims that tiny models lack (tests/backends/test_sage.py)."""
 BATCHES = {
     "whole": packed((9,), (9,)),
     "packed": packed((7, 11, 3), (5, 9), pad=2),

@@ -16,7 +16,7 @@ from axattn.traits.picked_tokens import Pick, column_of
 from axattn.traits.pooling import picked
 from tests.fakes.machine import hopper
 from tests.models import tokens
-from tests.test_pooling import tiny_of
+from tests.traits.test_pooling import tiny_of
 
 END = 3
 CAUSAL = tf.LlamaForSequenceClassification

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from axattn.backends.varlen_engine import cpu_tiles as tiles_module
 from axattn.backends.varlen_engine.cpu_tiles import attention_over_tiles, tiles
 from axattn.masks.varlen_layout import Layout, Span
-from tests.test_masks import dense_of_layout
+from tests.masks.test_lazy_mask import dense_of_layout
 
 
 def inputs(rows: int, q: int, k: int, heads: int = 4, kv_heads: int = 2, dim: int = 8) -> list[torch.Tensor]:

@@ -18,9 +18,9 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 import axattn
 from axattn.unpadding import unpadded_forward
 from tests.census import examine
+from tests.documents.test_input_hook import qwen_vl
 from tests.e2e.test_trainer import corpus, padded, train
 from tests.models import CONFIGS, HYBRIDS, build, positions, tokens
-from tests.test_door import qwen_vl
 
 LENGTHS = (12, 5, 9)
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -128,7 +128,7 @@ def test_a_contract_that_does_not_hold_is_told(name: str, change: Any, monkeypat
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, refused: contracts.Refused) -> None:
-    contract = Contract("shape of things", "torch", ("door",), lambda: "they are round", refused)
+    contract = Contract("shape of things", "torch", ("documents.input_hook",), lambda: "they are round", refused)
     monkeypatch.setattr(contracts, "every_contract", lambda: (contract,))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from axattn.spec import names
 
-PACKAGE = Path(__file__).resolve().parents[1] / "axattn"
+PACKAGE = Path(__file__).resolve().parents[2] / "axattn"
 READERS = {"config.py", "names.py", "migration.py"}
 ONLY_LEGACY = set(names.LEGACY_FLAGS) - set(names.CANONICAL)
 

@@ -6,7 +6,7 @@ from axattn import backends
 from axattn.planning import capability_docs
 from axattn.spec.capability import Capability
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "backends.md"
 
 
 def test_the_page_of_kernels_is_made_of_their_records() -> None:

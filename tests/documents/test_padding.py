@@ -12,7 +12,7 @@ import transformers as tf
 import axattn
 from axattn.traits import position_ids
 from tests.models import LAYERS, amplify, build, tokens
-from tests.test_rope import long
+from tests.traits.test_dynamic_rope import long
 
 # ---- holes in a mask of 0 and 1: one document, as Transformers' generate counts it ---------------------------------
 

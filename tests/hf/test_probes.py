@@ -27,8 +27,8 @@ from axattn.traits import losses, pooling, position_ids, token_mixers
 from tests.census import examine
 from tests.census.configs import HEADS, tiny
 from tests.models import alone, amplify, build, positions, tokens
-from tests.test_pooling import padded, tiny_of
-from tests.test_unpadding import batch
+from tests.traits.test_pooling import padded, tiny_of
+from tests.unpadding.test_unpadded_forward import batch
 
 EVERYTHING = os.environ.get("AXATTN_PROBES") == "all"
 LENGTHS = (5, 4, 3)

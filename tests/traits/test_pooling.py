@@ -17,7 +17,7 @@ from axattn.traits.pooling import read_at, reads_first
 from tests.census.configs import of_class
 from tests.fakes.machine import hopper
 from tests.models import amplify, build, positions, tokens
-from tests.test_mixing import made
+from tests.traits.test_token_mixers import made
 
 ROWS = tf.AutoModelForSequenceClassification
 

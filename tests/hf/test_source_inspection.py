@@ -18,7 +18,7 @@ from axattn.hf.source_inspection import code_of, is_named, origin, signature_of
 from axattn.parallel.checks import reasons_against
 from tests.census import examine
 from tests.models import build, positions, tokens
-from tests.test_unpadding import batch
+from tests.unpadding.test_unpadded_forward import batch
 
 
 class Plain(tf.LlamaForCausalLM):

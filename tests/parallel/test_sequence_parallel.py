@@ -186,7 +186,7 @@ def big(layers: int, heads: int, width: int, inner: int) -> Any:
 
 
 def test_the_page_s_tables_are_those_of_the_formulas() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "parallel.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "parallel.md").read_text()
     for config in (big(32, 32, 4096, 14336), big(80, 64, 8192, 28672)):
         assert table(config, (131_072, 1_048_576), (8, 64, 512)) in page
 

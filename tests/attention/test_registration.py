@@ -219,7 +219,7 @@ def test_by_name_alone_another_packages_function_gets_no_mask_of_ours() -> None:
     with torch.no_grad():
         model(tokens(1, 9), use_cache=False)
     assert calls == [None, None]
-    assert "held by tests.test_registration.foreign" in axattn.status(model).held[""]
+    assert "held by tests.attention.test_registration.foreign" in axattn.status(model).held[""]
 
 
 def test_by_name_alone_another_packages_mask_is_not_taken_for_ours() -> None:
