@@ -21,7 +21,7 @@ from axattn.spec.names import HUB_FLASH_REPOSITORIES
 
 MASK_KEYWORDS = frozenset(
     {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "device"}
-    | {"allow_is_causal_skip", "allow_is_bidirectional_skip", "local_size", "dtype", "tools.axolotl.config", "use_vmap"}
+    | {"allow_is_causal_skip", "allow_is_bidirectional_skip", "local_size", "dtype", "config", "use_vmap"}
 )
 """What Transformers passes to a mask function."""
 _PROBE = "axattn_contract"
@@ -275,7 +275,7 @@ CONTRACTS = (
         "flash names",
     ),
     Contract("the slot of flash functions", "transformers", ("patches.flash_slot",), _flash_slot, "flash names"),
-    Contract("stand-ins from the hub", "transformers", ("backends.hub", "planning.planner"), _stand_ins, ""),
+    Contract("stand-ins from the hub", "transformers", ("hf.flash_stand_ins", "planning.planner"), _stand_ins, ""),
     Contract(
         "settings of models",
         "transformers",
