@@ -13,7 +13,7 @@ class Reason:
     Attributes:
         feature: what is missing: a field of `Need`, or ``library``, ``gpu``, ``version``, ``model``, ...
         text: one clause for people, such as ``softcap=50.0 (sage has no softcap)``.
-        fix: the command or the argument that mends it, or ``""``.
+        fix: the command or the argument that fixes it, or ``""``.
     """
 
     feature: str

@@ -23,7 +23,7 @@ from axattn.patches import copied_modules
 from axattn.patches.cache import disable_cache
 from axattn.patches.flash_slot import preload
 from axattn.patches.flex import add_compile_room
-from axattn.patches.input_hooks import add_doors, native_name, require_first_gradients
+from axattn.patches.input_hooks import add_input_hooks, native_name, require_first_gradients
 from axattn.patches.native_gradients import require_gradients
 from axattn.patches.paged_steps import add_paged_steps
 from axattn.patches.patchset import PatchSet
@@ -164,7 +164,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     """Undo everything axattn did to a model, exactly. Does nothing to an untouched model.
 
     Copies of its layers and configs that were put into it since are put back like the originals. A model loaded by
-    `from_pretrained` on a name of ours then runs on Transformers' default attention.
+    `from_pretrained` on an axattn backend then runs on Transformers' default attention.
     """
     state = state_of(model)
     if state is not None:
@@ -367,7 +367,7 @@ def _attach(
             key: native_name(decided.running.get(path), configs[path]._attn_implementation)
             for key, path in path_of.items()
         }
-        add_doors(patches, model, modules.values(), native)
+        add_input_hooks(patches, model, modules.values(), native)
         require_first_gradients(patches, model, modules.values(), native)
         require_gradients(patches, modules.values(), path_of, decided)
         add_rope_by_document(patches, model)

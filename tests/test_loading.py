@@ -316,7 +316,7 @@ def test_a_plan_needs_no_weights(kind: str, folder: Path) -> None:
 
 
 def test_a_name_set_by_transformers_alone_still_keeps_documents_apart() -> None:
-    """No door: the interface reads documents from the keywords that Transformers hands to every layer."""
+    """No input hook: the interface reads documents from the keywords that Transformers hands to every layer."""
     model = build("llama")
     model.set_attn_implementation("varlen")
     with torch.no_grad():

@@ -81,11 +81,11 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
     """What a call asks of a kernel."""
     query, key, value, mask = call.query, call.key, call.value, call.mask
     causal, window, chunk, dense = call.causal and query.shape[2] > 1, call.window, None, False
-    padding = holes = segments = False
+    padding = non_contiguous_padding = segments = False
     if isinstance(mask, LazyMask):
         causal, window, chunk, dense, padding, segments, unknown = mask.signature()
         if dense and not unknown:
-            dense, holes = False, True
+            dense, non_contiguous_padding = False, True
     elif mask is not None:
         window, dense = None, True
     if window is not None and window >= key.shape[2]:
@@ -107,7 +107,7 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
         dense_mask=dense,
         weights=call.want_weights,
         padding=padding,
-        holes=holes,
+        non_contiguous_padding=non_contiguous_padding,
         segments=segments,
         traced=isinstance(mask, LazyMask) and is_tracing() and mask.plain is None,
         cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # a symbol while tracing

@@ -24,7 +24,7 @@ from axattn.hf.registries import require_mask
 from axattn.hf.torch_internals import is_tracing, leaves_kernels
 from axattn.hf.torch_sdpa import avoids_cudnn, takes_grouped_heads
 from axattn.masks.lazy_mask import LazyMask
-from axattn.masks.shard_mask import ShareMask
+from axattn.masks.shard_mask import ShardMask
 from axattn.masks.user_masks import read_mask, with_keyword_segments
 from axattn.patches.double_backward import require_first
 from axattn.planning.routes import ATTRIBUTE, Route, route_of
@@ -111,7 +111,7 @@ def attend(
         elif given is not False:
             _refuse_keyword(route, keyword, given)
     query, key, value = _one_dtype(query, key, value)
-    if type(attention_mask) is ShareMask:
+    if type(attention_mask) is ShardMask:
         from axattn.parallel.ulysses import over_ranks
 
         shared: tuple[torch.Tensor, None] = over_ranks(attend, name, module, query, key, value, attention_mask, kwargs)
@@ -145,7 +145,7 @@ def attend(
         bias=kwargs.get("position_bias"),
         extras=kwargs,
         options=route.options,
-        want_weights=bool(kwargs.get("output_attentions")) or _door_wants_weights(mask),
+        want_weights=bool(kwargs.get("output_attentions")) or _hook_wants_weights(mask),
     )
     if leaves_kernels():
         out = portable(call, route.kernels[route.planned][0], route.layer)
@@ -191,7 +191,7 @@ def run_library(backend: Backend, call: AttentionCall, route: Route) -> torch.Te
         ) from error
 
 
-def _door_wants_weights(mask: LazyMask | torch.Tensor | None) -> bool:
+def _hook_wants_weights(mask: LazyMask | torch.Tensor | None) -> bool:
     if isinstance(mask, LazyMask):
         return mask.weights
     context = current()
@@ -199,16 +199,16 @@ def _door_wants_weights(mask: LazyMask | torch.Tensor | None) -> bool:
 
 
 def _require_our_mask(route: Route, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Raise where a door found documents and the mask that knows of them is not the one that came.
+    """Raise where an input hook found documents and the mask that knows of them is not the one that came.
 
     Something took it away (accelerate's context parallel does), or the model makes one itself (LayoutLM). Narrowing
-    such a mask here would not do: where a checkpoint runs the layer again, no door is open.
+    such a mask here would not do: where a checkpoint runs the layer again, no input hook has run.
     """
     context = current()
     if context is None:
         require_mask(route.asked, route.layer)
         return
-    if context.segments is None and context.share is None:
+    if context.segments is None and context.shard is None:
         return
     if (query.shape[0], query.shape[2]) != context.shape or key.shape[2] != query.shape[2]:
         return

@@ -16,7 +16,7 @@ from axattn.spec import names
 def mask_function(config: Any = None, **keywords: Any) -> LazyMask | None:
     """`lazy_mask`; None, as if no mask function were registered, where another package's attention function gets it.
 
-    A model with a door is refused there (`axattn.hf.registries.require_registered`).
+    A model with an input hook is refused there (`axattn.hf.registries.require_registered`).
     """
     if config is not None and current() is None and not attends(config):
         return None

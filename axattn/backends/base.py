@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from axattn.backends.call import AttentionCall
-    from axattn.backends.varlen_engine.forward_backward import Passes
+    from axattn.backends.varlen_engine.forward_backward import ForwardBackward
 
 FLOATS = frozenset({"float32", "float64", "bfloat16", "float16"})
 HALVES = frozenset({"bfloat16", "float16"})
@@ -31,7 +31,7 @@ TORCH_KERNEL = Capability(
     window=True,
     chunk=True,
     padding=True,
-    holes=True,
+    non_contiguous_padding=True,
     segments=True,
     cross_lengths=True,
     gradient=True,
@@ -105,8 +105,8 @@ class Backend:
         evaluates: the backend that runs in its place in evaluation; ``""`` for itself. Such a kernel computes something
             else than full attention: nothing exact may stand in for it in training.
         heads_alike: a head's output does not depend on its number, so heads may be split over ranks.
-        passes: its forward and backward apart, for operators of compiled graphs: `AttentionCall` → `Passes`, or None
-            for a call whose forward must run again in backward.
+        forward_backward: its forward and backward apart, for operators of compiled graphs: `AttentionCall` →
+            `ForwardBackward`, or None for a call whose forward must run again in backward.
         plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
     """
 
@@ -126,7 +126,7 @@ class Backend:
     providers: Mapping[str, str] = field(default_factory=dict, hash=False)
     notice: Callable[[Environment], str] | None = None
     runs_on: Callable[[Environment], str] | None = None
-    passes: Callable[[AttentionCall], Passes | None] | None = None
+    forward_backward: Callable[[AttentionCall], ForwardBackward | None] | None = None
 
     def capability_on(self, environment: Environment) -> Capability:
         """What it serves on a machine."""

@@ -28,7 +28,7 @@ from axattn.backends.call import AttentionCall
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.torch_flash import unusable
 from axattn.backends.varlen_engine.flash_backward import BACKWARD, Packed, exact_forward, flash_backward
-from axattn.backends.varlen_engine.forward_backward import PackedPasses, Passes, over_packed
+from axattn.backends.varlen_engine.forward_backward import ForwardBackward, PackedForwardBackward, over_packed
 from axattn.backends.varlen_engine.packed import one_head_dim, packed_call
 from axattn.backends.varlen_engine.per_document import documents_of
 from axattn.errors import BackendUnavailableError, Reason
@@ -124,7 +124,7 @@ def _forward(
     return out if rotation == "none" else rotated(out), lse, keys
 
 
-def passes(call: AttentionCall) -> Passes | None:
+def forward_backward(call: AttentionCall) -> ForwardBackward | None:
     """Its forward and backward apart; None under a softcap, where it has no gradient."""
     if call.softcap is not None:
         return None
@@ -135,7 +135,7 @@ def passes(call: AttentionCall) -> Passes | None:
         return out, lse
 
     again = exact_forward if BACKEND.option(call, "backward") == "exact" else None
-    return over_packed(PackedPasses(forward, smoothed_keys, again))
+    return over_packed(PackedForwardBackward(forward, smoothed_keys, again))
 
 
 Quantised = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -293,6 +293,6 @@ BACKEND = Backend(
     options=(HADAMARD, BACKWARD),
     caches=False,
     spans=True,
-    passes=passes,
+    forward_backward=forward_backward,
 )
 BACKENDS = (BACKEND,)

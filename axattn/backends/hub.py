@@ -64,7 +64,7 @@ def broken_at(path: HubPath) -> list[Broken]:
     ]
 
 
-def without_mended(capability: Capability, name: str, build: str, environment: Environment) -> Capability:
+def without_fixed(capability: Capability, name: str, build: str, environment: Environment) -> Capability:
     """What a hub kernel serves once its build is known: one that is known to be right is held for no bad one.
 
     Args:
@@ -74,12 +74,12 @@ def without_mended(capability: Capability, name: str, build: str, environment: E
         environment: the machine.
     """
     path = parse_hub_path(name)
-    mended = [
+    fixed = [
         broken.refused
         for broken in (() if path is None else broken_at(pinned(path, environment)))
-        if build.endswith(broken.mended)
+        if build.endswith(broken.fixed)
     ]
-    return dataclasses.replace(capability, refuses=tuple(one for one in capability.refuses if one not in mended))
+    return dataclasses.replace(capability, refuses=tuple(one for one in capability.refuses if one not in fixed))
 
 
 def _probe(path: HubPath, known: HubKernel | None, environment: Environment) -> list[Reason]:

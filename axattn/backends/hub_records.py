@@ -22,13 +22,13 @@ class Broken:
     Attributes:
         revisions: branches, and beginnings of commits.
         refused: what they are refused for.
-        mended: builds (the end of the kernel's own name) that are known to be right, whatever the revision.
+        fixed: builds (the end of the kernel's own name) that are known to be right, whatever the revision.
         source: where that was found.
     """
 
     revisions: tuple[str, ...]
     refused: Refused
-    mended: tuple[str, ...]
+    fixed: tuple[str, ...]
     source: str
 
 
@@ -132,7 +132,7 @@ _GROUPED_BACKWARD = Broken(
         ("grouped_heads", "gradient"),
         fix="kernels-community/flash-attn2@v4, or @v2 where torch has a build of it",
     ),
-    mended=("4eec01c",),
+    fixed=("4eec01c",),
     source="github.com/huggingface/kernels-community/issues/1085",
 )
 

@@ -24,7 +24,7 @@ from axattn.backends.exact_fallback import exactly
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.torch_flash import unusable
 from axattn.backends.varlen_engine.flash_backward import BACKWARD, Packed, exact_forward, flash_backward
-from axattn.backends.varlen_engine.forward_backward import PackedPasses, Passes, over_packed
+from axattn.backends.varlen_engine.forward_backward import ForwardBackward, PackedForwardBackward, over_packed
 from axattn.backends.varlen_engine.packed import one_head_dim, packed_call
 from axattn.backends.varlen_engine.per_document import documents_of, smoothed_keys
 from axattn.errors import Reason
@@ -104,15 +104,15 @@ def _quantised(
     return int8_operator.attention(q, k, v, packed, blocks, None if softcap else keys, softcap, exact_backward)
 
 
-def passes(call: AttentionCall) -> Passes | None:
+def forward_backward(call: AttentionCall) -> ForwardBackward | None:
     """Its forward and backward apart; None where it has no gradient, and for a single query."""
     if call.softcap is not None or call.query.shape[2] == 1:
         return None
-    return over_packed(_PASSES_EXACT if BACKEND.option(call, "backward") == "exact" else _PASSES)
+    return over_packed(_FORWARD_BACKWARD_EXACT if BACKEND.option(call, "backward") == "exact" else _FORWARD_BACKWARD)
 
 
-_PASSES = PackedPasses(_quantised, smoothed_keys)
-_PASSES_EXACT = _PASSES._replace(again=exact_forward)
+_FORWARD_BACKWARD = PackedForwardBackward(_quantised, smoothed_keys)
+_FORWARD_BACKWARD_EXACT = _FORWARD_BACKWARD._replace(again=exact_forward)
 
 
 def _blocks(layout: Layout, queries: Documents, block: int) -> torch.Tensor:
@@ -296,7 +296,7 @@ BACKEND = Backend(
     providers={"triton": "sage", "library": "sage:library"},
     notice=_notice,
     spans=True,
-    passes=passes,
+    forward_backward=forward_backward,
 )
 BACKENDS = (
     BACKEND,

@@ -63,7 +63,7 @@ def notice(environment: Environment) -> str:
         known = "other than gfx90a, gfx942 and gfx950 (from torch 2.13 on gfx1100 and gfx1201 too)"
         return f"on AMD GPUs {known} torch runs its MATH kernel, S x S in memory, unless {_EXPERIMENTAL} is set"
     text = f"torch's flash kernel does not run on {environment.gfx}, its MATH kernel does: S x S in memory"
-    return f"{text}. {_EXPERIMENTAL}, set before Python starts, mends it where torch's AOTriton knows this GPU"
+    return f"{text}. {_EXPERIMENTAL}, set before Python starts, fixes it where torch's AOTriton knows this GPU"
 
 
 _EXPERIMENTAL = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1"

@@ -16,7 +16,7 @@ from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
 from axattn.backends.call import AttentionCall
 from axattn.backends.compiled_ops import varlen_op
 from axattn.backends.varlen_engine.flash_backward import exact_forward
-from axattn.backends.varlen_engine.forward_backward import TILES, PackedPasses, Passes, over_packed
+from axattn.backends.varlen_engine.forward_backward import TILES, ForwardBackward, PackedForwardBackward, over_packed
 from axattn.backends.varlen_engine.packed import over_layout, runs_flash
 from axattn.errors import Reason
 from axattn.hf.torch_internals import is_tracing
@@ -47,7 +47,7 @@ def varlen(call: AttentionCall) -> torch.Tensor:
     return sdpa.sdpa(call) if layout is None else over_layout(call, layout)
 
 
-def passes(call: AttentionCall) -> Passes | None:
+def forward_backward(call: AttentionCall) -> ForwardBackward | None:
     """Its forward and backward apart, where the kernel is torch's flash kernel; on a GPU, where rows are packed or
     padded (whole rows run on the fastest kernel that ``F.scaled_dot_product_attention`` finds)."""
     if call.query.device.type == "cpu":
@@ -57,7 +57,9 @@ def passes(call: AttentionCall) -> Passes | None:
     return None if whole or torch.version.hip is not None or not runs_flash(widest) else _PACKED
 
 
-_PACKED = over_packed(PackedPasses(lambda q, k, v, packed, _: exact_forward(q, k, v, packed), lambda key, _: key))
+_PACKED = over_packed(
+    PackedForwardBackward(lambda q, k, v, packed, _: exact_forward(q, k, v, packed), lambda key, _: key)
+)
 
 
 def probe(environment: Environment) -> list[Reason]:
@@ -75,6 +77,6 @@ BACKENDS = (
         plain=True,
         notice=sdpa.notice,
         runs_on=torch_flash.runs_on,
-        passes=passes,
+        forward_backward=forward_backward,
     ),
 )

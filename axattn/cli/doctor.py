@@ -1,4 +1,4 @@
-"""``axattn doctor``: what this machine can run, what it can't, why, and the command that mends it."""
+"""``axattn doctor``: what this machine can run, what it can't, why, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def doctor(
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
     require: str = typer.Option("", "--require", metavar="NAME", help="Exit with 1 if this kernel can't run here."),
 ) -> None:
-    """Show what this machine can run, what it can't, why, and the command that mends it.
+    """Show what this machine can run, what it can't, why, and the command that fixes it.
 
     Examples:
         axattn doctor
@@ -65,7 +65,7 @@ def _print_table(found: Diagnosis) -> None:
     console = Console()
     libraries = ", ".join(f"{name} {version}" for name, version in found.environment.libraries.items())
     console.print(f"[bold]{found.environment.describe()}[/bold]; Python {found.environment.python}; {libraries}")
-    table = Table("kernel", "runs here", "exact", "packs", "why not, and what mends it; what to know")
+    table = Table("kernel", "runs here", "exact", "packs", "why not, and what fixes it; what to know")
     for kernel in found.kernels:
         why = "\n".join(r.text + (f"\n  → {r.fix}" if r.fix else "") for r in kernel.reasons) or kernel.notice
         if kernel.hub:

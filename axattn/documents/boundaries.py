@@ -141,7 +141,7 @@ def from_positions(
 ) -> Segments | None:
     """Documents from positions and a 2-D mask; None when every row is one document.
 
-    Where documents start: see `starts_told`. In packed rows padding in front of a row's first document is no part of
+    Where documents start: see `starts_of`. In packed rows padding in front of a row's first document is no part of
     it: it gets boundaries of its own.
 
     Args:
@@ -158,14 +158,14 @@ def from_positions(
         return None
     if attention_mask is not None and numbered is None:
         numbered = has_numbers(attention_mask)
-    told = starts_told(position_ids, attention_mask, bool(numbered))
-    starts = told.by_number if told.by_number is not None else told.by_position
+    given = starts_of(position_ids, attention_mask, bool(numbered))
+    starts = given.by_number if given.by_number is not None else given.by_position
     if starts is None:
         return None
-    if told.by_number is not None and told.by_position is not None and attention_mask is not None:
-        _require_agreement(told.by_position & ~told.by_number, attention_mask)
-    if told.padding_ends is not None:
-        starts = starts | (told.padding_ends & starts.any())
+    if given.by_number is not None and given.by_position is not None and attention_mask is not None:
+        _require_agreement(given.by_position & ~given.by_number, attention_mask)
+    if given.padding_ends is not None:
+        starts = starts | (given.padding_ends & starts.any())
     found = starts.cpu().nonzero().tolist()  # the one transfer to the host
     if not found:
         return None
@@ -191,7 +191,7 @@ class Starts(NamedTuple):
     padding_ends: torch.Tensor | None
 
 
-def starts_told(positions: torch.Tensor | None, mask: torch.Tensor | None, numbered: bool) -> Starts:
+def starts_of(positions: torch.Tensor | None, mask: torch.Tensor | None, numbered: bool) -> Starts:
     """Where documents start, as positions and a 2-D mask tell it. Tensors only: also while a graph is traced.
 
     Padding (mask 0) starts no document, and its own positions do not matter. A real token is compared with the last
@@ -216,13 +216,13 @@ def starts_told(positions: torch.Tensor | None, mask: torch.Tensor | None, numbe
     before = running_max(torch.where(real, index, -1))[:, :-1]  # the last real token, -1 for none
     first, last = before < 0, before.clamp(min=0)
     real = real[:, 1:]
-    inside = real & ~first
+    assume = real & ~first
     by_position = by_number = None
     if positions is not None:
         step = positions[:, 1:] - positions.gather(1, last)
-        by_position = inside & (step != 1) & (step != index[1:] - before)
+        by_position = assume & (step != 1) & (step != index[1:] - before)
     if numbered:
-        by_number = inside & (mask[:, 1:] != mask.gather(1, last))
+        by_number = assume & (mask[:, 1:] != mask.gather(1, last))
     return Starts(by_position, by_number, real & first)
 
 

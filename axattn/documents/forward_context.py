@@ -1,4 +1,4 @@
-"""`Context`: what the door of a model found for the forward that is running, in a slot of the thread."""
+"""`Context`: what the input hook of a model found for the forward that is running, in a slot of the thread."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 
 from axattn.documents.boundaries import Segments
-from axattn.documents.sequence_shard import Share
+from axattn.documents.sequence_shard import SequenceShard
 from axattn.documents.traced import TracedSegments, document_ids_op
-from axattn.documents.unpadded_batch import FlatRow
+from axattn.documents.unpadded_batch import UnpaddedBatch
 from axattn.hf.graph_handles import new_handle
 from axattn.hf.torch_internals import is_executing
 
 
-class Seen(NamedTuple):
+class BoundaryInputs(NamedTuple):
     """The inputs of a forward that say which tokens belong together, None where they are not given."""
 
     positions: Any = None
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
         """None of them is given."""
         return self.positions is self.mask is self.cu_q is self.cu_k is self.index is None
 
-    def same(self, other: Seen) -> bool:
+    def same(self, other: BoundaryInputs) -> bool:
         """Whether both are the same objects, and there is one."""
         for x, y in zip(self, other, strict=True):
             if x is not y:
@@ -43,22 +43,23 @@ class Seen(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Context:
-    """What the door found for the forward that is running.
+    """What the input hook found for the forward that is running.
 
     Attributes:
         segments: the documents, None when every row is one document.
         shape: (B, S) of the tokens, None when the model takes no tokens (a vision tower).
         weights: the attention weights are asked for (``output_attentions``).
-        seen: the objects it was computed from, to reuse it in inner models that get the same ones.
-        plain: the mask of 0 and 1 that the model is given in the place of one, in `seen`, that numbers documents.
-        door: whose forward is running.
+        bounds: the objects it was computed from, to reuse it in inner models that get the same ones.
+        zero_one_mask: the mask of 0 and 1 that the model is given in the place of one, in `bounds`, that numbers
+            documents.
+        hook: whose forward is running.
         outer: the context to go back to.
-        share: the forward runs on this rank's share of its rows.
+        shard: the forward runs on this rank's share of its rows.
         crosses: the model also attends to another sequence (``encoder_hidden_states``).
         reads_padding: what padding attends to matters: a head of the model reads it.
-        flat: where the tokens of an unpadded row stand in its batch.
+        unpadded: where the tokens of an unpadded row stand in its batch.
         caches: those that packed rows are given, which they fill.
-        behind: the model, where code that is not known runs between its input hook and its forward
+        recheck: the model, where code that is not known runs between its input hook and its forward
             (`axattn.documents.late_inputs`).
         caller: the frame in which the forward runs, None where nobody can tell (compiled frames).
         handle: leads a graph to the documents that were read before it.
@@ -67,17 +68,17 @@ class Context:
     segments: Segments | TracedSegments | None
     shape: tuple[int, int] | None
     weights: bool
-    seen: Seen
-    door: object
+    bounds: BoundaryInputs
+    hook: object
     outer: Context | None
-    share: Share | None = None
+    shard: SequenceShard | None = None
     crosses: bool = False
     reads_padding: bool = False
     caller: FrameType | None = None
-    plain: torch.Tensor | None = None
-    flat: FlatRow | None = None
+    zero_one_mask: torch.Tensor | None = None
+    unpadded: UnpaddedBatch | None = None
     caches: tuple[Any, ...] = ()
-    behind: torch.nn.Module | None = None
+    recheck: torch.nn.Module | None = None
     handle: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -86,8 +87,8 @@ class Context:
 
     @property
     def documents(self) -> Segments | TracedSegments | None:
-        """The documents for who may be in a graph that the door is not in (``model.forward = torch.compile(...)``):
-        there a tensor, or the graph would be for these documents alone."""
+        """The documents for who may be in a graph that the input hook is not in (``model.forward =
+        torch.compile(...)``): there a tensor, or the graph would be for these documents alone."""
         if not torch.compiler.is_compiling() or self.handle is None or self.shape is None:
             return self.segments
         assert isinstance(self.segments, Segments)
@@ -106,17 +107,17 @@ class _Slot:
     Attributes:
         context: of the innermost model that is running.
         entered: the changes around whole models that are running (`axattn.patches.forward_wrapper.OncePerCall`).
-        share: as for `inside`.
-        told: as for `inside`.
+        shard: see `assume`.
+        known_documents: the ``documents`` of `assume`.
     """
 
-    __slots__ = ("context", "entered", "share", "told")
+    __slots__ = ("context", "entered", "known_documents", "shard")
 
     def __init__(self) -> None:
         self.context: Context | None = None
         self.entered: tuple[object, ...] = ()
-        self.share: Share | None = None
-        self.told: Segments | None = None
+        self.shard: SequenceShard | None = None
+        self.known_documents: Segments | None = None
 
 
 class _Threads(threading.local):
@@ -136,7 +137,7 @@ def slot() -> _Slot:
 
 
 def current() -> Context | None:
-    """The context of the innermost model that is running, None outside of any model with a door."""
+    """The context of the innermost model that is running, None outside of any model with an input hook."""
     here = _threads.slot
     if not torch.compiler.is_dynamo_compiling():  # `torch.export` runs the frames themselves, and ends some by an error
         while here.context is not None and not here.context.running:
@@ -146,7 +147,7 @@ def current() -> Context | None:
 
 @contextlib.contextmanager
 def reading(context: Context) -> Iterator[None]:
-    """Masks that are made in this block are made from `context`, unless a door that opens in it says otherwise."""
+    """Masks that are made in this block are made from `context`, unless an input hook in it says otherwise."""
     here = slot()
     before, here.context = here.context, context
     try:
@@ -156,17 +157,17 @@ def reading(context: Context) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def inside(*, share: Share | None = None, told: Segments | None = None) -> Iterator[None]:
-    """Doors that open in this block take what is given in place of what their inputs say.
+def assume(*, shard: SequenceShard | None = None, documents: Segments | None = None) -> Iterator[None]:
+    """Input hooks that run in this block take what is given in place of what their inputs say.
 
     Args:
-        share: of documents and padding, on a rank that holds a part of its rows.
-        told: the documents of an unpadded row.
+        shard: of documents and padding, on a rank that holds a part of its rows.
+        documents: of an unpadded row.
     """
     here = slot()
-    before = here.share, here.told
-    here.share, here.told = share, told
+    before = here.shard, here.known_documents
+    here.shard, here.known_documents = shard, documents
     try:
         yield
     finally:
-        here.share, here.told = before
+        here.shard, here.known_documents = before

@@ -1,8 +1,9 @@
-"""The door of a model: hooks that read positions, cumulative lengths and masks once, before the model's own forward.
+"""The input hook of a model: hooks that read positions, cumulative lengths and masks once, before the model's own
+forward.
 
-Every `PreTrainedModel` inside a model has one `Door`. It checks the inputs, finds the documents (`Segments`) and holds
-them in the thread's slot (`axattn.documents.forward_context`) while the forward runs, where the mask function picks
-them up. On native names the same door is a guard: packed input that Transformers would leak is refused.
+Every `PreTrainedModel` inside a model has one `InputHook`. It checks the inputs, finds the documents (`Segments`) and
+holds them in the thread's slot (`axattn.documents.forward_context`) while the forward runs, where the mask function
+picks them up. On native names the same input hook is a guard: packed input that Transformers would leak is refused.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 
 from axattn.documents import mrope, native_flash_guard, native_guard
 from axattn.documents.boundaries import Segments
-from axattn.documents.forward_context import Context, Seen, current, slot
+from axattn.documents.forward_context import BoundaryInputs, Context, current, slot
 from axattn.documents.inputs import switched
 from axattn.documents.late_inputs import look
-from axattn.documents.read_inputs import described, plain, read
+from axattn.documents.read_inputs import described, read, zero_one_mask
 from axattn.documents.traced import TracedSegments
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.hf.caches import caches_in, is_packed, mark_packed
@@ -31,124 +32,126 @@ from axattn.hf.source_inspection import calls_interface
 from axattn.hf.torch_internals import last_pre_hook
 from axattn.traits import picked_tokens
 from axattn.traits.attention_configs import NameCheck
-from axattn.traits.model_traits import Facts
+from axattn.traits.model_traits import ModelTraits
 from axattn.traits.pooling import padding_is_read
 from axattn.traits.position_ids import counted
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
-class Door:
+class InputHook:
     """The forward pre-hook and forward hook of one `PreTrainedModel`. Picklable and copyable with its model.
 
     Args:
-        facts: about the model.
+        traits: about the model.
     """
 
     _own: Any = None
     _last = -1
-    _behind = False
+    _may_change = False
 
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+    def __init__(self, traits: ModelTraits) -> None:
+        self.traits = traits
         self.names = NameCheck()
         self._watching: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what it has found of the hooks and the ``forward`` of its module, to find it again in a copy."""
-        kept = ("facts", "names", "_watching")
+        kept = ("traits", "names", "_watching")
         return {name: value for name, value in vars(self).items() if name in kept}
 
-    def unwatch(self) -> None:
+    def remove_watchers(self) -> None:
         """Take off the hooks that a forward has added."""
         while self._watching:
             self._watching.pop().remove()
 
-    def enter(
+    def pre_forward(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook (``with_kwargs=True``). Packed rows get what they lack: on a flash name the lengths of their
         documents, which Transformers' flash path reads at any batch size; positions that start anew in each. Of a mask
         that numbers them the model gets a plain one."""
-        if is_paged_step(kwargs) and (self.facts.native is not None or switched(self.facts, module)):
+        if is_paged_step(kwargs) and (self.traits.native is not None or switched(self.traits, module)):
             return None
         require_registered(module)
         self.names.require(module)
-        given = {**dict(zip(self.facts.parameters, args, strict=False)), **kwargs} if args else kwargs
+        given = {**dict(zip(self.traits.parameters, args, strict=False)), **kwargs} if args else kwargs
         here, outer = slot(), current()
-        behind = None if torch.compiler.is_compiling() or not self._is_behind(module) else module
+        recheck = None if torch.compiler.is_compiling() or not self._inputs_may_change(module) else module
         weights = self._require_allowed(module, given)
-        seen = described(given, outer)
+        bounds = described(given, outer)
         unchanged: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        if outer is not None and _speaks_of(outer, seen.cu_q) and token_shape(given) is None:
+        if outer is not None and _speaks_of(outer, bounds.cu_q) and token_shape(given) is None:
             # the lengths of the text, which a vision tower is given too (transformers 5.17)
             kwargs = {name: value for name, value in kwargs.items() if name not in LENGTHS}
-            seen, unchanged = seen._replace(cu_q=None, cu_k=None), (args, kwargs)
-        if here.share is not None or here.told is not None:
-            segments, shape = self._told(module, given, here.told)
+            bounds, unchanged = bounds._replace(cu_q=None, cu_k=None), (args, kwargs)
+        if here.shard is not None or here.known_documents is not None:
+            segments, shape = self._known(module, given, here.known_documents)
             here.context = Context(
-                segments, shape, weights, seen, self, outer, here.share, caller=_caller(), behind=behind
+                segments, shape, weights, bounds, self, outer, here.shard, caller=_caller(), recheck=recheck
             )
             return unchanged
         if (
             outer is not None
-            and behind is None
+            and recheck is None
             and not weights
             and outer.segments is None
-            and outer.door is not self
-            and seen.nothing
+            and outer.hook is not self
+            and bounds.nothing
             and given.keys() <= INPUTS.keys()
             and not any(map(is_packed, caches_of(given)))
             and given.get("encoder_hidden_states") is None
         ):
-            return unchanged  # an inner model with nothing to read: the outer door has looked, and its context holds
+            return (
+                unchanged  # an inner model with nothing to read: the outer input hook has looked, and its context holds
+            )
         reads_padding = outer is not None and outer.reads_padding
-        if self.facts.reads and not reads_padding:
-            reads_padding = padding_is_read(self.facts, module, given)
-        if self.facts.picks and not reads_padding:
-            reads_padding = picked_tokens.padding_is_read(self.facts.picks, self.facts.native, module, given)
-        masked = outer.plain if outer is not None and seen.mask is outer.seen.mask else None
-        if outer is not None and seen.same(outer.seen):
+        if self.traits.reads and not reads_padding:
+            reads_padding = padding_is_read(self.traits, module, given)
+        if self.traits.picks and not reads_padding:
+            reads_padding = picked_tokens.padding_is_read(self.traits.picks, self.traits.native, module, given)
+        masked = outer.zero_one_mask if outer is not None and bounds.mask is outer.bounds.mask else None
+        if outer is not None and bounds.same(outer.bounds):
             segments, shape = outer.documents, outer.shape
         else:
-            segments, shape, numbered = read(self.facts, module, given, seen, outer)
+            segments, shape, numbered = read(self.traits, module, given, bounds, outer)
             if numbered and masked is None:
-                masked = plain(seen.mask)
+                masked = zero_one_mask(bounds.mask)
         if masked is not None and masked is not given.get("attention_mask"):
             args, kwargs = unchanged = self._masked(args, kwargs, masked)
         if segments is not None:
-            completed, seen = self._complete(module, args, kwargs, given, seen, segments)
+            completed, bounds = self._complete(module, args, kwargs, given, bounds, segments)
             unchanged = completed or unchanged
         here.context = Context(
             segments,
             shape,
             weights,
-            seen,
+            bounds,
             self,
             outer,
             crosses=given.get("encoder_hidden_states") is not None,
             reads_padding=reads_padding,
             caller=_caller(),
-            plain=masked,
+            zero_one_mask=masked,
             caches=tuple(caches_of(given)) if segments is not None else (),
-            behind=behind,
+            recheck=recheck,
         )
         return unchanged
 
-    def reached(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check_delivery(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of an attention module on a flash name: have the documents come this far, and as such?"""
-        if self.facts.native is None or is_paged_step(kwargs):
+        if self.traits.native is None or is_paged_step(kwargs):
             return
-        native_flash_guard.require_plain_positions(self.facts.native, module, args, kwargs)
+        native_flash_guard.require_plain_positions(self.traits.native, module, args, kwargs)
         context = current()
         if context is not None and isinstance(context.segments, Segments):
-            native_flash_guard.require_reached(self.facts.native, module, kwargs, context.segments)
+            native_flash_guard.require_reached(self.traits.native, module, kwargs, context.segments)
 
-    def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+    def post_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Forward hook (``always_call=True``): also runs when the forward raised."""
         here = slot()
         context = here.context
-        if context is None or context.door is not self:  # `enter` raised: nothing was set
+        if context is None or context.hook is not self:  # `pre_forward` raised: nothing was set
             return
         here.context = context.outer
         if context.segments is not None:
@@ -158,16 +161,16 @@ class Door:
                 for cache in caches:
                     mark_packed(cache, alone)
 
-    def _is_behind(self, module: torch.nn.Module) -> bool:
+    def _inputs_may_change(self, module: torch.nn.Module) -> bool:
         """Whether code that is not known runs between this hook and the model's own ``forward``, and may change its
         inputs (`axattn.documents.late_inputs`)."""
         own, last = module.__dict__.get("forward"), last_pre_hook(module)
         if own is not self._own or last != self._last:
             self._own, self._last = own, last
-            self._behind = changes_inputs(module, self.enter)
-            if self._behind and self.facts.native is not None and not self._watching:
+            self._may_change = changes_inputs(module, self.pre_forward)
+            if self._may_change and self.traits.native is not None and not self._watching:
                 self._watch(module)
-        return self._behind
+        return self._may_change
 
     def _watch(self, module: torch.nn.Module) -> None:
         """On names that Transformers serves nothing of ours is called inside of its forward: hook modules that are, the
@@ -181,21 +184,21 @@ class Door:
     def _require_allowed(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
         """Raise for what this model can't do on its kernel, whatever the tokens; whether attention weights are asked
         for."""
-        facts = self.facts
+        traits = self.traits
         if module.training and getattr(module, "gradient_checkpointing", False):
             native_guard.require_prefix_survives(module, given)
-        if facts.shares_keys:
+        if traits.shares_keys:
             native_guard.require_gradients_of_shared_keys(module)
-        if torch.nn.functional.scaled_dot_product_attention is not _SDPA and facts.native is None:
+        if torch.nn.functional.scaled_dot_product_attention is not _SDPA and traits.native is None:
             native_guard.require_no_context_parallel(module)
-        if facts.on_flash and facts.native is not None:
-            native_flash_guard.require_deterministic(facts.native, facts.nondeterministic, module)
+        if traits.on_flash and traits.native is not None:
+            native_flash_guard.require_deterministic(traits.native, traits.nondeterministic, module)
         weights = given.get("output_attentions")
         if weights is None:
             weights = wants_weights(module.config)
-        if weights and facts.native not in (None, "eager"):
+        if weights and traits.native not in (None, "eager"):
             raise UnsupportedAttentionError(
-                f"{facts.native} can't serve {type(module).__name__}",
+                f"{traits.native} can't serve {type(module).__name__}",
                 [Reason("weights", "output_attentions=True (its kernel never forms the attention weights)")],
                 'Use attn_implementation="auto" or "eager".',
             )
@@ -207,21 +210,19 @@ class Door:
         """The inputs with another 2-D mask."""
         if "attention_mask" in kwargs:
             return args, {**kwargs, "attention_mask": mask}
-        at = self.facts.parameters.index("attention_mask")
+        at = self.traits.parameters.index("attention_mask")
         return (*args[:at], mask, *args[at + 1 :]), kwargs
 
-    def _told(
-        self, module: torch.nn.Module, given: dict[str, Any], told: Segments | None
+    def _known(
+        self, module: torch.nn.Module, given: dict[str, Any], known: Segments | None
     ) -> tuple[Segments | TracedSegments | None, tuple[int, int] | None]:
-        """The documents where they are known before (`axattn.documents.forward_context.inside`)."""
+        """The documents where they are known before (`axattn.documents.forward_context.assume`)."""
         shape = token_shape(given)
-        if told is not None and shape != (told.rows, told.length):
+        if known is not None and shape != (known.rows, known.length):
             # read from positions alone, two rows could be one document
-            raise InvalidInputError(
-                f"{type(module).__name__} has {shape} tokens where the unpadded row has {(told.rows, told.length)}",
-                advice="Leave unpad out.",
-            )
-        return (told if told is not None and told.packed else None), shape
+            text = f"{type(module).__name__} has {shape} tokens where the unpadded row has {(known.rows, known.length)}"
+            raise InvalidInputError(text, advice="Leave unpad out.")
+        return (known if known is not None and known.packed else None), shape
 
     def _complete(
         self,
@@ -229,46 +230,48 @@ class Door:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         given: dict[str, Any],
-        seen: Seen,
+        bounds: BoundaryInputs,
         segments: Segments | TracedSegments,
-    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Seen]:
+    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, BoundaryInputs]:
         """The inputs with what packed rows lack, None when they lack nothing; and what is seen of them then."""
-        facts = self.facts
-        flattened = bool(facts.position_planes) and mrope.lacks_planes(given)
+        traits = self.traits
+        flattened = bool(traits.mrope_planes) and mrope.lacks_mrope_planes(given)
         added: dict[str, Any] = {}
         lengths = None
-        if (flattened or facts.on_flash) and facts.takes_lengths and isinstance(segments, Segments):
+        if (flattened or traits.on_flash) and traits.takes_lengths and isinstance(segments, Segments):
             lengths = added = native_flash_guard.lengths_of(segments)
-            seen = seen._replace(cu_q=lengths["cu_seq_lens_q"], cu_k=lengths["cu_seq_lens_k"])
+            bounds = bounds._replace(cu_q=lengths["cu_seq_lens_q"], cu_k=lengths["cu_seq_lens_k"])
         if flattened:
             if isinstance(segments, TracedSegments):
                 segments.require_single("packed rows with images need position_ids of 3 or 4 planes in a graph")
             else:
-                args, added = mrope.left_to_model(module, facts.parameters, args, lengths)
-                seen = seen._replace(positions=None)
-        elif seen.positions is None and not facts.position_planes and "position_ids" in facts.parameters[len(args) :]:
-            added["position_ids"] = self._positions(segments, given, seen)
-            seen = seen._replace(positions=added["position_ids"])
-        return ((args, {**kwargs, **added}) if added else None), seen
+                args, added = mrope.left_to_model(module, traits.parameters, args, lengths)
+                bounds = bounds._replace(positions=None)
+        elif bounds.positions is None and not traits.mrope_planes and "position_ids" in traits.parameters[len(args) :]:
+            added["position_ids"] = self._positions(segments, given, bounds)
+            bounds = bounds._replace(positions=added["position_ids"])
+        return ((args, {**kwargs, **added}) if added else None), bounds
 
-    def _positions(self, segments: Segments | TracedSegments, given: dict[str, Any], seen: Seen) -> torch.Tensor:
+    def _positions(
+        self, segments: Segments | TracedSegments, given: dict[str, Any], bounds: BoundaryInputs
+    ) -> torch.Tensor:
         """int64 ``[B, S]`` that start anew in each document; in a graph that may not be packed at all, else the model's
         own count."""
-        facts, documents = self.facts, segments.document_ids
-        mask = seen.mask
+        traits, documents = self.traits, segments.document_ids
+        mask = bounds.mask
         if not isinstance(mask, torch.Tensor) or mask.shape != documents.shape:
             mask = torch.ones_like(documents)
-        count = functools.partial(counted, facts.first_position, facts.counts_mask, given.get("input_ids"), mask)
+        count = functools.partial(counted, traits.first_position, traits.counts_mask, given.get("input_ids"), mask)
         anew: torch.Tensor = count(documents)
-        if isinstance(segments, Segments) or seen.cu_q is not None or seen.cu_k is not None:
+        if isinstance(segments, Segments) or bounds.cu_q is not None or bounds.cu_k is not None:
             return anew
         return torch.where((documents[:, -1] > 0).any(), anew, count())
 
 
 def _look(module: torch.nn.Module, args: Any) -> None:
-    """Forward pre-hook of an attention module (see `Door._watch`)."""
+    """Forward pre-hook of an attention module (see `InputHook._watch`)."""
     context = None if torch.compiler.is_compiling() else current()
-    if context is not None and context.behind is not None:
+    if context is not None and context.recheck is not None:
         look(context)
 
 
@@ -282,4 +285,4 @@ def _caller() -> FrameType | None:
 
 def _speaks_of(context: Context, lengths: Any) -> bool:
     """Whether these are the lengths that the model of a context was given for its own tokens."""
-    return lengths is not None and context.seen.cu_q is lengths
+    return lengths is not None and context.bounds.cu_q is lengths

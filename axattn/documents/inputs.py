@@ -16,7 +16,7 @@ from axattn.hf.caches import cache_length
 from axattn.hf.forward_inputs import caches_of, may_tell_documents
 from axattn.hf.torch_internals import is_tracing, require_when_run
 from axattn.spec import names
-from axattn.traits.model_traits import Facts
+from axattn.traits.model_traits import ModelTraits
 
 _ALONE = "Give it one document a row, padded."
 
@@ -167,21 +167,21 @@ def require_first_is_real(text: str, mask: torch.Tensor) -> None:
         raise InvalidInputError("rows are padded on the left", [Reason("padding", text)], advice)
 
 
-def switched(facts: Facts, module: torch.nn.Module) -> str:
+def switched(traits: ModelTraits, module: torch.nn.Module) -> str:
     """The name of Transformers that a model was put on behind axattn (``model.set_attn_implementation``), or ``""``."""
     config: Any = module.config
     running = config._attn_implementation
-    return running if facts.native is None and isinstance(running, str) and names.is_native(running) else ""
+    return running if traits.native is None and isinstance(running, str) and names.is_native(running) else ""
 
 
-def require_ours(facts: Facts, module: torch.nn.Module) -> None:
-    """Raise where a model was `switched`: its door stands for our kernels, which keep documents and parts of rows
+def require_ours(traits: ModelTraits, module: torch.nn.Module) -> None:
+    """Raise where a model was `switched`: its input hook stands for our kernels, which keep documents and parts of rows
     apart, and does not guard that name.
 
     Raises:
         UnsupportedAttentionError: it was.
     """
-    running = switched(facts, module)
+    running = switched(traits, module)
     if running:
         text = f"it was put on {running} after axattn had put it on another kernel"
         advice = f'Use axattn.apply(model, "{running}"), or axattn.restore(model) first.'
@@ -213,12 +213,12 @@ def require_known(
     """
     for name, tensors in unknown.items():
         for x in tensors:
-            told = may_tell_documents(x, mask, rows, length)
-            if told is None:
+            tells = may_tell_documents(x, mask, rows, length)
+            if tells is None:
                 continue
             if is_tracing():
-                require_when_run(~told, f"{name} is not known, and may describe packed documents")
-            elif bool(told):
+                require_when_run(~tells, f"{name} is not known, and may describe packed documents")
+            elif bool(tells):
                 raise UnsupportedAttentionError(
                     f"{type(module).__name__} can't run this batch",
                     [Reason(name, f"{name}: an unknown keyword whose values may describe packed documents")],
@@ -227,7 +227,7 @@ def require_known(
 
 
 def require_packable(
-    facts: Facts,
+    traits: ModelTraits,
     module: torch.nn.Module,
     inputs: dict[str, Any],
     segments: Segments,
@@ -237,7 +237,7 @@ def require_packable(
     """Raise for packed rows that this model can't take, or not with these inputs.
 
     Args:
-        facts: about the model.
+        traits: about the model.
         module: the model.
         inputs: of its forward, by name.
         segments: the documents.
@@ -250,8 +250,8 @@ def require_packable(
         UnsupportedAttentionError: documents would leak, or be numbered wrong.
     """
     name = type(module).__name__
-    require_ours(facts, module)
-    if facts.encoder_decoder:
+    require_ours(traits, module)
+    if traits.encoder_decoder:
         reasons = [Reason("segments", "its cross-attention has no document boundaries")]
         raise InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ALONE)
     held = max(map(cache_length, caches_of(inputs)), default=0)
@@ -264,28 +264,28 @@ def require_packable(
     if unknown:
         reasons = [Reason(keyword, f"{keyword}: what an unknown keyword says of the tokens") for keyword in unknown]
         raise InvalidInputError(f"packed rows can't run in {name} with these inputs", reasons, _ALONE)
-    if facts.mixers:
-        raise UnsupportedAttentionError(f"packed rows would leak in {name}", facts.mixers, _ALONE)
-    unfit = [*facts.unfit, *reasons_by_document(module)]
-    if unfit:
-        raise UnsupportedAttentionError(f"packed rows can't run in {name}", unfit, _ALONE)
-    if facts.counted is not None and segments.length > facts.counted:
-        text = f"its layers without RoPE scale queries by their position in the row, from {facts.counted} on"
+    if traits.mixers:
+        raise UnsupportedAttentionError(f"packed rows would leak in {name}", traits.mixers, _ALONE)
+    packing_blockers = [*traits.packing_blockers, *reasons_by_document(module)]
+    if packing_blockers:
+        raise UnsupportedAttentionError(f"packed rows can't run in {name}", packing_blockers, _ALONE)
+    if traits.max_row_length is not None and segments.length > traits.max_row_length:
+        text = f"its layers without RoPE scale queries by their position in the row, from {traits.max_row_length} on"
         raise UnsupportedAttentionError(
             f"{name} can't take packed rows of {segments.length} tokens",
             [Reason("segments", text)],
-            f"Pack into rows of at most {facts.counted} tokens.",
+            f"Pack into rows of at most {traits.max_row_length} tokens.",
         )
-    if facts.stretched_from is not None:
-        _require_not_stretched(facts.stretched_from, name, inputs.get("position_ids"), segments, mask)
-    if facts.native is not None:
-        follow = facts.on_flash and facts.takes_lengths
+    if traits.rope_scaling_threshold is not None:
+        _require_no_rope_scaling(traits.rope_scaling_threshold, name, inputs.get("position_ids"), segments, mask)
+    if traits.native is not None:
+        follow = traits.on_flash and traits.takes_lengths
         native_guard.require_no_leak(
-            facts.native, module, inputs, segments, mask, lengths_follow=follow, overlays=facts.overlays
+            traits.native, module, inputs, segments, mask, lengths_follow=follow, image_blocks=traits.image_blocks
         )
 
 
-def _require_not_stretched(limit: int, name: str, positions: Any, segments: Segments, mask: Any) -> None:
+def _require_no_rope_scaling(limit: int, name: str, positions: Any, segments: Segments, mask: Any) -> None:
     """Raise where dynamic NTK would stretch the frequencies of all documents: by the highest position that is given,
     padding's too; where none are, by the longest document (`axattn.documents.input_hook` counts no padding).
 

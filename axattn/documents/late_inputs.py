@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from axattn.documents.boundaries import Segments
-from axattn.documents.forward_context import Context, Seen, slot
+from axattn.documents.forward_context import BoundaryInputs, Context, slot
 from axattn.documents.read_inputs import described, read
 from axattn.documents.traced import TracedSegments
 from axattn.errors import InvalidInputError, Reason
@@ -26,61 +26,62 @@ def look(context: Context) -> None:
     nothing told any before, hold from here on.
 
     Args:
-        context: of a forward that is marked (`Context.behind`); this takes the mark off.
+        context: of a forward that is marked (`Context.recheck`); this takes the mark off.
 
     Raises:
         AxattnError: other documents than the model was called with, which do not reach everything that reads them; or
             what `axattn.documents.read_inputs.read` refuses.
     """
-    module, context.behind = context.behind, None
+    module, context.recheck = context.recheck, None
     given = inputs_in_frame(module)
     if module is None or given is None:
         return
-    facts: Any = context.door.facts  # type: ignore[attr-defined]
-    seen = _own(described(given, context.outer), context)
-    if all(new is old for new, old in zip(seen, context.seen, strict=True)):
+    traits: Any = context.hook.traits  # type: ignore[attr-defined]
+    bounds = _own(described(given, context.outer), context)
+    if all(new is old for new, old in zip(bounds, context.bounds, strict=True)):
         return
     shape = token_shape(given)
     if shape is None or shape[1] == 1:
         return
-    given |= {"position_ids": seen.positions, "attention_mask": seen.mask}
-    if context.share is not None or slot().told is not None:
-        if not _same(seen, context.seen):
-            _refuse(module, seen, context, "rows that are unpadded or split have positions and documents of their own")
+    given |= {"position_ids": bounds.positions, "attention_mask": bounds.mask}
+    if context.shard is not None or slot().known_documents is not None:
+        if not _same(bounds, context.bounds):
+            _refuse(
+                module, bounds, context, "rows that are unpadded or split have positions and documents of their own"
+            )
         return
     # (Transformers' flash path gets no lengths here: the input hook adds them before)
-    found = read(dataclasses.replace(facts, takes_lengths=False), module, given, seen, context.outer)
+    found = read(dataclasses.replace(traits, takes_lengths=False), module, given, bounds, context.outer)
     if _documents(found.segments) == _documents(context.segments):
         return
-    positions_alone = seen._replace(positions=None, mask=None).nothing
-    if not positions_alone and seen.positions is not None:  # what else is given says the same
-        alone = Seen(positions=seen.positions, mask=seen.mask)
-        told = read(dataclasses.replace(facts, takes_lengths=False), module, given, alone, context.outer)
-        positions_alone = _documents(told.segments) == _documents(found.segments)
+    positions_alone = bounds._replace(positions=None, mask=None).nothing
+    if not positions_alone and bounds.positions is not None:  # what else is given says the same
+        alone = BoundaryInputs(positions=bounds.positions, mask=bounds.mask)
+        reread = read(dataclasses.replace(traits, takes_lengths=False), module, given, alone, context.outer)
+        positions_alone = _documents(reread.segments) == _documents(found.segments)
     positions_alone = positions_alone and not found.numbered
     known = context.segments is not None
-    late = facts.by_document or any(
-        dynamic_rope.longropes(module)
-    )  # what runs document by document has run, or may have
-    if known or late or (facts.native is None and not positions_alone):
-        _refuse(module, seen, context, "they tell other documents than the model was called with")
-    if facts.native is None:
-        context.segments, context.seen, context.shape = found.segments, seen, found.shape
+    # what runs document by document has run, or may have
+    late = traits.by_document or any(dynamic_rope.longropes(module))
+    if known or late or (traits.native is None and not positions_alone):
+        _refuse(module, bounds, context, "they tell other documents than the model was called with")
+    if traits.native is None:
+        context.segments, context.bounds, context.shape = found.segments, bounds, found.shape
 
 
-def _own(seen: Seen, context: Context) -> Seen:
+def _own(bounds: BoundaryInputs, context: Context) -> BoundaryInputs:
     """What a forward was given, without what it has made of it itself: masks that are finished, planes of positions."""
-    positions, mask = seen.positions, seen.mask
+    positions, mask = bounds.positions, bounds.mask
     if not (isinstance(positions, torch.Tensor) and positions.ndim == 2 and not positions.is_floating_point()):
-        positions = context.seen.positions
-    if not (isinstance(mask, torch.Tensor) and mask.ndim == 2) or mask is context.plain:
-        mask = context.seen.mask
-    return seen._replace(positions=positions, mask=mask)
+        positions = context.bounds.positions
+    if not (isinstance(mask, torch.Tensor) and mask.ndim == 2) or mask is context.zero_one_mask:
+        mask = context.bounds.mask
+    return bounds._replace(positions=positions, mask=mask)
 
 
-def _same(seen: Seen, known: Seen) -> bool:
+def _same(bounds: BoundaryInputs, known: BoundaryInputs) -> bool:
     """Whether inputs say the same as those that are known. None for positions says nothing."""
-    for new, old in zip(seen, known, strict=True):
+    for new, old in zip(bounds, known, strict=True):
         if new is old or new is None:
             continue
         if old is None or new.shape != old.shape or not torch.equal(new, old):
@@ -92,9 +93,9 @@ def _documents(segments: Segments | TracedSegments | None) -> Any:
     return segments.boundaries if isinstance(segments, Segments) and segments.packed else None
 
 
-def _refuse(module: torch.nn.Module, seen: Seen, context: Context, text: str) -> None:
+def _refuse(module: torch.nn.Module, bounds: BoundaryInputs, context: Context, text: str) -> None:
     words = ("position_ids", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-    new = [word for word, x, old in zip(words, seen, context.seen, strict=True) if x is not old]
+    new = [word for word, x, old in zip(words, bounds, context.bounds, strict=True) if x is not old]
     raise InvalidInputError(
         f"a hook or a wrapper of {type(module).__name__}.forward gave it {', '.join(new)}",
         [Reason(new[0], text)],

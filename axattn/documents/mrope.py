@@ -27,7 +27,7 @@ def text_positions(positions: torch.Tensor, mask: torch.Tensor | None) -> torch.
     return jumps((zero if mask is None else zero & (mask != 0).to(zero.device)).cumsum(-1))
 
 
-def lacks_planes(inputs: dict[str, Any]) -> bool:
+def lacks_mrope_planes(inputs: dict[str, Any]) -> bool:
     """Whether a model that takes planes is given images, and positions of one plane (``[B, S]``, ``[1, B, S]``)."""
     positions = inputs.get(_POSITIONS)
     one = isinstance(positions, torch.Tensor) and (positions.ndim < 3 or positions.shape[0] == 1)

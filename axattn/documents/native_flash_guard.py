@@ -31,7 +31,7 @@ def windowed(module: torch.nn.Module) -> bool:
     return window_of(module) is not None
 
 
-def overlays(module: torch.nn.Module) -> bool:
+def image_blocks(module: torch.nn.Module) -> bool:
     """Whether a model lays blocks over its mask where ``token_type_ids`` say so."""
     source = sys.modules.get(code_of(module).__module__)
     mentions = source is not None and "block_sequence_ids" in file_source(source.__name__)
@@ -77,8 +77,8 @@ def _window_contradictions(source: str, config: Any, window: int, inner: list[to
     """Windows that masks have and the kernel is not told of, or told of another."""
     kinds = getattr(config, "layer_types", None)
     if "create_sliding_window" in source and inner and (not kinds or any("sliding" in str(kind) for kind in kinds)):
-        told = [module for module in inner if _gives(module, "sliding_window")]
-        if not told:
+        giving = [module for module in inner if _gives(module, "sliding_window")]
+        if not giving:
             name = type(inner[0]).__name__
             return [Reason("window", f"{name} does not hand its window of {window} tokens to Transformers' flash path")]
     both_ways = "create_sliding_window_causal_mask" in source and not getattr(config, "is_causal", True)
@@ -131,9 +131,11 @@ def require_deterministic(native: str, lacking: Iterable[Reason], module: torch.
         warnings.warn(f"axattn: {reason.text}", UserWarning, stacklevel=2)  # once for each text: Python's own filter
 
 
-def require_served(native: str, inputs: dict[str, Any], windowed: bool, *, overlays: bool, reads_padding: bool) -> None:
+def require_served(
+    native: str, inputs: dict[str, Any], windowed: bool, *, image_blocks: bool, reads_padding: bool
+) -> None:
     """Raise for inputs whose meaning the flash path would drop; of the model it takes what
-    `axattn.traits.model_traits.Facts` hold.
+    `axattn.traits.model_traits.ModelTraits` hold.
 
     Raises:
         UnsupportedAttentionError: image blocks, padding with holes in front of a sliding window, padding that a head
@@ -143,7 +145,7 @@ def require_served(native: str, inputs: dict[str, Any], windowed: bool, *, overl
     if _crosses_padding(inputs):
         text = "as many targets as source tokens, some of them padding: the flash path takes both for one sequence"
         reasons.append(Reason("padding", text))
-    if overlays and has_kinds(inputs):
+    if image_blocks and has_kinds(inputs):
         text = "tokens of an image attend to each other both ways, and the flash path is causal throughout"
         reasons.append(Reason("dense_mask", text))
     mask = inputs.get("attention_mask")
@@ -243,7 +245,7 @@ def packed_reasons(
         native: the flash name.
         inputs: of the forward.
         segments: the documents.
-        lengths_follow: the door adds the lengths to the inputs.
+        lengths_follow: the input hook adds the lengths to the inputs.
     """
     mask = inputs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool((mask != 0).all()):

@@ -32,7 +32,7 @@ def require_no_leak(
     mask: torch.Tensor | None,
     *,
     lengths_follow: bool = False,
-    overlays: bool = False,
+    image_blocks: bool = False,
 ) -> None:
     """Raise unless Transformers keeps the documents of this call apart on `native`.
 
@@ -42,8 +42,8 @@ def require_no_leak(
         inputs: of its forward.
         segments: the documents.
         mask: the 2-D mask, or None.
-        lengths_follow: on a flash name: the door adds the lengths of the documents to the inputs.
-        overlays: see `flash_guard.overlays`.
+        lengths_follow: on a flash name: the input hook adds the lengths of the documents to the inputs.
+        image_blocks: see `flash_guard.image_blocks`.
 
     Raises:
         UnsupportedAttentionError: with every reason, and the names that are right.
@@ -51,7 +51,7 @@ def require_no_leak(
     reasons = (
         native_flash_guard.packed_reasons(native, inputs, segments, lengths_follow=lengths_follow)
         if names.is_flash(native)
-        else _mask_reasons(module, inputs, segments, mask, overlays)
+        else _mask_reasons(module, inputs, segments, mask, image_blocks)
     )
     if reasons:
         raise UnsupportedAttentionError(
@@ -162,7 +162,7 @@ def require_no_context_parallel(module: torch.nn.Module) -> None:
 
 
 def _mask_reasons(
-    module: torch.nn.Module, inputs: dict[str, Any], segments: Segments, mask: torch.Tensor | None, overlays: bool
+    module: torch.nn.Module, inputs: dict[str, Any], segments: Segments, mask: torch.Tensor | None, image_blocks: bool
 ) -> list[Reason]:
     """eager, sdpa, flex_attention: right only when Transformers itself finds the documents in position_ids."""
     reasons = []
@@ -181,12 +181,12 @@ def _mask_reasons(
         if not torch.equal(starts.expand(segments.rows, -1), (segments.positions == 0).to(starts.device)):
             given = " and ".join(name for name in _APART if inputs.get(name) is not None)
             reasons.append(Reason("segments", f"position_ids and {given} describe different documents"))
-    if overlays and native_flash_guard.has_kinds(inputs):
+    if image_blocks and native_flash_guard.has_kinds(inputs):
         reasons.append(Reason("dense_mask", "Transformers lays image blocks over a packed row's mask in wrong places"))
-    return [*reasons, *standing_reasons(module, of_text=of_text)]
+    return [*reasons, *never_packs_reasons(module, of_text=of_text)]
 
 
-def standing_reasons(module: torch.nn.Module, *, of_text: bool = False) -> list[Reason]:
+def never_packs_reasons(module: torch.nn.Module, *, of_text: bool = False) -> list[Reason]:
     """Why no packed call of this model is right on a name whose masks Transformers builds, whatever the inputs.
 
     Args:
@@ -206,22 +206,24 @@ def standing_reasons(module: torch.nn.Module, *, of_text: bool = False) -> list[
     return reasons
 
 
-def may_leak(native: str, module: torch.nn.Module, inputs: dict[str, Any], standing: bool, overlays: bool) -> bool:
+def may_leak(
+    native: str, module: torch.nn.Module, inputs: dict[str, Any], never_packs: bool, image_blocks: bool
+) -> bool:
     """`require_no_leak` while ``torch.compile`` traces: whether a packed call would leak; in doubt, yes.
 
     Args:
         native: the native name.
         module: the model.
         inputs: of its forward.
-        standing: whether there are `standing_reasons`.
-        overlays: see `flash_guard.overlays`.
+        never_packs: whether there are `never_packs_reasons`.
+        image_blocks: see `flash_guard.image_blocks`.
     """
     if names.is_flash(native) or any(inputs.get(name) is not None for name in _APART):
         return True
     positions = inputs.get("position_ids")
     plain = isinstance(positions, torch.Tensor) and positions.ndim == 2 and inputs.get("attention_mask") is None
-    plain = plain and not (overlays and any(inputs.get(name) is not None for name in KINDS))
-    return standing or not plain or _asks_for_cache(module, inputs)
+    plain = plain and not (image_blocks and any(inputs.get(name) is not None for name in KINDS))
+    return never_packs or not plain or _asks_for_cache(module, inputs)
 
 
 def _asks_for_cache(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:

@@ -31,9 +31,9 @@ def reasons_by_row(model: torch.nn.Module, *, rows_stay: bool = False) -> list[R
         rows_stay: each row stays one, and only its tokens are shared out.
     """
     texts = _OF_TOKENS if rows_stay else _OF_TOKENS | _OF_ROWS
-    told = adapter_keywords(model)
+    given = adapter_keywords(model)
     unknown = contracts.reasons("adapters by row") if adapters_run() else []
-    adapters = [Reason("adapter", text) for name, text in texts.items() if told.get(name) is not None]
+    adapters = [Reason("adapter", text) for name, text in texts.items() if given.get(name) is not None]
     return [*unknown, *_of_noise(model), *adapters]
 
 

@@ -1,4 +1,5 @@
-"""What the inputs of a model's forward say of its documents, read once by its door; in a graph, while it is traced."""
+"""What the inputs of a model's forward say of its documents, read once by its input hook; in a graph, while it is
+traced."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 
 from axattn.documents import inputs, mrope, native_flash_guard, native_guard, traced
 from axattn.documents.boundaries import Segments, from_positions, has_numbers
-from axattn.documents.forward_context import Context, Seen, current
+from axattn.documents.forward_context import BoundaryInputs, Context, current
 from axattn.documents.traced import TracedSegments
 from axattn.documents.wrapper_positions import require_handed_on
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
@@ -16,7 +17,7 @@ from axattn.hf import callers
 from axattn.hf.caches import cache_length, is_packed
 from axattn.hf.forward_inputs import caches_of, token_shape, unknown_tensors
 from axattn.hf.torch_internals import is_mapped, is_tracing, require_when_run
-from axattn.traits.model_traits import Facts
+from axattn.traits.model_traits import ModelTraits
 
 
 class Found(NamedTuple):
@@ -33,49 +34,51 @@ class Found(NamedTuple):
     numbered: bool = False
 
 
-def described(given: dict[str, Any], outer: Context | None) -> Seen:
+def described(given: dict[str, Any], outer: Context | None) -> BoundaryInputs:
     """The inputs that say which tokens belong together.
 
     Args:
         given: the inputs, by name.
-        outer: what the door around this one found: where it put a plain mask in the place of one that numbers
+        outer: what the input hook around this one found: where it put a plain mask in the place of one that numbers
             documents, the latter is meant.
     """
     get = given.get
     mask = get("attention_mask")
-    if mask is not None and outer is not None and mask is outer.plain:
-        mask = outer.seen.mask
-    return Seen(get("position_ids"), mask, get("cu_seq_lens_q"), get("cu_seq_lens_k"), get("seq_idx"))
+    if mask is not None and outer is not None and mask is outer.zero_one_mask:
+        mask = outer.bounds.mask
+    return BoundaryInputs(get("position_ids"), mask, get("cu_seq_lens_q"), get("cu_seq_lens_k"), get("seq_idx"))
 
 
-def plain(mask: torch.Tensor) -> torch.Tensor:
+def zero_one_mask(mask: torch.Tensor) -> torch.Tensor:
     """A mask of 0 and 1 for one that numbers documents: models multiply by its values (layers with a state, ESM's
     embeddings, the loss that balances experts), and take sums of it for lengths."""
     return (mask != 0).to(mask.dtype)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced by itself it would find nothing to read
-def documents(facts: Facts, module: torch.nn.Module, given: dict[str, Any]) -> Segments | None:
+def documents(traits: ModelTraits, module: torch.nn.Module, given: dict[str, Any]) -> Segments | None:
     """The documents that a model's inputs describe, None when every row is one; checks as `read` does. Never traced."""
-    segments = read(facts, module, given, described(given, current()), None).segments
+    segments = read(traits, module, given, described(given, current()), None).segments
     return segments if isinstance(segments, Segments) else None
 
 
-def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: Seen, outer: Context | None) -> Found:
+def read(
+    traits: ModelTraits, module: torch.nn.Module, given: dict[str, Any], bounds: BoundaryInputs, outer: Context | None
+) -> Found:
     """The documents of a forward, read in its inputs.
 
     Args:
-        facts: about the model.
+        traits: about the model.
         module: the model.
         given: its inputs, by name.
-        seen: what `described` finds in them.
-        outer: what the door around this one found.
+        bounds: what `described` finds in them.
+        outer: what the input hook around this one found.
 
     Raises:
         InvalidInputError: inputs that can't be read, or say two things.
         UnsupportedAttentionError: what they mean would be lost on the way to this model's kernels.
     """
-    positions, mask, cu_q, cu_k, index = seen
+    positions, mask, cu_q, cu_k, index = bounds
     caches = caches_of(given)
     if any(map(is_packed, caches)):
         raise InvalidInputError(
@@ -86,11 +89,15 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
     shape = token_shape(given)
     if shape is None:
         return Found(None, None)
-    if facts.on_flash and facts.native is not None:
+    if traits.on_flash and traits.native is not None:
         native_flash_guard.require_served(
-            facts.native, given, facts.windowed, overlays=facts.overlays, reads_padding="every" in facts.reads
+            traits.native,
+            given,
+            traits.windowed,
+            image_blocks=traits.image_blocks,
+            reads_padding="every" in traits.reads,
         )
-    if facts.native == "flex_attention":
+    if traits.native == "flex_attention":
         native_guard.require_flex_on_cpu(module, given, max(map(cache_length, caches), default=0))
     rows, length = shape
     if rows == 0 or length == 0:
@@ -103,7 +110,7 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
     if unknown:
         mask_here = mask if isinstance(mask, torch.Tensor) and tuple(mask.shape) == shape else None
         inputs.require_known(module, unknown, mask_here, rows, length)
-    if seen.nothing:
+    if bounds.nothing:
         return Found(outer.documents if outer is not None and outer.shape == shape else None, shape)
     if (
         mask is None
@@ -117,24 +124,24 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
             "Give an attention_mask of ones beside them.",
         )
     finished = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
-    if finished and facts.native is not None and isinstance(mask, torch.Tensor):
-        native_guard.require_mask_is_read(facts.native, module, mask)
+    if finished and traits.native is not None and isinstance(mask, torch.Tensor):
+        native_guard.require_mask_is_read(traits.native, module, mask)
     mask = None if finished else mask
-    if facts.first_must_be_real and mask is not None:
-        inputs.require_first_is_real(facts.first_must_be_real, mask)
+    if traits.first_must_be_real and mask is not None:
+        inputs.require_first_is_real(traits.first_must_be_real, mask)
     lengths = cu_q is not None or cu_k is not None
     if not lengths:
         mask = inputs.mask_of_tokens(mask, length, caches)
-        positions = _text_positions(facts, positions, mask, shape, outer)
+        positions = _text_positions(traits, positions, mask, shape, outer)
         if finished:  # a 4-D mask (the user's own, or one that `generate` built before) already says it all
             return Found(None, shape)
         if index is not None:
             mask = inputs.numbers_of(index, mask, rows, length)
-        if positions is not None and facts.first_position and not _decodes(given):
-            inputs.require_counted_from(facts.first_position, module, positions, mask)
+        if positions is not None and traits.first_position and not _decodes(given):
+            inputs.require_counted_from(traits.first_position, module, positions, mask)
     # inside of a model that was given numbers for these tokens, a mask that is made of theirs has them no more
-    numbers = outer if outer is not None and outer.plain is not None and outer.shape == shape else None
-    given_mask = None if finished or length == 1 else seen.mask
+    numbers = outer if outer is not None and outer.zero_one_mask is not None and outer.shape == shape else None
+    given_mask = None if finished or length == 1 else bounds.mask
     numbered = given_mask is not None and (is_tracing() or has_numbers(given_mask))
     if is_tracing():
         if numbers is not None:
@@ -143,14 +150,14 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
             in_graph: TracedSegments | None = _traced_lengths(cu_q, cu_k, rows, length)
         else:
             in_graph = traced.from_positions(positions, mask, rows, length)
-        if in_graph is not None and facts.by_document:
+        if in_graph is not None and traits.by_document:
             in_graph.require_single("packed rows can't run document by document in a graph; run without torch.compile")
-        elif in_graph is not None and (unknown or not _packable_in_graph(facts, module, given, length)):
+        elif in_graph is not None and (unknown or not _packable_in_graph(traits, module, given, length)):
             in_graph.require_single("packed rows would leak here; run without torch.compile to see why")
         where = given.get("position_ids")
-        if in_graph is not None and facts.stretched_from is not None and isinstance(where, torch.Tensor):
-            text = f"dynamic NTK would stretch packed rows with positions above {facts.stretched_from - 1}"
-            in_graph.require_single(text, unless=where.max() < facts.stretched_from)
+        if in_graph is not None and traits.rope_scaling_threshold is not None and isinstance(where, torch.Tensor):
+            text = f"dynamic NTK would stretch packed rows with positions above {traits.rope_scaling_threshold - 1}"
+            in_graph.require_single(text, unless=where.max() < traits.rope_scaling_threshold)
         return Found(in_graph, shape, numbered)
     segments: Segments | None = None
     if lengths:
@@ -165,8 +172,8 @@ def read(facts: Facts, module: torch.nn.Module, given: dict[str, Any], seen: See
     plain_mask = not lengths and not numbered and index is None and mask is not None
     if plain_mask and positions is not None and _counts_on(positions, mask):
         return Found(None, shape, numbered)
-    inputs.require_mask_fits(seen.mask if not finished else None, length, caches)
-    inputs.require_packable(facts, module, given, segments, unknown, None if finished else seen.mask)
+    inputs.require_mask_fits(bounds.mask if not finished else None, length, caches)
+    inputs.require_packable(traits, module, given, segments, unknown, None if finished else bounds.mask)
     return Found(segments, shape, numbered)
 
 
@@ -180,10 +187,10 @@ def _counts_on(positions: torch.Tensor, mask: torch.Tensor) -> bool:
 
 
 def _text_positions(
-    facts: Facts, positions: Any, mask: torch.Tensor | None, shape: tuple[int, int], outer: Context | None
+    traits: ModelTraits, positions: Any, mask: torch.Tensor | None, shape: tuple[int, int], outer: Context | None
 ) -> torch.Tensor | None:
     """`inputs.text_positions`; of planes without one of text, if a user gives them, what tells the documents."""
-    text = inputs.text_positions(positions, *shape, facts.position_planes)
+    text = inputs.text_positions(positions, *shape, traits.mrope_planes)
     if text is None and outer is None and isinstance(positions, torch.Tensor):
         return mrope.text_positions(positions, mask)
     return text
@@ -201,19 +208,25 @@ def _traced_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> TracedSegme
     return traced.from_cu_seqlens(cu_q if cu_q is not None else cu_k, rows, length, "cu_seq_lens_q")
 
 
-def _packable_in_graph(facts: Facts, module: torch.nn.Module, given: dict[str, Any], length: int) -> bool:
+def _packable_in_graph(traits: ModelTraits, module: torch.nn.Module, given: dict[str, Any], length: int) -> bool:
     """Whether packed rows are right in this graph: what `inputs.require_packable` asks, without reading a value."""
-    if facts.encoder_decoder or facts.mixers or facts.unfit or facts.unfit_in_graph or inputs.switched(facts, module):
+    if (
+        traits.encoder_decoder
+        or traits.mixers
+        or traits.packing_blockers
+        or traits.packing_blockers_in_graph
+        or inputs.switched(traits, module)
+    ):
         return False
-    if facts.counted is not None and length > facts.counted:
+    if traits.max_row_length is not None and length > traits.max_row_length:
         return False
-    if facts.stretched_from is not None and length > facts.stretched_from:
+    if traits.rope_scaling_threshold is not None and length > traits.rope_scaling_threshold:
         return False
     for cache in caches_of(given):
         held = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         if isinstance(held, torch.Tensor) or held > 0:
             return False
-    leaks = facts.native is not None and native_guard.may_leak(
-        facts.native, module, given, facts.standing, facts.overlays
+    leaks = traits.native is not None and native_guard.may_leak(
+        traits.native, module, given, traits.never_packs, traits.image_blocks
     )
     return not leaks

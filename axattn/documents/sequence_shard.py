@@ -11,7 +11,7 @@ from axattn.documents.boundaries import Segments
 
 
 @dataclass(frozen=True, eq=False)
-class Share:
+class SequenceShard:
     """One forward of B rows of S tokens split over P ranks, S / P consecutive tokens each.
 
     Attributes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from axattn.documents import boundaries
-from axattn.documents.boundaries import Segments, starts_told
+from axattn.documents.boundaries import Segments, starts_of
 from axattn.errors import InvalidInputError
 from axattn.hf.graph_handles import entry_of
 from axattn.hf.tensor_snapshots import READS_ON_HOST, snapshot
@@ -107,7 +107,7 @@ def from_positions(
     if length < 2 or (position_ids is None and attention_mask is None):
         return None
     numbered = attention_mask is not None and attention_mask.dtype is not torch.bool  # 0 and 1 are no two numbers
-    by_position, by_number, padding_ends = starts_told(position_ids, attention_mask, numbered)
+    by_position, by_number, padding_ends = starts_of(position_ids, attention_mask, numbered)
     starts = by_position if by_number is None else by_number
     if starts is None:
         return None

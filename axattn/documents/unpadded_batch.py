@@ -1,4 +1,4 @@
-"""`FlatRow`: where the tokens of an unpadded row stand in its padded batch."""
+"""`UnpaddedBatch`: where the tokens of an unpadded row stand in its padded batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FlatRow:
+class UnpaddedBatch:
     """A padded batch without its padding, as one row.
 
     Attributes:

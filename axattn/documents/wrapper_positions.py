@@ -40,10 +40,10 @@ def require_handed_on(module: torch.nn.Module, rows: int, length: int) -> None:
         positions, mask = given.get("position_ids"), given.get("attention_mask")
         positions = positions if _is_2d(positions) else None
         mask = mask if _is_2d(mask) else None
-        told = positions if positions is not None else mask
-        if told is None or (told.shape[0] if tokens is None else tokens.shape[0]) != rows:
+        described = positions if positions is not None else mask
+        if described is None or (described.shape[0] if tokens is None else tokens.shape[0]) != rows:
             continue
-        shape = (rows, told.shape[1])
+        shape = (rows, described.shape[1])
         if positions is None and shape[1] == length:
             continue
         mask = mask if mask is not None and mask.shape == shape else None

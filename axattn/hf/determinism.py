@@ -16,22 +16,22 @@ import torch
 DETERMINISTIC_VARIABLE = "FLASH_ATTENTION_DETERMINISTIC"
 
 
-def asked(told: object = None) -> bool:
+def asked(given: object = None) -> bool:
     """Whether a deterministic gradient is asked for, and nothing else will do.
 
     Args:
-        told: a layer's keyword ``deterministic``; None where it gives none.
+        given: a layer's keyword ``deterministic``; None where it gives none.
     """
-    if told is None:
-        told = os.environ.get(DETERMINISTIC_VARIABLE) == "1"
-    return bool(told) or (
+    if given is None:
+        given = os.environ.get(DETERMINISTIC_VARIABLE) == "1"
+    return bool(given) or (
         torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     )
 
 
-def wanted(told: object = None) -> bool:
+def wanted(given: object = None) -> bool:
     """`asked`, or to be given where there is one (``torch.use_deterministic_algorithms(True, warn_only=True)``)."""
-    return torch.are_deterministic_algorithms_enabled() or asked(told)
+    return torch.are_deterministic_algorithms_enabled() or asked(given)
 
 
 def asked_of_native(config: Any) -> tuple[bool, str]:

@@ -198,7 +198,9 @@ class Skeleton:
         if id(config) not in self._configs:
             new = self._configs[id(config)] = copy.copy(config)
             values = vars(new)
-            values["_attn_implementation_internal"] = "eager"  # a name of ours would build masks for an open door
+            values["_attn_implementation_internal"] = (
+                "eager"  # an axattn backend would build masks for an open input hook
+            )
             words = values.get("vocab_size")
             if isinstance(words, int) and words > _FEW:
                 self._vocabularies.add(words)

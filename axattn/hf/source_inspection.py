@@ -6,7 +6,7 @@ Only the text serves for what a layer would have to run for, or a whole model:
 
 - that fails closed, a text not understood being a no: ``guard.hands_positions_to_masks``, ``flash_guard``'s keywords of
   an attention module (packed rows are refused), ``recurrent`` (such a layer then counts as one that mixes tokens),
-  ``doors.hands_on`` (a door more), ``doors._planes`` (positions of that shape are refused),
+  ``input_hooks.hands_on`` (an input hook more), ``input_hooks._planes`` (positions of that shape are refused),
   ``entrance.wants_cache`` (a batch stays padded);
 - what attention layers do: ``numbering.counters``; which mask functions a model calls: ``flash_guard.contradictions``,
   ``flash_guard.overlays`` (both asked only on names that Transformers serves itself);

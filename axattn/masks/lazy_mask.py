@@ -30,10 +30,10 @@ class LazyMask(TensorLike):
         pattern: recognised meaning of the mask function, or None (then only `dense` serves).
         segments: documents of the rows, or None.
         padding: bool ``[B, T]`` (True: real key), or None.
-        guarded: a door looked for documents; if not, the attention call's own keywords are asked.
+        guarded: an input hook looked for documents; if not, the attention call's own keywords are asked.
         crosses: the queries may be other tokens than the keys, as in cross-attention: padding among the keys then says
             nothing of the queries.
-        weights: the door saw that the attention weights are asked for.
+        weights: the input hook saw that the attention weights are asked for.
         dense_in_graphs: a graph takes this mask dense, since it must serve every length of the cache.
         ready: the dense mask, where a graph must find it made.
     """
@@ -267,7 +267,7 @@ class LazyMask(TensorLike):
         return there
 
     def with_segments(self, segments: Segments | TracedSegments) -> LazyMask:
-        """The same mask with documents separated (for models without a door)."""
+        """The same mask with documents separated (for models without an input hook)."""
         mine, rule = self, segments.document_ids
 
         def materialise() -> torch.Tensor:

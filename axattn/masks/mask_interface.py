@@ -10,7 +10,7 @@ import torch
 from axattn.documents.boundaries import Segments, from_positions, jumps
 from axattn.documents.forward_context import Context, current
 from axattn.documents.late_inputs import look
-from axattn.documents.sequence_shard import Share
+from axattn.documents.sequence_shard import SequenceShard
 from axattn.documents.traced import TracedSegments
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.hf.callers import reads_last_token
@@ -18,7 +18,7 @@ from axattn.hf.mask_functions import Pattern, known, recognise, recognise_traced
 from axattn.hf.torch_internals import is_tracing
 from axattn.masks.image_blocks import blocks_in_place, require_one_document
 from axattn.masks.lazy_mask import LazyMask
-from axattn.masks.shard_mask import ShareMask
+from axattn.masks.shard_mask import ShardMask
 
 
 def lazy_mask(
@@ -37,7 +37,7 @@ def lazy_mask(
 ) -> LazyMask:
     """Describe a mask as Transformers asks for it (``transformers.masking_utils``, arguments as for ``sdpa_mask``).
 
-    Documents come from the door (see `axattn.documents.input_hook`); a model without one falls back to what
+    Documents come from the input hook (see `axattn.documents.input_hook`); a model without one falls back to what
     Transformers itself found in ``position_ids``. The remaining keywords (``dtype``, ``allow_is_causal_skip``, ...)
     only steer shortcuts that a `LazyMask` does not need.
 
@@ -60,14 +60,14 @@ def lazy_mask(
         A `LazyMask` of shape ``[B, 1, S, T]``.
     """
     context = current()
-    if context is not None and context.behind is not None:
+    if context is not None and context.recheck is not None:
         look(context)
     tracing = is_tracing()
     # over a cache whose length a graph must not depend on: `generate` makes the masks of static caches outside of the
     # forward that it compiles, and in a graph their length is a tensor
     dense = isinstance(q_offset, torch.Tensor) if tracing else context is None and q_length != kv_length
-    if context is not None and context.share is not None:
-        return _shared(context.share, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
+    if context is not None and context.shard is not None:
+        return _shared(context.shard, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
     on_host = None
     if isinstance(attention_mask, torch.Tensor) and not dense and not tracing:
         on_host = _padding(attention_mask.cpu(), kv_length, kv_offset)  # one transfer: all else is read from it
@@ -190,7 +190,7 @@ def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -
 
 
 def _shared(
-    share: Share,
+    shard: SequenceShard,
     mask_function: Callable[..., Any] | None,
     q_length: int,
     kv_length: int,
@@ -198,40 +198,40 @@ def _shared(
     kv_offset: int,
     use_vmap: bool,
     device: torch.device | str,
-) -> ShareMask:
+) -> ShardMask:
     """The mask of the whole rows, for a model that sees its share of them. What the share says of documents holds."""
     function = known().causal if mask_function is None else mask_function
     pattern = None if use_vmap else recognise(function)
     reasons = []
     if pattern is None:
         reasons.append(Reason("dense_mask", "its mask is more than causal, windowed or in chunks"))
-    if (q_length, kv_length) != (share.part, share.part) or int(q_offset) != kv_offset:
+    if (q_length, kv_length) != (shard.part, shard.part) or int(q_offset) != kv_offset:
         reasons.append(Reason("cross_lengths", f"{q_length} queries over {kv_length} keys (a cache)"))
     if pattern is None or reasons:
         raise UnsupportedAttentionError("this model can't run sequence-parallel", reasons)
-    length, device = share.length, torch.device(device)
+    length, device = shard.length, torch.device(device)
     plain = Pattern(causal=pattern.causal, window=pattern.window, chunk=pattern.chunk)
-    segments = None if share.segments is None else share.segments.to(device)
+    segments = None if shard.segments is None else shard.segments.to(device)
 
     def materialise() -> torch.Tensor:
-        seen = _rule(length, plain, share.padding, device)
+        seen = _rule(length, plain, shard.padding, device)
         if plain.chunk is not None and segments is not None:
             seen = _chunks_in_documents(segments, plain.chunk, length)[:, 0]
-        seen = seen[:, None].expand(share.rows, 1, length, length)
-        if share.padding is not None:
-            seen = seen & share.padding[:, None, None, :]
+        seen = seen[:, None].expand(shard.rows, 1, length, length)
+        if shard.padding is not None:
+            seen = seen & shard.padding[:, None, None, :]
         return seen if segments is None else seen & _same_document(segments, length)
 
     whole = LazyMask(
-        shape=(share.rows, 1, length, length),
+        shape=(shard.rows, 1, length, length),
         pattern=plain,
         segments=segments,
-        padding=share.padding,
+        padding=shard.padding,
         materialise=materialise,
         device=device,
         guarded=True,
     )
-    return ShareMask(share, whole)
+    return ShardMask(shard, whole)
 
 
 def _rule(length: int, pattern: Pattern, padding: torch.Tensor | None, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`ShareMask`: the mask of rows that are split over several ranks."""
+"""`ShardMask`: the mask of rows that are split over several ranks."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import dataclasses
 
 import torch
 
-from axattn.documents.sequence_shard import Share
+from axattn.documents.sequence_shard import SequenceShard
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.masks.lazy_mask import LazyMask
 
 
-class ShareMask(LazyMask):
+class ShardMask(LazyMask):
     """Stands for the mask in a model that sees its share of the rows; `whole` is the mask of the whole rows.
 
     It passes through a model like any `LazyMask`, but has no dense form: its queries are on one rank, its keys on all.
     """
 
-    __slots__ = ("share", "whole_rows")
+    __slots__ = ("shard", "whole_rows")
 
-    def __init__(self, share: Share, whole_rows: LazyMask) -> None:
+    def __init__(self, shard: SequenceShard, whole_rows: LazyMask) -> None:
         super().__init__(
-            shape=(share.rows, 1, share.part, share.part),
+            shape=(shard.rows, 1, shard.part, shard.part),
             pattern=None,
             segments=None,
             padding=None,
@@ -29,12 +29,12 @@ class ShareMask(LazyMask):
             device=whole_rows.device,
             guarded=True,
         )
-        self.share = share
+        self.shard = shard
         self.whole_rows = whole_rows
 
-    def _on(self, device: torch.device) -> ShareMask:
-        padding = None if self.share.padding is None else self.share.padding.to(device)
-        return ShareMask(dataclasses.replace(self.share, padding=padding), self.whole_rows.on(device))
+    def _on(self, device: torch.device) -> ShardMask:
+        padding = None if self.shard.padding is None else self.shard.padding.to(device)
+        return ShardMask(dataclasses.replace(self.shard, padding=padding), self.whole_rows.on(device))
 
 
 def _no_dense_form() -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Masks and documents as they reach an attention call: a user's own mask, or keywords of a model without a door."""
+"""Masks and documents as they reach an attention call: a user's own mask, or keywords of a model without an input
+hook."""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ def _rule(causal: bool, window: int | None) -> Callable[..., Any]:
 def with_keyword_segments(
     mask: LazyMask | None, causal: bool, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
 ) -> LazyMask | None:
-    """For models without a door, and for vision towers: documents from the call's own keywords."""
+    """For models without an input hook, and for vision towers: documents from the call's own keywords."""
     rows, length = query.shape[0], query.shape[2]
     lengths, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if length != key.shape[2] or (mask is not None and mask.segments is not None):

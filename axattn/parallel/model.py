@@ -7,16 +7,16 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from axattn.documents.forward_context import Context, Seen, current, inside, reading
+from axattn.documents.forward_context import BoundaryInputs, Context, assume, current, reading
 from axattn.documents.inputs import require_ours
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.parallel import accelerate
 from axattn.parallel.checks import reasons_against
 from axattn.parallel.collectives import total
 from axattn.parallel.split_inputs import Group, join, split
-from axattn.patches.forward_wrapper import Forward, OncePerCall, add_model_entrances, changes_around, wants_cache
+from axattn.patches.forward_wrapper import Forward, OncePerCall, add_model_wrappers, changes_around, wants_cache
 from axattn.patches.state import ATTRIBUTE, state_of, transformers_model
-from axattn.traits.model_traits import Facts
+from axattn.traits.model_traits import ModelTraits
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Gather = bool | Literal["auto"]
@@ -34,7 +34,7 @@ def sequence_parallel(model: Model, group: Any, *, gather: Gather = "auto") -> M
     turns it off) each rank runs the whole rows by itself.
 
     Args:
-        model: runs on names of ours (`axattn.apply`); it may be wrapped before or after.
+        model: runs on axattn backends (`axattn.apply`); it may be wrapped before or after.
         group: a process group, a one-dimensional ``DeviceMesh``, or an accelerate ``Accelerator`` whose
             ``ParallelismConfig`` comes from `axattn.parallel.accelerate_config`.
         gather: put the ranks' logits and hidden states together: always, never, or ``"auto"``: except in training
@@ -64,7 +64,7 @@ def _split(model: torch.nn.Module, *, group: Group, gather: Gather, mean: bool, 
     if state is None or reasons:
         advice = "axattn.restore(model) takes the split off that it has." if again else ""
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run over {group.ranks} ranks", reasons, advice)
-    add_model_entrances(state.patches, model, Split(group, gather, state.patches, mean), at_head=True)
+    add_model_wrappers(state.patches, model, Split(group, gather, state.patches, mean), at_head=True)
     state.later.append(functools.partial(_split, group=group, gather=gather, mean=mean, again=True))
 
 
@@ -108,7 +108,7 @@ class Split:
         self.gather = gather
         self.patches = patches
         self.mean = mean
-        self.facts = Facts()
+        self.traits = ModelTraits()
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
@@ -116,23 +116,26 @@ class Split:
         lengths are read, and agreed on between the ranks, when it runs."""
         if wants_cache(model, inputs):
             return forward(inputs)  # a cache holds whole rows
-        require_ours(self.facts, model)
+        require_ours(self.traits, model)
         if self.mean:
             _require_own_loss(model, inputs)
         accelerate.drop_context_parallel_hooks(self.patches, model)
-        share, part, length = split(model, self.group, inputs, self.facts)
+        shard, part, length = split(model, self.group, inputs, self.traits)
         as_tuple = part.get("return_dict") is False
-        own = Context(None, (share.rows, share.part), False, Seen(), self, current(), share)
-        with inside(share=share), reading(own):  # doors inside take the share; a model without one inside reads its own
+        own = Context(None, (shard.rows, shard.part), False, BoundaryInputs(), self, current(), shard)
+        with (
+            assume(shard=shard),
+            reading(own),
+        ):  # input hooks inside take the share; a model without one inside reads its own
             output = forward({**part, "return_dict": True})
         if output.get("loss") is not None:
-            loss = total(output["loss"], share.group)
-            output["loss"] = loss / share.ranks if self.mean and inputs.get("num_items_in_batch") is not None else loss
+            loss = total(output["loss"], shard.group)
+            output["loss"] = loss / shard.ranks if self.mean and inputs.get("num_items_in_batch") is not None else loss
         wanted = self.gather
         if wanted == "auto":
             wanted = not (model.training and output.get("loss") is not None)
         if wanted:
-            join(output, share, length)
+            join(output, shard, length)
         return output.to_tuple() if as_tuple else output
 
     def missed(self, context: Context) -> str:

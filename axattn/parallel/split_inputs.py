@@ -11,13 +11,13 @@ import torch.distributed as dist
 from axattn.documents.boundaries import Segments
 from axattn.documents.peft_row_effects import reasons_by_row
 from axattn.documents.read_inputs import documents
-from axattn.documents.sequence_shard import Share
+from axattn.documents.sequence_shard import SequenceShard
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.hf.forward_inputs import COMPARED, INPUTS, Role, is_given, split_as, tokens_of
 from axattn.hf.forward_outputs import Holds, tensors_of
 from axattn.parallel.collectives import gather
 from axattn.traits.losses import IGNORE_INDEX, predicts_next, shifted
-from axattn.traits.model_traits import Facts
+from axattn.traits.model_traits import ModelTraits
 from axattn.traits.position_ids import own_positions
 
 
@@ -53,8 +53,8 @@ class Group:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads values, and asks the other ranks
 def split(
-    model: torch.nn.Module, group: Group, inputs: dict[str, Any], facts: Facts
-) -> tuple[Share, dict[str, Any], int]:
+    model: torch.nn.Module, group: Group, inputs: dict[str, Any], traits: ModelTraits
+) -> tuple[SequenceShard, dict[str, Any], int]:
     """This rank's part of a batch that every rank of the group holds whole.
 
     Rows are padded to a multiple of P behind their end; labels are shifted before they are cut, so that no target is
@@ -64,7 +64,7 @@ def split(
         model: the model.
         group: of the ranks.
         inputs: of its forward, by name.
-        facts: about the model.
+        traits: about the model.
 
     Returns:
         The share, the inputs of this rank, and S before padding.
@@ -79,7 +79,7 @@ def split(
         raise InvalidInputError("there is nothing to split", [Reason("input_ids", "no input_ids and no inputs_embeds")])
     rows, length = tokens.shape[:2]
     _require_same(group, inputs, rows, length)
-    segments = documents(facts, model, inputs)
+    segments = documents(traits, model, inputs)
     mask = inputs.get("attention_mask")
     P = group.ranks
     extra = -length % P
@@ -103,12 +103,12 @@ def split(
         segments = Segments(tuple((*row, length + extra) for row in segments.boundaries), segments.device)
     elif extra and padding is None:
         padding = torch.arange(length + extra, device=tokens.device).expand(rows, -1) < length
-    share = Share(group.handle, P, group.rank, rows, length + extra, segments, padding)
-    return share, given, length
+    shard = SequenceShard(group.handle, P, group.rank, rows, length + extra, segments, padding)
+    return shard, given, length
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def join(output: Any, share: Share, length: int) -> None:
+def join(output: Any, shard: SequenceShard, length: int) -> None:
     """Whole rows in an output that holds this rank's.
 
     Raises:
@@ -117,12 +117,12 @@ def join(output: Any, share: Share, length: int) -> None:
     reasons = []
     for key, holds, value in tensors_of(output):
         if holds is Holds.TOKENS:
-            output[key] = gather(value, 1, share.group)[:, :length]
+            output[key] = gather(value, 1, shard.group)[:, :length]
         elif holds is Holds.LAYERS:
-            output[key] = tuple(gather(x, 1, share.group)[:, :length] for x in value)
+            output[key] = tuple(gather(x, 1, shard.group)[:, :length] for x in value)
         elif holds is None:
             parts = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(x, torch.Tensor) and share.part in x.shape[:2] for x in parts):
+            if any(isinstance(x, torch.Tensor) and shard.part in x.shape[:2] for x in parts):
                 reasons.append(Reason("model", f"how to put its output {key} together is not known"))
     if reasons:
         raise UnsupportedAttentionError("this model can't run in parts", reasons, "Give gather=False.")

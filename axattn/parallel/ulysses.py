@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
-from axattn.masks.shard_mask import ShareMask
+from axattn.masks.shard_mask import ShardMask
 from axattn.parallel.collectives import exchange
 
 _PER_HEAD = ("s_aux", "sinks")
@@ -41,7 +41,7 @@ def over_ranks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: ShareMask,
+    mask: ShardMask,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     """Run `attend` on whole rows and this rank's heads.
@@ -62,13 +62,13 @@ def over_ranks(
     Raises:
         UnsupportedAttentionError: the heads can't be shared out, or the call has what only whole rows have.
     """
-    share = mask.share
-    P = share.ranks
+    shard = mask.shard
+    P = shard.ranks
     B, H, part, D = query.shape
     reasons = [Reason(keyword, text) for keyword, text in _REFUSED.items() if kwargs.get(keyword) is not None]
     if kwargs.get("output_attentions"):
         reasons.append(Reason("weights", "output_attentions=True (the weights of a row are on several ranks)"))
-    if key.shape[2] != part or part != share.part or share.rows != B:
+    if key.shape[2] != part or part != shard.part or shard.rows != B:
         reasons.append(Reason("cross_lengths", "queries and keys are not this rank's share of the same rows"))
     if H % P:
         reasons.append(Reason("heads", f"{H} heads can't be shared out to {P} ranks"))
@@ -79,18 +79,18 @@ def over_ranks(
         key, value = key.repeat_interleave(again, 1), value.repeat_interleave(again, 1)
     sizes = [x.shape[1] // P * x.shape[3] for x in (query, key, value)]
     packed = torch.cat([_by_rank(x, P) for x in (query, key, value)], -1)
-    received = exchange(packed, share.group)  # [P, B, S / P, heads x dims of this rank]
-    whole = received.transpose(0, 1).reshape(B, share.length, -1)
+    received = exchange(packed, shard.group)  # [P, B, S / P, heads x dims of this rank]
+    whole = received.transpose(0, 1).reshape(B, shard.length, -1)
     parts = torch.split(whole, sizes, -1)
     q, k, v = (
-        x.reshape(B, share.length, -1, dim).transpose(1, 2)
+        x.reshape(B, shard.length, -1, dim).transpose(1, 2)
         for x, dim in zip(parts, (D, D, value.shape[3]), strict=True)
     )
-    own = slice(share.rank * (H // P), (share.rank + 1) * (H // P))
+    own = slice(shard.rank * (H // P), (shard.rank + 1) * (H // P))
     given = {word: x[own] if word in _PER_HEAD and x is not None else x for word, x in kwargs.items()}
     out, _ = attend(name, _stand_in(module, again, own), q, k, v, mask.whole_rows, **given)  # [B, S, H / P, Dv]
     back = out.reshape(B, P, part, -1).transpose(0, 1)
-    mine = exchange(back, share.group)  # [P, B, S / P, H / P x Dv], by the rank that had the heads
+    mine = exchange(back, shard.group)  # [P, B, S / P, H / P x Dv], by the rank that had the heads
     return mine.permute(1, 2, 0, 3).reshape(B, part, H, -1), None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from axattn.hf.torch_internals import remove_hooks
-from axattn.patches.forward_wrapper import Entrance
+from axattn.patches.forward_wrapper import ForwardWrapper
 from axattn.patches.state import ATTRIBUTE, State
 from axattn.traits.attention_configs import copies, paths_of
 from axattn.traits.layer_needs import sub_configs
@@ -31,7 +31,7 @@ def undo(model: Any, state: State) -> None:
         for name, value in list(vars(module).items()):
             if name.startswith("_axattn") or (name == "_replicate_for_data_parallel" and _is_axattns(value)):
                 delattr(module, name)
-            elif name == "forward" and isinstance(value, Entrance):
+            elif name == "forward" and isinstance(value, ForwardWrapper):
                 delattr(module, name)
                 if (own := value.innermost) is not None:
                     module.forward = own

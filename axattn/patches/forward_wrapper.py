@@ -1,10 +1,10 @@
-"""Patch: an `Entrance` in the place of a model's ``forward``, for changes that need inputs and outputs together.
+"""Patch: an `ForwardWrapper` in the place of a model's ``forward``, for changes that need inputs and outputs together.
 
 A hook would not do: PEFT calls ``model.forward`` itself, past every hook of the model.
 
 Others put theirs in the place of ``forward`` too. Most of them call the one that was there (accelerate's autocast and
 its hooks for offloaded weights); TRL's trainers (1.16) and Liger's fused losses call the model inside instead, as does
-whoever computes a loss from hidden states. So a change around a whole model (`add_model_entrances`) stands at every
+whoever computes a loss from hidden states. So a change around a whole model (`add_model_wrappers`) stands at every
 model inside as well, and holds for the outermost that is called.
 """
 
@@ -34,7 +34,7 @@ _CALL_ON = frozenset({"accelerate", "axattn", "deepspeed", "peft", "torch", "tra
 """Packages whose forwards in the place of a model's call the one that was there, with the inputs as they came."""
 
 
-class Entrance:
+class ForwardWrapper:
     """A model's ``forward`` with a change around it. Picklable and copyable with its model.
 
     Args:
@@ -49,9 +49,11 @@ class Entrance:
         self.change = change
         self.inner = inner
 
-    def of(self, model: torch.nn.Module) -> Entrance:
+    def of(self, model: torch.nn.Module) -> ForwardWrapper:
         """The same change around the ``forward`` of another copy of the model."""
-        return Entrance(model, self.change, self.inner.of(model) if isinstance(self.inner, Entrance) else self.inner)
+        return ForwardWrapper(
+            model, self.change, self.inner.of(model) if isinstance(self.inner, ForwardWrapper) else self.inner
+        )
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -62,7 +64,7 @@ class Entrance:
     @property
     def innermost(self) -> Any:
         """What stood in the model's ``forward`` before all entrances, None for the class's own."""
-        return self.inner.innermost if isinstance(self.inner, Entrance) else self.inner
+        return self.inner.innermost if isinstance(self.inner, ForwardWrapper) else self.inner
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         """The ``forward`` inside, on inputs by name."""
@@ -110,7 +112,7 @@ def _takes_cache(forward: Any) -> bool:
 
 
 class _Replicate:
-    """A model's ``_replicate_for_data_parallel``: each replica gets an `Entrance` of its own.
+    """A model's ``_replicate_for_data_parallel``: each replica gets an `ForwardWrapper` of its own.
 
     ``nn.DataParallel``, which Trainer uses with several GPUs in one process, copies the original's, which would run the
     original's weights. So it does with a ``forward`` that somebody else has put there.
@@ -124,7 +126,7 @@ class _Replicate:
         cls: Any = type(self.model)
         replica: torch.nn.Module = cls._replicate_for_data_parallel(self.model)
         entrance: Any = self.model.forward
-        if isinstance(entrance, Entrance):
+        if isinstance(entrance, ForwardWrapper):
             replica.forward = entrance.of(replica)
         return replica
 
@@ -135,16 +137,16 @@ def add_entrance(patches: PatchSet, model: torch.nn.Module, change: Change) -> N
     Where somebody else's ``forward`` stands around an entrance that was taken back, that one is put to use again.
     """
     before = vars(model).get("forward")
-    kept: list[Entrance] = vars(model).pop(_KEPT, [])
+    kept: list[ForwardWrapper] = vars(model).pop(_KEPT, [])
     if kept and before is not None:
         entrance = kept.pop()
         entrance.change = change
         if kept:
             vars(model)[_KEPT] = kept
     else:
-        entrance = Entrance(model, change, before)
+        entrance = ForwardWrapper(model, change, before)
         patches.put_method(model, "forward", entrance)
-        if not isinstance(before, Entrance):
+        if not isinstance(before, ForwardWrapper):
             patches.set_attribute(model, "_replicate_for_data_parallel", _Replicate(model))
     patches.add_undo(_take_back, model, entrance)
 
@@ -152,13 +154,13 @@ def add_entrance(patches: PatchSet, model: torch.nn.Module, change: Change) -> N
 def changes_around(model: torch.nn.Module) -> list[Any]:
     """The changes around a model's ``forward``, outermost first; not those inside of a ``forward`` of somebody else."""
     found, entrance = [], vars(model).get("forward")
-    while isinstance(entrance, Entrance):
+    while isinstance(entrance, ForwardWrapper):
         found.append(entrance.change)
         entrance = entrance.inner
     return found
 
 
-def _take_back(model: torch.nn.Module, entrance: Entrance) -> None:
+def _take_back(model: torch.nn.Module, entrance: ForwardWrapper) -> None:
     """Undo `add_entrance`: a ``forward`` that somebody has put around the entrance since goes on calling it."""
     entrance.change = None
     if vars(model).get("forward", entrance) is not entrance:
@@ -219,7 +221,7 @@ class OncePerCall:
             raise UnsupportedAttentionError(missed, [Reason("model", text)], advice)
 
 
-def add_model_entrances(patches: PatchSet, model: torch.nn.Module, change: WholeModel, *, at_head: bool) -> None:
+def add_model_wrappers(patches: PatchSet, model: torch.nn.Module, change: WholeModel, *, at_head: bool) -> None:
     """Put a change around a whole model, wherever it may be called from.
 
     Args:

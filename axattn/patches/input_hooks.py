@@ -1,5 +1,5 @@
-"""Patch: a door (see `axattn.documents.input_hook`) on every `PreTrainedModel` inside a model whose inputs no inner
-door sees."""
+"""Patch: an input hook (see `axattn.documents.input_hook`) on every `PreTrainedModel` inside a model whose inputs no
+inner input hook sees."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from axattn import backends
 from axattn.documents import native_flash_guard
-from axattn.documents.input_hook import Door
-from axattn.documents.native_guard import standing_reasons
+from axattn.documents.input_hook import InputHook
+from axattn.documents.native_guard import never_packs_reasons
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf import contracts
 from axattn.hf.forward_inputs import READ
@@ -28,8 +28,8 @@ from axattn.patches.patchset import PatchSet
 from axattn.spec import names
 from axattn.spec.capability import Need, missing
 from axattn.traits.attention_configs import is_attention
-from axattn.traits.dynamic_rope import stretched_from
-from axattn.traits.model_traits import Facts
+from axattn.traits.dynamic_rope import rope_scaling_threshold
+from axattn.traits.model_traits import ModelTraits
 from axattn.traits.pooling import classifies_rows, picked, read_at
 from axattn.traits.position_ids import counts_mask, first_position, unread_positions
 from axattn.traits.recurrent import recurrent
@@ -37,10 +37,10 @@ from axattn.traits.token_mixers import mixers, scaled_by_share, text_model
 
 
 @shared_skeletons()
-def add_doors(
+def add_input_hooks(
     patches: PatchSet, model: torch.nn.Module, modules: Iterable[torch.nn.Module], native: dict[int, str | None]
 ) -> None:
-    """Put a door on the model and on every ``PreTrainedModel`` inside it.
+    """Put an input hook on the model and on every ``PreTrainedModel`` inside it.
 
     A head that hands its inputs unchanged to the one model inside it (``LlamaForCausalLM``) needs none of its own: two
     hooks cost as much as the attention of a layer of a tiny model.
@@ -68,19 +68,19 @@ def add_doors(
         if reasons:
             advice = 'Use attn_implementation="varlen" or "auto".'
             raise UnsupportedAttentionError(f"{name} can't serve {type(module).__name__}", reasons, advice)
-        facts = Facts(
+        traits = ModelTraits(
             _positional(signature_of(module)),
             native=name,
-            standing=name is not None and bool(standing_reasons(module)),
-            counted=_counted(module),
-            stretched_from=stretched_from(module),
+            never_packs=name is not None and bool(never_packs_reasons(module)),
+            max_row_length=_max_row_length(module),
+            rope_scaling_threshold=rope_scaling_threshold(module),
             mixers=tuple(mixers(module, by_document=True)),
             by_document=bool(scaled_by_share(text) or next(recurrent(text), None)),
-            unfit=(*unread_positions(module), *rows, *contracts.reasons("packed rows")),
-            unfit_in_graph=tuple(contracts.reasons("compiled packed rows")),
+            packing_blockers=(*unread_positions(module), *rows, *contracts.reasons("packed rows")),
+            packing_blockers_in_graph=tuple(contracts.reasons("compiled packed rows")),
             first_must_be_real=_first_must_be_real(module, name),
             takes_lengths=native_flash_guard.takes_lengths(module),
-            overlays=native_flash_guard.overlays(module),
+            image_blocks=native_flash_guard.image_blocks(module),
             reads=reads,
             picks=picks,
             first_position=first_position(module),
@@ -89,16 +89,16 @@ def add_doors(
             nondeterministic=_nondeterministic(name) if name in names.FLASH else (),
             windowed=native_flash_guard.windowed(module),
             encoder_decoder=bool(getattr(module.config, "is_encoder_decoder", False)),
-            position_planes=_planes(module),
+            mrope_planes=_mrope_planes(module),
             shares_keys=bool(getattr(module.config, "num_kv_shared_layers", 0)),
         )
-        door = Door(facts)
-        door.names.look(module)
-        patches.add_undo(door.unwatch)
-        patches.add_handle(module.register_forward_pre_hook(door.enter, with_kwargs=True, prepend=True))
-        patches.add_handle(module.register_forward_hook(door.leave, always_call=True))
+        hook = InputHook(traits)
+        hook.names.look(module)
+        patches.add_undo(hook.remove_watchers)
+        patches.add_handle(module.register_forward_pre_hook(hook.pre_forward, with_kwargs=True, prepend=True))
+        patches.add_handle(module.register_forward_hook(hook.post_forward, always_call=True))
         for first in _first_attention(module) if flash else ():
-            patches.add_handle(first.register_forward_pre_hook(door.reached, with_kwargs=True))
+            patches.add_handle(first.register_forward_pre_hook(hook.check_delivery, with_kwargs=True))
 
 
 def _first_attention(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -114,7 +114,8 @@ def _first_attention(model: torch.nn.Module) -> list[torch.nn.Module]:
 def require_first_gradients(
     patches: PatchSet, model: torch.nn.Module, modules: Iterable[torch.nn.Module], native: dict[int, str | None]
 ) -> None:
-    """Refuse second derivatives of kernels that Transformers calls and that have none; arguments as for `add_doors`.
+    """Refuse second derivatives of kernels that Transformers calls and that have none; arguments as for
+    `add_input_hooks`.
 
     Of a name that somebody else has registered nothing is known, and nothing is said.
     """
@@ -148,7 +149,7 @@ def _positional(signature: inspect.Signature) -> tuple[str, ...]:
 
 @weak_cache
 def hands_on(forward: Any, child: str) -> bool:
-    """Whether a ``forward`` method hands every input that a door reads on to ``self.<child>``, as it got them.
+    """Whether a ``forward`` method hands every input that an input hook reads on to ``self.<child>``, as it got them.
 
     Read in its source: one call of the child, each such parameter passed by its own name, ``**kwargs`` passed on, none
     of these names assigned anywhere, and the mask used for nothing else (a loss that balances experts multiplies by it,
@@ -171,7 +172,7 @@ def hands_on(forward: Any, child: str) -> bool:
     return not changed and given.get(None) == spread[0] and all(given.get(name) == name for name in read)
 
 
-def _counted(model: torch.nn.Module) -> int | None:
+def _max_row_length(model: torch.nn.Module) -> int | None:
     """The first position at which Llama 4's layers without RoPE scale queries (``floor_scale`` - 1), None elsewhere.
 
     They count positions from the row's start, whatever ``position_ids`` say (transformers 5.23).
@@ -191,7 +192,7 @@ def _first_must_be_real(module: torch.nn.Module, native: str | None) -> str:
     return ""
 
 
-def _planes(module: torch.nn.Module) -> tuple[int, ...]:
+def _mrope_planes(module: torch.nn.Module) -> tuple[int, ...]:
     """Leading planes of position_ids in models with multimodal rotary embeddings: 3, 4 with text first, or 1 for all,
     which ``generate`` gives where it goes on from a cache (transformers 5.17 and 5.24)."""
     config: Any = module.config

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from axattn.backends.hub import without_mended
+from axattn.backends.hub import without_fixed
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.hub_kernels import build_of
 from axattn.hf.model_internals import flash_slot
@@ -53,7 +53,7 @@ def _reasons(entry: LayerPlan, path: str, plan: Plan) -> list[Reason]:
     record = planner.backend_of(name).capability_on(plan.environment)
     if path in plan.loads:
         slot: Any = flash_slot()
-        record = without_mended(record, name, build_of(slot._flash_varlen_fn), plan.environment)
+        record = without_fixed(record, name, build_of(slot._flash_varlen_fn), plan.environment)
     return planner.in_training(entry.layer.need, record, name, plan.environment)
 
 
@@ -91,5 +91,5 @@ class _Refused(torch.autograd.Function):
 
 def _error(name: str, reasons: list[Reason]) -> UnsupportedAttentionError:
     fixes = list(dict.fromkeys(reason.fix for reason in reasons if reason.fix))
-    advice = f"To mend it: {'; '.join(fixes)}. " if fixes else ""
+    advice = f"To fix it: {'; '.join(fixes)}. " if fixes else ""
     return UnsupportedAttentionError(f"{name} can't serve training", reasons, advice + 'Or use "auto".')

@@ -52,8 +52,8 @@ def add_document_runs(patches: PatchSet, model: torch.nn.Module) -> None:
 class _HandOn:
     """Forward pre-hook of the module around such a layer.
 
-    A checkpoint may run the hook again in backward, when no door is open (torch's ``checkpoint_wrapper``; Transformers'
-    own up to 5.17): the tensors that it is given besides hidden states are then those of its first run.
+    A checkpoint may run the hook again in backward, when no input hook has run (torch's ``checkpoint_wrapper``;
+    Transformers' own up to 5.17): the tensors that it is given besides hidden states are then those of its first run.
     """
 
     def __init__(self, parameter: str) -> None:
@@ -77,7 +77,7 @@ class _HandOn:
         return said[0] if said and all(one == said[0] for one in said) else []
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Put what the door found into the mask."""
+        """Put what the input hook found into the mask."""
         context = current()
         if is_tracing():
             if context is not None and isinstance(context.segments, Segments):  # the graph would be for these alone
@@ -141,8 +141,8 @@ class _ByDocument:
         """Raise where packed rows may run here without their documents.
 
         Raises:
-            UnsupportedAttentionError: the model's door found documents that did not come, or no door is open (a layer
-                runs again in backward) and it has seen packed rows.
+            UnsupportedAttentionError: the model's input hook found documents that did not come, or no input hook has
+                run (a layer runs again in backward) and it has seen packed rows.
         """
         context = current()
         if context is None:

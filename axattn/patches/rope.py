@@ -30,7 +30,7 @@ def _by_document(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
     the padded batch is what they have to equal.
     """
     context = current()
-    segments = None if context is None or slot().told is not None else context.documents
+    segments = None if context is None or slot().known_documents is not None else context.documents
     given = {**dict(zip(("x", "position_ids", "layer_type"), args, strict=False)), **kwargs}
     positions, layer = given["position_ids"], given.get("layer_type")
     if context is None or segments is None or dynamic_rope.kind(module, layer) != dynamic_rope.LONGROPE:
@@ -40,7 +40,7 @@ def _by_document(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
     limit = dynamic_rope.limit(module, layer)
     ids = segments.document_ids.to(positions.device)
     at = positions.reshape(-1, positions.shape[-1]).to(ids.dtype).expand(ids.shape)
-    mask = context.seen.mask
+    mask = context.bounds.mask
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         at = at.masked_fill(mask.to(at.device) == 0, -1)
     last = torch.full_like(ids, -1).scatter_reduce(1, ids, at, "amax").gather(1, ids)

@@ -49,7 +49,7 @@ def set_names(
 
 
 def add_routes(patches: PatchSet, modules: dict[str, torch.nn.Module], path_of: Mapping[int, str], plan: Plan) -> None:
-    """Put a `Route` on every attention module whose config runs on a name of ours.
+    """Put a `Route` on every attention module whose config runs on an axattn backend.
 
     Args:
         patches: takes the changes over.

@@ -42,7 +42,7 @@ _LABELS = {
     "dropout": "attention dropout",
     "dense_mask": "any 4-D mask",
     "padding": "padding",
-    "holes": "padding between real tokens",
+    "non_contiguous_padding": "padding between real tokens",
     "segments": "packed documents, called by axattn",
     "cross_lengths": "decoding, cross-attention",
     "gradient": "gradient",

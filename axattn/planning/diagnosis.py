@@ -1,4 +1,4 @@
-"""`diagnose`: what a machine can run, what it can't, every reason, and the command that mends it."""
+"""`diagnose`: what a machine can run, what it can't, every reason, and the command that fixes it."""
 
 from __future__ import annotations
 

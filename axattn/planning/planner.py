@@ -122,7 +122,7 @@ def require_available(
     A flash name whose library is absent can run where Transformers runs a hub kernel in its place.
 
     Raises:
-        BackendUnavailableError: with every reason, the command that mends each, and the exact kernels that do run here.
+        BackendUnavailableError: with every reason, the command that fixes each, and the exact kernels that do run here.
     """
     if name == "auto":
         return
@@ -141,7 +141,7 @@ def require_available(
         reasons.append(Reason("paged", text, name.removeprefix("paged|")))
     if reasons:
         fixes = list(dict.fromkeys(reason.fix for reason in reasons if reason.fix))
-        advice = f"To mend it: {'; '.join(fixes)}. " if fixes else ""
+        advice = f"To fix it: {'; '.join(fixes)}. " if fixes else ""
         exact = ", ".join(usable_exact(environment))
         advice += f'Exact kernels this machine has: {exact}; or attn_implementation="auto".'
         raise BackendUnavailableError(f"{name} can't run on this machine", reasons, advice)

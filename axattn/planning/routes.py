@@ -112,7 +112,7 @@ class Route:
             advice = 'Use attn_implementation="eager".'
         fixes = list(dict.fromkeys(reason.fix for reason in reasons if reason.fix))
         if fixes:
-            advice = f"To mend it: {'; '.join(fixes)}. {advice}"
+            advice = f"To fix it: {'; '.join(fixes)}. {advice}"
         asked = self.candidates[0] if len(self.candidates) == 1 else self.asked
         raise UnsupportedAttentionError(f"{asked} can't serve {self.layer}", reasons, advice)
 
@@ -135,7 +135,7 @@ _unplanned: weakref.WeakKeyDictionary[torch.nn.Module, Route] = weakref.WeakKeyD
 def candidates(
     name: str, on_unsupported: OnUnsupported, environment: Environment, options: Mapping[str, Any] | None = None
 ) -> tuple[str, ...]:
-    """Backends to try for a name of ours on a machine, in order. The same object for the same answer."""
+    """Backends to try for an axattn backend on a machine, in order. The same object for the same answer."""
     if name == "auto":
         return usable(environment)
     serving = providers(backends.get(name), options or {})

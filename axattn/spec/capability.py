@@ -33,7 +33,7 @@ class Need:
         dropout: probability of attention dropout in training.
         dense_mask: an arbitrary 4-D mask that has no compact description.
         padding: rows padded to one length (a 2-D mask with zeros).
-        holes: a known rule that has no spans: padding between real tokens, chunks over a cache.
+        non_contiguous_padding: a known rule that has no spans: padding between real tokens, chunks over a cache.
         segments: several documents in one row.
         cross_lengths: q_len differs from kv_len (decoding, cross attention).
         gradient: gradients of q, k and v are asked for.
@@ -58,7 +58,7 @@ class Need:
     dropout: float = 0.0
     dense_mask: bool = False
     padding: bool = False
-    holes: bool = False
+    non_contiguous_padding: bool = False
     segments: bool = False
     cross_lengths: bool = False
     gradient: bool = False
@@ -188,7 +188,7 @@ class Capability:
     dropout: bool = False
     dense_mask: bool = False
     padding: bool = False
-    holes: bool = False
+    non_contiguous_padding: bool = False
     segments: bool = False
     cross_lengths: bool = False
     gradient: bool = False
@@ -214,7 +214,7 @@ _FLAGS: dict[str, str] = {
     "window": "no sliding window",
     "dense_mask": "no arbitrary 4-D mask",
     "padding": "no padding mask",
-    "holes": "no padding between real tokens",
+    "non_contiguous_padding": "no padding between real tokens",
     "segments": "no packed documents",
     "cross_lengths": "no q_len different from kv_len",
     "gradient": "no gradient",

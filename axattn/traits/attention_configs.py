@@ -121,7 +121,8 @@ def reads_masks_of(name: str | None, masks: str | None, model: Any) -> bool:
 
 
 class NameCheck:
-    """Before a forward of a model with a door: do its attention modules read the name that its masks are made for?
+    """Before a forward of a model with an input hook: do its attention modules read the name that its masks are made
+    for?
 
     Modules and configs may have been added or exchanged since the last look (`copies` is what `axattn.apply` saw): as
     long as all are the same objects, a forward costs a comparison of lists. A copy looks anew, by itself.
@@ -138,7 +139,7 @@ class NameCheck:
         return NameCheck, ()  # of a copied layer's hook it would hold the whole model
 
     def look(self, model: Any) -> None:
-        """Find the attention modules of a model, those of inner models left out: they have doors of their own."""
+        """Find the attention modules of a model, those of inner models left out: they have input hooks of their own."""
         self._parents, self._readers, self._config = [], [], model.config
         layers: list[str] = []
         self._find(model, "", layers)

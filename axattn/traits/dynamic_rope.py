@@ -29,7 +29,7 @@ def limits(model: torch.nn.Module) -> list[int]:
     return sorted({limit(module, layer) for module, layer in _embeddings(model)})
 
 
-def stretched_from(model: torch.nn.Module) -> int | None:
+def rope_scaling_threshold(model: torch.nn.Module) -> int | None:
     """The number of positions from 0 on at which dynamic NTK leaves frequencies as they are, None for other models."""
     found = [limit(module, layer) for module, layer in _embeddings(model) if kind(module, layer) == DYNAMIC]
     return min(found, default=None)

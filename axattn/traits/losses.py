@@ -28,9 +28,9 @@ def predicts_next(model: Any) -> bool:
     ``GPT2LMHeadModel`` does so by the loss that Transformers gives it; ``WhisperForCausalLM`` compares each token with
     the label in its place. Where neither its source nor a run tells, the name has to do.
     """
-    told = _next_by_source(model)
-    if told is not None:
-        return told
+    by_source = _next_by_source(model)
+    if by_source is not None:
+        return by_source
     run = probes.loss(model)
     return run.next if run is not None else is_named(model, ("ForCausalLM", "LMHeadModel"))
 
@@ -38,8 +38,8 @@ def predicts_next(model: Any) -> bool:
 def takes_keywords(model: Any) -> bool:
     """Whether a model's loss takes keywords of its forward: ``num_items_in_batch``, and ``shift_labels`` where it is
     that of the next token. No, where that is not known."""
-    told = _keywords_by_source(model)
-    return bool(_keywords_by_run(model) if told is None else told)
+    by_source = _keywords_by_source(model)
+    return bool(_keywords_by_run(model) if by_source is None else by_source)
 
 
 def contradictions(model: Any) -> list[Reason]:

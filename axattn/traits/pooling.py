@@ -26,7 +26,7 @@ from axattn.hf.source_inspection import (
 )
 from axattn.hf.torch_internals import is_tracing, leaves_kernels, require_when_run
 from axattn.hf.weak_cache import weak_cache
-from axattn.traits.model_traits import Facts
+from axattn.traits.model_traits import ModelTraits
 from axattn.traits.picked_tokens import Pick, picks_of
 
 Place = Literal["first", "last", "every"]
@@ -102,10 +102,10 @@ def _contradictions(model: torch.nn.Module) -> list[Reason]:
     patterns = {pattern for _, pattern in run.rows}
     shown = " and ".join(_WORDS[pattern] for pattern in sorted(patterns)) or "no token in particular"
     if is_named(model, _ROW_HEADS):
-        told = _head_by_source(model) if is_readable(code_of(model)) else None
-        if told is None or told in patterns:
+        by_source = _head_by_source(model) if is_readable(code_of(model)) else None
+        if by_source is None or by_source in patterns:
             return []
-        return [probes.disagreement(model, f"{_WORDS[told]} is read", f"{shown} is")]
+        return [probes.disagreement(model, f"{_WORDS[by_source]} is read", f"{shown} is")]
     found = [_places_by_source(one) for one in model.modules() if isinstance(one, PreTrainedModel)]
     places = frozenset(place for one in found if one is not None for place in one)
     if None not in found and not {_AT[pattern] for pattern in patterns if pattern in _AT} <= places:
@@ -116,11 +116,11 @@ def _contradictions(model: torch.nn.Module) -> list[Reason]:
     return []
 
 
-def padding_is_read(facts: Facts, model: torch.nn.Module, given: dict[str, Any]) -> bool:
+def padding_is_read(traits: ModelTraits, model: torch.nn.Module, given: dict[str, Any]) -> bool:
     """Whether outputs of this forward are read from padding, for which only dense masks give what eager attention does.
 
     Args:
-        facts: about the model.
+        traits: about the model.
         model: for the message.
         given: its inputs, by name.
 
@@ -130,22 +130,22 @@ def padding_is_read(facts: Facts, model: torch.nn.Module, given: dict[str, Any])
     """
     mask, ids = given.get("attention_mask"), given.get("input_ids")
     tokens = ids if ids is not None else given.get("inputs_embeds")
-    if "every" in facts.reads:
+    if "every" in traits.reads:
         return True
-    if facts.native in ("eager", "sdpa") or not isinstance(mask, torch.Tensor) or not isinstance(tokens, torch.Tensor):
+    if traits.native in ("eager", "sdpa") or not isinstance(mask, torch.Tensor) or not isinstance(tokens, torch.Tensor):
         return False
     if mask.ndim < 2 or mask.shape != tokens.shape[: mask.ndim]:
         return False
-    for place in sorted(facts.reads):
+    for place in sorted(traits.reads):
         read = mask[..., 0 if place == "first" else -1] != 0
         text = f"{type(model).__name__} reads the {place} token of each row, which is padding"
-        blind = facts.windowed or (place == "first" and getattr(model.config, "is_decoder", False))
+        blind = traits.windowed or (place == "first" and getattr(model.config, "is_decoder", False))
         if is_tracing():
-            if facts.native is None and not blind and leaves_kernels():
+            if traits.native is None and not blind and leaves_kernels():
                 return True  # masks are dense there
             require_when_run(read.all(), text)
         elif not bool(read.all()):
-            if facts.native is None and not blind:  # else it may attend to padding alone: kernels differ in that
+            if traits.native is None and not blind:  # else it may attend to padding alone: kernels differ in that
                 return True
             other = {"left": "right", "right": "left"}[_SIDES[place]]
             advice = f'Set tokenizer.padding_side = "{other}", or use attn_implementation="eager".'

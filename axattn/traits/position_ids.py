@@ -65,21 +65,21 @@ def contradictions(text: torch.nn.Module) -> list[Reason]:
     run = probes.numbering(text) if _takes_positions(text) else None
     if run is None:
         return []
-    told, name = _by_source(text), type(text).__name__
+    by_source, name = _by_source(text), type(text).__name__
     if not run.read:
-        if told is None:
+        if by_source is None:
             return [Reason("position_ids", f"{name} ignores position_ids, and counts along the whole row")]
         return [probes.disagreement(text, "it takes position_ids", "it ignores them, and counts along the whole row")]
-    if told is None:
+    if by_source is None:
         known = _by_run(run) is not None
         return [] if known else [Reason("position_ids", f"{name} counts padded rows in a way that is not known")]
-    if told.first != run.first:
-        source, other = (f"positions start at {first}" for first in (told.first, run.first))
+    if by_source.first != run.first:
+        source, other = (f"positions start at {first}" for first in (by_source.first, run.first))
         return [probes.disagreement(text, source, other)]
-    if not _gives(told, run):
+    if not _gives(by_source, run):
         ways = {True: "positions are counted from the mask", False: "they are not counted from the mask"}
         shown = ", ".join(map(str, run.padded))
-        return [probes.disagreement(text, ways[told.by_mask], f"those behind two tokens of padding are {shown}")]
+        return [probes.disagreement(text, ways[by_source.by_mask], f"those behind two tokens of padding are {shown}")]
     return []
 
 
@@ -154,11 +154,11 @@ def _counting(model: torch.nn.Module) -> Counting:
     """By the source, which costs nothing in a forward; where there is none, by a run. What they disagree on is refused
     before (`contradictions`)."""
     text = text_model(model)
-    told = _by_source(text)
-    if told is None:
+    by_source = _by_source(text)
+    if by_source is None:
         run = probes.numbering(text)
-        told = None if run is None or not run.read else _by_run(run)
-    return told or Counting(0, False)
+        by_source = None if run is None or not run.read else _by_run(run)
+    return by_source or Counting(0, False)
 
 
 def _by_source(text: torch.nn.Module) -> Counting | None:

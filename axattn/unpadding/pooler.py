@@ -25,9 +25,9 @@ def add_whole_rows(patches: PatchSet, model: torch.nn.Module) -> None:
 def _whole_rows(pooler: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
     """One forward of a pooler, whose one input is ``[B, S, D]``."""
     context = current()
-    while context is not None and context.flat is None:
+    while context is not None and context.unpadded is None:
         context = context.outer
-    if context is not None and context.flat is not None:
-        flat = context.flat
-        inputs = {name: flat.restore(x) if flat.holds(x) else x for name, x in inputs.items()}
+    if context is not None and context.unpadded is not None:
+        unpadded = context.unpadded
+        inputs = {name: unpadded.restore(x) if unpadded.holds(x) else x for name, x in inputs.items()}
     return forward(inputs)

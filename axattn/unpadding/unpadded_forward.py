@@ -1,6 +1,7 @@
 """``unpad=True``: a padded batch runs as one packed row of its real tokens through the whole model.
 
-Padding is taken out at the model's door and put back at its exit: not attention alone, every layer does without it.
+Padding is taken out at the model's input hook and put back at its exit: not attention alone, every layer does without
+it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 
 from axattn.documents.boundaries import Segments
-from axattn.documents.forward_context import Context, Seen, current, inside, reading
+from axattn.documents.forward_context import BoundaryInputs, Context, assume, current, reading
 from axattn.documents.inputs import require_ours
 from axattn.documents.peft_row_effects import reasons_by_row
 from axattn.documents.read_inputs import documents
-from axattn.documents.unpadded_batch import FlatRow
+from axattn.documents.unpadded_batch import UnpaddedBatch
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.hf import contracts
 from axattn.hf.foreign_code import foreign_hooks, takes_gradients_by_row
@@ -23,14 +24,14 @@ from axattn.hf.forward_inputs import INPUTS, is_given, tokens_of, unpadded_as
 from axattn.hf.forward_outputs import Holds, tensors_of
 from axattn.hf.torch_internals import is_tracing
 from axattn.hf.trial import shared_skeletons
-from axattn.patches.forward_wrapper import Forward, add_model_entrances, wants_cache
+from axattn.patches.forward_wrapper import Forward, add_model_wrappers, wants_cache
 from axattn.patches.patchset import PatchSet
 from axattn.planning.plan import Plan
 from axattn.traits import losses, pooling
-from axattn.traits.dynamic_rope import limits, stretched_from
+from axattn.traits.dynamic_rope import limits, rope_scaling_threshold
 from axattn.traits.layer_needs import sub_configs
 from axattn.traits.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
-from axattn.traits.model_traits import Facts
+from axattn.traits.model_traits import ModelTraits
 from axattn.traits.pooling import one_a_row, pools, read_at, reads_first, reads_last, reads_rows
 from axattn.traits.position_ids import counters, own_positions, unread_positions
 from axattn.traits.token_mixers import mixers
@@ -84,8 +85,8 @@ def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> N
     inner = inner_part(model)
     add_whole_rows(patches, inner)
     reads_first = "first" in read_at(model) | read_at(inner)
-    change = Unpad(limits(model), stretched_from(model), reads_first)
-    add_model_entrances(patches, inner, change, at_head=False)
+    change = Unpad(limits(model), rope_scaling_threshold(model), reads_first)
+    add_model_wrappers(patches, inner, change, at_head=False)
 
 
 class Unpad:
@@ -93,14 +94,14 @@ class Unpad:
 
     Args:
         limits: lengths from which its rotary frequencies follow the longest row (`axattn.traits.dynamic_rope`).
-        stretched_from: the one from which they follow every step of its length, None for none.
+        rope_scaling_threshold: the one from which they follow every step of its length, None for none.
         reads_first: the first token of each padded row is read, by a head or a pooler.
     """
 
-    def __init__(self, limits: list[int], stretched_from: int | None, reads_first: bool) -> None:
-        self.facts = Facts()
+    def __init__(self, limits: list[int], rope_scaling_threshold: int | None, reads_first: bool) -> None:
+        self.traits = ModelTraits()
         self.limits = limits
-        self.stretched_from = stretched_from
+        self.rope_scaling_threshold = rope_scaling_threshold
         self.reads_first = reads_first
         self.looked = False
 
@@ -123,34 +124,34 @@ class Unpad:
         keep = (mask != 0).flatten().nonzero().flatten()  # [N]
         if keep.numel() in (0, mask.numel()) or (self.reads_first and not bool((mask[:, 0] != 0).all())):
             return forward(inputs)
-        require_ours(self.facts, model)
+        require_ours(self.traits, model)
         _require_known(model, inputs)
         if not self.looked:
             self.looked = True
             _say_what_hooks_see(model)
         rows, length = mask.shape
-        flat = FlatRow(keep, rows, length)
-        packed = documents(self.facts, model, inputs)
+        unpadded = UnpaddedBatch(keep, rows, length)
+        packed = documents(self.traits, model, inputs)
         segments = _flat_documents(packed, keep, rows, length)
         if segments is None:
             return forward(inputs)
         given = unpadded_as(inputs, "copy") | {"use_cache": False, "return_dict": True}
-        given |= {key: flat.flatten(value) for key, value in unpadded_as(inputs, "cut").items()}
-        given["position_ids"] = _positions(model, inputs, mask, flat, packed)
+        given |= {key: unpadded.flatten(value) for key, value in unpadded_as(inputs, "cut").items()}
+        given["position_ids"] = _positions(model, inputs, mask, unpadded, packed)
         if self.limits and self._stretches(inputs, given["position_ids"], segments, rows, length):
             return forward(inputs)
         if inputs.get("labels") is not None:
-            given |= _targets(model, inputs, mask, flat)
-        told = segments if segments.packed else None
-        context = Context(told, (1, keep.numel()), False, Seen(), self, around, flat=flat)
-        with inside(told=segments), reading(context):  # a door inside is told; a model without one reads its own
+            given |= _targets(model, inputs, mask, unpadded)
+        packed_documents = segments if segments.packed else None
+        context = Context(packed_documents, (1, keep.numel()), False, BoundaryInputs(), self, around, unpadded=unpadded)
+        with assume(documents=segments), reading(context):  # `reading`: for models without an input hook
             output = forward(given)
-        _restore(model, output, flat)
+        _restore(model, output, unpadded)
         return output.to_tuple() if inputs.get("return_dict") is False else output
 
     def missed(self, context: Context) -> str:
         """See `axattn.patches.forward_wrapper.WholeModel`: batches without padding miss nothing."""
-        mask = context.seen.mask
+        mask = context.bounds.mask
         padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all())
         return "this batch would not run unpadded, as unpad=True says" if padded else ""
 
@@ -161,10 +162,10 @@ class Unpad:
         by document."""
         whole = inputs.get("position_ids")
         padded = length if whole is None else int(whole.max()) + 1
-        flat = int(positions.max()) + 1
-        if self.stretched_from is not None and self.stretched_from < padded != flat:
+        unpadded = int(positions.max()) + 1
+        if self.rope_scaling_threshold is not None and self.rope_scaling_threshold < padded != unpadded:
             return True
-        return any(limit < padded and (flat <= limit or segments.documents != rows) for limit in self.limits)
+        return any(limit < padded and (unpadded <= limit or segments.documents != rows) for limit in self.limits)
 
 
 def _flat_documents(packed: Segments | None, keep: torch.Tensor, rows: int, length: int) -> Segments | None:
@@ -175,9 +176,9 @@ def _flat_documents(packed: Segments | None, keep: torch.Tensor, rows: int, leng
         starts |= {row * length + at for row, edges in enumerate(packed.boundaries) for at in edges[:-1]}
     edges = torch.tensor(sorted(starts), device=keep.device)
     member = torch.bucketize(keep, edges, right=True) - 1
-    holes = ((keep[1:] != keep[:-1] + 1) & (member[1:] == member[:-1])).sum()
-    inside, *counts = torch.cat([holes[None], torch.bincount(member, minlength=len(edges))]).tolist()
-    if inside:
+    non_contiguous_padding = ((keep[1:] != keep[:-1] + 1) & (member[1:] == member[:-1])).sum()
+    assume, *counts = torch.cat([non_contiguous_padding[None], torch.bincount(member, minlength=len(edges))]).tolist()
+    if assume:
         return None
     ends = [0]
     for count in counts:
@@ -186,7 +187,7 @@ def _flat_documents(packed: Segments | None, keep: torch.Tensor, rows: int, leng
     return Segments((tuple(ends),), keep.device)
 
 
-def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
+def _restore(model: torch.nn.Module, output: Any, unpadded: UnpaddedBatch) -> None:
     """Padding back in its places, in every output that has a value for each token.
 
     Raises:
@@ -195,12 +196,12 @@ def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
     reasons = []
     for key, holds, value in tensors_of(output):
         if holds is Holds.LAYERS:
-            output[key] = tuple(map(flat.restore, value))
+            output[key] = tuple(map(unpadded.restore, value))
         elif holds is Holds.ROUTING:
-            output[key] = tuple(flat.restore_along_rows(x) for x in value)
-        elif holds is Holds.TOKENS and flat.holds(value):
-            output[key] = flat.restore(value)
-        elif holds is not Holds.WHOLE and not (holds is Holds.ROWS and len(value) == flat.rows):
+            output[key] = tuple(unpadded.restore_along_rows(x) for x in value)
+        elif holds is Holds.TOKENS and unpadded.holds(value):
+            output[key] = unpadded.restore(value)
+        elif holds is not Holds.WHOLE and not (holds is Holds.ROWS and len(value) == unpadded.rows):
             # (one value of each row is that of a pooler, which has read whole rows)
             reasons.append(Reason("model", f"how to put padding back in its output {key} is not known"))
     if reasons:
@@ -208,7 +209,7 @@ def _restore(model: torch.nn.Module, output: Any, flat: FlatRow) -> None:
 
 
 def _positions(
-    model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, flat: FlatRow, packed: Segments | None
+    model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, unpadded: UnpaddedBatch, packed: Segments | None
 ) -> torch.Tensor:
     """The positions that the padded run has: as given, else counted as the model counts them, in each document anew
     (where the input hook has not done so: it is passed by, or what tells the documents came behind it)."""
@@ -217,11 +218,11 @@ def _positions(
     if given is None:
         ids = None if packed is None else packed.document_ids.to(mask.device)
         given = own_positions(model, inputs.get("input_ids"), mask, ids)
-    return flat.flatten(given.reshape(-1, length).expand(rows, length))
+    return unpadded.flatten(given.reshape(-1, length).expand(rows, length))
 
 
 def _targets(
-    model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, flat: FlatRow
+    model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, unpadded: UnpaddedBatch
 ) -> dict[str, torch.Tensor]:
     """Labels of the flat row: what each real token predicts in its own row.
 
@@ -229,15 +230,15 @@ def _targets(
     """
     labels = inputs["labels"]
     if not predicts_next(model):
-        return {"labels": flat.flatten(labels)}
+        return {"labels": unpadded.flatten(labels)}
     wanted = shifted(labels) if inputs.get("shift_labels") is None else inputs["shift_labels"]
     lost = int(((wanted != IGNORE_INDEX) & (mask == 0)).sum())
     if lost and "lost" not in _said:
         _said.add("lost")
         logger.warning("axattn: unpad=True leaves out %d targets that padding would have predicted", lost)
-    targets = flat.flatten(wanted)
+    targets = unpadded.flatten(wanted)
     if takes_keywords(model):
-        return {"labels": flat.flatten(labels), "shift_labels": targets}
+        return {"labels": unpadded.flatten(labels), "shift_labels": targets}
     before = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=IGNORE_INDEX)  # the model shifts them back
     return {"labels": before}
 

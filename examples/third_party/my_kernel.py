@@ -28,6 +28,6 @@ CAPABILITY = Capability(
     devices=frozenset({"cpu", "cuda"}),
     dtypes=frozenset({"float32", "bfloat16"}),
     **dict.fromkeys(["grouped_heads", "causal", "bidirectional", "window", "padding", "segments"], True),
-    **dict.fromkeys(["dense_mask", "holes", "cross_lengths", "gradient", "deterministic"], True),
+    **dict.fromkeys(["dense_mask", "non_contiguous_padding", "cross_lengths", "gradient", "deterministic"], True),
 )
 BACKEND = Backend("my_kernel", "an example", CAPABILITY, probe, forward)

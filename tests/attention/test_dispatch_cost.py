@@ -91,7 +91,7 @@ def test_a_layer_more_reads_nothing_on_the_host_and_makes_no_metadata(kind: str,
     few, many = (count("varlen", family, layers, batches()[kind], unpad) for layers in (2, 8))
     assert few[0] == many[0]
     assert few[1] == many[1]
-    assert sum(few[0].values()) <= 12  # in a whole forward, the door's checks included
+    assert sum(few[0].values()) <= 12  # in a whole forward, the input hook's checks included
 
 
 def test_dense_batches_read_no_more_than_transformers_itself() -> None:

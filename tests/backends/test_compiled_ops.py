@@ -163,7 +163,7 @@ def test_a_model_without_a_head_tells_its_graph_of_the_documents(family: str, ho
 @pytest.mark.parametrize("model_type", ["llama", "bert"])
 @pytest.mark.parametrize("hooks", ["run", "are passed by"])
 def test_a_compiled_forward_method_takes_packed_rows(model_type: str, hooks: str) -> None:
-    """The door of the model runs before the graph, or not at all: then the call's keywords tell."""
+    """The input hook of the model runs before the graph, or not at all: then the call's keywords tell."""
     ids = tokens(2, 12)
     reference = build("llama").model if model_type == "llama" else examine.build("bert", "masked").bert
     more = {"use_cache": False} if model_type == "llama" else {}

@@ -28,7 +28,7 @@ def nothing_compiled() -> None:
     torch._dynamo.reset()  # the graphs of other tests count towards torch's limit
 
 
-def with_passes(monkeypatch: pytest.MonkeyPatch, chosen: forward_backward.Passes | None) -> None:
+def with_passes(monkeypatch: pytest.MonkeyPatch, chosen: forward_backward.ForwardBackward | None) -> None:
     """`varlen` with those passes: the ones of a GPU run on a CPU too."""
     kernel = dataclasses.replace(backends.get("varlen"), passes=lambda call: chosen)
     monkeypatch.setattr(backends, "get", lambda name: {"varlen": kernel}[name])
@@ -146,7 +146,7 @@ def test_an_exact_backward_uses_nothing_of_a_lossy_forward_but_its_keys(monkeypa
     def useless(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros_like(q), q.new_zeros(q.shape[1], q.shape[0])
 
-    kernel = forward_backward.PackedPasses(useless, lambda key, _: key, exact_forward)
+    kernel = forward_backward.PackedForwardBackward(useless, lambda key, _: key, exact_forward)
     with_passes(monkeypatch, forward_backward.over_packed(kernel))
     q, k, v = inputs()
     out, _ = attention_op(q, k, v, documents(), None, True, None, None, 0.3, None, "varlen", "{}")
@@ -173,7 +173,7 @@ def test_the_choice_of_backward_holds_in_a_compiled_step(
 
     for module in (sage, fp8):
         monkeypatch.setattr(module, "exact_forward", counted)
-    monkeypatch.setattr(sage, "_PASSES_EXACT", sage._PASSES._replace(again=counted))
+    monkeypatch.setattr(sage, "_FORWARD_BACKWARD_EXACT", sage._FORWARD_BACKWARD._replace(again=counted))
     with hopper(name):
         model = axattn.apply(build("llama").train(), name, kernel_options={"backward": backward})
         compiled = torch.compile(model, backend="aot_eager")

@@ -273,7 +273,7 @@ def test_a_stand_in_runs_packed_rows_right_and_status_says_what_runs(fake: Calla
         ("v3", "_flash_attn2_cuda_48628c8", 2, False),
         ("a394b68dfeedfeedfeedfeedfeedfeedfeedfeed", "_flash_attn2_cuda_48628c8", 2, False),
         ("v3", "_flash_attn2_cuda_48628c8", 4, True),  # heads that are not grouped
-        ("v3", "_flash_attn2_cuda_4eec01c", 2, True),  # a build that is known to be mended
+        ("v3", "_flash_attn2_cuda_4eec01c", 2, True),  # a build that is known to be fixed
         ("0510be1e482269a46fadf30069aca3ede496ff9b", "_flash_attn2_cuda_4eec01c", 2, True),
         ("v2", "_flash_attn2_cuda_1234567", 2, True),
     ],

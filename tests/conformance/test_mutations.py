@@ -126,7 +126,7 @@ def image_blocks_are_taken_for_causal(patch: Patch) -> None:
 
 @fault("auto", "qwen2_5_vl", "images in packed documents")
 def an_image_in_packed_rows_keeps_positions_of_one_plane(patch: Patch) -> None:
-    patch.setattr(mrope, "lacks_planes", lambda inputs: False)
+    patch.setattr(mrope, "lacks_mrope_planes", lambda inputs: False)
 
 
 if known().remap is not None:  # else Transformers looks them up in place
@@ -195,7 +195,7 @@ def cumulative_lengths_are_ignored(patch: Patch) -> None:
 
 @fault("auto", "llama4", "packed, cache on by default")
 def the_door_is_open(patch: Patch) -> None:
-    patch.setattr(input_hook.Door, "enter", lambda self, module, args, kwargs: None)
+    patch.setattr(input_hook.InputHook, "pre_forward", lambda self, module, args, kwargs: None)
 
 
 @fault("auto", "llama", "left padding")

@@ -264,14 +264,14 @@ def interrupted(model: Any, ids: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("again", ["the same model", "its inner model", "another model", "one without a door"])
+@pytest.mark.parametrize("again", ["the same model", "its inner model", "another model", "one without an input hook"])
 def test_an_interrupted_forward_leaves_no_documents_to_the_next(again: str) -> None:
     model, ids = axattn.apply(build("llama"), "varlen"), tokens(1, 10)
     expected = model.model(ids, use_cache=False).last_hidden_state
     interrupted(model, ids)
     if again == "another model":
         model = axattn.apply(build("llama"), "varlen")
-    elif again == "one without a door":
+    elif again == "one without an input hook":
         model = build("llama")
         model.set_attn_implementation("varlen")
     whole = again == "the same model"
@@ -355,7 +355,7 @@ def test_two_threads_do_not_see_each_others_documents(model: Any) -> None:
     with torch.no_grad():
         expected = model(ids).logits
         forward_context.slot().context = forward_context.Context(
-            None, (1, 10), False, forward_context.Seen(), model.model, None
+            None, (1, 10), False, forward_context.BoundaryInputs(), model.model, None
         )  # as while a forward runs here
         try:
             thread = threading.Thread(target=lambda: found.extend([forward_context.current(), model(ids).logits]))

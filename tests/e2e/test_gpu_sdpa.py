@@ -41,7 +41,7 @@ def test_gradients_are_finite_where_logits_are_very_negative(case: str) -> None:
 
 
 def test_cudnn_still_has_to_be_kept_away() -> None:
-    """Fails when it is mended: `avoids_cudnn` can then name the version."""
+    """Fails when it is fixed: `avoids_cudnn` can then name the version."""
     if sm(torch.device("cuda")) != 90:
         pytest.skip("cuDNN's fault is of its kernel for Hopper")
     inputs = negative(704, 704)

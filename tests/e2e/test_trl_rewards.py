@@ -1,4 +1,4 @@
-"""TRL's trainers with rewards and unpaired preferences, and names of ours given to TRL itself."""
+"""TRL's trainers with rewards and unpaired preferences, and axattn backends given to TRL itself."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def test_doctor_lists_contracts_and_what_a_broken_one_costs(monkeypatch: pytest.
     broken(monkeypatch, "packed rows")
     shown = " ".join(CliRunner().invoke(app, ["doctor"]).stdout.split())
     assert "0 of 1 contracts with other packages hold" in shown
-    assert "they are round (packed rows are refused; used by door)" in shown
+    assert "they are round (packed rows are refused; used by documents.input_hook)" in shown
 
 
 # ---- newer versions --------------------------------------------------------------------------------------------------

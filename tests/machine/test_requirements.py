@@ -1,4 +1,4 @@
-"""What each machine runs: every kernel on every kind of machine, each unmet requirement named with what mends it."""
+"""What each machine runs: every kernel on every kind of machine, each unmet requirement named with what fixes it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_name_is_in_the_table() -> None:
 
 
 UNMET: dict[str, list[tuple[Environment, str, str]]] = {
-    # name: machine, reason, mending command
+    # name: machine, reason, fixing command
     "flash_attention_2": [
         (CPU, "needs an NVIDIA GPU (sm80 or newer) or an AMD GPU with ROCm 6.0+; this machine has CPU, no GPU", ""),
         (TURING, "is sm75, flash_attention_2 needs sm80 or newer", ""),
@@ -132,16 +132,16 @@ CASES = [(name, *case) for name, cases in UNMET.items() for case in cases]
 
 
 @pytest.mark.parametrize(
-    ("name", "environment", "reason", "mending"), CASES, ids=[f"{case[0]}: {case[2][:40]}" for case in CASES]
+    ("name", "environment", "reason", "fixing"), CASES, ids=[f"{case[0]}: {case[2][:40]}" for case in CASES]
 )
 def test_an_unmet_requirement_is_named_with_what_mends_it(
-    name: str, environment: Environment, reason: str, mending: str
+    name: str, environment: Environment, reason: str, fixing: str
 ) -> None:
     error = refusal(name, environment)
     assert error is not None
     (found,) = [r for r in error.reasons if reason in r.text]
-    assert mending in found.fix
-    assert mending in str(error)
+    assert fixing in found.fix
+    assert fixing in str(error)
 
 
 def test_all_reasons_are_given_at_once() -> None:

@@ -117,7 +117,7 @@ def test_packed_masks_equal_those_of_transformers(data: st.DataObject, kind: str
     assert found is not None
     packed = packed_function(base, where, found.document_ids)
     common = {"batch_size": 1, "q_length": total, "kv_length": total, "mask_function": packed}
-    mask = lazy_mask(**common)  # no door: the documents are taken from Transformers' own closure
+    mask = lazy_mask(**common)  # no input hook: the documents are taken from Transformers' own closure
     expected = hf(**common)
     assert torch.equal(mask.dense(), expected)
     layout = mask.layout()
@@ -302,7 +302,7 @@ def test_padding_among_the_keys_says_nothing_of_queries_that_are_other_tokens() 
     """Cross-attention over a padded source, with as many targets as source tokens: no target may be dropped."""
     padding = torch.tensor([[True] * 4 + [False] * 2])
     both = mu.bidirectional_mask_function
-    mask = lazy_mask(1, 6, 6, 0, 0, both, padding)  # no door: it may be cross-attention
+    mask = lazy_mask(1, 6, 6, 0, 0, both, padding)  # no input hook: it may be cross-attention
     assert mask.crosses
     assert [tuple(span) for span in mask.layout().spans] == [(0, 1, 0, 6, 0, 4)]
     assert not mask.whole

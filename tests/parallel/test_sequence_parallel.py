@@ -116,7 +116,7 @@ def test_what_can_t_be_split_is_refused_with_the_reason_and_leaves_the_model_usa
 
 
 def test_compiled_as_a_whole_or_in_parts() -> None:
-    """A graph breaks at the model's door, where documents are read and agreed on; traced, they would be lost."""
+    """A graph breaks at the model's input hook, where documents are read and agreed on; traced, they would be lost."""
     for found in run(2, jobs.compiled):
         assert found.keys() == {"whole", "inner", "layers"}
         assert all(value < BUDGET for value in found.values()), found

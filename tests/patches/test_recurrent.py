@@ -21,7 +21,7 @@ from axattn.documents.boundaries import Segments
 from axattn.documents.document_rows import as_rows
 from axattn.errors import UnsupportedAttentionError
 from axattn.patches import recurrent as patch
-from axattn.patches.forward_wrapper import Entrance
+from axattn.patches.forward_wrapper import ForwardWrapper
 from axattn.traits.recurrent import recurrent
 from axattn.traits.token_mixers import mixers
 from tests import distributed, parallel_jobs
@@ -159,7 +159,7 @@ def test_restore_copy_and_pickle() -> None:
     model = axattn.apply(made("qwen3_next"), "auto")
     layers = list(recurrent(model))
     assert layers
-    assert all(isinstance(layer.module.forward, Entrance) for layer in layers)
+    assert all(isinstance(layer.module.forward, ForwardWrapper) for layer in layers)
     batch = packed((7, 11, 3))
     model(batch.ids, position_ids=batch.positions, use_cache=False)
     copies = [copy.deepcopy(model)]

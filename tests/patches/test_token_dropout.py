@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import axattn
-from axattn.patches.forward_wrapper import Entrance
+from axattn.patches.forward_wrapper import ForwardWrapper
 from axattn.traits.token_mixers import mixers, scaled_by_share
 from tests.conformance.cases import Batch, packed, padded
 
@@ -95,7 +95,7 @@ def test_a_graph_stops_where_rows_are_packed() -> None:
 def test_other_embeddings_stay_as_they_are_and_restore_puts_all_back() -> None:
     assert not scaled_by_share(axattn.apply(esm(token_dropout=False), "auto"))
     model = axattn.apply(esm(), "auto")
-    assert isinstance(model.esm.embeddings.forward, Entrance)
+    assert isinstance(model.esm.embeddings.forward, ForwardWrapper)
     axattn.restore(model)
     assert "forward" not in vars(model.esm.embeddings)
 

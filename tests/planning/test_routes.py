@@ -27,7 +27,7 @@ def test_the_first_candidate_that_serves_is_chosen() -> None:
 
 def test_an_fp32_call_of_a_16_bit_kernel_is_refused_with_the_way_out() -> None:
     route = Route("sage", "layer", ("sage",), "sage")
-    with pytest.raises(UnsupportedAttentionError, match=r"To mend it: dtype=torch\.bfloat16, or bf16 autocast"):
+    with pytest.raises(UnsupportedAttentionError, match=r"To fix it: dtype=torch\.bfloat16, or bf16 autocast"):
         route.choose(Need(head_dim=64, dtype="float32", device="cuda"))
 
 

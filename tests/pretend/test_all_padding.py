@@ -97,11 +97,11 @@ def test_padding_gives_zeros(name: str, which: str, monkeypatch: pytest.MonkeyPa
         found = out, *torch.autograd.grad((out * target.to("cuda")).sum(), here)
         wanted = expected_of(here, real, causal, target)
         require_close(found, (wanted[0], *wanted[1]), real, exact=name not in ("fp8", "sage:library"))
-        if backend.passes is None or queries == 1:
+        if backend.forward_backward is None or queries == 1:
             return
         with torch.no_grad():  # the same inside of a compiled graph's operator
             call = call_of(here, mask_of(real, queries, causal), causal)
-            passes = backend.passes(call)
+            passes = backend.forward_backward(call)
             layout = call.mask.layout() if isinstance(call.mask, LazyMask) else None
             if passes is None or layout is None:
                 return

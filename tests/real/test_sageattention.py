@@ -132,7 +132,7 @@ def test_a_gradient_reaches_all_three(library: Any) -> None:
 
 @nightly
 def test_what_the_record_leaves_out_the_library_gets_wrong(library: Any) -> None:
-    """Why `axattn.backends.sage.LIBRARY` is what it is, and the fake raises there; it tells when that is mended."""
+    """Why `axattn.backends.sage.LIBRARY` is what it is, and the fake raises there; it tells when that is fixed."""
     q, k, v = qkv(1, 100, kv_heads=2)
     k = k - 20
     wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=SCALE)

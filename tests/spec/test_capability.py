@@ -22,7 +22,7 @@ ASKED = {
     "dropout": 0.1,
     "dense_mask": True,
     "padding": True,
-    "holes": True,
+    "non_contiguous_padding": True,
     "traced": True,
     "segments": True,
     "cross_lengths": True,

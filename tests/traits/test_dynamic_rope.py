@@ -177,5 +177,5 @@ def test_what_a_config_asks_for() -> None:
     assert dynamic_rope.by_length(long().config) == ["longrope"]
     assert dynamic_rope.by_length(build("llama", rope_parameters=DYNAMIC).config) == ["dynamic"]
     assert dynamic_rope.by_length(build("llama").config) == []
-    assert dynamic_rope.stretched_from(long()) is None
-    assert dynamic_rope.stretched_from(build("llama", rope_parameters=DYNAMIC, max_position_embeddings=9)) == 9
+    assert dynamic_rope.rope_scaling_threshold(long()) is None
+    assert dynamic_rope.rope_scaling_threshold(build("llama", rope_parameters=DYNAMIC, max_position_embeddings=9)) == 9

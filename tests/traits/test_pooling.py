@@ -25,7 +25,7 @@ ROWS = tf.AutoModelForSequenceClassification
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["llama", "bert", "albert"])
 def test_a_head_with_one_output_a_row_takes_no_packed_rows(model_type: str) -> None:
-    """ALBERT's hands all its inputs on, and would have no door of its own."""
+    """ALBERT's hands all its inputs on, and would have no input hook of its own."""
     model = axattn.apply(made(model_type, ROWS), "auto")
     with pytest.raises(UnsupportedAttentionError, match="one output a row"):
         model(tokens(1, 10), position_ids=positions((4, 6)))
@@ -136,7 +136,7 @@ def test_in_a_graph_padding_that_is_read_stops_it() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("unpad", [False, True])
 def test_choices_are_rows_of_their_own(side: str, unpad: bool) -> None:
-    """``[B, C, S]``: no door sees a batch of that shape, but the one inside of the head."""
+    """``[B, C, S]``: no input hook sees a batch of that shape, but the one inside of the head."""
     for cls in (tf.BertForMultipleChoice, tf.ElectraForMultipleChoice):
         model = tiny_of(cls)
         given = {key: value[None] for key, value in padded(side).items()}

@@ -304,7 +304,7 @@ def test_a_model_that_adds_tokens_of_its_own_is_missed() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["auto", "varlen"])
 def test_without_a_head_rows_are_told_apart_too(name: str) -> None:
-    """No model inside has a door of its own, and positions alone say that these two rows are one document."""
+    """No model inside has an input hook of its own, and positions alone say that these two rows are one document."""
     model = axattn.apply(build("llama").model, name, unpad=True)
     given = batch("right", labels=False)
     given["position_ids"] = torch.arange(12).expand(3, 12).clone()

@@ -1,6 +1,6 @@
 """What runs inside the operators of a compiled graph: a kernel's forward, and its backward.
 
-A kernel with `Passes` saves its output and logsumexp between the two. Any other runs again in backward, under
+A kernel with `ForwardBackward` saves its output and logsumexp between the two. Any other runs again in backward, under
 autograd: whatever gradient the kernel has is then the operator's.
 """
 
@@ -16,14 +16,14 @@ import torch
 from axattn import backends
 from axattn.backends import sdpa
 from axattn.backends.call import AttentionCall
-from axattn.backends.varlen_engine.forward_backward import Gradients, Passes, logsumexp_like
+from axattn.backends.varlen_engine.forward_backward import ForwardBackward, Gradients, logsumexp_like
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.torch_internals import autograd_in_operator
 from axattn.masks.lazy_mask import LazyMask
 
 
 @dataclass(frozen=True, slots=True)
-class Inside:
+class OpBody:
     """One call of a backend inside an operator.
 
     Attributes:
@@ -50,11 +50,11 @@ class Inside:
                 for.
         """
         call = self._call(query, key, value)
-        passes, layout = self._passes(call), self.mask.layout()
-        if passes is None or layout is None:
+        forward_backward, layout = self._forward_backward(call), self.mask.layout()
+        if forward_backward is None or layout is None:
             out, unused = self._run(call), _logsumexp(query, self.kernel)
             return out.contiguous(), unused
-        out, logsumexp = passes.forward(call, layout)
+        out, logsumexp = forward_backward.forward(call, layout)
         return out.contiguous(), logsumexp.contiguous()
 
     def backward(
@@ -75,9 +75,9 @@ class Inside:
             saved: what `forward` returned, where the kernel has passes.
         """
         call = self._call(query, key, value)
-        passes, layout = self._passes(call), self.mask.layout()
-        if passes is not None and layout is not None and saved is not None:
-            dq, dk, dv = passes.backward(grad, call, layout, *saved)
+        forward_backward, layout = self._forward_backward(call), self.mask.layout()
+        if forward_backward is not None and layout is not None and saved is not None:
+            dq, dk, dv = forward_backward.backward(grad, call, layout, *saved)
         else:
             with autograd_in_operator(), torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in (query, key, value)]
@@ -94,8 +94,8 @@ class Inside:
         call.options = options
         return call
 
-    def _passes(self, call: AttentionCall) -> Passes | None:
-        passes_of = backends.get(self.kernel).passes
+    def _forward_backward(self, call: AttentionCall) -> ForwardBackward | None:
+        passes_of = backends.get(self.kernel).forward_backward
         return None if passes_of is None else passes_of(call)
 
     def _run(self, call: AttentionCall) -> torch.Tensor:
@@ -103,7 +103,7 @@ class Inside:
             if self.softcap is not None or backends.get(self.kernel).evaluates:
                 raise UnsupportedAttentionError(
                     f"{self.kernel} can't serve this call",
-                    [Reason("holes", "holes (padding between real tokens)")],
+                    [Reason("non_contiguous_padding", "holes (padding between real tokens)")],
                     "Run it without torch.compile.",
                 )
             call.mask = self.rule()
@@ -119,13 +119,13 @@ _NONE = torch.nn.Identity()  # in the place of the module: a kernel over spans d
 # ---- the operators' forms, and what they keep ------------------------------------------------------------------------
 
 
-def has_passes(kernel: str) -> bool:
+def has_forward_backward(kernel: str) -> bool:
     """Whether an operator keeps a kernel's output and logsumexp for backward."""
-    return backends.get(kernel).passes is not None
+    return backends.get(kernel).forward_backward is not None
 
 
 def _logsumexp(query: torch.Tensor, kernel: str) -> torch.Tensor:
-    return logsumexp_like(query) if has_passes(kernel) else query.new_empty(0)
+    return logsumexp_like(query) if has_forward_backward(kernel) else query.new_empty(0)
 
 
 def fake_output(query: Any, key: Any, value: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,4 +146,4 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Te
     ctx.rule = inputs[tensors:]
     *_, kernel, _options = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:tensors], *(output if has_passes(kernel) else (None, None)))
+    ctx.save_for_backward(*inputs[:tensors], *(output if has_forward_backward(kernel) else (None, None)))

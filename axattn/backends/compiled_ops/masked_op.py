@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from axattn.backends.compiled_ops.body import Inside, fake_gradients, fake_output, keep
+from axattn.backends.compiled_ops.body import OpBody, fake_gradients, fake_output, keep
 from axattn.hf.tensor_snapshots import READS_ON_HOST
 from axattn.masks.lazy_mask import of_handle
 
@@ -25,13 +25,13 @@ def masked_attention_op(
     kernel: str,
     options: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of whole rows under the mask behind ``LazyMask.handle``; the rest as for `Inside`.
+    """Attention of whole rows under the mask behind ``LazyMask.handle``; the rest as for `OpBody`.
 
     Returns:
         Output ``[B, S, H, Dv]``, and what its backward needs beside it.
     """
     mask = of_handle(handle)
-    return Inside(mask, scale, softcap, kernel, options, mask.dense).forward(query, key, value)
+    return OpBody(mask, scale, softcap, kernel, options, mask.dense).forward(query, key, value)
 
 
 masked_attention_op.register_fake(fake_output)
@@ -54,7 +54,7 @@ def masked_attention_backward_op(
     """Gradients of `masked_attention_op` to query, key and value."""
     mask = of_handle(handle)
     saved = None if out is None or logsumexp is None else (out, logsumexp)
-    return Inside(mask, scale, softcap, kernel, options, mask.dense).backward(grad, query, key, value, saved)
+    return OpBody(mask, scale, softcap, kernel, options, mask.dense).backward(grad, query, key, value, saved)
 
 
 masked_attention_backward_op.register_fake(fake_gradients)

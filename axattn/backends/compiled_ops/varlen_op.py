@@ -13,7 +13,7 @@ import torch
 from torch.utils.weak import WeakIdRef
 
 from axattn.backends.call import AttentionCall
-from axattn.backends.compiled_ops.body import Inside, fake_gradients, fake_output, keep
+from axattn.backends.compiled_ops.body import OpBody, fake_gradients, fake_output, keep
 from axattn.backends.compiled_ops.masked_op import masked_attention_op
 from axattn.backends.exact_fallback import exactly
 from axattn.documents.traced import TracedSegments
@@ -121,7 +121,7 @@ def _never() -> torch.Tensor:
     raise AssertionError("a layout needs no dense mask")
 
 
-def _inside(
+def _body(
     query: torch.Tensor,
     documents: torch.Tensor | None,
     padding: torch.Tensor | None,
@@ -132,14 +132,14 @@ def _inside(
     softcap: float | None,
     kernel: str,
     options: str,
-) -> Inside:
+) -> OpBody:
     B, _, S, _ = query.shape
     mask = _mask(documents, padding, (B, S), causal, window, chunk, query.device)
 
     def rule() -> torch.Tensor:
         return _rule(documents, padding, S, causal, window, chunk, query.device)
 
-    return Inside(mask, scale, softcap, kernel, options, rule)
+    return OpBody(mask, scale, softcap, kernel, options, rule)
 
 
 def _rule(
@@ -207,8 +207,8 @@ def attention_op(
     Returns:
         Output ``[B, S, H, Dv]``, and what its backward needs beside it (`axattn.backends.compiled_ops.body`).
     """
-    inside = _inside(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
-    return inside.forward(query, key, value)
+    body = _body(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
+    return body.forward(query, key, value)
 
 
 attention_op.register_fake(fake_output)
@@ -233,9 +233,9 @@ def attention_backward_op(
     options: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `attention_op` to query, key and value."""
-    inside = _inside(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
+    body = _body(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
     saved = None if out is None or logsumexp is None else (out, logsumexp)
-    return inside.backward(grad, query, key, value, saved)
+    return body.backward(grad, query, key, value, saved)
 
 
 attention_backward_op.register_fake(fake_gradients)

@@ -1,4 +1,4 @@
-"""`Passes`: a kernel's forward and backward as two functions, joined by the output and its logsumexp.
+"""`ForwardBackward`: a kernel's forward and backward as two functions, joined by the output and its logsumexp.
 
 An operator of a compiled graph has no autograd graph between the two. A kernel that has passes saves those two tensors
 there, as flash attention does; one that has none runs its forward again in backward.
@@ -23,7 +23,7 @@ from axattn.masks.varlen_layout import Layout
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class Passes(NamedTuple):
+class ForwardBackward(NamedTuple):
     """The two.
 
     Attributes:
@@ -63,13 +63,13 @@ def _tiles_backward(
     return _trimmed(backward_over_tiles(grad, query, key, value, out, parts, plan, layout, call.scale), call)
 
 
-TILES = Passes(_tiles_forward, _tiles_backward)
+TILES = ForwardBackward(_tiles_forward, _tiles_backward)
 
 
 # ---- packed tokens, on a GPU -----------------------------------------------------------------------------------------
 
 
-class PackedPasses(NamedTuple):
+class PackedForwardBackward(NamedTuple):
     """A kernel over packed tokens whose backward is flash attention's.
 
     Attributes:
@@ -83,12 +83,14 @@ class PackedPasses(NamedTuple):
     again: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packed], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
-def over_packed(kernel: PackedPasses) -> Passes:
+def over_packed(kernel: PackedForwardBackward) -> ForwardBackward:
     """The passes of a kernel over packed tokens."""
-    return Passes(functools.partial(_packed_forward, kernel), functools.partial(_packed_backward, kernel))
+    return ForwardBackward(functools.partial(_packed_forward, kernel), functools.partial(_packed_backward, kernel))
 
 
-def _packed_forward(kernel: PackedPasses, call: AttentionCall, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+def _packed_forward(
+    kernel: PackedForwardBackward, call: AttentionCall, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor]:
     B, _, S, _ = call.query.shape
     index = packed_index(layout, call.query.device)
     q, k, v, described = _packed_call(call, layout)
@@ -102,7 +104,7 @@ def _packed_forward(kernel: PackedPasses, call: AttentionCall, layout: Layout) -
 
 
 def _packed_backward(
-    kernel: PackedPasses,
+    kernel: PackedForwardBackward,
     grad: torch.Tensor,
     call: AttentionCall,
     layout: Layout,

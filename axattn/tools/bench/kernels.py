@@ -118,7 +118,7 @@ class Attention(torch.nn.Module):
 
 
 def mask_of(shape: Shape, device: str) -> LazyMask:
-    """The mask of a shape, as a door would give it."""
+    """The mask of a shape, as an input hook would give it."""
     from transformers import masking_utils as mu
 
     function = mu.causal_mask_function
