@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from transformers.utils import ModelOutput
 
-from axattn.documents.sequence_shard import Share
+from axattn.documents.sequence_shard import SequenceShard
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from axattn.parallel import accelerate_config, estimate
 from axattn.parallel.estimates import table
@@ -192,7 +192,7 @@ def test_the_page_s_tables_are_those_of_the_formulas() -> None:
 
 
 def test_an_output_that_may_hold_a_value_for_each_token_of_a_rank_is_not_taken_for_whole() -> None:
-    share = Share(None, 2, 0, 1, 10, None, None)
+    share = SequenceShard(None, 2, 0, 1, 10, None, None)
     join(ModelOutput(score=torch.zeros(1, 3), loss=torch.zeros(())), share, 9)
     for part in (torch.zeros(1, 5, 3), (torch.zeros(1, 5),)):
         with pytest.raises(UnsupportedAttentionError, match="its output score together is not known"):
