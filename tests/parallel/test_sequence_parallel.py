@@ -83,7 +83,7 @@ def test_a_forward_in_the_place_of_the_models_own_is_split_where_it_calls_the_mo
 
 
 REFUSED = {
-    "native name": "it runs on sdpa, which Transformers calls",
+    "native name": "sdpa is called by Transformers",
     "not applied": "axattn does not run it yet",
     "heads": "3 heads can't be shared out to 2 ranks",
     "s2": "s2 treats the halves of the heads differently",
