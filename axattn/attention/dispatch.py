@@ -109,7 +109,7 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
         padding=padding,
         non_contiguous_padding=non_contiguous_padding,
         segments=segments,
-        traced=isinstance(mask, LazyMask) and is_tracing() and mask.plain is None,
+        traced=isinstance(mask, LazyMask) and is_tracing() and mask.as_flag is None,
         cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # a symbol while tracing
         gradient=gradient,
         deterministic=gradient and determinism.asked(call.extras.get("deterministic")),

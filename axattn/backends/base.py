@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ class Backend:
         heads_alike: a head's output does not depend on its number, so heads may be split over ranks.
         forward_backward: its forward and backward apart, for operators of compiled graphs: `AttentionCall` →
             `ForwardBackward`, or None for a call whose forward must run again in backward.
-        plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
+        is_sdpa: on a `LazyMask.as_flag` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
     """
 
     name: str
@@ -116,7 +117,7 @@ class Backend:
     probe: Callable[[Environment], list[Reason]]
     forward: Callable[[AttentionCall], torch.Tensor] | None = None
     install: str = ""
-    plain: bool = False
+    is_sdpa: bool = False
     on: Callable[[Environment], Capability] | None = None
     options: tuple[Option, ...] = ()
     caches: bool = True
@@ -160,7 +161,7 @@ def nan_where_not_finite(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor
     """``[B, S, H, Dv]`` with NaN where the query ``[B, H, S, D]`` is not finite."""
     import torch
 
-    if torch.isfinite(query.detach().sum()):
+    if math.isfinite(query.detach().sum().item()):  # torch.isfinite is four operators
         return out
     bad = ~torch.isfinite(query.detach()).all(-1).transpose(1, 2)[..., None]
     return out + torch.zeros_like(bad, dtype=out.dtype).masked_fill(bad, float("nan"))

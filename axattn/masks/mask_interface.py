@@ -164,7 +164,7 @@ _PLAIN_KEPT = 8
 def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -> LazyMask:
     """The plain causal mask of whole rows, one object over many forwards: the commonest mask, and it has no state.
 
-    What the interface notes on it (`LazyMask.hit`) then also serves the next forward. One that was made dense is not
+    What layers note on it (`LazyMask.notes`) then also serves the next forward. One that was made dense is not
     kept: it would hold S x S bytes.
     """
     key = (rows, length, device, guarded)

@@ -39,7 +39,7 @@ class Route:
             runs, such as padding with holes, is not known here.
         decisions: backend by kind of call, so that a call like an earlier one costs one dict lookup.
         kernels: the backends of `candidates` and what they serve here; torch.compile can't trace their lookup.
-        plain: the same for plain calls (see `axattn.attention.interface`): the name of the backend, by a smaller key.
+        short: the name of the backend by a smaller key, for calls of whole rows (`axattn.attention.short_path`).
         options: the user's ``kernel_options``.
         options_json: the same as text, for operators of compiled graphs.
         options_json_deterministic: the same for a layer whose keyword asks for a deterministic gradient.
@@ -52,7 +52,7 @@ class Route:
     served: dict[str, int] = field(default_factory=dict)
     compiled: str | None = None
     decisions: dict[Any, Backend] = field(default_factory=dict)
-    plain: dict[Any, str] = field(default_factory=dict)
+    short: dict[Any, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     kernels: dict[str, tuple[Backend, Capability]] = field(init=False, repr=False)
     options_json: str = field(init=False, repr=False)
@@ -65,7 +65,7 @@ class Route:
         self.kernels = {backend.name: (backend, backend.capability_on(machine)) for backend in found}
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "decisions": {}, "plain": {}}
+        state = {**self.__dict__, "decisions": {}, "short": {}}
         del state["kernels"]
         return state
 
