@@ -154,12 +154,12 @@ def attend(
 
 def run(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
     """The kernel itself; returns ``[B, S, H, Dv]``."""
-    assert backend.forward is not None
     if backend.spans and is_tracing():
-        call.ran = backend.name if call.module.training or not backend.evaluates else backend.evaluates
+        variant = None if call.module.training else backend.variant
+        call.ran = backend.name if variant is None else variant.evaluates
         repeats = bool(call.extras.get("deterministic"))
         return over_documents(call, call.ran, route.options_json_deterministic if repeats else route.options_json)
-    return backend.forward(call)
+    return backend.called(call)
 
 
 def run_library(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:

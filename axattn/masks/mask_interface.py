@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -280,8 +280,7 @@ def _segments(
 ) -> Segments | TracedSegments | None:
     context = current()
     if context is not None and context.segments is not None:
-        found = context.documents
-        assert found is not None
+        found = cast("Segments | TracedSegments", context.documents)
         if (found.rows, found.length) != (rows, q_length) or q_offset != 0 or kv_length < q_length:
             return None
         return found.to(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,7 @@ from axattn.hf.torch_internals import in_traced_subgraph, is_tracing
 from axattn.machine.environment import Environment
 from axattn.planning.ranking import by_need, interned, usable
 from axattn.spec.capability import Capability, Need, missing
-
-logger = logging.getLogger("axattn")
+from axattn.spec.notices import warn_once
 
 OnUnsupported = Literal["raise", "route"]
 ATTRIBUTE = "_axattn_route"
@@ -118,17 +116,15 @@ class Route:
 
     def _say_routed(self, name: str, reasons: list[Reason]) -> None:
         text = "; ".join(reason.text for reason in reasons)
-        key = (self.asked, name, text)
-        if key not in _said and not is_tracing():
-            _said.add(key)
-            logger.warning("axattn: %s runs on %s instead of %s: %s", self.layer, name, self.planned, text)
+        if not is_tracing():
+            key = (self.asked, name, text)
+            warn_once(f"{self.layer} runs on {name} instead of {self.planned}: {text}", key)
 
 
 def _untold(_: object) -> str:
     return "?"
 
 
-_said: set[tuple[str, str, str]] = set()
 _unplanned: weakref.WeakKeyDictionary[torch.nn.Module, Route] = weakref.WeakKeyDictionary()
 
 
@@ -146,11 +142,12 @@ def candidates(
 
 
 def providers(backend: Backend, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The backends that may serve a backend's name: itself, or what its option ``provider`` says."""
-    chosen = options.get("provider", "auto")
-    if not backend.providers:
-        return (backend.name,)
-    return tuple(backend.providers.values()) if chosen == "auto" else (backend.providers[chosen],)
+    """The backends that may serve a backend's name: itself, or what the user's choice of one of its options says."""
+    for option in backend.options:
+        if option.backends:
+            chosen = options.get(option.name, option.default)
+            return tuple(option.backends.values()) if chosen not in option.backends else (option.backends[chosen],)
+    return (backend.name,)
 
 
 def route_in_passing(module: torch.nn.Module) -> Route | None:

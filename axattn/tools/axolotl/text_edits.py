@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -44,8 +44,7 @@ class Edits:
         if not self._alone(mapping, key, value):
             return
         start = self._line_start(key.start_mark.index)
-        tail = _TAIL.match(self.text, self.tree.span(mapping, key, value)[1])
-        assert tail is not None  # `_alone` has seen it
+        tail = cast("re.Match[str]", _TAIL.match(self.text, self.tree.span(mapping, key, value)[1]))  # as in `_alone`
         if tail["comment"]:
             self.spans.append((start, tail.start("comment"), ""))
         else:
