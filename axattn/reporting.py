@@ -10,7 +10,7 @@ import torch
 from axattn.hf.hub_kernels import loaded_revision
 from axattn.hf.registries import foreign, name_of, ours
 from axattn.patches.state import state_of
-from axattn.planning.routes import ATTRIBUTE, Route, route_in_passing
+from axattn.planning.routes import ATTRIBUTE, Route, unplanned_route
 from axattn.traits.attention_configs import copies
 from axattn.traits.layer_needs import sub_configs
 
@@ -84,7 +84,7 @@ def read_status(model: torch.nn.Module) -> Status:
     running = {path: config._attn_implementation for path, config in sub_configs(model.config)}
     routes: list[tuple[str, Route]] = []
     for name, module in model.named_modules():
-        planned, passing = vars(module).get(ATTRIBUTE), route_in_passing(module)
+        planned, passing = vars(module).get(ATTRIBUTE), unplanned_route(module)
         if planned is not None:
             routes.append((name, planned))
         elif passing is not None:

@@ -1,6 +1,6 @@
-"""The registry of kernel families: a file each, looked up by name and imported when first asked for.
+"""The registry of kernel families: one file each, looked up by name and imported on first use.
 
-Third parties add a backend through the entry point group ``axattn.backends``; one is loaded only when it is named.
+Third parties add a backend through the entry point group ``axattn.backends``; it is loaded only when it is named.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def builtin_names() -> tuple[str, ...]:
 
 @functools.cache
 def get(name: str) -> Backend:
-    """The backend of that name or hub path.
+    """The backend with this name or hub path.
 
     Raises:
-        UnknownAttentionError: no backend of that name, built in or installed.
-        BackendUnavailableError: a third party's backend is installed and fails to import; its own error is the cause.
+        UnknownAttentionError: no backend has this name, built in or installed.
+        BackendUnavailableError: a third party's backend is installed but fails to import; its own error is the cause.
     """
     if name in _MODULES:
         module = importlib.import_module(_MODULES[name])
@@ -61,22 +61,21 @@ def get(name: str) -> Backend:
                 [Reason("library", f"{type(error).__name__}: {error}")],
             ) from error
         if not isinstance(loaded, Backend) or loaded.name != name:
-            raise BackendUnavailableError(f"the entry point {entry.value!r} is no axattn Backend named {name!r}")
+            raise BackendUnavailableError(f"the entry point {entry.value!r} is not an axattn Backend named {name!r}")
         return loaded
     raise UnknownAttentionError(f"no backend named {name!r}", advice=f"Backends: {', '.join(_MODULES)}.")
 
 
 def packs(name: str) -> Packs:
-    """Whether the documents of a row stay apart on a name, and on what condition: ``"yes"``, ``"no"``, or
-    ``"without a cache"`` (`axattn.spec.names.WITHOUT_A_CACHE`). What `axattn doctor`, the docs and `AttentionConfig`
-    say."""
+    """Whether a name keeps the documents of a packed row apart: ``"yes"``, ``"no"``, or ``"without a cache"``
+    (`axattn.spec.names.WITHOUT_A_CACHE`). `axattn doctor`, the docs and `AttentionConfig` show it."""
     if name in installed():
         return "yes" if get(name).capability.segments else "no"
     return packs_by_name(name.split(":", maxsplit=1)[0] if name in _MODULES else name)
 
 
 def supports_packing(name: str) -> bool:
-    """The flag ``attn_supports_packing`` of a name: axolotl's answer, which is no for ``eager`` and ``sdpa``."""
+    """The flag ``attn_supports_packing`` of a name, as axolotl defines it: False for ``eager`` and ``sdpa``."""
     if name in installed():
         return get(name).capability.segments
     return flags(name.split(":", maxsplit=1)[0] if name in _MODULES else name).packing

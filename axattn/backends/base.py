@@ -39,7 +39,7 @@ TORCH_KERNEL = Capability(
     deterministic=True,
     traced=True,
 )
-"""What all of torch's own kernels serve, called by axattn; each adds what it has beyond."""
+"""What every kernel of torch serves when axattn calls it; each backend adds its own features."""
 
 
 FLASH_KERNEL = Capability(
@@ -59,7 +59,7 @@ FLASH_KERNEL = Capability(
     gradient=True,
     deterministic=True,
 )
-"""What all FlashAttention libraries and hub kernels serve on CUDA; each adds what it has beyond."""
+"""What every FlashAttention library and hub kernel serves on CUDA; each backend adds its own features."""
 
 
 QUANTISED = Capability(
@@ -82,18 +82,18 @@ QUANTISED = Capability(
     traced=True,
     refuses=(Refused("serves it in inference only", ("softcap", "gradient")),),  # torch's flash backward has none
 )
-"""What kernels over quantised documents serve, called by axattn; each adds what it has beyond."""
+"""What every quantised kernel serves when axattn calls it; each backend adds its own features."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A kernel that computes something else than full attention in training, by definition of its paper.
+    """A kernel that, by the definition in its paper, does not compute full attention in training.
 
-    Nothing exact may stand in for it there, and its heads, which may differ by their number, are not split over ranks.
+    No exact kernel may replace it there, and its heads are not split over ranks, because a head's index may matter.
 
     Attributes:
-        evaluates: the backend that runs in its place in evaluation.
-        reasons: why it can't serve a model: of its class name, the path of the config and the kinds of its layers.
+        evaluates: the backend that runs instead in evaluation.
+        reasons: ``(class name, config path, layer kinds)`` → why it can't serve a model.
     """
 
     evaluates: str
@@ -108,19 +108,19 @@ class Backend:
         name: canonical name.
         summary: one line for tables.
         capability: what it serves.
-        probe: every reason why a machine can't run it; empty when it can.
-        forward: `AttentionCall` → output ``[B, S, H, Dv]``; None when only Transformers runs the name.
+        probe: every reason why a machine can't run it; empty if it can.
+        forward: `AttentionCall` → output ``[B, S, H, Dv]``; None if only Transformers runs it.
         install: the command that installs it, or ``""``.
-        on: what it serves on a given machine, where that differs from `capability`.
-        options: what its user can choose (``kernel_options``).
-        spans: it reads a mask's `Layout` and no sinks: inside a compiled graph it runs as one operator.
-        notice: what to tell the user once where it runs on a given machine, ``""`` for nothing.
-        runs_on: whose kernels it calls on a given machine, by which source, for plans; ``""`` for nothing to add.
-        patches: by name in `axattn.loading.PATCHES`, further patches of a model that runs on it.
-        variant: where it computes something else than full attention in training, what; None for all other kernels.
-        forward_backward: its forward and backward apart, for operators of compiled graphs: `AttentionCall` →
-            `ForwardBackward`, or None for a call whose forward must run again in backward.
-        is_sdpa: on a `LazyMask.as_flag` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
+        on: its capability on a given machine, if that differs from `capability`.
+        options: the ``kernel_options`` it takes.
+        spans: it takes a mask's `Layout` and no sinks; inside a compiled graph it runs as one operator.
+        notice: a warning for the user, shown once, when it runs on a given machine; ``""`` for none.
+        runs_on: for plans, whose kernels it calls on a given machine, with the source; ``""`` for nothing to add.
+        patches: names in `axattn.loading.PATCHES` of further patches for a model that runs on it.
+        variant: set if it does not compute full attention in training.
+        forward_backward: its forward and backward as separate functions, for operators of compiled graphs:
+            `AttentionCall` → `ForwardBackward`, or None for a call whose forward must run again in backward.
+        is_sdpa: under a `LazyMask.as_flag` mask with no extras, `forward` is ``F.scaled_dot_product_attention``.
     """
 
     name: str
@@ -140,25 +140,25 @@ class Backend:
     forward_backward: Callable[[AttentionCall], ForwardBackward | None] | None = None
 
     def capability_on(self, environment: Environment) -> Capability:
-        """What it serves on a machine."""
+        """Its capability on a machine."""
         return self.capability if self.on is None else self.on(environment)
 
     def called(self, call: AttentionCall) -> torch.Tensor:
-        """`forward`, ``[B, S, H, Dv]``; of a backend that only Transformers runs no plan lets axattn call it."""
+        """`forward`: ``[B, S, H, Dv]``. No plan lets axattn call a backend that only Transformers runs."""
         if self.forward is None:
-            raise AssertionError(f"{self.name} is run by Transformers alone")
+            raise AssertionError(f"only Transformers runs {self.name}")
         return self.forward(call)
 
     def option(self, call: AttentionCall, name: str) -> Any:
-        """What the user chose for `name`, its default if nothing."""
+        """The user's value of an option, or its default."""
         return call.options.get(name, next(option.default for option in self.options if option.name == name))
 
 
 def keep_nan(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """In training on a CPU: NaN where a query is not finite, as eager gives.
+    """In training on a CPU: NaN where a query is not finite, as with eager.
 
-    Torch's CPU flash kernel (2.13) gives 0 there: a ``q_proj`` that has diverged to NaN would train on in silence.
-    Without gradients this is not looked for; the result is then that of Transformers' own ``sdpa``.
+    Torch's CPU flash kernel (2.13) returns 0 there: a ``q_proj`` that has diverged to NaN would go on training.
+    Without gradients this is not checked; the result is then that of Transformers' own ``sdpa``.
 
     Args:
         out: ``[B, S, H, Dv]``.
@@ -177,18 +177,17 @@ def nan_where_not_finite(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor
     """``[B, S, H, Dv]`` with NaN where the query ``[B, H, S, D]`` is not finite."""
     import torch
 
-    if math.isfinite(query.detach().sum().item()):  # torch.isfinite is four operators
+    if math.isfinite(query.detach().sum().item()):  # torch.isfinite takes four operators
         return out
     bad = ~torch.isfinite(query.detach()).all(-1).transpose(1, 2)[..., None]
     return out + torch.zeros_like(bad, dtype=out.dtype).masked_fill(bad, float("nan"))
 
 
 def on_gpu_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context in which the GPU of a tensor is the current one; nothing on a CPU, or where it is that already.
+    """A context that makes a tensor's GPU the current device; a null context on a CPU or if it is current already.
 
-    Triton, and libraries that set no device themselves (sageattention 1.0.6, torchao's quantiser, xformers' split-K),
-    launch on the current device and stream, which are those of another GPU for layers that ``device_map`` has put
-    elsewhere.
+    Triton and libraries that set no device (sageattention 1.0.6, torchao's quantiser, xformers' split-K) launch on the
+    current device and stream, which is the wrong GPU for layers that ``device_map`` has put on another one.
     """
     import torch
 
@@ -201,12 +200,12 @@ _HERE = contextlib.nullcontext()
 
 
 def always_usable(environment: Environment) -> list[Reason]:
-    """A probe with nothing to check beyond torch itself."""
+    """A probe that checks for torch only."""
     return [] if environment.has("torch") else [need_library("torch", "torch", environment, "pip install torch")]
 
 
 def need_library(key: str, shown: str, environment: Environment, fix: str, minimum: str | None = None) -> Reason:
-    """The reason for a library that is absent or older than `minimum`."""
+    """The reason for a library that is missing or older than `minimum`."""
     found = environment.libraries.get(key)
     if found is None:
         return Reason("library", f"{shown} is not installed", fix)
@@ -216,7 +215,7 @@ def need_library(key: str, shown: str, environment: Environment, fix: str, minim
 def check_library(
     reasons: list[Reason], key: str, shown: str, environment: Environment, fix: str, minimum: str | None = None
 ) -> None:
-    """Add `need_library` to `reasons` unless the library is there and new enough."""
+    """Add `need_library` to `reasons` unless the library is installed and new enough."""
     if not environment.has(key, minimum):
         reasons.append(need_library(key, shown, environment, fix, minimum))
 
@@ -224,14 +223,14 @@ def check_library(
 def check_gpu(
     reasons: list[Reason], name: str, environment: Environment, *, minimum_sm: int, rocm: str | None = None
 ) -> None:
-    """Add the reason why the machine's GPU (or its absence) rules `name` out.
+    """Add the reason if the machine's GPU, or having none, rules `name` out.
 
     Args:
         reasons: extended in place.
         name: kernel.
         environment: machine.
         minimum_sm: oldest NVIDIA architecture, such as 80 for Ampere.
-        rocm: oldest ROCm version, None when AMD GPUs are not served.
+        rocm: oldest ROCm version, None if AMD GPUs are not served.
     """
     from packaging.version import Version
 

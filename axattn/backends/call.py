@@ -1,4 +1,4 @@
-"""`AttentionCall`: one attention call as every backend sees it, already normalised."""
+"""`AttentionCall`: the normalised form in which every backend gets an attention call."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from axattn.masks.lazy_mask import LazyMask
 
 @dataclass(slots=True, eq=False)
 class AttentionCall:
-    """What an attention module asks for, free of Transformers' conventions.
+    """One call of an attention module, without Transformers' conventions.
 
     Attributes:
-        module: the attention module that calls.
+        module: the calling attention module.
         query: ``[B, H, S, D]``.
         key: ``[B, Hkv, T, D]``.
         value: ``[B, Hkv, T, Dv]``.
         mask: a `LazyMask`, a user's 4-D tensor (bool: True attends; float: added to the logits), or None.
-        causal: without a mask: a query sees no later key (S equals T); ignored when there is a mask.
-        window: without a mask: keys seen to the left, the query included.
+        causal: without a mask, a query attends to no later key (S equals T); ignored under a mask.
+        window: without a mask, keys attended to on the left, the query's own included.
         scale: factor on the logits.
         dropout: probability of attention dropout.
         softcap: see `Need.softcap`.
@@ -31,9 +31,9 @@ class AttentionCall:
         bias: additive position bias ``[1 or B, H, S, T]``, or None.
         extras: further keywords for the model's own eager function.
         options: the user's ``kernel_options``.
-        want_weights: the attention weights are asked for (`Need.weights`).
-        weights: where a kernel that gives them puts them, ``[B, H, S, T]``.
-        ran: where a backend hands the call on, the name of the backend whose kernel has computed it; else ``""``.
+        want_weights: the caller asks for the attention weights (`Need.weights`).
+        weights: set by a kernel that returns them, ``[B, H, S, T]``.
+        ran: if a backend passes the call on, the name of the backend whose kernel ran; else ``""``.
     """
 
     module: torch.nn.Module
@@ -55,9 +55,9 @@ class AttentionCall:
     ran: str = ""
 
     def dense_mask(self) -> torch.Tensor | None:
-        """The mask as a tensor ``[B or 1, 1 or H, S, T]`` (bool or additive float), None when all attend to all.
+        """The mask as a tensor ``[B or 1, 1 or H, S, T]``, bool or additive float; None for unmasked attention.
 
-        Without a mask the causal rule is the plain lower triangle.
+        Without a mask the causal rule is the lower triangle.
         """
         if isinstance(self.mask, LazyMask):
             return self.mask.dense()

@@ -1,7 +1,7 @@
-"""One query a row over its keys, through ``F.scaled_dot_product_attention``: it reads keys where they lie.
+"""One query per row over its keys, through ``F.scaled_dot_product_attention``, which reads a cache in place.
 
-A variable-length kernel wants keys as tokens without gaps. To lay those of a cache out so is to copy all of them twice
-at every layer and step, four times the time of the attention itself.
+A varlen kernel takes keys as packed tokens. Packing those of a cache copies all of them twice at every layer and step,
+which takes four times as long as the attention itself.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ from axattn.masks.varlen_layout import Layout
 
 
 def serves(call: AttentionCall) -> bool:
-    """Whether `one_query` takes a call; on a CPU tiles read keys where they lie."""
+    """Whether `single_query_attention` takes a call; on a CPU the tiles read a cache in place."""
     return call.query.device.type != "cpu" and _is_single(call)
 
 
 def _is_single(call: AttentionCall) -> bool:
-    """Whether it is one query a row, and nothing that ``F.scaled_dot_product_attention`` lacks is asked for."""
+    """Whether it has one query per row and needs nothing that ``F.scaled_dot_product_attention`` lacks."""
     return call.query.shape[2] == 1 and call.softcap is None and call.sinks is None and call.bias is None
 
 
 def pays_on_cpu(call: AttentionCall) -> bool:
-    """Whether `one_query` beats tiles on a CPU: without a gradient one call under a mask, in place of one a row
-    (measured: 0.5 to 0.85 of the time)."""
+    """Whether `single_query_attention` beats tiles on a CPU: without a gradient, one call under a mask instead of one
+    per row (measured: 0.5 to 0.85 of the time)."""
     single = call.query.device.type == "cpu" and _is_single(call)
     return single and not torch.is_grad_enabled() and call.query.shape[0] > 1 and call.key.shape[2] > 1
 
 
-def one_query(call: AttentionCall, layout: Layout) -> torch.Tensor:
+def single_query_attention(call: AttentionCall, layout: Layout) -> torch.Tensor:
     """Attention of the last token of each row.
 
     Args:
-        call: S is 1; its mask is the one that `layout` was read off, or None.
-        layout: its spans, at most one a row.
+        call: S is 1; its mask is the one that `layout` was read from, or None.
+        layout: its spans, at most one per row.
 
     Returns:
         ``[B, 1, H, Dv]``; zero for a row that is padding.
     """
     spans, window = layout.spans, layout.window
     if not spans:
-        nothing = call.query[:0].sum() + call.key[:0].sum() + call.value[:0].sum()  # zero, and so are the gradients
-        return nothing.expand(layout.rows, 1, call.query.shape[1], call.value.shape[-1])
+        zero = call.query[:0].sum() + call.key[:0].sum() + call.value[:0].sum()  # with zero gradients
+        return zero.expand(layout.rows, 1, call.query.shape[1], call.value.shape[-1])
     low, high = min(span.k0 for span in spans), max(span.k1 for span in spans)
     first = spans[0]
-    everywhere = len(spans) == 1 and (first.row0, first.row1) == (0, layout.rows)
-    if everywhere and window is not None:  # bottom-right: the query sits at the last key
+    all_rows = len(spans) == 1 and (first.row0, first.row1) == (0, layout.rows)
+    if all_rows and window is not None:  # bottom-right: the query sits at the last key
         low = max(low, high - window)
     keys, values, mask = call.key[:, :, low:high], call.value[:, :, low:high], None
-    if not everywhere:
-        mask = call.dense_mask()[..., low:high]  # type: ignore[index]  # without a mask all rows are alike
+    if not all_rows:
+        mask = call.dense_mask()[..., low:high]  # type: ignore[index]  # without a mask, one span covers all rows
     call.ran = "sdpa"
     out = sdpa.attention(call.query, keys, values, mask, call.dropout, False, call.scale).transpose(1, 2)
     if mask is not None and sum(span.row1 - span.row0 for span in spans) < layout.rows:

@@ -1,4 +1,4 @@
-"""``eager``: the model's own eager attention function, the exact last resort for sinks, softcap and sparse indices."""
+"""``eager``: the model's own eager attention function, the exact fallback for sinks, softcap and sparse indices."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:
     return None
 
 
-_OWN = ("dropout", "scaling", "output_attentions")  # of the call itself: given by name
+_PASSED_BY_NAME = ("dropout", "scaling", "output_attentions")
 
 
 def eager(call: AttentionCall) -> torch.Tensor:
@@ -55,7 +55,7 @@ def eager(call: AttentionCall) -> torch.Tensor:
         )
     call.ran = "eager"
     mask, kept = call.dense_mask(), selected(call)
-    if kept is not None:  # the eager functions ignore the keywords that say which keys are selected
+    if kept is not None:  # eager functions ignore the keywords of the selected keys
         mask = only_selected(mask, kept)
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(call.query.dtype).min
@@ -69,7 +69,7 @@ def eager(call: AttentionCall) -> torch.Tensor:
         mask,
         dropout=call.dropout,
         scaling=call.scale,
-        **{key: value for key, value in call.extras.items() if key not in _OWN},
+        **{key: value for key, value in call.extras.items() if key not in _PASSED_BY_NAME},
     )
     if call.want_weights:
         call.weights = weights

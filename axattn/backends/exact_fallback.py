@@ -1,4 +1,4 @@
-"""`exactly`: what a kernel hands on that it serves in name only, such as one query over a cache. Drops nothing."""
+"""`exact_attention`: runs the calls that a kernel accepts but passes on, such as one query over a cache."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from axattn.hf.torch_internals import is_tracing
 from axattn.masks.lazy_mask import LazyMask
 
 
-def exactly(call: AttentionCall) -> torch.Tensor:
+def exact_attention(call: AttentionCall) -> torch.Tensor:
     """Exact attention of a call without sinks, bias or indices; returns ``[B, S, H, Dv]``.
 
-    Torch's kernels have no softcap and would drop it: under one the model's own eager function runs.
+    Torch's kernels have no softcap: a call with one runs on the model's own eager function.
     """
     if call.softcap is not None:
         return eager(call)

@@ -1,6 +1,6 @@
 """``flash_attention_2/3/4``: what they serve and need.
 
-Transformers runs them where they serve a whole model, after axattn has checked; else `axattn.backends.flash_calls`.
+If one serves a whole model, Transformers runs it once axattn has checked it; else `axattn.backends.flash_calls` does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from axattn.machine.environment import Environment
 from axattn.spec.capability import Capability, Refused
 
 _COMMON = dataclasses.replace(FLASH_KERNEL, softcap=True)
-_FLOORS_4 = (("nvidia_cutlass_dsl", "nvidia-cutlass-dsl", "4.6.2"), ("quack_kernels", "quack-kernels", "0.5.3"))
+_MINIMUM_4 = (("nvidia_cutlass_dsl", "nvidia-cutlass-dsl", "4.6.2"), ("quack_kernels", "quack-kernels", "0.5.3"))
 """From the metadata of flash-attn-4 4.0.0b36."""
 _INSTALL = {
     2: "pip install flash-attn --no-build-isolation",
@@ -46,10 +46,10 @@ def _probe_4(environment: Environment) -> list[Reason]:
     check_gpu(reasons, "flash_attention_4", environment, minimum_sm=90)
     check_library(reasons, "flash_attn_4", "flash-attn-4", environment, _INSTALL[4])
     if environment.has("flash_attn_4"):
-        for key, shown, floor in _FLOORS_4:
-            check_library(reasons, key, shown, environment, f'pip install -U "{shown}>={floor}"', floor)
+        for key, shown, minimum in _MINIMUM_4:
+            check_library(reasons, key, shown, environment, f'pip install -U "{shown}>={minimum}"', minimum)
         if environment.flash_attn_4_shadowed:
-            text = "the flash_attn/cute of the flash-attn package (FlashAttention 2) lies over that of flash-attn-4"
+            text = "the flash_attn/cute of the flash-attn package (FlashAttention 2) shadows that of flash-attn-4"
             reasons.append(Reason("library", text, "pip install --pre --force-reinstall --no-deps flash-attn-4"))
     return reasons
 
@@ -64,7 +64,7 @@ TWO = dataclasses.replace(
 THREE = dataclasses.replace(
     _COMMON,
     traced=True,
-    refuses=(Refused("takes deterministic=True, and not every build of hopper/ follows it", ("deterministic",)),),
+    refuses=(Refused("takes deterministic=True, but not every build of hopper/ is deterministic", ("deterministic",)),),
 )
 FOUR = dataclasses.replace(_COMMON, sinks=True)
 FOUR_ON_BLACKWELL = dataclasses.replace(
@@ -77,25 +77,27 @@ FOUR_ON_BLACKWELL = dataclasses.replace(
     ),
 )
 """flash-attn-4 4.0.0b36 on sm100, sm103 and sm110 (``flash_attn/cute/interface.py``): up to 128, and 256 for both
-(``_validate_head_dims``), where a backward of its own (``sm100_hd256_2cta_fmha_backward.py``) has the plain form alone.
-(192, 128) too, but Transformers widens values to the query heads' size, and (192, 192) is not among them."""
+(``_validate_head_dims``), with its own backward (``sm100_hd256_2cta_fmha_backward.py``) that has no window, softcap or
+sinks. It serves (192, 128) too, but Transformers widens values to the query heads' size, and it has no (192, 192)."""
 FOUR_ON_SM120 = dataclasses.replace(
     FOUR,
     max_head_dim=192,
     sinks=False,
     deterministic=False,
-    refuses=(Refused("wants more than sm120's 99 KiB of shared memory there", ("gradient",), head_dims=(161, 192)),),
+    refuses=(Refused("needs more than sm120's 99 KiB of shared memory there", ("gradient",), head_dims=(161, 192)),),
 )
-"""The same on sm120 and sm121: Ampere's kernels (``flash_fwd.py``, ``flash_bwd.py``), which have no sinks. Their tiles
-are fixed and nobody asks their ``can_implement``, which forgets the scores besides. The forward pads heads to multiples
-of 16 and fits up to 192; the backward to multiples of 32, fits at 160 and wants 115,712 of 101,376 bytes at 192.
-It asserts that no deterministic one is asked for."""
+"""The same on sm120 and sm121: Ampere's kernels (``flash_fwd.py``, ``flash_bwd.py``), which have no sinks. Their tile
+sizes are fixed, and their ``can_implement``, which leaves out the scores, is not called. The forward pads heads to
+multiples of 16 and fits up to 192; the backward pads to multiples of 32, fits at 160 and needs 115,712 of 101,376 bytes
+at 192. It asserts that it is not deterministic."""
 
 
-_NO_ROOM = Refused("has no backward with dropout for it on this GPU", ("dropout", "gradient"), head_dims=(193, 256))
-"""It wants more than the 99 KB of shared memory there: nothing runs, and the gradients stay as they were allocated
+_NO_DROPOUT_BACKWARD = Refused(
+    "has no backward with dropout for it on this GPU", ("dropout", "gradient"), head_dims=(193, 256)
+)
+"""It needs more than the 99 KB of shared memory there: no kernel runs, and the gradients are uninitialised memory
 (flash-attn 2.8.3, ``flash_bwd_launch_template.h``)."""
-_TRITON = "ignores it: FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE has flash-attn run its Triton backend for AMD GPUs"
+_TRITON = "ignores it: under FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE flash-attn runs its Triton kernels for AMD GPUs"
 _UNSET = "unset FLASH_ATTENTION_TRITON_AMD_ENABLE and install flash-attn with its CK kernels"
 ON_TRITON = dataclasses.replace(
     TWO,
@@ -105,12 +107,12 @@ ON_TRITON = dataclasses.replace(
         Refused(f"{_TRITON}, which drops the same weights in every call", ("dropout",), fix=_UNSET),
     ),
 )
-"""flash-attn 2.8.3 (``flash_attn_triton_amd/interface_fa.py``): window and softcap are printed and not used, and
-the seed of the dropout is a constant."""
+"""flash-attn 2.8.3 (``flash_attn_triton_amd/interface_fa.py``): window and softcap are printed but not used, and
+the dropout seed is a constant."""
 ON_CK = dataclasses.replace(
     TWO, refuses=(Refused("ignores it: flash-attn's CK kernels for AMD GPUs have none", ("softcap",)),)
 )
-"""flash-attn 2.8.3 (``csrc/flash_attn_ck/mha_*.cpp``): no function of it reads its softcap."""
+"""flash-attn 2.8.3 (``csrc/flash_attn_ck/mha_*.cpp``): its functions take a softcap and do not read it."""
 
 
 def _capability_2(environment: Environment) -> Capability:
@@ -120,7 +122,7 @@ def _capability_2(environment: Environment) -> Capability:
     elif environment.device == "rocm":
         served = ON_CK
     if environment.sm in (86, 89, 120, 121):
-        served = dataclasses.replace(served, refuses=(*served.refuses, _NO_ROOM))
+        served = dataclasses.replace(served, refuses=(*served.refuses, _NO_DROPOUT_BACKWARD))
     old = environment.has("flash_attn") and not environment.has("flash_attn", "2.4.1")
     return dataclasses.replace(served, softcap=environment.has("flash_attn", "2.6"), deterministic=not old)
 

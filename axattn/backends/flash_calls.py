@@ -1,7 +1,7 @@
 """Direct calls of FlashAttention 2, 3 and 4, for plans in which only some layers run on one of them.
 
-Where a whole model runs on a flash name Transformers calls the kernel itself; its one process-wide slot for flash
-functions would be re-imported at every switch between layers, so mixed plans come here.
+If a whole model runs on a flash name, Transformers calls the kernel itself. It has one slot for flash functions in the
+process and would import them again at every switch between layers, so mixed plans call the kernels here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def varlen_function(version: int) -> Callable[..., Any]:
     """``flash_attn_varlen_func`` of one FlashAttention generation.
 
     Raises:
-        ImportError: the package is absent or broken (the planner has checked that it is there).
+        ImportError: the package is missing or broken (the planner has checked that it is installed).
     """
     function: Callable[..., Any] = importlib.import_module(_MODULES[version]).flash_attn_varlen_func
     return function
@@ -39,7 +39,7 @@ def varlen_function(version: int) -> Callable[..., Any]:
 
 @functools.cache
 def takes_deterministic(version: int) -> bool:
-    """Whether ``deterministic`` is among its arguments: from flash-attn 2.4.1 on."""
+    """Whether the function takes ``deterministic``: from flash-attn 2.4.1 on."""
     return "deterministic" in inspect.signature(varlen_function(version)).parameters
 
 
@@ -79,11 +79,11 @@ def _softcap(call: AttentionCall) -> dict[str, Any]:
 def _call(call: AttentionCall, version: int, options: dict[str, Any], unlimited: int | None) -> torch.Tensor:
     layout = layout_of(call)
     if decoding.serves(call) and not layout.whole_rows:
-        return decoding.one_query(call, layout)
+        return decoding.single_query_attention(call, layout)
     left = unlimited if layout.window is None else layout.window - 1
     options = {
         "softmax_scale": call.scale,
-        "causal": layout.causal and layout.q_length > 1,  # of a single query, the last, it says nothing
+        "causal": layout.causal and layout.q_length > 1,  # no effect on a single query, the last
         "window_size": (left, (unlimited if layout.window is None else 0) if layout.causal else left),
         **options,
     }
@@ -95,7 +95,7 @@ def _call(call: AttentionCall, version: int, options: dict[str, Any], unlimited:
         return _output(varlen_function(version)(q, k, v, **lengths, **options))
 
     query, key, value = one_head_dim(call.query, call.key, call.value)
-    if layout.whole_rows:  # strided: a cache is not copied
+    if layout.whole_rows:  # the dense function takes strides: no copy of a cache
         with on_gpu_of(query):
             out = _output(dense_function(version)(*(x.transpose(1, 2) for x in (query, key, value)), **options))
     else:
@@ -109,11 +109,11 @@ def _output(found: Any) -> torch.Tensor:
 
 
 def layout_of(call: AttentionCall) -> Layout:
-    """The spans of a call: its mask's, or whole rows where there is no mask."""
+    """The spans of a call: those of its mask, or whole rows without a mask."""
     layout = call.mask.layout() if isinstance(call.mask, LazyMask) else None
     if layout is not None:
         return layout
-    if call.mask is not None:  # `Need.dense_mask` sends such masks to another kernel
+    if call.mask is not None:  # the planner sends such masks elsewhere (`Need.dense_mask`)
         raise UnsupportedAttentionError("FlashAttention can't serve this call", [Reason("dense_mask", "a dense mask")])
     B, _, S, _ = call.query.shape
     return _whole_rows(B, S, call.key.shape[2], call.causal and S > 1, call.window, call.query.device)
@@ -121,5 +121,5 @@ def layout_of(call: AttentionCall) -> Layout:
 
 @functools.lru_cache(maxsize=16)
 def _whole_rows(rows: int, queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Layout:
-    """One object for all layers, and what is made of it once for them: its tensors are on `device`."""
+    """One object for all layers, which share what it caches; those tensors are on `device`."""
     return Layout((Span(0, rows, 0, queries, 0, keys),), causal, window, rows, queries, keys)

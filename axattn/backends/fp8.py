@@ -1,11 +1,11 @@
 """``fp8``: attention in FP8 (e4m3) by FlashAttention 3, for inference and, with a true gradient, for training.
 
-Q, K and V are scaled to fp8 per document and KV head, so that no document's values change another's; K loses its mean
-first (`axattn.backends.varlen_engine.flash_backward`). Whole rows go through torchao's quantiser, documents through
-ours (`axattn.kernels.fp8_quantiser`); both are Triton.
+Q, K and V are scaled to fp8 per document and KV head, so that no document changes another's scale; the mean of K is
+subtracted first (`axattn.backends.varlen_engine.flash_backward`). torchao's quantiser takes whole rows, axattn's
+(`axattn.kernels.fp8_quantiser`) documents; both are Triton.
 
 Error on random data with keys far from zero (measured with e4m3 operands and weights, tests/backends/test_fp8.py):
-output 4.5 %, gradients 3 %; with ``backward="exact"`` gradients 0.5 %, which is bf16's own. A Hadamard rotation changes
+output 4.5 %, gradients 3 %; with ``backward="exact"`` gradients 0.5 %, the error of bf16. A Hadamard rotation changes
 neither.
 """
 
@@ -44,13 +44,13 @@ CAPABILITY = dataclasses.replace(
     QUANTISED,
     head_dim_multiple=16,
     notes={
-        "": "models load with use_cache=False; generate still may keep a cache",
-        "window": "with flash-attn-3; fa3-fwd is built without",
-        "softcap": "in inference",
+        "": "models load with use_cache=False; generate may still keep a cache",
+        "window": "with flash-attn-3 only; fa3-fwd is built without windows",
+        "softcap": "in inference only",
     },
 )
 TORCHAO_LIMIT = 2**31
-"""Elements from which on torchao's quantiser (0.18) counts too far: it multiplies rows by strides in int32."""
+"""Number of elements above which torchao's quantiser (0.18) overflows: its offsets are int32."""
 HADAMARD = Option(
     "hadamard",
     "none",
@@ -115,17 +115,16 @@ def _forward(
     softcap: float,
     rotation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output ``[tokens, H, D]``, logsumexp ``[H, tokens]``, and the keys that its logits were made with."""
-    parts, keys = quantised(
-        q, k, v, layout, rotation, smooth=not softcap
-    )  # under a softcap a shift is no longer nothing
+    """Output ``[tokens, H, D]``, logsumexp ``[H, tokens]``, and the keys of its logits."""
+    # no smoothing under a softcap, which is not invariant to a shift of the logits
+    parts, keys = quantised(q, k, v, layout, rotation, smooth=not softcap)
     out, lse = _attention(parts, packed, softcap)
     out = out.to(q.dtype)
     return out if rotation == "none" else rotated(out), lse, keys
 
 
 def forward_backward(call: AttentionCall) -> ForwardBackward | None:
-    """Its forward and backward apart; None under a softcap, where it has no gradient."""
+    """Its forward and backward as separate functions; None under a softcap, which has no gradient."""
     if call.softcap is not None:
         return None
     rotation = BACKEND.option(call, "hadamard")
@@ -134,18 +133,18 @@ def forward_backward(call: AttentionCall) -> ForwardBackward | None:
         out, lse, _ = _forward(q, k, v, packed, layout, 0.0, rotation)
         return out, lse
 
-    again = exact_forward if BACKEND.option(call, "backward") == "exact" else None
-    return over_packed(PackedForwardBackward(forward, smoothed_keys, again))
+    recompute = exact_forward if BACKEND.option(call, "backward") == "exact" else None
+    return over_packed(PackedForwardBackward(forward, smoothed_keys, recompute))
 
 
 Quantised = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""q, k and v in fp8, ``[tokens, H, D]``, and what to multiply them with, float32 ``[documents, Hkv]``."""
+"""q, k and v in fp8, ``[tokens, H, D]``, and their descale factors, float32 ``[documents, Hkv]``."""
 
 
 def quantised(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, rotation: str, *, smooth: bool
 ) -> tuple[Quantised, torch.Tensor]:
-    """In fp8, and the keys in 16 bit as the logits have them: less their mean if `smooth`, not rotated."""
+    """The inputs in fp8, and the keys of the logits in 16 bit: minus their mean if `smooth`, not rotated."""
     from axattn.kernels import fp8_quantiser
 
     queries, keys = documents_of(layout, q.device)
@@ -160,38 +159,38 @@ def quantised(
     else:
         if smooth:
             k = fp8_quantiser.smoothed(k, keys)
-        turned = rotated(k) if rotation == "qkv" else k
+        k_in = rotated(k) if rotation == "qkv" else k
         if by_torchao:
-            return quantised_rows(q, turned, v, layout), k
-        k8 = fp8_quantiser.quantise(turned, keys, kv_heads)
+            return quantised_rows(q, k_in, v, layout), k
+        k8 = fp8_quantiser.quantise(k_in, keys, kv_heads)
     q8, v8 = fp8_quantiser.quantise(q, queries, kv_heads), fp8_quantiser.quantise(v, keys, kv_heads)
     return (q8.values, k8.values, v8.values, q8.undo, k8.undo, v8.undo), k
 
 
 def smoothed_keys(key: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Keys ``[tokens, Hkv, D]`` less the mean of each document's."""
+    """Keys ``[tokens, Hkv, D]`` minus the mean of each document."""
     from axattn.kernels import fp8_quantiser
 
     return fp8_quantiser.smoothed(key, documents_of(layout, key.device)[1])
 
 
 def quantised_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> Quantised:
-    """Per row and KV head, by torchao: the largest absolute value becomes fp8's largest."""
+    """torchao's quantisation per row and KV head: the largest absolute value becomes fp8's largest."""
     quantise = integrations.fp8_quantiser()
     rows = [x.reshape(layout.rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
-    q8, k8, v8, *undo = quantise(*rows)
+    q8, k8, v8, *descale = quantise(*rows)
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q8, k8, v8)]
-    return flat[0], flat[1], flat[2], undo[0], undo[1], undo[2]
+    return flat[0], flat[1], flat[2], descale[0], descale[1], descale[2]
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """``[..., D]`` times an orthogonal matrix that is its own inverse: Hadamard's, over the square root of its size.
+    """``[..., D]`` times a Hadamard matrix over the square root of its size: orthogonal, and its own inverse.
 
-    Where D is no power of two it acts on blocks of the largest power of two that divides D.
+    If D is no power of two, it acts on blocks of the largest power of two that divides D.
     """
     size = x.shape[-1] & -x.shape[-1]
-    turned: torch.Tensor = x.reshape(-1, size) @ (hadamard(size, torch.float32, x.device) / size**0.5).to(x.dtype)
-    return turned.view(x.shape)
+    result: torch.Tensor = x.reshape(-1, size) @ (hadamard(size, torch.float32, x.device) / size**0.5).to(x.dtype)
+    return result.view(x.shape)
 
 
 def _attention(parts: Quantised, packed: Packed, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,19 +209,19 @@ def _attention(parts: Quantised, packed: Packed, softcap: float) -> tuple[torch.
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        window_size=(-1, -1) if packed.window is None or packed.window >= packed.max_k else packed.sides,
+        window_size=(-1, -1) if packed.window is None or packed.window >= packed.max_k else packed.window_size,
         softcap=softcap,
-        return_attn_probs=True,  # and the logsumexp
+        return_attn_probs=True,  # returns the logsumexp
     )
     return out, lse
 
 
 @functools.cache
 def varlen_function() -> Callable[..., Any]:
-    """``flash_attn_varlen_func`` of the FlashAttention 3 package that is installed.
+    """``flash_attn_varlen_func`` of the installed FlashAttention 3 package.
 
     Raises:
-        ImportError: it is broken (the planner has checked that it is there).
+        ImportError: it is broken (the planner has checked that it is installed).
         BackendUnavailableError: it returns no logsumexp.
     """
     own = Environment.current().has("flash_attn_3")
@@ -234,13 +233,13 @@ def varlen_function() -> Callable[..., Any]:
         raise BackendUnavailableError(
             "fp8 can't run on this build of FlashAttention 3",
             [Reason("version", f"{name} returns no logsumexp, which a gradient needs")],
-            "Build hopper/ of a newer flash-attention, or take it away and pip install fa3-fwd.",
+            "Build hopper/ of a newer flash-attention, or uninstall it and pip install fa3-fwd.",
         )
     return function
 
 
 def _load_cuda_runtime() -> None:
-    """Load CUDA 13's runtime, which fa3-fwd is linked against, where it is installed beside a torch for CUDA 12."""
+    """With a torch for CUDA 12, load CUDA 13's runtime, which fa3-fwd is linked against, if it is installed."""
     if (torch.version.cuda or "").startswith("13") or importlib.util.find_spec("nvidia") is None:
         return
     spec = importlib.util.find_spec("nvidia.cu13")
@@ -258,13 +257,11 @@ def probe(environment: Environment) -> list[Reason]:
         text = f"{environment.gpu or 'the GPU'} is sm{environment.sm}, and FlashAttention 3 is built for Hopper (sm90)"
         reasons.append(Reason("gpu", text))
     check_library(reasons, "torch", "torch", environment, "pip install -U torch", "2.11")
-    reasons += unusable(environment)  # backward runs on them
+    reasons += unusable(environment)  # for backward
     check_library(reasons, "torchao", "torchao", environment, "pip install -U torchao", "0.17")
     check_library(reasons, "triton", "triton", environment, "pip install triton", "3.3")
     if environment.triton_interpret:
-        text = (
-            "TRITON_INTERPRET=1 is set, and Triton's interpreter cuts numbers off where torchao's quantiser rounds them"
-        )
+        text = "TRITON_INTERPRET=1 is set, and Triton's interpreter truncates where torchao's quantiser rounds"
         reasons.append(Reason("library", text, "unset TRITON_INTERPRET"))
     if not environment.has("flash_attn_3") and not environment.has("fa3_fwd"):
         text = "FlashAttention 3 (flash-attn-3 or fa3-fwd) is not installed"
@@ -272,7 +269,7 @@ def probe(environment: Environment) -> list[Reason]:
     elif not environment.has("flash_attn_3"):
         found = environment.cuda or ""
         if found and not found.startswith("13") and not environment.has("cuda_runtime_13"):
-            text = f"fa3-fwd 0.0.3 is built for CUDA 13 (libcudart.so.13) and torch for {found}"
+            text = f"fa3-fwd 0.0.3 is built for CUDA 13 (libcudart.so.13), torch for {found}"
             fix = "pip install nvidia-cuda-runtime, or install a torch build for CUDA 13"
             reasons.append(Reason("library", text, fix))
     return reasons

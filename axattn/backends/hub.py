@@ -1,6 +1,6 @@
-"""Hub kernels ``org/name[@rev][:fn]``: Transformers runs flash kernels, axattn sage ones.
+"""Hub kernels ``org/name[@rev][:fn]``: Transformers runs flash kernels, axattn runs sage kernels.
 
-Where the library of ``flash_attention_2/3/4`` is absent Transformers runs a hub kernel in its place
+If the library of ``flash_attention_2/3/4`` is missing, Transformers runs a hub kernel instead
 (`axattn.hf.flash_stand_ins`). What each kernel serves is in `axattn.backends.hub_records`.
 """
 
@@ -20,7 +20,7 @@ from axattn.machine.environment import Environment
 from axattn.spec.capability import Capability
 from axattn.spec.names import HUB_SAGE_REPOSITORIES, HubPath, parse_hub_path
 
-MINUTES = "a download of minutes, nothing is compiled"
+DOWNLOAD_TIME = "downloads for some minutes, compiles nothing"
 
 
 # ---- what it serves and needs ----------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def _serves(path: HubPath, known: HubKernel, environment: Environment) -> Capabi
 
 
 def broken_at(path: HubPath) -> list[Broken]:
-    """What is known to be broken in a kernel at its revision."""
+    """The known faults of a kernel at its revision."""
     known = FLASH.get(path.repository)
     revision = path.revision or ""
     return [
@@ -65,7 +65,7 @@ def broken_at(path: HubPath) -> list[Broken]:
 
 
 def without_fixed(capability: Capability, name: str, build: str, environment: Environment) -> Capability:
-    """What a hub kernel serves once its build is known: one that is known to be right is held for no bad one.
+    """What a hub kernel serves once its build is known: a build with the fix is not refused.
 
     Args:
         capability: of the path.
@@ -84,7 +84,7 @@ def without_fixed(capability: Capability, name: str, build: str, environment: En
 
 def _probe(path: HubPath, known: HubKernel | None, environment: Environment) -> list[Reason]:
     reasons: list[Reason] = []
-    fix = f'pip install "kernels{kernels_window(environment)}" ({MINUTES})'
+    fix = f'pip install "kernels{kernels_window(environment)}" ({DOWNLOAD_TIME})'
     check_library(reasons, "kernels", "kernels", environment, fix, "0.16")
     if not reasons:
         reasons += _version_window(environment)
@@ -105,7 +105,7 @@ def _probe(path: HubPath, known: HubKernel | None, environment: Environment) -> 
 
 
 def offline_reasons(path: HubPath, environment: Environment) -> list[Reason]:
-    """Why a kernel can't be had where the hub must not be asked."""
+    """Why a kernel can't be loaded offline: it is not in the cache."""
     here = pinned(path, environment)
     known = path.repository in FLASH or path.repository in HUB_SAGE_REPOSITORIES
     if not known or not environment.hub_offline or f"{here.repository}@*" in environment.hub_cached:
@@ -113,8 +113,8 @@ def offline_reasons(path: HubPath, environment: Environment) -> list[Reason]:
     if f"{here.repository}@{here.revision}" in environment.hub_cached:
         return []
     load = f"from kernels import get_kernel; get_kernel({here.repository!r}, revision={here.revision!r})"
-    text = f"the hub is not to be asked (HF_HUB_OFFLINE), and its cache has no {here}"
-    return [Reason("hub", text, f'load it once online: python -c "{load}" ({MINUTES})')]
+    text = f"the hub is offline (HF_HUB_OFFLINE), and its cache has no {here}"
+    return [Reason("hub", text, f'load it once online: python -c "{load}" ({DOWNLOAD_TIME})')]
 
 
 def _version_window(environment: Environment) -> list[Reason]:
@@ -124,5 +124,5 @@ def _version_window(environment: Environment) -> list[Reason]:
     )
     if not window or kernels is None or kernels in SpecifierSet(window, prereleases=True):
         return []
-    text = f"transformers {transformers} loads kernels {window}, and {kernels} is installed"
-    return [Reason("version", text, f'pip install "kernels{window}" ({MINUTES})')]
+    text = f"transformers {transformers} needs kernels {window}, and {kernels} is installed"
+    return [Reason("version", text, f'pip install "kernels{window}" ({DOWNLOAD_TIME})')]

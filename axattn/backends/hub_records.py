@@ -1,7 +1,7 @@
-"""The hub kernels that axattn knows, each as its own code has it. Data; `axattn.backends.hub` makes backends of it.
+"""Data about known hub kernels, taken from their code; `axattn.backends.hub` makes backends of it.
 
-Read in the sources that the kernels are built from (github.com/huggingface/kernels-community), July to September 2026:
-signatures, checks, and what a backward returns. Devices and versions as Transformers 5.24 lists them.
+Source: the code that the kernels are built from (github.com/huggingface/kernels-community), July to September 2026:
+signatures, checks, and what a backward returns. Devices and versions are those that Transformers 5.24 lists.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from axattn.spec.capability import Capability, Refused
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """Revisions of a kernel that compute wrong or raise.
+    """Revisions of a kernel that compute wrong results or raise.
 
     Attributes:
-        revisions: branches, and beginnings of commits.
-        refused: what they are refused for.
-        fixed: builds (the end of the kernel's own name) that are known to be right, whatever the revision.
-        source: where that was found.
+        revisions: branches, and prefixes of commit ids.
+        refused: the needs for which they are refused.
+        fixed: builds (suffixes of the kernel's own name) that have the fix, whatever the revision.
+        source: where the fault is described.
     """
 
     revisions: tuple[str, ...]
@@ -40,9 +40,9 @@ class HubKernel:
         summary: one line for tables.
         serves: what it serves, by `axattn.Environment.device`; other devices have no build.
         lacks: features that older versions lack, by revision.
-        narrower: fields of the record that are others on an NVIDIA architecture: by its first digits (10 for sm100).
+        narrower: fields of the record that differ on an NVIDIA architecture, by its first digits (10 for sm100).
         sms: the NVIDIA architectures it runs on, both ends included.
-        packages: what its build imports beside torch: key of ``Environment.libraries`` → name for people.
+        packages: what its build imports besides torch: key of ``Environment.libraries`` → name of the package.
         broken: known bad revisions.
         source: where the record was read.
     """
@@ -61,7 +61,7 @@ class HubKernel:
         return sm in self.sms if isinstance(self.sms, frozenset) else self.sms[0] <= sm <= self.sms[1]
 
     def shown_sms(self) -> str:
-        """For people: ``sm80 to sm90``."""
+        """The architectures as text: ``sm80 to sm90``."""
         if isinstance(self.sms, frozenset):
             return ", ".join(f"sm{sm}" for sm in sorted(self.sms))
         return f"sm{self.sms[0]} or newer" if self.sms[1] >= 129 else f"sm{self.sms[0]} to sm{self.sms[1]}"
@@ -69,7 +69,7 @@ class HubKernel:
 
 _FLASH = FLASH_KERNEL
 _SINKS = (
-    Refused("gives the sinks no gradient", ("sinks", "gradient")),
+    Refused("has no gradient for the sinks", ("sinks", "gradient")),
     Refused("takes sinks in bfloat16 only", ("sinks",), dtypes=frozenset({"float16"})),
 )
 
@@ -81,13 +81,13 @@ UNKNOWN = dataclasses.replace(
     value_dim_differs=False,
     value_dim_padded=False,
 )
-"""What is taken for granted of a repository that was not read; its signature is checked where it is loaded."""
+"""What is assumed about an unknown repository; its signature is checked when it is loaded."""
 
 _FLASH_2 = dataclasses.replace(_FLASH, softcap=True, dropout=True)
 _FLASH_2_ON_CPU = dataclasses.replace(_FLASH, devices=frozenset({"cpu"}), window=False, gradient=False)
-"""Its CPU build takes softcap and dropout and reads neither; windows raise; there is no backward."""
+"""Its CPU build takes softcap and dropout but ignores both; windows raise; there is no backward."""
 _FLASH_2_ON_XPU = dataclasses.replace(_FLASH, devices=frozenset({"xpu"}), dropout=True)
-"""Its XPU build takes softcap and reads it nowhere."""
+"""Its XPU build takes softcap but ignores it."""
 
 _FLASH_3 = dataclasses.replace(_FLASH, softcap=True)
 _FLASH_3_SINKS = dataclasses.replace(
@@ -106,7 +106,7 @@ _AITER = dataclasses.replace(
     _FLASH,
     sinks=True,
     dropout=True,
-    refuses=(Refused("has windows to the right without sinks only", ("window", "bidirectional", "sinks")),),
+    refuses=(Refused("has bidirectional windows only without sinks", ("window", "bidirectional", "sinks")),),
 )
 _METAL = Capability(
     devices=frozenset({"mps"}),
@@ -157,7 +157,7 @@ FLASH: Mapping[str, HubKernel] = {
         "FlashAttention 4 (4.0.0.beta8)",
         {"cuda": _FLASH_4},
         "flash-attn4/: interface.py",
-        # (192, 128) on sm100 too, but Transformers widens values to the query heads' size
+        # it serves (192, 128) on sm100 too, but Transformers widens values to the query heads' size
         narrower={
             10: {"max_head_dim": 128},
             11: {"max_head_dim": 128},
@@ -170,7 +170,7 @@ FLASH: Mapping[str, HubKernel] = {
         "AITER's FlashAttention in Triton, with sinks",
         {"rocm": _AITER},
         "aiter-flash-attn/: mha.py",
-        lacks={"v1": frozenset({"sinks"})},  # it calls them `sink`, which Transformers does not pass
+        lacks={"v1": frozenset({"sinks"})},  # its argument is `sink`, which Transformers does not pass
     ),
     "kernels-community/metal-flash-sdpa": HubKernel(
         "Metal, after MLX",

@@ -1,4 +1,4 @@
-"""`axattn::int8_attention`: the INT8 kernels as one operator of torch, with shapes for tracing and a true gradient."""
+"""`axattn::int8_attention`: the INT8 kernels as one torch operator, with a fake implementation and a true gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _sm(device: torch.device) -> int | None:
 
 
 def block_of(query: torch.Tensor) -> int:
-    """Queries in a block, for ``[tokens, H, D]`` on its device."""
+    """Queries per block, for ``[tokens, H, D]`` on its device."""
     return int8_attention.tuning(int8_attention.padded_size(query.shape[-1]), _sm(query.device)).block_m
 
 
@@ -36,17 +36,17 @@ def attention(
     """INT8 attention of packed documents, differentiable.
 
     Args:
-        query: ``[tokens, H, D]``; 16 bit, in Triton's interpreter float32 as well.
+        query: ``[tokens, H, D]``; 16 bit, or float32 in Triton's interpreter.
         key: ``[tokens, Hkv, D]``.
         value: ``[tokens, Hkv, D]``.
         packed: the documents.
-        blocks: of `int8_attention.query_blocks`, in blocks of `block_of`.
-        keys: the documents of the keys, to take each one's mean away; None leaves it (under a softcap).
-        softcap: 0 for none; has no gradient.
-        exact_backward: make the exact output again for the gradient.
+        blocks: result of `int8_attention.query_blocks` for blocks of `block_of` queries.
+        keys: the documents of the keys, to subtract the mean of each; None subtracts nothing (under a softcap).
+        softcap: 0 for none; it has no gradient.
+        exact_backward: recompute the exact output for the gradient.
 
     Returns:
-        Output ``[tokens, H, D]``, and the logsumexp of its logits, float32 ``[H, tokens]``, which has no gradient.
+        Output ``[tokens, H, D]``, and the logsumexp of its logits, float32 ``[H, tokens]``, without a gradient.
     """
     mean = document = None
     if keys is not None:
@@ -117,7 +117,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
     query, key, value, mean, _, cu_q, cu_k, _, max_q, max_k, causal, window, scale, softcap, exact = inputs
     out, lse, smooth = output
     if softcap:
-        raise NotImplementedError("the backward has no softcap (the capability of sage says so)")
+        raise NotImplementedError("the backward has no softcap (see the capability of sage)")
     keys = key if mean is None else smooth
     ctx.save_for_backward(query, keys, value, *(() if exact else (out, lse)), cu_q, cu_k)
     ctx.packed = (max_q, max_k, causal, window, scale)

@@ -1,8 +1,8 @@
 """``s2``: shifted sparse attention (LongLoRA, arXiv:2309.12307, section 3.2) as two variable-length calls.
 
-In training each half of the heads attends within groups of tokens; the groups of the second half are shifted by half a
-group. Here the shift moves the group boundaries instead of rolling the tokens, so nothing wraps around from the end of
-a row to its start (the paper's roll leaks there). In evaluation it is full attention, as in the paper.
+In training the heads attend within groups of tokens; the groups of the second half of the heads are shifted by half a
+group. The shift moves the group boundaries instead of rolling the tokens, so nothing wraps around from the end of a row
+to its start (the paper's roll leaks there). In evaluation it is full attention, as in the paper.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def s2(call: AttentionCall) -> torch.Tensor:
         for kind, count in (("query", heads), ("KV", kv_heads))
         if count % 2
     ]
-    everywhere = getattr(getattr(call.module, "config", None), "num_attention_heads", heads)
-    if heads != everywhere:  # which half shifts is counted over the whole model
-        reasons.append(Reason("heads", f"{heads} of its {everywhere} heads are here (tensor parallelism)"))
+    model_heads = getattr(getattr(call.module, "config", None), "num_attention_heads", heads)
+    if heads != model_heads:  # the half that shifts is defined over all heads of the model
+        reasons.append(Reason("heads", f"this rank has {heads} of the {model_heads} heads (tensor parallelism)"))
     layout = call.mask.layout() if isinstance(call.mask, LazyMask) else None
     if layout is None:
         reasons.append(Reason("dense_mask", "the mask has no compact form"))
@@ -82,12 +82,12 @@ def s2(call: AttentionCall) -> torch.Tensor:
         groups = grouped(layout, group, shift)
         part = dataclasses.replace(call, query=call.query[:, q], key=call.key[:, kv], value=call.value[:, kv])
         part.mask = _mask_of(groups, call.query.device)
-        halves.append(over_layout(part, groups))  # counted as s2 under a dense mask too: it is no full attention
+        halves.append(over_layout(part, groups))  # counts as s2 under a dense mask too: it is not full attention
     return torch.cat(halves, dim=2)
 
 
 def _mask_of(groups: Layout, device: torch.device) -> LazyMask:
-    """Of the groups, for what has no kernel over spans (float32 on a GPU): dense only there."""
+    """The mask of the groups; made dense only for inputs without a varlen kernel (float32 on a GPU)."""
     return LazyMask(
         shape=(groups.rows, 1, groups.q_length, groups.kv_length),
         pattern=None,
@@ -99,7 +99,7 @@ def _mask_of(groups: Layout, device: torch.device) -> LazyMask:
 
 
 def group_tokens(group_size: float, length: int) -> int:
-    """Tokens in a group: `group_size` itself, or that share of the row if it is a float (rounded up)."""
+    """Tokens in a group: `group_size`, or that share of the row, rounded up, if it is a float."""
     return math.ceil(group_size * length) if isinstance(group_size, float) else group_size
 
 
@@ -109,7 +109,7 @@ def grouped(layout: Layout, group: int, shift: int) -> Layout:
     Args:
         layout: causal, without packed documents.
         group: tokens in a group; the first and the last may be shorter.
-        shift: where the first boundary lies; 0 for the unshifted half.
+        shift: position of the first boundary; 0 for the unshifted half.
     """
 
     def make() -> Layout:

@@ -1,9 +1,9 @@
-"""``sage``: SageAttention's INT8 attention, by our own Triton kernel or the ``sageattention`` library, with a gradient.
+"""``sage``: SageAttention's INT8 attention by axattn's Triton kernel or the ``sageattention`` library, with a gradient.
 
-Ours (`axattn.kernels.int8_attention`) serves packed documents, windows and head dims up to 256, and gives the logsumexp
-that a true gradient needs. The library serves causal self-attention of head dims 64 and 128; it gives no gradient and
-no logsumexp, so its backward makes the exact output again. A single query (decoding) runs on `varlen`: there is nothing
-to win by rounding the cache at every token.
+axattn's kernel (`axattn.kernels.int8_attention`) serves packed documents, windows and head dims up to 256, and returns
+the logsumexp that a true gradient needs. The library serves causal self-attention of head dims 64 and 128; it has no
+gradient and no logsumexp, so backward recomputes the exact output. A single query (decoding) runs on `varlen`, because
+quantising the cache again for every token is no faster.
 
 Error with keys far from zero (tests/backends/test_sage.py, measured in Triton's interpreter): output 0.6-0.8 %,
 gradients 1 %.
@@ -20,7 +20,7 @@ import torch
 
 from axattn.backends.base import HALVES, QUANTISED, Backend, check_gpu, check_library
 from axattn.backends.call import AttentionCall
-from axattn.backends.exact_fallback import exactly
+from axattn.backends.exact_fallback import exact_attention
 from axattn.backends.flash_calls import layout_of
 from axattn.backends.torch_flash import unusable
 from axattn.backends.varlen_engine.flash_backward import BACKWARD, Packed, exact_forward, flash_backward
@@ -40,7 +40,10 @@ CAPABILITY = dataclasses.replace(
     QUANTISED,
     head_dim_multiple=8,
     window=True,
-    notes={"": "a single query (decoding) runs on varlen, exactly", "softcap": "in inference; decoding runs on eager"},
+    notes={
+        "": "a single query (decoding) runs on varlen, which is exact",
+        "softcap": "in inference only; decoding runs on eager",
+    },
 )
 LIBRARY = Capability(
     exactness="lossy",
@@ -52,30 +55,30 @@ LIBRARY = Capability(
     chunk=True,
     padding=True,
     segments=True,
-    cross_lengths=True,  # decoding, which runs on varlen; more queries than one are refused in `_library_call`
+    cross_lengths=True,  # for decoding, which runs on varlen; `_library_call` passes longer queries on too
     gradient=True,
     deterministic=True,
     traced=True,
-    notes={"": "causal self-attention; backward makes the exact output again; decoding runs on varlen, exactly"},
+    notes={"": "causal self-attention; backward recomputes the exact output; decoding runs on varlen, which is exact"},
 )
 """sageattention 1.0.6: it leaves padded keys unmasked when not causal, and aligns fewer queries than keys top-left."""
 
 PROVIDER = Option(
     "provider",
     "auto",
-    'who runs it: "triton" (ours), "library" (sageattention), or "auto", the first that can',
+    'who runs it: "triton" (axattn\'s kernel), "library" (sageattention), or "auto", the first that can',
     one_of("auto", "triton", "library"),
     {"triton": "sage", "library": "sage:library"},
 )
 
 
-# ---- our kernel ------------------------------------------------------------------------------------------------------
+# ---- axattn's kernel -------------------------------------------------------------------------------------------------
 
 
 def sage(call: AttentionCall) -> torch.Tensor:
-    """INT8 attention by our Triton kernel; returns ``[B, S, H, Dv]``."""
+    """INT8 attention by axattn's Triton kernel; returns ``[B, S, H, Dv]``."""
     if call.query.shape[2] == 1:
-        return exactly(call)
+        return exact_attention(call)
     layout = layout_of(call)
     exact = BACKEND.option(call, "backward") == "exact"
 
@@ -106,25 +109,25 @@ def _quantised(
 
 
 def forward_backward(call: AttentionCall) -> ForwardBackward | None:
-    """Its forward and backward apart; None where it has no gradient, and for a single query."""
+    """Its forward and backward as separate functions; None without a gradient, and for a single query."""
     if call.softcap is not None or call.query.shape[2] == 1:
         return None
     return over_packed(_FORWARD_BACKWARD_EXACT if BACKEND.option(call, "backward") == "exact" else _FORWARD_BACKWARD)
 
 
 _FORWARD_BACKWARD = PackedForwardBackward(_quantised, smoothed_keys)
-_FORWARD_BACKWARD_EXACT = _FORWARD_BACKWARD._replace(again=exact_forward)
+_FORWARD_BACKWARD_EXACT = _FORWARD_BACKWARD._replace(recompute=exact_forward)
 
 
 def _blocks(layout: Layout, queries: Documents, block: int) -> torch.Tensor:
-    """The blocks of queries of a layout, made once for all layers that share it."""
+    """The query blocks of a layout, made once for all layers that share it."""
     from axattn.kernels.int8_attention import query_blocks
 
     return layout.kept(f"blocks-{block}", lambda: query_blocks(queries.lengths, block, queries.device))
 
 
 def probe(environment: Environment) -> list[Reason]:
-    """Every reason why a machine can't run our kernel."""
+    """Every reason why a machine can't run axattn's kernel."""
     reasons: list[Reason] = []
     if not environment.triton_interpret:
         check_gpu(reasons, "sage", environment, minimum_sm=80)
@@ -155,10 +158,12 @@ def library(call: AttentionCall) -> torch.Tensor:
 
 def _library_call(call: AttentionCall, source: str) -> torch.Tensor:
     if call.query.shape[2] == 1:
-        return exactly(call)
+        return exact_attention(call)
     layout = layout_of(call)
-    if any(s.q1 - s.q0 != s.k1 - s.k0 for s in layout.spans):  # a chunk over a cache: the library aligns it top-left
-        return exactly(call)
+    if any(
+        s.q1 - s.q0 != s.k1 - s.k0 for s in layout.spans
+    ):  # a prompt chunk over a cache: the library aligns it top-left
+        return exact_attention(call)
 
     def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
         packed = Packed(cu_q, cu_k, max_q, max_k, layout.causal, layout.window, call.scale)
@@ -171,7 +176,7 @@ def _library_call(call: AttentionCall, source: str) -> torch.Tensor:
 
 
 class _Library(torch.autograd.Function):
-    """The library's forward over ``[tokens, H, D]`` and the exact kernel's gradient."""
+    """The library's forward over ``[tokens, H, D]``, with the exact kernel's gradient."""
 
     @staticmethod
     def forward(
@@ -185,7 +190,7 @@ class _Library(torch.autograd.Function):
         source: str,
     ) -> torch.Tensor:
         module = sage_module(source)
-        smooth = smoothed(k, keys)  # its own copy: the library writes into the keys it is given
+        smooth = smoothed(k, keys)  # a copy: the library writes into its keys
         ctx.save_for_backward(q, k, v)
         ctx.packed = packed
         out: torch.Tensor
@@ -193,7 +198,7 @@ class _Library(torch.autograd.Function):
             parts = [x.reshape(rows, -1, *x.shape[1:]) for x in (q, smooth, v)]
             out = module.sageattn(*parts, tensor_layout="NHD", is_causal=True, sm_scale=packed.scale, smooth_k=False)
             return out.reshape(q.shape)
-        if not hasattr(module, "sageattn_varlen"):  # the hub's: a call for each document
+        if not hasattr(module, "sageattn_varlen"):  # the hub kernel: one call per document
             options = {"tensor_layout": "NHD", "is_causal": True, "sm_scale": packed.scale}
             pieces = zip(*(torch.split(x, list(keys.lengths)) for x in (q, smooth, v)), strict=True)
             return torch.cat([module.sageattn(*(x[None] for x in piece), **options)[0] for piece in pieces])
@@ -210,15 +215,15 @@ class _Library(torch.autograd.Function):
 
 
 _trusted: set[str] = set()
-"""Hub paths whose publishers the user trusts (``allow_all_kernels=True``)."""
+"""Hub paths that the user trusts (``allow_all_kernels=True``)."""
 
 
 def load_hub(source: str, *, trust: bool) -> None:
-    """Load a hub kernel before the first call of it.
+    """Load a hub kernel before its first call.
 
     Args:
         source: ``org/name@revision``.
-        trust: run its code whoever publishes it.
+        trust: run its code, whoever publishes it.
 
     Raises:
         ImportError: it has no ``sageattn``.
@@ -248,10 +253,10 @@ def probe_library(environment: Environment) -> list[Reason]:
 
 
 HUB_ARCHITECTURES = (80, 89, 90, 120)
-"""Those that ``sageattn`` of the hub tells apart (kernels-community, sage-attention/: core.py); it raises on others."""
+"""The architectures that the hub's ``sageattn`` serves (kernels-community, sage-attention/: core.py); others raise."""
 HUB = dataclasses.replace(
     LIBRARY,
-    notes={"": "causal self-attention, a launch for each document; backward makes the exact output again"},
+    notes={"": "causal self-attention, one launch per document; backward recomputes the exact output"},
 )
 
 
@@ -269,7 +274,7 @@ def hub_sage(path: HubPath) -> Backend:
         if path.function not in (None, "sageattn"):
             reasons.append(Reason("name", f"sage kernels are called by axattn, not as {path.function!r}"))
         if path.repository.endswith("/sage-blackwell"):
-            text = f"{path.repository} has sageattn3_blackwell alone (FP4, whole rows of one length, no scale)"
+            text = f"{path.repository} has only sageattn3_blackwell (FP4, whole rows of one length, no scale)"
             reasons.append(Reason("name", text, "sage, which runs on Blackwell"))
         return reasons
 
@@ -287,7 +292,7 @@ def hub_sage(path: HubPath) -> Backend:
 
 BACKEND = Backend(
     "sage",
-    "SageAttention, INT8: our Triton kernel",
+    "SageAttention, INT8: axattn's Triton kernel",
     CAPABILITY,
     probe,
     sage,

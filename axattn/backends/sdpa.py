@@ -26,12 +26,12 @@ CAPABILITY = dataclasses.replace(
     notes={
         "segments": "through a dense S x S mask when called by axattn, as under `auto`",
         "second_gradient": "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); torch raises for its other kernels",
-        "cuDNN": "on Hopper and Blackwell torch 2.11 prefers its kernel. Called by axattn, no call with a mask and no "
-        "single query runs on it, which builds a plan for every new length (0.15 to 0.5 s: FunASR#3704), and on Hopper "
-        "no bidirectional call in training of a length for which its gradients can be NaN (pytorch#196678, trl#7181, "
-        "cudnn-frontend#628, #1072). Other whole rows run on it, which pays where lengths repeat; where they vary, "
-        "torch.backends.cuda.enable_cudnn_sdp(False). `sdpa` as a name of its own is Transformers' function: there "
-        "that line keeps NaN away too",
+        "cuDNN": "on Hopper and Blackwell torch 2.11 prefers its kernel, which plans every new length anew (0.15 to "
+        "0.5 s: FunASR#3704). axattn never runs it with a mask or a single query, nor on Hopper for a bidirectional "
+        "call in training of a length for which its gradients can be NaN (pytorch#196678, trl#7181, "
+        "cudnn-frontend#628, #1072). Other whole rows run on it, which pays if lengths repeat; if they vary, call "
+        "torch.backends.cuda.enable_cudnn_sdp(False). Asked for by name, `sdpa` is Transformers' function: there that "
+        "line avoids the NaN too",
     },
 )
 
@@ -50,20 +50,22 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
     else:
         mask, causal = _with_bias(call.dense_mask(), call.bias, query.dtype), False
     if mask is not None or call.dropout:
-        call.ran = "sdpa"  # whoever handed it on; whole rows without either run so under the names of others
+        call.ran = "sdpa"  # also if another backend passed the call on; without mask and dropout that one is counted
     out = attention(query, key, value, mask, call.dropout, causal, call.scale)
     return keep_nan(out.transpose(1, 2), query)
 
 
 def notice(environment: Environment) -> str:
-    """What to say where ``F.scaled_dot_product_attention`` has no kernel but its MATH one: S x S in memory."""
+    """The warning if ``F.scaled_dot_product_attention`` has only its MATH kernel: S x S in memory."""
     if environment.device != "rocm" or environment.torch_flash:
         return ""
     if environment.torch_flash is None:
-        known = "other than gfx90a, gfx942 and gfx950 (from torch 2.13 on gfx1100 and gfx1201 too)"
-        return f"on AMD GPUs {known} torch runs its MATH kernel, S x S in memory, unless {_EXPERIMENTAL} is set"
-    text = f"torch's flash kernel does not run on {environment.gfx}, its MATH kernel does: S x S in memory"
-    return f"{text}. {_EXPERIMENTAL}, set before Python starts, fixes it where torch's AOTriton knows this GPU"
+        known = "gfx90a, gfx942 and gfx950 (from torch 2.13 on gfx1100 and gfx1201 too)"
+        return (
+            f"on AMD GPUs other than {known} torch runs its MATH kernel, S x S in memory, unless {_EXPERIMENTAL} is set"
+        )
+    text = f"torch's flash kernel does not run on {environment.gfx}, so its MATH kernel runs: S x S in memory"
+    return f"{text}. {_EXPERIMENTAL}, set before Python starts, fixes it if torch's AOTriton supports this GPU"
 
 
 _EXPERIMENTAL = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1"
@@ -80,10 +82,10 @@ def attention(
 ) -> torch.Tensor:
     """``F.scaled_dot_product_attention``, with grouped heads in a form that one of torch's fused kernels takes.
 
-    A single query's heads of a group become its rows: one more view, and no key is read twice (on a CPU 1.5 to 30 times
-    as fast as ``enable_gqa``, benchmarks/NOTES.md). Of several queries the heads are repeated where no fused kernel
-    takes fewer KV heads: ``enable_gqa`` sends those to the MATH kernel, S x S in float32. Transformers' ``sdpa`` does
-    both under a mask, and the second for head dims above 256.
+    With a single query, the heads of a group become query rows: a view, and no key is read twice (on a CPU 1.5 to 30
+    times as fast as ``enable_gqa``, benchmarks/NOTES.md). With several, the KV heads are repeated if no fused kernel
+    takes fewer of them: ``enable_gqa`` would run the MATH kernel, S x S in float32. Transformers' ``sdpa`` does both
+    under a mask, and repeats heads for head dims above 256.
 
     Args:
         query: ``[B, H, S, D]``.
@@ -91,7 +93,7 @@ def attention(
         value: ``[B, Hkv, T, Dv]``.
         mask: ``[B|1, H|1, S|1, T]`` (bool: True attends; float: added), or None.
         dropout: probability of attention dropout.
-        causal: a query sees no later key, aligned top-left.
+        causal: a query attends to no later key, aligned top-left.
         scale: factor on the logits, None for ``D ** -0.5``.
 
     Returns:
@@ -99,24 +101,24 @@ def attention(
     """
     B, heads, S, D = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    groups, grouped, packs = heads // kv_heads, False, False
+    groups, enable_gqa, heads_as_rows = heads // kv_heads, False, False
     if groups > 1:
-        packs = S == 1 and not (causal and keys > 1)  # top-left: its one key is the first
-        if packs:
+        heads_as_rows = S == 1 and not (causal and keys > 1)  # top-left: the query attends to the first key only
+        if heads_as_rows:
             query, causal = query.reshape(B, kv_heads, groups, D), False
             if mask is not None and mask.shape[1] > 1:
                 mask = mask.reshape(mask.shape[0], kv_heads, groups, keys)
         elif takes_grouped_heads(query, key, value, mask, dropout, causal):
-            grouped = True
+            enable_gqa = True
         else:
             key, value = repeated(key, groups), repeated(value, groups)
     training, masked = torch.is_grad_enabled(), mask is not None
-    apart = avoids_cudnn(query.device, keys, masked=masked, single=S == 1, causal=causal, training=training)
-    with without_cudnn() if apart else contextlib.nullcontext():
+    avoid_cudnn = avoids_cudnn(query.device, keys, masked=masked, single=S == 1, causal=causal, training=training)
+    with without_cudnn() if avoid_cudnn else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=enable_gqa
         )
-    return out.reshape(B, heads, S, value.shape[-1]) if packs else out
+    return out.reshape(B, heads, S, value.shape[-1]) if heads_as_rows else out
 
 
 def repeated(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -137,12 +139,12 @@ def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torc
 
 
 def native_note(environment: Environment) -> str:
-    """What a plan says where Transformers' own ``sdpa`` runs on a machine; ``""`` for nothing."""
+    """A plan's note if Transformers' own ``sdpa`` runs on a machine; ``""`` for none."""
     if environment.sm != 90 or not environment.has("torch", "2.11"):
         return ""
     return (
         "sdpa is Transformers' own: in training on Hopper torch runs masked calls on cuDNN, whose gradients may be NaN "
-        '(pytorch#196678). Use "auto", which keeps it away, or torch.backends.cuda.enable_cudnn_sdp(False)'
+        '(pytorch#196678). Use "auto", which avoids it, or torch.backends.cuda.enable_cudnn_sdp(False)'
     )
 
 

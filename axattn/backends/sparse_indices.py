@@ -1,6 +1,6 @@
 """Sparse attention: the keys that a model's indexer has selected, as a mask.
 
-Under ``eager`` and ``sdpa`` such models put the selection into the mask themselves; under any other name they hand it
+Under ``eager`` and ``sdpa`` such models put the selection into the mask themselves; under any other name they pass it
 to the kernel (transformers 5.23).
 """
 
@@ -14,7 +14,7 @@ from axattn.backends.call import AttentionCall
 
 
 def selected(call: AttentionCall) -> torch.Tensor | None:
-    """bool ``[B, 1 or H, S, T]``: True for a key that is selected; None when the call selects none.
+    """bool ``[B, 1 or H, S, T]``: True for a selected key; None if the call has no selection.
 
     ``indices``: int ``[B, S, topk]`` (DeepSeek V3.2). ``block_indices``: int ``[B, Hi, S, topk]``, the blocks of
     ``config.index_block_size`` keys that the indexer's heads selected, -1 for none (MiniMax M3).
@@ -36,7 +36,7 @@ def selected(call: AttentionCall) -> torch.Tensor | None:
 
 
 def only_selected(mask: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor:
-    """A mask (True: attended to; or additive) without the keys that are not in `kept`, which is `selected`'s."""
+    """A mask (bool: True attends; or additive) restricted to the keys in `kept`, the result of `selected`."""
     if mask is None:
         return kept
     if mask.dtype == torch.bool:

@@ -1,8 +1,8 @@
-"""``varlen``: variable-length attention with torch's own flash kernels; documents cost only their own lengths.
+"""``varlen``: variable-length attention with torch's own flash kernels; the cost follows the document lengths.
 
 On a CPU torch's flash op runs document by document (`axattn.backends.varlen_engine.cpu_tiles`); on CUDA
-``torch.nn.attention.varlen``. What has no variable-length form (an arbitrary mask, dropout, fp32 on CUDA) runs exactly
-through ``sdpa`` here.
+``torch.nn.attention.varlen``. Calls without a variable-length form (an arbitrary mask, dropout, fp32 on CUDA) run on
+``sdpa``, which is exact.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ CAPABILITY = dataclasses.replace(
     dropout=True,
     dense_mask=True,
     notes={
-        "": "packed rows run on FlashAttention 2, or on what the process has activated in its place "
-        "(torch.nn.attention.activate_flash_attention_impl, which axattn never calls); a plan says which",
+        "": "packed rows run on FlashAttention 2, or on what the process has activated instead "
+        "(torch.nn.attention.activate_flash_attention_impl, which axattn never calls); a plan names it",
         "dense_mask": "through sdpa",
         "dropout": "through sdpa",
         "dtypes": "on CUDA, float32 and head dims above 256 go through sdpa with a dense mask",
@@ -38,7 +38,7 @@ CAPABILITY = dataclasses.replace(
 
 
 def varlen(call: AttentionCall) -> torch.Tensor:
-    """Attention that costs what the documents cost; returns ``[B, S, H, Dv]``."""
+    """Attention whose cost follows the document lengths; returns ``[B, S, H, Dv]``."""
     if call.dropout or not isinstance(call.mask, LazyMask) or call.mask.as_flag is not None:
         return sdpa.sdpa(call)
     if is_tracing():
@@ -48,8 +48,8 @@ def varlen(call: AttentionCall) -> torch.Tensor:
 
 
 def forward_backward(call: AttentionCall) -> ForwardBackward | None:
-    """Its forward and backward apart, where the kernel is torch's flash kernel; on a GPU, where rows are packed or
-    padded (whole rows run on the fastest kernel that ``F.scaled_dot_product_attention`` finds)."""
+    """Its forward and backward as separate functions if torch's flash kernel runs: on a GPU only for packed or padded
+    rows (whole rows run on the fastest kernel that ``F.scaled_dot_product_attention`` finds)."""
     if call.query.device.type == "cpu":
         return TILES
     whole = isinstance(call.mask, LazyMask) and call.mask.as_flag is not None

@@ -1,7 +1,7 @@
 """``xformers``: memory-efficient attention, every call as one packed row with a block-diagonal bias.
 
-Nothing is left to the library's defaults: scale, dropout, causality (bottom-right, so that decoding is right), window
-and documents are all given; rows and padding become blocks, because the library's block-diagonal biases need batch 1.
+Scale, dropout, causality (bottom-right, as decoding needs), window and documents are all passed explicitly; rows and
+padding become blocks, because the library's block-diagonal biases need batch 1.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from axattn.spec.capability import Capability, Refused
 _INSTALL = "pip install xformers"
 _BOTH_WAYS = ("window", "bidirectional")
 _NO_BACKWARD = "has no backward for it: its memory-efficient kernel refuses windows there"
-_VARIES = "runs FlashAttention's backward there, and asks it for no deterministic one"
-_ONE_WAY = "has windows to both sides in FlashAttention alone, which does not run there"
+_VARIES = "runs FlashAttention's non-deterministic backward there"
+_ONE_WAY = "has bidirectional windows in FlashAttention only, which does not run there"
 CAPABILITY = Capability(
     devices=frozenset({"cuda"}),
     dtypes=HALVES | {"float32"},
@@ -59,12 +59,12 @@ CAPABILITY = Capability(
         Refused(_VARIES, ("deterministic",), dtypes=HALVES, head_dims=(1, 256)),
     ),
     notes={
-        "window": "on encoders (both ways) one call a document",
+        "window": "bidirectional (encoders): one call per document",
         "": "on Turing no bf16; on Blackwell no fp32, and head dims up to 256",
     },
 )
 """What xformers 0.0.35 (``xformers/ops/fmha``) finds an operator for on sm80 and sm90: FlashAttention in 16 bit up to
-head dim 256, torch's memory-efficient kernel for the rest. ``tests/real`` asks the library itself."""
+head dim 256, torch's memory-efficient kernel for the rest. ``tests/real`` checks it against the library."""
 _BEFORE_AMPERE = dataclasses.replace(
     CAPABILITY,
     dtypes=frozenset({"float16", "float32"}),
@@ -83,20 +83,20 @@ def _capability(environment: Environment) -> Capability:
     served = CAPABILITY if sm <= 90 else _AFTER_HOPPER
     if sm in (80, 90):
         return served
-    # With dropout above head dim 192 FlashAttention's backward wants more than the 99 KB of shared memory of sm86, sm89
-    # and sm120: nothing runs, and the gradients stay as they were allocated (flash-attn 2.8.3,
-    # flash_bwd_launch_template.h). xformers asks for sm80 or sm90 above 224, but not before its backward.
+    # With dropout above head dim 192 FlashAttention's backward needs more than the 99 KB of shared memory of sm86, sm89
+    # and sm120: no kernel runs, and the gradients are uninitialised memory (flash-attn 2.8.3,
+    # flash_bwd_launch_template.h). xformers requires sm80 or sm90 above 224, but does not check it before its backward.
     smallest = 225 if 100 <= sm < 120 else 193
     why = "has no backward with dropout for it on this GPU"
-    no_room = Refused(why, ("dropout", "gradient"), dtypes=HALVES, head_dims=(smallest, 256))
-    return dataclasses.replace(served, refuses=(*served.refuses, no_room))
+    no_backward = Refused(why, ("dropout", "gradient"), dtypes=HALVES, head_dims=(smallest, 256))
+    return dataclasses.replace(served, refuses=(*served.refuses, no_backward))
 
 
 def xformers(call: AttentionCall) -> torch.Tensor:
     """Memory-efficient attention; returns ``[B, S, H, Dv]``."""
     layout = layout_of(call)
     if decoding.serves(call):
-        return decoding.one_query(call, layout)
+        return decoding.single_query_attention(call, layout)
     memory_efficient_attention = _library().memory_efficient_attention
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
 
@@ -110,14 +110,14 @@ def xformers(call: AttentionCall) -> torch.Tensor:
         if layout.causal or layout.window is None:
             return run(q, k, v, layout.kept("xformers", lambda: block_diagonal(layout, call.query.device)))
         blocks = _blocks(layout, q, k, v)
-        return torch.cat([run(q1, k1, v1, both_ways(layout)) for q1, k1, v1 in blocks])
+        return torch.cat([run(q1, k1, v1, bidirectional_window(layout)) for q1, k1, v1 in blocks])
 
     query, key, value = one_head_dim(call.query, call.key, call.value)
     return packed_call(query, key, value, layout, kernel)[..., : call.value.shape[-1]]
 
 
 def _library() -> Any:
-    """``xformers.ops``, with CUDA 12's runtime loaded before it where that is installed beside a torch for CUDA 13."""
+    """``xformers.ops``; with a torch for CUDA 13, CUDA 12's runtime is loaded first if it is installed."""
     if (torch.version.cuda or "").startswith("13") and "xformers.ops" not in sys.modules:
         spec = importlib.util.find_spec("nvidia.cuda_runtime") if importlib.util.find_spec("nvidia") else None
         for folder in (spec.submodule_search_locations or []) if spec is not None else []:
@@ -130,7 +130,7 @@ def _library() -> Any:
 def grouped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``[1, tokens, H, D]`` with fewer KV heads, as the library takes them.
+    """``[1, tokens, H, D]`` with fewer KV heads, in a form that the library takes.
 
     Its grouped form ``[1, tokens, Hkv, H / Hkv, D]`` has no backward, so keys and values are repeated in training.
     """
@@ -145,7 +145,7 @@ def grouped(
 
 
 def block_diagonal(layout: Layout, device: torch.device) -> Any:
-    """The library's bias for the spans of a layout: causal ones are aligned bottom-right."""
+    """The library's bias for the spans of a layout, causal masks aligned bottom-right."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     q_lengths, k_lengths = span_lengths(layout)
@@ -157,8 +157,8 @@ def block_diagonal(layout: Layout, device: torch.device) -> Any:
     return bias.make_local_attention_from_bottomright(layout.window)
 
 
-def both_ways(layout: Layout) -> Any:
-    """The library's bias for one span of a bidirectional window; it has no block-diagonal form of it."""
+def bidirectional_window(layout: Layout) -> Any:
+    """The library's bias for a bidirectional window over one span: it has no block-diagonal one."""
     from xformers.ops.fmha.attn_bias import LocalAttentionFromBottomRightMask
 
     reach = cast("int", layout.window) - 1
@@ -168,7 +168,7 @@ def both_ways(layout: Layout) -> Any:
 def _blocks(
     layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The sequences, one by one."""
+    """Query, key and value of each sequence."""
     q_lengths, k_lengths = span_lengths(layout)
     keys = zip(torch.split(k, k_lengths, 1), torch.split(v, k_lengths, 1), strict=True)
     return [(query, *pair) for query, pair in zip(torch.split(q, q_lengths, 1), keys, strict=True)]
@@ -185,16 +185,16 @@ def _probe(environment: Environment) -> list[Reason]:
     check_library(reasons, "xformers", "xformers", environment, _INSTALL, "0.0.35")
     if environment.has("xformers"):
         if environment.has("flash_attn_4") and not environment.has("flash_attn"):
-            text = "with FlashAttention 4 but not 2 installed, xformers 0.0.35 raises when it is imported"
+            text = "with FlashAttention 4 but not 2 installed, xformers 0.0.35 fails to import"
             reasons.append(Reason("library", text, "pip uninstall flash-attn-4, or install flash-attn as well"))
         flash = environment.version("flash_attn")
         if flash is not None and not _FLASH_ATTN[0] <= flash <= _FLASH_ATTN[1] and os.environ.get(_UNCHECKED) != "1":
             takes = f"{_FLASH_ATTN[0]} to {_FLASH_ATTN[1]}"
-            text = f"with flash-attn {flash} installed xformers 0.0.35 raises when it is imported (it takes {takes})"
+            text = f"with flash-attn {flash} installed, xformers 0.0.35 fails to import (it takes {takes})"
             fix = f'pip install "flash-attn>={_FLASH_ATTN[0]},<={_FLASH_ATTN[1]}", or set {_UNCHECKED}=1'
             reasons.append(Reason("library", text, fix))
         if (environment.cuda or "").startswith("13") and not environment.has("cuda_runtime_12"):
-            text = "xformers is built for CUDA 12 and torch for 13: without CUDA 12's runtime it has no kernels"
+            text = "xformers is built for CUDA 12, torch for CUDA 13: without CUDA 12's runtime it has no kernels"
             reasons.append(Reason("library", text, "pip install nvidia-cuda-runtime-cu12"))
     return reasons
 

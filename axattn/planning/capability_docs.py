@@ -1,4 +1,4 @@
-"""The page of what every kernel serves and needs (Markdown), generated from the records that the planner reads."""
+"""The page of what every kernel serves and needs (Markdown), generated from the planner's records."""
 
 from __future__ import annotations
 
@@ -60,12 +60,17 @@ def page() -> str:
     lines += ["## What each serves", "", *_table("feature", found, _features(found)), ""]
     lines += [f"Without a cache: {WITHOUT_A_CACHE}. `axattn doctor` says the same.", ""]
     lines += ["The flag `attn_supports_packing` is that of axolotl: no for `eager`, `sdpa` and `s2`.", ""]
-    lines += ["## Refused combinations", "", "Each feature alone is served. Where machines are named: only there.", ""]
+    lines += [
+        "## Refused combinations",
+        "",
+        "Each feature is served on its own. A list of machines means: only there.",
+        "",
+    ]
     lines += [f"- `{backend.name}`: {clause}" for backend in found for clause in _refused(backend)]
-    lines += ["", "## Machines where less is served", "", "Than in the first table.", ""]
+    lines += ["", "## Machines where less is served", "", "Compared with the first table.", ""]
     lines += [f"- `{backend.name}`: {clause}" for backend in found for clause in _less(backend)]
     lines += ["", "## Machines where each runs, with its library", "", *_table("machine", found, _machines(found)), ""]
-    lines += ["## The order of `auto`", "", "It takes the first that is installed and serves the layer.", ""]
+    lines += ["## The order of `auto`", "", "It takes the first kernel that is installed and serves the layer.", ""]
     for label, machine in _MACHINES:
         ranks = "; ".join(f"`{rank.name}` ({rank.source})" for rank in ranking(machine))
         lines.append(f"- **{label}**: {ranks}.")
@@ -88,7 +93,7 @@ _NARROWER = {"sinks": "no sinks", "max_head_dim": "head dims up to {}", "determi
 
 
 def _hub() -> list[str]:
-    """A row for each known hub kernel, and which of them replace a missing library."""
+    """A row for each known hub kernel, and the ones that replace a missing library."""
     head = (
         "hub kernel",
         "device",
@@ -142,9 +147,7 @@ def _hub() -> list[str]:
         ),
     ]
     lines += ["", *(f"- {note}" for note in notes), ""]
-    lines.append(
-        "Transformers runs these where the library is missing, if the name was given and serves the whole model "
-    )
+    lines.append("If the library is missing, Transformers runs these for a name that serves the whole model ")
     lines[-1] += f"(Transformers {EVERY_LIBRARY['transformers']}, `kernels` {KERNELS_WINDOW[0][1]}):"
     lines.append("")
     bare = {"torch": EVERY_LIBRARY["torch"], "transformers": EVERY_LIBRARY["transformers"]}
@@ -183,7 +186,7 @@ def _features(found: list[Backend]) -> list[tuple[str, list[str]]]:
 
 
 def _refused(backend: Backend) -> list[str]:
-    """The combinations that a kernel refuses, each with the machines where it refuses them."""
+    """The combinations that a kernel refuses, with the machines."""
     where: dict[str, list[str]] = {}
     runs = [(label, found) for label, found in _everywhere() if not _ruled_out(backend, found)]
     for label, machine in runs:
@@ -195,7 +198,7 @@ def _refused(backend: Backend) -> list[str]:
 
 
 def _less(backend: Backend) -> list[str]:
-    """For each machine on which a kernel runs, what it does not serve there."""
+    """What a kernel does not serve, for each machine that runs it."""
     clauses, usual = [], backend.capability
     for label, machine in _everywhere():
         record = backend.capability_on(machine)
@@ -227,13 +230,13 @@ def _ruled_out(backend: Backend, machine: Environment) -> bool:
 
 
 def _needs(backend: Backend) -> str:
-    """Libraries and their floors, as the probe names them on a machine where everything is too old or absent."""
+    """Libraries and minimum versions, from the probe of a machine where each is too old, and of one without any."""
     machine = Environment("cuda", (9, 0), cuda="13.0")
     found: list[str] = []
     for libraries in (dict.fromkeys(EVERY_LIBRARY, "0"), {}):
         for reason in backend.probe(dataclasses.replace(machine, libraries=libraries)):
-            floor, absent = " 0 is older than ", " is not installed"
-            text = reason.text.replace(floor, " ≥ ").removesuffix(absent)
+            too_old, missing = " 0 is older than ", " is not installed"
+            text = reason.text.replace(too_old, " ≥ ").removesuffix(missing)
             if text != reason.text and not any(text in other for other in found):
                 found.append(text)
     return ", ".join(found)

@@ -26,9 +26,9 @@ class KernelDiagnosis:
         exact: False for int8, fp8 and sparse kernels.
         packs: the flag ``attn_supports_packing``.
         packing: whether documents of a row stay apart, and on what condition (`axattn.backends.packs`).
-        reasons: why it can't run here; empty when it can.
-        hub: the hub kernel, with its revision, that Transformers runs in the place of its library; ``""`` for none.
-        notice: what to know of it here, ``""`` for nothing.
+        reasons: why it can't run here; empty if it can.
+        hub: the hub kernel, with its revision, that Transformers runs instead of its library; ``""`` for none.
+        notice: a warning about it on this machine, ``""`` for none.
     """
 
     name: str
@@ -53,8 +53,8 @@ class Diagnosis:
     Attributes:
         environment: the machine.
         kernels: of axattn and of Transformers.
-        contracts: what axattn takes for granted about the packages that are installed in this process, checked; none
-            for a machine that is not this one.
+        contracts: axattn's checked assumptions about the installed packages; none for a machine that is not this
+            one.
     """
 
     environment: Environment
@@ -92,13 +92,13 @@ class Diagnosis:
 
 
 def diagnose(environment: Environment | str | None = None) -> Diagnosis:
-    """Probe every built-in kernel against a machine, also by name (``"sm90"``); this one when None.
+    """Probe every built-in kernel against a machine, which may be a name (``"sm90"``); None is this one.
 
     Raises:
-        InvalidConfigError: no machine of that name.
+        InvalidConfigError: no machine has that name.
     """
     machine = as_environment(environment) or Environment.current()
-    if not importlib.util.find_spec("torch"):  # our kernels' own files can't be read without it
+    if not importlib.util.find_spec("torch"):  # the backends' files import it
         why = (Reason("library", "torch is not installed", "pip install torch"),)
         return Diagnosis(machine, tuple(_kernel(n, "", True, why) for n in backends.builtin_names()))
     from axattn.backends.sdpa import native_note
@@ -114,11 +114,11 @@ def diagnose(environment: Environment | str | None = None) -> Diagnosis:
         if kernel is None and not reasons and device not in backend.capability_on(machine).devices:
             reasons.append(Reason("gpu", f"{name} does not run on {device}"))
         exact = backend.capability.exactness == "exact"
-        said = backend.notice(machine) if backend.notice is not None and not reasons else ""
-        if name == "sdpa":  # asked for by name it is Transformers' own
-            said = said or native_note(machine)
+        notice = backend.notice(machine) if backend.notice is not None and not reasons else ""
+        if name == "sdpa":  # by name, Transformers runs its own
+            notice = notice or native_note(machine)
         hub = "" if kernel is None or reasons else str(kernel)
-        found.append(dataclasses.replace(_kernel(name, backend.summary, exact, tuple(reasons), said), hub=hub))
+        found.append(dataclasses.replace(_kernel(name, backend.summary, exact, tuple(reasons), notice), hub=hub))
     checked = contracts.findings() if environment is None and importlib.util.find_spec("transformers") else []
     return Diagnosis(machine, tuple(found), tuple(checked))
 

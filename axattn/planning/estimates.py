@@ -1,4 +1,4 @@
-"""What the attention of a plan costs at a sequence length: arithmetic over the plan, nothing is measured. Pure."""
+"""The cost of a plan's attention at a sequence length: computed from the plan, not measured. Pure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Estimate:
     """One layer, one row of `seq_len` tokens, 16 bit.
 
     Attributes:
-        flops: of Q.K^T and P.V in the forward; a backward takes 2.5 times as many.
-        kv_bytes: keys and values, as a cache keeps them (at most a window of them).
-        extra_bytes: what the kernel forms beyond its output: a dense mask (``sdpa``), or the weights (``eager``).
+        flops: of Q.K^T and P.V in the forward; backward takes 2.5 times as many.
+        kv_bytes: keys and values in a cache (at most a window of them).
+        extra_bytes: memory of the kernel besides its output: a dense mask (``sdpa``), or the weights (``eager``).
     """
 
     flops: int
@@ -33,7 +33,7 @@ def estimate(entry: LayerPlan, seq_len: int) -> Estimate:
         InvalidConfigError: `seq_len` is not positive.
     """
     if seq_len < 1:
-        raise InvalidConfigError(f"seq_len={seq_len} is no length", advice="Give a number of tokens, 1 or more.")
+        raise InvalidConfigError(f"seq_len={seq_len} is not a length", advice="Give a number of tokens, 1 or more.")
     need = entry.layer.need
     heads, kv_heads = need.heads or 1, need.kv_heads or need.heads or 1
     size, value_size = need.head_dim or 0, need.value_dim or need.head_dim or 0
@@ -46,7 +46,7 @@ def estimate(entry: LayerPlan, seq_len: int) -> Estimate:
         pairs = _triangle(span) + (seq_len - span) * span
     extra = {"sdpa": seq_len * seq_len, "eager": heads * seq_len * seq_len * (4 + _HALF)}.get(entry.chosen, 0)
     if entry.chosen == "sdpa" and need.causal and span == seq_len and not need.bias:
-        extra = 0  # a plain causal mask is a flag of the kernel
+        extra = 0  # without a window, a causal mask is a flag of the kernel
     return Estimate(2 * heads * pairs * (size + value_size), _HALF * span * kv_heads * (size + value_size), extra)
 
 
@@ -55,7 +55,7 @@ def _triangle(n: int) -> int:
 
 
 def total(plan: Plan, seq_len: int) -> Estimate:
-    """The whole plan: FLOPs and cache add up over the layers, the extra memory is that of the hungriest one."""
+    """The whole plan: FLOPs and cache summed over the layers, and the largest extra memory of a layer."""
     each = [estimate(entry, seq_len) for entry in plan.layers]
     extra = max((one.extra_bytes for one in each), default=0)
     return Estimate(sum(one.flops for one in each), sum(one.kv_bytes for one in each), extra)

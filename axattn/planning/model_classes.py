@@ -1,4 +1,4 @@
-"""Model classes: which run through Transformers' attention interface, and which names Transformers takes for them."""
+"""Model classes: which use Transformers' attention interface, and which names Transformers accepts for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ADVICE = 'Use attn_implementation="eager" (or "sdpa"), or a dict that names onl
 
 
 def model_class_reasons(cls: type | None) -> list[Reason]:
-    """Why a model class does not run through Transformers' attention interface; empty when it does."""
+    """Why a model class does not use Transformers' attention interface; empty if it does."""
     if cls is None:
         return []
     if can_set_attention(cls) and not _attends_itself(cls):
@@ -27,8 +27,8 @@ def model_class_reasons(cls: type | None) -> list[Reason]:
 
 
 def _attends_itself(cls: Any) -> bool:
-    """Whether a model class makes masks for attention modules that all compute it themselves, in a file where others do
-    not: Gemma 4's audio tower, whose masks are those of eager attention."""
+    """Whether a model class makes masks, and all its attention modules compute attention in their own code, in a file
+    where others do not: Gemma 4's audio tower, which makes masks for eager attention."""
     if not any(name.startswith("create_") and name.endswith("_mask") for name in used_in_forward(cls)):
         return False
     modules: list[Any] = [one for one in attention_classes(cls) if inspect.isclass(one)]
@@ -36,7 +36,7 @@ def _attends_itself(cls: Any) -> bool:
 
 
 def native_support_reasons(cls: type | None, name: str) -> list[Reason]:
-    """Why Transformers itself will not run a model class on a native name: it would raise, or take another kernel."""
+    """Why Transformers would raise for a model class on a native name, or run another kernel."""
     kind = "flash" if names.is_flash(name) else name.removeprefix("paged|")
     if cls is None or kind not in SUPPORT:
         return []
@@ -44,13 +44,13 @@ def native_support_reasons(cls: type | None, name: str) -> list[Reason]:
         return [Reason("model", f"{cls.__name__} says that it does not support {name} ({SUPPORT[kind]} is False)")]
     listed = compatible_flash(cls)
     if names.is_flash(name) and listed and name not in listed:
-        text = f"Transformers would run {cls.__name__} on {listed[0]} in its place: it lists {', '.join(listed)}"
+        text = f"Transformers would run {cls.__name__} on {listed[0]} instead: it lists {', '.join(listed)}"
         return [Reason("model", text)]
     return []
 
 
 def inner_model_classes(config: Any) -> dict[str, list[type]]:
-    """The ``AutoModel`` classes of the configs inside a config, by path, as far as Transformers maps them."""
+    """The ``AutoModel`` classes of a config and its sub-configs, by path, for those that Transformers maps."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     classes: dict[str, list[type]] = {}
@@ -62,7 +62,7 @@ def inner_model_classes(config: Any) -> dict[str, list[type]]:
 
 
 def _reasons_on_sdpa(cls: type | None) -> list[Reason]:
-    """As `model_class_reasons` for ``sdpa``, which older models have in classes of their own."""
+    """`model_class_reasons` for ``sdpa``, which older models implement in their own classes."""
     return model_class_reasons(cls) if cls is not None and _attends_itself(cls) else []
 
 
@@ -72,7 +72,7 @@ def require_interface(
     advice: str = _ADVICE,
     reasons_of: Callable[[type | None], list[Reason]] = model_class_reasons,
 ) -> None:
-    """Raise unless every class runs through Transformers' attention interface.
+    """Raise unless every class uses Transformers' attention interface.
 
     Raises:
         UnsupportedAttentionError: with every class that does not.
@@ -85,13 +85,13 @@ def require_interface(
 def around_towers(
     config: Any, cls: type | None, value: names.AttentionNames, policy: Policy
 ) -> tuple[names.AttentionNames, list[str]]:
-    """The names asked for, with ``eager`` where an inner model computes attention in code of its own, and notes on it.
+    """The names asked for, with ``eager`` for inner models that compute attention in their own code, and notes on them.
 
-    `auto`, and ``on_unsupported="route"``, leave such a tower (Gemma 4's for audio) as it is.
+    `auto` and ``on_unsupported="route"`` leave such a tower (Gemma 4's for audio) on ``eager``.
 
     Raises:
-        UnsupportedAttentionError: the model itself is such a one, or one inside it is and the name has to hold
-            everywhere.
+        UnsupportedAttentionError: the model itself computes attention in its own code, or an inner model does and the
+            policy is ``"raise"``.
     """
     asked = set(names.names_in(value))
     if asked <= {"eager"}:
@@ -102,16 +102,16 @@ def around_towers(
     require_interface(model, [cls, *inner.pop("", ())], reasons_of=reasons_of)
     if not isinstance(value, str):  # the user has named each sub-config
         return value, []
-    own = {path: found for path, found in inner.items() if any(map(reasons_of, found))}
-    if not own:
+    towers = {path: found for path, found in inner.items() if any(map(reasons_of, found))}
+    if not towers:
         return value, []
     paths = [path for path, _ in sub_configs(config)]
-    inside = {path for path in paths if any(f"{path}.".startswith(f"{tower}.") for tower in own)}
-    spoken = nested({path: "eager" if path in inside else value for path in paths})
+    inside = {path for path in paths if any(f"{path}.".startswith(f"{tower}.") for tower in towers)}
+    named = nested({path: "eager" if path in inside else value for path in paths})
     if value != "auto" and policy.on_unsupported == "raise":
-        advice = f'Use attn_implementation={spoken}, or "auto".'
-        require_interface(model, [one for found in own.values() for one in found], advice, reasons_of)
-    return spoken, [
-        f"{path} runs on eager: {found[0].__name__} computes attention in code of its own"
-        for path, found in own.items()
+        advice = f'Use attn_implementation={named}, or "auto".'
+        require_interface(model, [one for found in towers.values() for one in found], advice, reasons_of)
+    return named, [
+        f"{path} runs on eager: {found[0].__name__} computes attention in its own code"
+        for path, found in towers.items()
     ]

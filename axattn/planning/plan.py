@@ -1,5 +1,4 @@
-"""`Plan`: what each layer of a model gets, and why not something faster. Value types; `axattn.planning.planner`
-decides."""
+"""`Plan`: the backend of each layer, and why not a faster one. Value types, made by `axattn.planning.planner`."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ class Policy:
     Attributes:
         on_unsupported: ``"raise"``, or ``"route"`` to the next exact kernel; ``auto`` always routes.
         allow_all_kernels: hub kernels of any publisher may run.
-        trusted: publishers on the hub whose kernels may run.
-        upgrade_flash: ``flash_attention_2`` becomes ``flash_attention_4`` where the machine and every layer allow it,
+        trusted: hub publishers whose kernels may run.
+        upgrade_flash: ``flash_attention_2`` becomes ``flash_attention_4`` if the machine and every layer allow it,
             forward and backward.
         options: ``kernel_options`` as given.
     """
@@ -36,7 +35,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A kernel that a layer does not get, and every reason."""
+    """A kernel that a layer does not get, with every reason."""
 
     backend: str
     reasons: tuple[Reason, ...]
@@ -44,13 +43,13 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What one layer gets.
+    """The plan of one layer.
 
     Attributes:
         layer: what it needs.
         asked: the name asked for.
         chosen: the backend it gets.
-        rejected: the faster or asked-for kernels it does not get.
+        rejected: faster kernels, and the one asked for, that it does not get.
     """
 
     layer: LayerNeed
@@ -64,18 +63,18 @@ class Plan:
     """The plan of a model.
 
     Attributes:
-        model: name of the model, for people.
+        model: name of the model, for messages.
         environment: the machine it was made for.
         asked: name by config path; None leaves Transformers' default there.
-        running: the name Transformers is given, by config path.
+        running: the name that Transformers gets, by config path.
         layers: a `LayerPlan` per attention layer.
-        orders: the backends that the layers of a config path may use, in order; empty where Transformers runs a name.
+        orders: the backends that the layers of a config path may use, in order; empty for a native name.
         on_unsupported: the policy.
         unknown: config paths that are checked call by call only.
-        notes: sentences for people.
+        notes: sentences for the user.
         options: ``kernel_options`` as given.
-        loads: the hub kernel, with its revision, that Transformers loads for a config path; none for other paths.
-        sources: whose kernels the chosen backends call, a sentence each.
+        loads: the hub kernel, with its revision, that Transformers loads, by config path.
+        sources: sentences on whose kernels the chosen backends call.
     """
 
     model: str
@@ -92,7 +91,7 @@ class Plan:
     sources: tuple[str, ...] = ()
 
     def groups(self) -> list[tuple[list[LayerPlan], LayerPlan]]:
-        """Layers that are alike but for their number, in order: (members, the first of them)."""
+        """Layers that differ only in their index, in order: (members, the first of them)."""
         found: dict[Any, list[LayerPlan]] = {}
         for entry in self.layers:
             key = (entry.layer.path, entry.layer.kind, entry.layer.need, entry.asked, entry.chosen)

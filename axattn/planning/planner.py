@@ -9,7 +9,7 @@ from typing import Any
 
 from axattn import backends
 from axattn.backends.base import Backend
-from axattn.backends.hub import MINUTES
+from axattn.backends.hub import DOWNLOAD_TIME
 from axattn.backends.hub_records import FLASH
 from axattn.backends.sdpa import native_note
 from axattn.errors import BackendUnavailableError, Reason, UnsupportedAttentionError
@@ -34,16 +34,16 @@ def plan(
     """Decide for every layer which kernel it gets.
 
     Args:
-        needs: what the model asks for.
+        needs: what the model needs.
         value: canonical name, or dict of names by sub-config.
         environment: the machine.
         policy: what the user allows.
 
     Raises:
-        UnknownAttentionError: a key of the dict is no sub-config.
+        UnknownAttentionError: a key of the dict is not a sub-config.
         BackendUnavailableError: this machine can't run the name.
         UnsupportedAttentionError: a layer needs what the kernel lacks, and the policy is ``"raise"``.
-        InvalidConfigError: an option that no kernel named offers, or a value that it can't use.
+        InvalidConfigError: an option that no named kernel has, or an invalid value of one.
     """
     asked = resolve_names(value, needs.paths)
     require_options(
@@ -55,11 +55,13 @@ def plan(
     orders: dict[str, tuple[str, ...]] = {}
     loads: dict[str, str] = {}
     for path, name in asked.items():
-        mine = [layer for layer in needs.layers if layer.path == path]
+        path_layers = [layer for layer in needs.layers if layer.path == path]
         if name is None:
             running[path] = None
             continue
-        running[path], planned, orders[path] = _plan_path(needs.model, path, name, mine, environment, policy, notes)
+        running[path], planned, orders[path] = _plan_path(
+            needs.model, path, name, path_layers, environment, policy, notes
+        )
         layers += planned
         if (kernel := hub_kernel(running[path] or "", environment)) is not None:
             loads[path] = str(kernel)
@@ -86,7 +88,7 @@ def _sources(layers: list[LayerPlan], environment: Environment) -> tuple[str, ..
 
 
 def hub_kernel(name: str, environment: Environment) -> names.HubPath | None:
-    """The hub kernel, with its revision, that Transformers runs under a name on a machine, None where it runs none."""
+    """The hub kernel, with its revision, that Transformers runs under a name on a machine, or None."""
     bare = name.removeprefix("paged|")
     path = None if names.is_hub_sage(bare) else names.parse_hub_path(bare)
     return stand_in(bare, environment) if path is None else pinned(path, environment)
@@ -119,10 +121,10 @@ def require_available(
 ) -> None:
     """Raise unless this machine can run the name (with these ``kernel_options``).
 
-    A flash name whose library is absent can run where Transformers runs a hub kernel in its place.
+    A flash name without its library can run if Transformers runs a hub kernel instead.
 
     Raises:
-        BackendUnavailableError: with every reason, the command that fixes each, and the exact kernels that do run here.
+        BackendUnavailableError: with every reason, the command that fixes each, and the exact kernels that run here.
     """
     if name == "auto":
         return
@@ -131,10 +133,10 @@ def require_available(
     if path is not None and not allow_all_kernels:
         publisher = path.repository.split("/")[0]
         if publisher not in trusted:
-            text = f"{publisher} is not known to be a trusted publisher of kernels on the hub, and hub kernels run code"
+            text = f"{publisher} is not a trusted publisher of hub kernels, which run its code"
             reasons.append(Reason("trust", text, "allow_all_kernels=True, if you trust it"))
         elif path.revision is None and names.is_hub_sage(str(path)):
-            text = "no revision is pinned: the code that runs may change under you"
+            text = "no revision is pinned, so the code may change"
             reasons.append(Reason("trust", text, f"{path.repository}@REVISION, or allow_all_kernels=True"))
     if name.startswith("paged|") and name != "paged|eager" and environment.has("transformers", "5.23"):
         text = f"transformers {environment.libraries['transformers']} no longer takes {name!r}"
@@ -143,14 +145,14 @@ def require_available(
         fixes = list(dict.fromkeys(reason.fix for reason in reasons if reason.fix))
         advice = f"To fix it: {'; '.join(fixes)}. " if fixes else ""
         exact = ", ".join(usable_exact(environment))
-        advice += f'Exact kernels this machine has: {exact}; or attn_implementation="auto".'
+        advice += f'Exact kernels that run here: {exact}; or use attn_implementation="auto".'
         raise BackendUnavailableError(f"{name} can't run on this machine", reasons, advice)
 
 
 def why_not(name: str, environment: Environment, options: Mapping[str, Any] | None = None) -> list[Reason]:
-    """Every reason why a machine can't run a name, whoever publishes it; empty where it can.
+    """Every reason why a machine can't run a name, publishers aside; empty if it can.
 
-    Of a flash name without its library: those of the library, and those of the hub kernel in its place.
+    For a flash name without its library: the reasons of the library and of the hub kernel that replaces it.
     """
     bare = name.removeprefix("paged|")
     kernel = stand_in(bare, environment)
@@ -159,10 +161,10 @@ def why_not(name: str, environment: Environment, options: Mapping[str, Any] | No
         if not reasons:
             return []
         own = _why_not(bare, environment, options) or [
-            Reason("library", f"Transformers does not find the library of {bare} by its distribution")
+            Reason("library", f"Transformers does not find the distribution of the library of {bare}")
         ]
-        stands = f"in its place Transformers runs the hub kernel {kernel}"
-        reasons[0] = dataclasses.replace(reasons[0], text=f"{stands}, and {reasons[0].text}")
+        instead = f"Transformers would run the hub kernel {kernel} instead"
+        reasons[0] = dataclasses.replace(reasons[0], text=f"{instead}, but {reasons[0].text}")
         return list(dict.fromkeys((*own, *reasons)))
     return _why_not(bare, environment, options)
 
@@ -177,7 +179,7 @@ def _why_not(name: str, environment: Environment, options: Mapping[str, Any] | N
     if known is not None and known.repository in FLASH:
         return reasons  # its own probe knows the devices that have a build
     if device not in served and not any(reason.feature == "gpu" for reason in reasons):
-        reasons.append(Reason("gpu", f"{name} runs on {', '.join(sorted(served))}, this machine has {device}"))
+        reasons.append(Reason("gpu", f"{name} runs on {', '.join(sorted(served))}; this machine has {device}"))
     return reasons
 
 
@@ -190,13 +192,13 @@ def _plan_path(
     policy: Policy,
     notes: list[str],
 ) -> tuple[str, list[LayerPlan], tuple[str, ...]]:
-    """The name that Transformers is given, a plan per layer, and the backends that the layers may use."""
+    """The name to pass to Transformers, a plan per layer, and the backends that the layers may use."""
     route = name == "auto" or policy.on_unsupported == "route"
     upgraded = _upgraded(name, layers, environment) if policy.upgrade_flash else None
     if upgraded is not None:
         where = path or "the model"
         notes.append(
-            f"flash_attention_2 → flash_attention_4 for {where}: {environment.describe()} runs it and it serves every "
+            f"flash_attention_2 → flash_attention_4 for {where}: {environment.describe()} runs it, and it serves every "
             "layer, forward and backward (AXATTN_NO_FA4=1 or upgrade_flash=False keeps flash_attention_2)"
         )
         return "flash_attention_4", upgraded, ()
@@ -219,11 +221,11 @@ def _plan_path(
         planned = _plan_layers(layers, name, (runs,), environment)
         failed = [entry for entry in planned if not entry.chosen]
         if not failed and (kernel is not None or name not in names.FLASH or _trains(layers, name, environment)):
-            notes += _of_hub(name, kernel, path, layers, environment)
+            notes += _hub_notes(name, kernel, path, layers, environment)
             if name == "sdpa" and (text := native_note(environment)):
                 notes.append(text)
             return name, planned, ()
-        if not failed and not route:  # axattn calls it, and refuses the layers concerned where they train
+        if not failed and not route:  # axattn calls it, and refuses in training the layers that it can't train
             return "auto", planned, interned((name,))
         if not route:
             raise _unsupported(model, name, failed)
@@ -234,7 +236,9 @@ def _plan_path(
         if not direct:  # Transformers can run it for a whole model only
             order = interned(tuple(other for other in order if other != name))
             if kernel is not None and kernel.repository not in name:
-                notes.append(f"{name} serves no single layers here: its library is absent, and {kernel} whole models")
+                notes.append(
+                    f"{name} can't serve single layers here: its library is missing, and {kernel} runs whole models"
+                )
         return "auto", _plan_layers(layers, name, order, environment), order
     variant = None if name == "auto" else backend_of(name).variant
     if variant is not None and (reasons := variant.reasons(model, path, [layer.kind for layer in layers])):
@@ -253,20 +257,20 @@ def _plan_path(
     return ("sage" if names.is_hub_sage(name) else name), planned, order
 
 
-def _of_hub(
+def _hub_notes(
     name: str, kernel: names.HubPath | None, path: str, layers: list[LayerNeed], environment: Environment
 ) -> list[str]:
-    """What to say of a hub kernel that runs: which, at which revision, and what it refuses in training."""
+    """Notes on a hub kernel that runs: which one, at which revision, and what it refuses in training."""
     if kernel is None:
         return []
     where, notes = path or "the model", []
     if names.parse_hub_path(name) is None:
         notes.append(
             f"{name} → {kernel} for {where}: its library is not installed, and Transformers "
-            f"{environment.libraries['transformers']} runs this hub kernel in its place ({MINUTES}, the first time)"
+            f"{environment.libraries['transformers']} runs this hub kernel instead (at first it {DOWNLOAD_TIME})"
         )
     elif str(kernel) != name:
-        notes.append(f"{name} runs at {kernel.revision} for {where}, the version that Transformers loads")
+        notes.append(f"{name} runs at {kernel.revision} for {where}, the revision that Transformers loads")
     record = backend_of(str(kernel)).capability_on(environment)
     lacking = [text for layer in layers for text in in_training(layer.need, record, str(kernel), environment)]
     found = list(dict.fromkeys(reason.text for reason in lacking))
@@ -276,14 +280,14 @@ def _of_hub(
 
 
 def in_training(need: Need, record: Capability, name: str, environment: Environment) -> list[Reason]:
-    """Why a kernel that serves a need gives it no gradient; empty where it does."""
+    """Why a kernel that serves a need has no gradient for it; empty if it has one."""
     asked = replaced(need, device=environment.torch_device, gradient=True)
     return missing(asked, record, name)
 
 
 def _upgraded(name: str, layers: list[LayerNeed], environment: Environment) -> list[LayerPlan] | None:
     """The plan of ``flash_attention_2`` on FlashAttention 4; None unless the machine and every known layer allow it,
-    forward and backward, and it is the faster one there, or the only one."""
+    forward and backward, and it is faster there or the only one that runs."""
     if name != "flash_attention_2" or not layers or backend_of("flash_attention_4").probe(environment):
         return None
     ranked = [rank.name for rank in ranking(environment)]
@@ -296,7 +300,7 @@ def _upgraded(name: str, layers: list[LayerNeed], environment: Environment) -> l
 
 
 def _trains(layers: list[LayerNeed], name: str, environment: Environment) -> bool:
-    """Whether a kernel serves every layer in training, too. Whether there will be any is known at the calls alone."""
+    """Whether a kernel serves every layer in training too. Only the calls show whether there is any."""
     trained = [replaced(layer, need=replaced(layer.need, gradient=True)) for layer in layers]
     return all(entry.chosen for entry in _plan_layers(trained, name, (name,), environment))
 

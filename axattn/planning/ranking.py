@@ -1,4 +1,4 @@
-"""What ``auto`` tries on each kind of machine, the fastest exact kernel first, and where each rank comes from. Pure."""
+"""The order in which ``auto`` tries kernels on each machine, fastest exact one first, with the source. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Rank(NamedTuple):
 
     Attributes:
         name: the kernel.
-        source: why it stands there: a paper or a measurement.
+        source: why it has this rank: a paper or a measurement.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Preference(NamedTuple):
     Attributes:
         name: the kernel.
         before: the kernel it goes before.
-        when: for which needs.
+        when: the needs to which it applies.
         source: why.
     """
 
@@ -42,13 +42,15 @@ _VARLEN = Rank(
     "varlen",
     "torch's FlashAttention 2 (arXiv:2307.08691) over documents; whole rows: torch's choice, cuDNN on sm90, sm100",
 )
-_FLASH_2 = Rank("flash_attention_2", "the algorithm that varlen runs, and softcap; after it, because torch brings that")
+_FLASH_2 = Rank(
+    "flash_attention_2", "the algorithm that varlen runs, and softcap; after varlen, which needs no extra library"
+)
 _XFORMERS = Rank(
     "xformers", "calls FlashAttention 2 or torch's memory-efficient kernel; repeats grouped heads in training"
 )
 _LAST = (
-    Rank("sdpa", "any mask, as a dense tensor: S x S, where the kernels above read lengths"),
-    Rank("eager", "forms the S x S weights: whatever no kernel serves"),
+    Rank("sdpa", "any mask, as a dense tensor: S x S; the kernels above read lengths"),
+    Rank("eager", "forms the S x S weights: serves what no other kernel does"),
 )
 _CPU = (
     Rank(
@@ -60,11 +62,11 @@ _CPU = (
 _AMPERE = (_VARLEN, _FLASH_2, _XFORMERS, *_LAST)
 _HOPPER = (
     Rank("flash_attention_3", "arXiv:2407.08608: 1.5 to 2.0 times FlashAttention 2 on an H100"),
-    Rank("flash_attention_4", "the same design for Hopper in CuTe DSL; behind 3 until measured here"),
+    Rank("flash_attention_4", "the same design for Hopper in CuTe DSL; after 3 until it is measured"),
     *_AMPERE,
 )
 _BLACKWELL = (
-    Rank("flash_attention_4", "the only one here written for its tensor memory; the others run Ampere's instructions"),
+    Rank("flash_attention_4", "the only one written for its tensor memory; the others run Ampere's instructions"),
     *_AMPERE,
 )
 _SM120 = (
@@ -72,8 +74,8 @@ _SM120 = (
     _FLASH_2,
     Rank(
         "flash_attention_4",
-        "the instructions of Ampere there (its flash_fwd_sm120.py), as the two before it: consumer Blackwell has no "
-        "tensor memory; and compiles in its first calls",
+        "runs Ampere's instructions there (flash_fwd_sm120.py), as the two before it: consumer Blackwell has no "
+        "tensor memory; and it compiles in its first calls",
     ),
     _XFORMERS,
     *_LAST,
@@ -99,7 +101,7 @@ PREFERENCES = (
 
 
 def ranking(environment: Environment) -> tuple[Rank, ...]:
-    """The order for a machine, whatever is installed there."""
+    """The order for a machine, installed or not."""
     if environment.device == "rocm":
         return (_VARLEN, _FLASH_2, *_LAST)
     if environment.device != "cuda" or environment.sm is None:
@@ -120,7 +122,7 @@ def usable(environment: Environment) -> tuple[str, ...]:
 
 
 def interned(order: tuple[str, ...]) -> tuple[str, ...]:
-    """An equal tuple, the same object each time: layers with the same candidates are told by identity."""
+    """An equal tuple, the same object each time, so that candidates compare by identity."""
     return _interned.setdefault(order, order)
 
 

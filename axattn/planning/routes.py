@@ -1,4 +1,4 @@
-"""`Route`: which kernels may serve one attention layer, in order, and what has served it. No attention runs here."""
+"""`Route`: which kernels may serve one attention layer, in order, and which have. No attention runs here."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Route:
     Attributes:
         asked: the name that was asked for.
         layer: the module's qualified name in the model, or its class name.
-        candidates: backends in the order they are tried.
+        candidates: backends in the order in which they are tried.
         planned: the backend that the plan chose at load.
         served: calls served, by the backend whose kernel ran (`AttentionCall.ran`).
-        compiled: the backend inside a compiled graph, whose calls are not counted; what an operator hands on when it
-            runs, such as padding with holes, is not known here.
+        compiled: the backend inside a compiled graph, whose calls are not counted; if an operator passes a call on when
+            it runs (non-contiguous padding), it is not noted here.
         decisions: backend by kind of call, so that a call like an earlier one costs one dict lookup.
-        kernels: the backends of `candidates` and what they serve here; torch.compile can't trace their lookup.
+        kernels: the backends of `candidates` and their capabilities here; torch.compile can't trace the lookup.
         short: the name of the backend by a smaller key, for calls of whole rows (`axattn.attention.short_path`).
         options: the user's ``kernel_options``.
         options_json: the same as text, for operators of compiled graphs.
-        options_json_deterministic: the same for a layer whose keyword asks for a deterministic gradient.
+        options_json_deterministic: the same for a call with ``deterministic=True``.
     """
 
     asked: str
@@ -72,17 +72,17 @@ class Route:
         self.__post_init__()
 
     def count(self, name: str) -> None:
-        """Note that the kernel of a backend has served a call."""
+        """Count a call that the kernel of a backend has served."""
         if not is_tracing():
             self.served[name] = self.served.get(name, 0) + 1
         elif torch.compiler.is_compiling() and in_traced_subgraph():
             self._note_compiled(name)
         else:
-            self.compiled = name  # replayed at each call, also where layers share the graph of one of them
+            self.compiled = name  # replayed at each call, also if layers share one graph
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.13
     def _note_compiled(self, name: str) -> None:
-        """Note it while the graph is traced, and no more: Dynamo calls this itself."""
+        """Note it only while the graph is traced: Dynamo calls this itself."""
         self.compiled = name
 
     def choose(self, need: Need) -> Backend:
@@ -94,15 +94,15 @@ class Route:
         reasons: list[Reason] = []
         shown: Callable[[object], str] = str
         if is_tracing():
-            shown = _untold
+            shown = _hidden
             if len(self.kernels) > 1:
-                need = replace(need, traced=True)  # there is a choice: one that is known to trace
+                need = replace(need, traced=True)  # with a choice, only kernels that trace
         for name in by_need(self.candidates, need) if self.asked == "auto" else self.candidates:
             backend, capability = self.kernels[name]
             lacking = missing(need, capability, name, shown=shown)
             if not lacking:
                 if name != self.planned and reasons:
-                    self._say_routed(name, reasons)
+                    self._warn_routed(name, reasons)
                 return backend
             reasons += lacking
         advice = 'Use attn_implementation="auto", or on_unsupported="route".'
@@ -114,14 +114,14 @@ class Route:
         asked = self.candidates[0] if len(self.candidates) == 1 else self.asked
         raise UnsupportedAttentionError(f"{asked} can't serve {self.layer}", reasons, advice)
 
-    def _say_routed(self, name: str, reasons: list[Reason]) -> None:
+    def _warn_routed(self, name: str, reasons: list[Reason]) -> None:
         text = "; ".join(reason.text for reason in reasons)
         if not is_tracing():
             key = (self.asked, name, text)
             warn_once(f"{self.layer} runs on {name} instead of {self.planned}: {text}", key)
 
 
-def _untold(_: object) -> str:
+def _hidden(_: object) -> str:
     return "?"
 
 
@@ -131,7 +131,7 @@ _unplanned: weakref.WeakKeyDictionary[torch.nn.Module, Route] = weakref.WeakKeyD
 def candidates(
     name: str, on_unsupported: OnUnsupported, environment: Environment, options: Mapping[str, Any] | None = None
 ) -> tuple[str, ...]:
-    """Backends to try for an axattn backend on a machine, in order. The same object for the same answer."""
+    """Backends to try for an axattn backend on a machine, in order. Equal results are the same object."""
     if name == "auto":
         return usable(environment)
     serving = providers(backends.get(name), options or {})
@@ -142,7 +142,7 @@ def candidates(
 
 
 def providers(backend: Backend, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The backends that may serve a backend's name: itself, or what the user's choice of one of its options says."""
+    """The backends that may serve a backend's name: itself, or those of an option that selects a backend."""
     for option in backend.options:
         if option.backends:
             chosen = options.get(option.name, option.default)
@@ -150,13 +150,13 @@ def providers(backend: Backend, options: Mapping[str, Any]) -> tuple[str, ...]:
     return (backend.name,)
 
 
-def route_in_passing(module: torch.nn.Module) -> Route | None:
-    """The route that `route_of` has made for a module of a model without a plan, None before its first call."""
+def unplanned_route(module: torch.nn.Module) -> Route | None:
+    """The route that `route_of` has made for a module of a model without a plan; None before its first call."""
     return _unplanned.get(module)
 
 
 def route_of(module: torch.nn.Module, name: str) -> Route:
-    """The route of an attention module: its model's plan, or one made now for models that axattn did not load."""
+    """The route of an attention module: from its model's plan, or a new one if axattn did not load the model."""
     route: Route | None = module.__dict__.get(ATTRIBUTE)
     if route is not None and route.asked == name:
         return route

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axattn.backends.varlen_engine import cpu_tiles as tiles_module
-from axattn.backends.varlen_engine.cpu_tiles import attention_over_tiles, tiles
+from axattn.backends.varlen_engine.cpu_tiles import attention_over_tiles, cut_tiles
 from axattn.masks.varlen_layout import Layout, Span
 from tests.masks.test_lazy_mask import dense_of_layout
 
@@ -61,14 +61,14 @@ def test_queries_over_a_longer_cache_are_aligned_bottom_right(window: int | None
 def test_long_windows_are_cut_in_blocks_and_stay_exact(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles_module, "_WINDOW_BLOCK", 16)
     layout = Layout((Span(0, 1, 0, 100, 0, 100),), causal, 7, 1, 100, 100)
-    assert len(tiles(layout)) == 7
+    assert len(cut_tiles(layout)) == 7
     compare(layout)
 
 
 def test_the_work_of_a_window_is_linear_in_the_length() -> None:
     def work(length: int) -> int:
         layout = Layout((Span(0, 1, 0, length, 0, length),), True, 256, 1, length, length)
-        return sum((t.q1 - t.q0) * (t.k1 - t.k0) for t in tiles(layout))
+        return sum((t.q1 - t.q0) * (t.k1 - t.k0) for t in cut_tiles(layout))
 
     assert work(8192) < 2.2 * work(4096)
 

@@ -420,7 +420,7 @@ def test_no_upgrade_to_a_kernel_that_the_model_does_not_list(monkeypatch: pytest
         (machine("cuda", 90, flash_attn_4=None), "flash-attn-4 is not installed", "pip install --pre flash-attn-4"),
         (machine("cuda", 90, nvidia_cutlass_dsl="4.5"), "nvidia-cutlass-dsl 4.5 is older than 4.6.2", ">=4.6.2"),
         (machine("cuda", 90, quack_kernels=None), "quack-kernels is not installed", ">=0.5.3"),
-        (dataclasses.replace(HOPPER, flash_attn_4_shadowed=True), "lies over that of flash-attn-4", "force-reinstall"),
+        (dataclasses.replace(HOPPER, flash_attn_4_shadowed=True), "shadows that of flash-attn-4", "force-reinstall"),
     ],
 )
 def test_what_flash_attention_4_needs_is_said_with_the_mending_command(environment: Any, part: str, fix: str) -> None:

@@ -173,7 +173,7 @@ def test_the_choice_of_backward_holds_in_a_compiled_step(
 
     for module in (sage, fp8):
         monkeypatch.setattr(module, "exact_forward", counted)
-    monkeypatch.setattr(sage, "_FORWARD_BACKWARD_EXACT", sage._FORWARD_BACKWARD._replace(again=counted))
+    monkeypatch.setattr(sage, "_FORWARD_BACKWARD_EXACT", sage._FORWARD_BACKWARD._replace(recompute=counted))
     with hopper(name):
         model = axattn.apply(build("llama").train(), name, kernel_options={"backward": backward})
         compiled = torch.compile(model, backend="aot_eager")

@@ -101,9 +101,9 @@ OFFLINE = dataclasses.replace(without(), hub_offline=True)
         (
             without(kernels=None),
             "kernels is not installed",
-            'pip install "kernels>=0.18.2,<0.19" (a download of minutes',
+            'pip install "kernels>=0.18.2,<0.19" (downloads for some minutes',
         ),
-        (without(kernels="0.17.2"), "loads kernels >=0.18.2,<0.19", 'pip install "kernels>=0.18.2,<0.19" (a download'),
+        (without(kernels="0.17.2"), "needs kernels >=0.18.2,<0.19", 'pip install "kernels>=0.18.2,<0.19" (downloads'),
         (OFFLINE, f"its cache has no {FLASH}@v4", f"get_kernel('{FLASH}', revision='v4')"),
     ],
 )
@@ -113,7 +113,7 @@ def test_what_keeps_a_kernel_from_running_is_said_with_both_ways_out(
     with pytest.raises(BackendUnavailableError) as caught:
         planner.require_available("flash_attention_2", environment)
     text = str(caught.value)
-    assert "flash-attn is not installed; in its place Transformers runs the hub kernel" in text
+    assert "flash-attn is not installed; Transformers would run the hub kernel" in text
     assert reason in text
     assert fix in text
     assert "pip install flash-attn --no-build-isolation (compiled from source, which can take an hour" in text
@@ -143,7 +143,7 @@ def test_layer_by_layer_the_library_is_needed_and_the_plan_says_so() -> None:
     assert plan.running == {"": "auto"}
     assert not set(names.FLASH) & set(plan.orders[""])  # a call of one would be an ImportError
     assert not any(names.is_flash(entry.chosen) for entry in plan.layers)
-    assert any("serves no single layers here: its library is absent" in note for note in plan.notes)
+    assert any("can't serve single layers here: its library is missing" in note for note in plan.notes)
 
 
 def test_every_known_kernel_has_a_record_and_a_row() -> None:
@@ -319,7 +319,7 @@ def test_what_transformers_would_drop_is_refused_where_it_is_loaded(fake: Callab
     hub_of.module.flash_attn_varlen_func = lambda q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: q
     model = build("mistral")
     before = model.config._attn_implementation
-    with pytest.raises(UnsupportedAttentionError, match="takes no window_size, and Transformers would drop window"):
+    with pytest.raises(UnsupportedAttentionError, match="takes no window_size, so Transformers would drop window"):
         axattn.apply(model, f"{FLASH}@v4")
     assert model.config._attn_implementation == before
     hub_of.module.flash_attn_varlen_func = whole
@@ -359,7 +359,7 @@ def test_trust_follows_the_mark_of_the_hub(
     if marked:
         assert axattn.plan(build("llama"), "someone/flash").loads == {"": "someone/flash@v1"}
     else:
-        with pytest.raises(BackendUnavailableError, match="someone is not known to be a trusted publisher") as caught:
+        with pytest.raises(BackendUnavailableError, match="someone is not a trusted publisher") as caught:
             axattn.plan(build("llama"), "someone/flash")
         assert "allow_all_kernels=True" in str(caught.value)
     assert asked == ["someone"]

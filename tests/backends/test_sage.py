@@ -472,8 +472,8 @@ def test_the_hub_kernel_is_run_by_axattn(monkeypatch: pytest.MonkeyPatch, varlen
         (f"{HUB}@v1:other", HOPPER, "not as 'other'"),
         (f"{HUB}@v1", machine("cuda", 86), "runs on sm80, sm89, sm90, sm120"),
         (f"{HUB}@v1", BLACKWELL, "runs on sm80, sm89, sm90, sm120"),
-        ("SageAttention/sage-attention@v1", HOPPER, "not known to be a trusted publisher"),
-        ("kernels-community/sage-blackwell@v1", machine("cuda", 120), "has sageattn3_blackwell alone"),
+        ("SageAttention/sage-attention@v1", HOPPER, "not a trusted publisher"),
+        ("kernels-community/sage-blackwell@v1", machine("cuda", 120), "has only sageattn3_blackwell"),
     ],
 )
 def test_what_the_hub_kernel_needs(path: str, environment: Environment, part: str) -> None:

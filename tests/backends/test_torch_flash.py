@@ -78,11 +78,11 @@ def note_of(environment: Environment) -> str:
     [
         (
             AMPERE,
-            ("packed rows run on FlashAttention 2, which torch brings", "first that serves them of FlashAttention 2"),
+            ("packed rows run on FlashAttention 2, which torch ships", "first that serves them of FlashAttention 2"),
         ),
-        (HOPPER, ("packed rows run on FlashAttention 2, which torch brings", "first that serves them of cuDNN, Flash")),
-        (BLACKWELL, ("FlashAttention 2, which torch brings", "of cuDNN, Flash")),
-        (machine("cuda", 120), ("FlashAttention 2, which torch brings", "first that serves them of FlashAttention 2")),
+        (HOPPER, ("packed rows run on FlashAttention 2, which torch ships", "first that serves them of cuDNN, Flash")),
+        (BLACKWELL, ("FlashAttention 2, which torch ships", "of cuDNN, Flash")),
+        (machine("cuda", 120), ("FlashAttention 2, which torch ships", "first that serves them of FlashAttention 2")),
         (machine("cuda", 90, torch="2.15.0"), ("packed rows run on cuDNN or FlashAttention 2",)),
         (TURING, ("memory-efficient attention, packed rows under a dense mask",)),
         (
@@ -104,9 +104,9 @@ def test_without_an_nvidia_gpu_there_is_nothing_to_say(environment: Environment)
 @pytest.mark.parametrize(
     ("environment", "impl", "part"),
     [
-        (AMPERE, "FA3", "runs on sm9x alone"),
-        (BLACKWELL, "FA3", "runs on sm9x alone"),
-        (machine("cuda", 120, torch="2.14.0"), "FA4", "runs on sm9x and sm10x alone"),
+        (AMPERE, "FA3", "runs on sm9x only"),
+        (BLACKWELL, "FA3", "runs on sm9x only"),
+        (machine("cuda", 120, torch="2.14.0"), "FA4", "runs on sm9x and sm10x only"),
         (HOPPER, "FA4", "torch 2.13.0 can't call flash-attn-4"),
         (machine("cuda", 90, torch="2.14.0"), "FA4", ""),
         (HOPPER, "FA3", ""),

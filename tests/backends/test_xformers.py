@@ -11,7 +11,7 @@ import torch
 import axattn
 from axattn.backends import get
 from axattn.backends.call import AttentionCall
-from axattn.backends.xformers import block_diagonal, both_ways
+from axattn.backends.xformers import bidirectional_window, block_diagonal
 from axattn.masks.mask_interface import lazy_mask
 from axattn.masks.varlen_layout import Layout, Span
 from tests.environments import HOPPER, TURING, machine
@@ -73,7 +73,7 @@ def test_the_biases_mean_what_a_layout_means() -> None:
     wanted = ((q < 3) & (k < 3)) | ((q >= 3) & (k >= 3))
     assert torch.equal(block_diagonal(full, torch.device("cpu")).materialize((5, 8)) == 0, wanted)
     index = torch.arange(6)
-    both = both_ways(Layout((Span(0, 1, 0, 6, 0, 6),), False, 3, 1, 6, 6)).materialize((6, 6)) == 0
+    both = bidirectional_window(Layout((Span(0, 1, 0, 6, 0, 6),), False, 3, 1, 6, 6)).materialize((6, 6)) == 0
     assert torch.equal(both, (index[:, None] - index).abs() < 3)
 
 
@@ -95,7 +95,7 @@ def test_training_a_packed_model_through_xformers_equals_its_documents_alone() -
         (machine("cuda", 90, xformers=None), "xformers is not installed"),
         (machine("cuda", 90, xformers="0.0.30"), "older than 0.0.35"),
         (machine("cuda", 90, cuda_runtime_12=None), "built for CUDA 12"),
-        (machine("cuda", 90, flash_attn=None), "raises when it is imported"),
+        (machine("cuda", 90, flash_attn=None), "fails to import"),
         (machine(), "needs an NVIDIA GPU"),
     ],
 )

@@ -105,8 +105,8 @@ def test_training_follows_eager(local: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("someone/flash", "not known to be a trusted publisher"),
-        ("someone/flash@v1", "not known to be a trusted publisher"),
+        ("someone/flash", "not a trusted publisher"),
+        ("someone/flash@v1", "not a trusted publisher"),
     ],
 )
 def test_what_is_not_trusted_needs_a_word(local: Path, path: str, reason: str) -> None:

@@ -23,4 +23,4 @@ def test_split_weights_keep_documents_apart_and_their_gradients(family: str, unp
 
 def test_s2_refuses_a_share_of_its_heads(tmp_path: Path) -> None:
     for said in run(2, jobs.halves_of_heads, str(tmp_path)):
-        assert "2 of its 4 heads are here (tensor parallelism)" in said
+        assert "this rank has 2 of the 4 heads (tensor parallelism)" in said

@@ -125,8 +125,8 @@ UNMET: dict[str, list[tuple[Environment, str, str]]] = {
             "pip install fa3-fwd",
         ),
     ],
-    "sdpa": [(NPU, "sdpa runs on cpu, cuda, mps, xpu, this machine has npu", "")],
-    "s2": [(NPU, "s2 runs on cpu, cuda, this machine has npu", "")],
+    "sdpa": [(NPU, "sdpa runs on cpu, cuda, mps, xpu; this machine has npu", "")],
+    "s2": [(NPU, "s2 runs on cpu, cuda; this machine has npu", "")],
 }
 CASES = [(name, *case) for name, cases in UNMET.items() for case in cases]
 

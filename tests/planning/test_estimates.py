@@ -56,7 +56,7 @@ def test_a_model_is_the_sum_of_its_layers_and_the_hungriest_of_them() -> None:
 
 @pytest.mark.parametrize("length", [0, -3])
 def test_a_length_that_is_none_is_refused(length: int) -> None:
-    with pytest.raises(InvalidConfigError, match="is no length"):
+    with pytest.raises(InvalidConfigError, match="is not a length"):
         estimate(entry(), length)
 
 

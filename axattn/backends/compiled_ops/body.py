@@ -1,7 +1,7 @@
-"""What runs inside the operators of a compiled graph: a kernel's forward, and its backward.
+"""The body of the operators of a compiled graph: a kernel's forward and its backward.
 
-A kernel with `ForwardBackward` saves its output and logsumexp between the two. Any other runs again in backward, under
-autograd: whatever gradient the kernel has is then the operator's.
+A kernel with `ForwardBackward` saves its output and logsumexp for backward. Any other runs its forward again in
+backward, under autograd: the operator's gradient is the kernel's.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class OpBody:
         scale: factor on the logits.
         softcap: see `axattn.spec.capability.Need`.
         kernel: the backend's name.
-        options: the user's ``kernel_options`` as JSON; beside them ``deterministic``, of `axattn.hf.determinism`.
-        rule: makes the dense mask, for padding with holes.
+        options: the user's ``kernel_options`` as JSON, with ``deterministic`` of `axattn.hf.determinism`.
+        dense_mask: makes the dense mask, for non-contiguous padding.
     """
 
     mask: LazyMask
@@ -40,14 +40,14 @@ class OpBody:
     softcap: float | None
     kernel: str
     options: str
-    rule: Callable[[], torch.Tensor]
+    dense_mask: Callable[[], torch.Tensor]
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output ``[B, S, H, Dv]``, and what `fake_output` says of a logsumexp.
+        """Output ``[B, S, H, Dv]``, and a logsumexp of the shape that `fake_output` gives.
 
         Raises:
-            UnsupportedAttentionError: padding with holes, and a softcap or a kernel that nothing exact may stand in
-                for.
+            UnsupportedAttentionError: non-contiguous padding, with a softcap or a kernel that no exact one may
+                replace.
         """
         call = self._call(query, key, value)
         forward_backward, layout = self._forward_backward(call), self.mask.layout()
@@ -68,11 +68,11 @@ class OpBody:
         """Gradients to query, key and value.
 
         Args:
-            grad: of the output, ``[B, S, H, Dv]``.
+            grad: gradient of the output, ``[B, S, H, Dv]``.
             query: ``[B, H, S, D]``.
             key: ``[B, Hkv, S, D]``.
             value: ``[B, Hkv, S, Dv]``.
-            saved: what `forward` returned, where the kernel has passes.
+            saved: what `forward` returned, if the kernel has a `ForwardBackward`.
         """
         call = self._call(query, key, value)
         forward_backward, layout = self._forward_backward(call), self.mask.layout()
@@ -89,36 +89,36 @@ class OpBody:
         options = json.loads(self.options)
         extras: dict[str, object] = {"deterministic": True} if options.pop("deterministic", False) else {}
         call = AttentionCall(
-            _NONE, query, key, value, self.mask, causal, None, self.scale, 0.0, self.softcap, None, None, extras
+            _NO_MODULE, query, key, value, self.mask, causal, None, self.scale, 0.0, self.softcap, None, None, extras
         )
         call.options = options
         return call
 
     def _forward_backward(self, call: AttentionCall) -> ForwardBackward | None:
-        passes_of = backends.get(self.kernel).forward_backward
-        return None if passes_of is None else passes_of(call)
+        make = backends.get(self.kernel).forward_backward
+        return None if make is None else make(call)
 
     def _run(self, call: AttentionCall) -> torch.Tensor:
-        if self.mask.layout() is None:  # padding with holes: no spans
+        if self.mask.layout() is None:  # non-contiguous padding has no spans
             if self.softcap is not None or backends.get(self.kernel).variant is not None:
                 raise UnsupportedAttentionError(
                     f"{self.kernel} can't serve this call",
-                    [Reason("non_contiguous_padding", "holes (padding between real tokens)")],
+                    [Reason("non_contiguous_padding", "padding between real tokens")],
                     "Run it without torch.compile.",
                 )
-            call.mask = self.rule()
+            call.mask = self.dense_mask()
             return sdpa.sdpa(call)
         return backends.get(self.kernel).called(call)
 
 
-_NONE = torch.nn.Identity()  # in the place of the module: a kernel over spans does not look at it
+_NO_MODULE = torch.nn.Identity()  # a kernel over spans does not read the module
 
 
-# ---- the operators' forms, and what they keep ------------------------------------------------------------------------
+# ---- fake outputs, and what is saved for backward --------------------------------------------------------------------
 
 
 def has_forward_backward(kernel: str) -> bool:
-    """Whether an operator keeps a kernel's output and logsumexp for backward."""
+    """Whether an operator saves a kernel's output and logsumexp for backward."""
     return backends.get(kernel).forward_backward is not None
 
 
@@ -127,21 +127,23 @@ def _logsumexp(query: torch.Tensor, kernel: str) -> torch.Tensor:
 
 
 def fake_output(query: Any, key: Any, value: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The form of what the operators of attention return: ``[B, S, H, Dv]``, and ``[B, H, S]`` or nothing."""
+    """Fake output of the attention operators: ``[B, S, H, Dv]``, and ``[B, H, S]`` or an empty tensor."""
     *_, kernel, _options = rest
     B, H, S, _D = query.shape
     return query.new_empty(B, S, H, value.shape[-1]), _logsumexp(query, kernel)
 
 
 def fake_gradients(grad: Any, query: Any, key: Any, value: Any, *_: Any) -> Gradients:
-    """The form of what their backward operators return."""
+    """Fake output of their backward operators."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     return dq, dk, dv
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor], tensors: int) -> None:
-    """Save for backward the first `tensors` arguments of an operator, and its output where the kernel has passes."""
-    ctx.rule = inputs[tensors:]
+def save_for_backward(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor], tensors: int
+) -> None:
+    """Save the first `tensors` arguments of an operator, and its output if the kernel has a `ForwardBackward`."""
+    ctx.settings = inputs[tensors:]
     *_, kernel, _options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:tensors], *(output if has_forward_backward(kernel) else (None, None)))

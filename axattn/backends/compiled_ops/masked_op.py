@@ -1,6 +1,6 @@
-"""A kernel over spans as one operator under a mask made outside the graph: what a layer compiled by itself runs.
+"""A kernel over spans as one operator under a mask made outside the graph, for a layer that is compiled by itself.
 
-`axattn.backends.compiled_ops.varlen_op` is for whole models, whose masks are made inside the graph.
+`axattn.backends.compiled_ops.varlen_op` is for whole models, which make their masks inside the graph.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from axattn.backends.compiled_ops.body import OpBody, fake_gradients, fake_output, keep
+from axattn.backends.compiled_ops.body import OpBody, fake_gradients, fake_output, save_for_backward
 from axattn.hf.tensor_snapshots import READS_ON_HOST
 from axattn.masks.lazy_mask import of_handle
 
@@ -25,10 +25,10 @@ def masked_attention_op(
     kernel: str,
     options: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of whole rows under the mask behind ``LazyMask.handle``; the rest as for `OpBody`.
+    """Attention of whole rows under the mask of a ``LazyMask.handle``; the other arguments are those of `OpBody`.
 
     Returns:
-        Output ``[B, S, H, Dv]``, and what its backward needs beside it.
+        Output ``[B, S, H, Dv]``, and what its backward needs besides.
     """
     mask = of_handle(handle)
     return OpBody(mask, scale, softcap, kernel, options, mask.dense).forward(query, key, value)
@@ -61,11 +61,11 @@ masked_attention_backward_op.register_fake(fake_gradients)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    keep(ctx, inputs, output, tensors=4)
+    save_for_backward(ctx, inputs, output, tensors=4)
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    dq, dk, dv = masked_attention_backward_op(grad, *ctx.saved_tensors, *ctx.rule)
+    dq, dk, dv = masked_attention_backward_op(grad, *ctx.saved_tensors, *ctx.settings)
     return dq, dk, dv, *(None,) * 5
 
 

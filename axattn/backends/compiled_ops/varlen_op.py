@@ -1,7 +1,7 @@
-"""Kernels over spans inside a compiled graph: one opaque operator that finds the documents when it runs.
+"""Kernels over spans inside a compiled graph: one opaque operator that reads the documents when it runs.
 
-A graph can't depend on document lengths, so the operator takes their tensor and builds the `Layout` itself, once for
-all layers that are given the same snapshot (`axattn.hf.tensor_snapshots`).
+A graph can't depend on document lengths, so the operator takes the tensor of document ids and builds the `Layout`
+itself, once for all layers that share a snapshot (`axattn.hf.tensor_snapshots`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch.utils.weak import WeakIdRef
 
 from axattn.backends.call import AttentionCall
-from axattn.backends.compiled_ops.body import OpBody, fake_gradients, fake_output, keep
+from axattn.backends.compiled_ops.body import OpBody, fake_gradients, fake_output, save_for_backward
 from axattn.backends.compiled_ops.masked_op import masked_attention_op
-from axattn.backends.exact_fallback import exactly
+from axattn.backends.exact_fallback import exact_attention
 from axattn.documents.traced import TracedSegments
 from axattn.hf.mask_functions import Pattern
 from axattn.hf.tensor_snapshots import READS_ON_HOST, memo_of
@@ -24,7 +24,7 @@ from axattn.masks.lazy_mask import LazyMask
 
 
 def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> torch.Tensor:
-    """A call as one operator of the graph where queries and keys are the same tokens, else `exactly`.
+    """A call as one operator of the graph if queries and keys are the same tokens, else `exact_attention`.
 
     Args:
         call: its mask is a `LazyMask`, or None for whole rows.
@@ -40,10 +40,10 @@ def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> tor
     else:
         whole, padding, segments = mask is None and call.key.shape[2] == S, None, None
         pattern = Pattern(causal=call.causal and S > 1, window=call.window)
-    if not whole or pattern is None or call.dropout:  # dropout: the operator's backward would draw another mask
-        return exactly(call)
+    if not whole or pattern is None or call.dropout:  # dropout: the operator's backward would draw a different mask
+        return exact_attention(call)
     out: torch.Tensor
-    if isinstance(mask, LazyMask) and mask.handle is not None:  # made before the graph: a layer compiled by itself
+    if isinstance(mask, LazyMask) and mask.handle is not None:  # made outside the graph: a layer compiled by itself
         out, _ = masked_attention_op(
             call.query, call.key, call.value, mask.handle, call.scale, call.softcap, kernel, options
         )
@@ -74,9 +74,9 @@ def _mask(
     chunk: int | None,
     device: torch.device,
 ) -> LazyMask:
-    """The mask, which keeps its layout: one transfer to the host for all layers that share snapshots.
+    """The mask, which caches its layout: one transfer to the host for all layers that share snapshots.
 
-    Tensors of any other origin are read at every call: they may have been changed since, and nothing on them tells.
+    Tensors that are no snapshots are read at every call, because they may have been changed in place.
     """
     anchor = documents if documents is not None else padding
     if anchor is None:
@@ -96,7 +96,7 @@ def _mask(
 def _fixed_mask(
     shape: tuple[int, int], causal: bool, window: int | None, chunk: int | None, device: torch.device
 ) -> LazyMask:
-    """The mask of rows without padding and documents."""
+    """The mask of rows without padding or documents."""
     return _build(None, None, shape, Pattern(causal=causal, window=window, chunk=chunk), device)
 
 
@@ -112,13 +112,13 @@ def _build(
         shape=(rows, 1, length, length),
         pattern=pattern,
         segments=None if documents is None else TracedSegments(documents, rows, length).read(),
-        padding=None if padding is None else padding.clone(),  # the memo's key must not be held by its value
-        materialise=_never,
+        padding=None if padding is None else padding.clone(),  # a copy: the memo's value must not keep its key alive
+        materialise=_no_dense_mask,
         device=device,
     )
 
 
-def _never() -> torch.Tensor:
+def _no_dense_mask() -> torch.Tensor:
     raise AssertionError("a layout needs no dense mask")
 
 
@@ -137,7 +137,7 @@ def _body(
     B, _, S, _ = query.shape
     mask = _mask(documents, padding, (B, S), causal, window, chunk, query.device)
 
-    def rule() -> torch.Tensor:
+    def dense_mask() -> torch.Tensor:
         positions = None if chunk is None else chunk_positions(S, documents, padding, query.device)
         return dense_rule(
             S,
@@ -151,7 +151,7 @@ def _body(
             device=query.device,
         )
 
-    return OpBody(mask, scale, softcap, kernel, options, rule)
+    return OpBody(mask, scale, softcap, kernel, options, dense_mask)
 
 
 @torch.library.custom_op("axattn::attention", mutates_args=(), tags=READS_ON_HOST)
@@ -177,8 +177,8 @@ def attention_op(
         value: ``[B, Hkv, S, Dv]``.
         documents: int64 ``[B, S]``, or None when every row is one document.
         padding: bool ``[B, S]`` (True: real key), or None.
-        causal: a query sees no later key.
-        window: keys seen to the left, the query included.
+        causal: a query attends to no later key.
+        window: keys attended to on the left, the query's own included.
         chunk: chunk size of chunked attention.
         scale: factor on the logits.
         softcap: see `axattn.spec.capability.Need`.
@@ -186,7 +186,7 @@ def attention_op(
         options: the user's ``kernel_options`` as JSON.
 
     Returns:
-        Output ``[B, S, H, Dv]``, and what its backward needs beside it (`axattn.backends.compiled_ops.body`).
+        Output ``[B, S, H, Dv]``, and what its backward needs besides (`axattn.backends.compiled_ops.body`).
     """
     body = _body(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
     return body.forward(query, key, value)
@@ -223,11 +223,11 @@ attention_backward_op.register_fake(fake_gradients)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    keep(ctx, inputs, output, tensors=5)
+    save_for_backward(ctx, inputs, output, tensors=5)
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    dq, dk, dv = attention_backward_op(grad, *ctx.saved_tensors, *ctx.rule)
+    dq, dk, dv = attention_backward_op(grad, *ctx.saved_tensors, *ctx.settings)
     return dq, dk, dv, *(None,) * 9
 
 

@@ -1,6 +1,6 @@
 """Exact attention over a `Layout` on a CPU: torch's own flash kernel, tile by tile, with one autograd node.
 
-A tile is a block of queries with the keys it may see, so time and memory follow the documents and the window, never
+A tile is a block of queries with the keys that they attend to, so time and memory follow documents and window, never
 S x S. Bitwise equal to ``F.scaled_dot_product_attention`` on each document alone (same kernel, same inputs).
 """
 
@@ -16,7 +16,7 @@ from axattn.hf.torch_internals import cpu_flash_backward, cpu_flash_forward
 from axattn.masks.dense_rule import dense_rule
 from axattn.masks.varlen_layout import Layout
 
-_WINDOW_BLOCK = 256  # queries a tile of windowed attention takes at least; more waste mask, fewer waste calls
+_WINDOW_BLOCK = 256  # minimum queries of a windowed tile: larger tiles mask out more, smaller ones need more calls
 
 
 class Tile(NamedTuple):
@@ -29,11 +29,11 @@ class Tile(NamedTuple):
     k0: int
     k1: int
     causal: bool
-    offset: int | None  # None: no mask beyond `causal`
+    offset: int | None  # None: no mask besides `causal`
 
 
-def tiles(layout: Layout) -> list[Tile]:
-    """Cut the spans of a layout into tiles. Plain causal or full spans stay whole; windows are cut in blocks."""
+def cut_tiles(layout: Layout) -> list[Tile]:
+    """Cut the spans of a layout into tiles. Without a window a span is one tile; windowed spans are cut in blocks."""
     result: list[Tile] = []
     for span in layout.spans:
         row0, row1, q0, q1, k0, k1 = span
@@ -61,8 +61,8 @@ def _tile_mask(
     queries: int, keys: int, offset: int, causal: bool, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Additive ``[queries, keys]`` of one tile (0 or -inf). Cached: inner tiles are alike in every layer."""
-    seen = dense_rule(queries, keys, causal=causal, window=window, offset=offset)[0, 0]
-    return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    attended = dense_rule(queries, keys, causal=causal, window=window, offset=offset)[0, 0]
+    return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~attended, float("-inf"))
 
 
 class _Segmented(torch.autograd.Function):
@@ -74,32 +74,32 @@ class _Segmented(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        plan: list[Tile],
+        tiles: list[Tile],
         layout: Layout,
         scale: float,
     ) -> torch.Tensor:
-        out, saved = forward_over_tiles(query, key, value, plan, layout, scale)
+        out, saved = forward_over_tiles(query, key, value, tiles, layout, scale)
         ctx.save_for_backward(query, key, value, out, *saved)
-        ctx.plan, ctx.layout, ctx.scale = plan, layout, scale
+        ctx.tiles, ctx.layout, ctx.scale = tiles, layout, scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, *saved = ctx.saved_tensors
-        dq, dk, dv = backward_over_tiles(grad, query, key, value, out, saved, ctx.plan, ctx.layout, ctx.scale)
+        dq, dk, dv = backward_over_tiles(grad, query, key, value, out, saved, ctx.tiles, ctx.layout, ctx.scale)
         return dq, dk, dv, None, None, None
 
 
 def forward_over_tiles(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[Tile], layout: Layout, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: list[Tile], layout: Layout, scale: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`attention_over_tiles` without autograd: ``[B, S, H, D]``, and each tile's logsumexp ``[rows, H, queries]``."""
     B, H, S, _ = query.shape
-    disjoint = _disjoint(layout, plan)
+    disjoint = _disjoint(layout, tiles)
     out = (query.new_empty if disjoint else query.new_zeros)(B, S, H, value.shape[-1])
     saved = []
-    for tile in plan:
+    for tile in tiles:
         q, k, v = _slices(tile, query, key, value)
         part, lse = cpu_flash_forward(q, k, v, tile.causal, _mask_of(tile, layout, q.dtype), scale)
         out[tile.row0 : tile.row1, tile.q0 : tile.q1] = part.transpose(1, 2)
@@ -114,27 +114,27 @@ def backward_over_tiles(
     value: torch.Tensor,
     out: torch.Tensor,
     logsumexps: Sequence[torch.Tensor],
-    plan: list[Tile],
+    tiles: list[Tile],
     layout: Layout,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `attention_over_tiles`.
 
     Args:
-        grad: of the output, ``[B, S, H, D]``.
+        grad: gradient of the output, ``[B, S, H, D]``.
         query: ``[B, H, S, D]``.
         key: ``[B, Hkv, T, D]``.
         value: ``[B, Hkv, T, D]``.
         out: the output, ``[B, S, H, D]``.
         logsumexps: float32 ``[rows, H, queries]`` of each tile.
-        plan: the tiles.
-        layout: that they were cut from.
+        tiles: the tiles.
+        layout: the layout that they were cut from.
         scale: factor on the logits.
     """
-    disjoint = _disjoint(layout, plan)
+    disjoint = _disjoint(layout, tiles)
     like = torch.empty_like if disjoint else torch.zeros_like
     dq, dk, dv = like(query), like(key), like(value)
-    for tile, lse in zip(plan, logsumexps, strict=True):
+    for tile, lse in zip(tiles, logsumexps, strict=True):
         q, k, v = _slices(tile, query, key, value)
         part = (slice(tile.row0, tile.row1), slice(tile.q0, tile.q1))
         mask = _mask_of(tile, layout, q.dtype)
@@ -183,11 +183,11 @@ def attention_over_tiles(
 
 def tiles_of(layout: Layout) -> list[Tile]:
     """The tiles of a layout, cut once for all layers that share it."""
-    return layout.kept("tiles", lambda: tiles(layout))
+    return layout.kept("tiles", lambda: cut_tiles(layout))
 
 
-def _disjoint(layout: Layout, plan: list[Tile]) -> bool:
-    """Whether the tiles cover every query and every key exactly once, so gradients need no zeros and no adding."""
-    square = all(t.offset is None and (t.q0, t.q1) == (t.k0, t.k1) for t in plan)
-    covered = sum((t.row1 - t.row0) * (t.q1 - t.q0) for t in plan)
+def _disjoint(layout: Layout, tiles: list[Tile]) -> bool:
+    """Whether the tiles cover every query and every key exactly once, so gradients need no zeroing and no adding."""
+    square = all(t.offset is None and (t.q0, t.q1) == (t.k0, t.k1) for t in tiles)
+    covered = sum((t.row1 - t.row0) * (t.q1 - t.q0) for t in tiles)
     return square and layout.q_length == layout.kv_length and covered == layout.rows * layout.q_length

@@ -1,9 +1,9 @@
-"""A true gradient for a quantised forward: flash attention's backward, fed with what the quantised kernel computed.
+"""A true gradient for a quantised forward: flash attention's backward, with the quantised kernel's output.
 
-Softmax does not change when one vector is taken from all keys of a document, so the quantised kernels run on K minus
-its mean. Backward then needs that K, their output and their logsumexp: measured with INT8 and keys that lie far from
-zero, dq, dk and dv are 0.7-0.8 % off the exact gradient (9.8 % when the raw K is used with a corrected logsumexp).
-``backward="exact"`` makes output and logsumexp again in 16 bit, and the gradient is the exact kernel's.
+Softmax does not change if one vector is subtracted from all keys of a document, so the quantised kernels run on K minus
+its mean. Backward then needs that K, their output and their logsumexp: measured with INT8 and keys far from zero, dq,
+dk and dv are 0.7-0.8 % off the exact gradient (9.8 % with the raw K and a corrected logsumexp). ``backward="exact"``
+recomputes output and logsumexp in 16 bit, and the gradient is the exact kernel's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from axattn.backends.varlen_engine.cpu_tiles import backward_over_tiles, forward_over_tiles, tiles
+from axattn.backends.varlen_engine.cpu_tiles import backward_over_tiles, cut_tiles, forward_over_tiles
 from axattn.hf import torch_internals
 from axattn.masks.varlen_layout import Layout, Span
 from axattn.spec.options import Option, one_of
@@ -20,20 +20,20 @@ from axattn.spec.options import Option, one_of
 BACKWARD = Option(
     "backward",
     "flash",
-    '"flash": from what the quantised kernel computed; "exact": its output is made again, unquantised',
+    '"flash": from the quantised output; "exact": from an output that is recomputed in 16 bit',
     one_of("flash", "exact"),
 )
 
 
 class Packed(NamedTuple):
-    """Packed sequences as flash kernels take them.
+    """cu_seqlens and settings of packed sequences, as flash kernels take them.
 
     Attributes:
         cu_q: int32 ``[documents + 1]``.
         cu_k: int32 ``[documents + 1]``.
         max_q: longest sequence of queries.
         max_k: longest sequence of keys.
-        causal: aligned bottom-right.
+        causal: causal mask, aligned bottom-right.
         window: as in `Layout`.
         scale: factor on the logits.
     """
@@ -47,8 +47,8 @@ class Packed(NamedTuple):
     scale: float
 
     @property
-    def sides(self) -> tuple[int, int]:
-        """Keys seen to the left and to the right of a query's own, -1 for all: flash attention's ``window_size``."""
+    def window_size(self) -> tuple[int, int]:
+        """Flash attention's ``window_size``: keys attended to left and right of a query's own, -1 for all."""
         left = -1 if self.window is None else self.window - 1
         return left, (0 if self.causal else left)
 
@@ -60,7 +60,7 @@ def exact_forward(
     if query.device.type == "cpu":
         return _on_cpu_forward(query, key, value, packed)
     ends, longest = (packed.cu_q, packed.cu_k), (packed.max_q, packed.max_k)
-    return torch_internals.flash_forward(query, key, value, ends, longest, packed.scale, packed.sides)
+    return torch_internals.flash_forward(query, key, value, ends, longest, packed.scale, packed.window_size)
 
 
 def flash_backward(
@@ -75,11 +75,11 @@ def flash_backward(
     """Gradients of packed attention with respect to query, key and value.
 
     Args:
-        grad: of the output, ``[tokens, H, D]``.
+        grad: gradient of the output, ``[tokens, H, D]``.
         query: ``[tokens, H, D]``, 16 bit on CUDA.
         key: ``[tokens, Hkv, D]``, smoothed if the forward smoothed it.
         value: ``[tokens, Hkv, D]``.
-        out: what the forward gave, ``[tokens, H, D]``.
+        out: output of the forward, ``[tokens, H, D]``.
         logsumexp: float32 ``[H, tokens]`` of the forward's own logits.
         packed: the sequences.
     """
@@ -87,11 +87,11 @@ def flash_backward(
         return _on_cpu_backward(grad, query, key, value, out, logsumexp, packed)
     ends, longest = (packed.cu_q, packed.cu_k), (packed.max_q, packed.max_k)
     return torch_internals.flash_backward(
-        grad.contiguous(), query, key, value, out, logsumexp, ends, longest, packed.scale, packed.sides
+        grad.contiguous(), query, key, value, out, logsumexp, ends, longest, packed.scale, packed.window_size
     )
 
 
-# ---- a CPU, for tests over fakes and for kernels that run there ----------------------------------------------------
+# ---- on a CPU, for tests with fakes and for kernels that run there ---------------------------------------------------
 
 
 def _layout(packed: Packed) -> Layout:
@@ -109,10 +109,10 @@ def _on_cpu_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Packed
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = _layout(packed)
-    plan = tiles(layout)
-    out, lses = forward_over_tiles(_row(query), _row(key), _row(value), plan, layout, packed.scale)
+    tiles = cut_tiles(layout)
+    out, lses = forward_over_tiles(_row(query), _row(key), _row(value), tiles, layout, packed.scale)
     whole = lses[0].new_empty(query.shape[1], query.shape[0])
-    for tile, lse in zip(plan, lses, strict=True):
+    for tile, lse in zip(tiles, lses, strict=True):
         whole[:, tile.q0 : tile.q1] = lse[0]
     return out[0], whole
 
@@ -127,10 +127,10 @@ def _on_cpu_backward(
     packed: Packed,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = _layout(packed)
-    plan = tiles(layout)
-    lses = [logsumexp[None, :, tile.q0 : tile.q1] for tile in plan]
+    tiles = cut_tiles(layout)
+    lses = [logsumexp[None, :, tile.q0 : tile.q1] for tile in tiles]
     grads = backward_over_tiles(
-        grad[None], _row(query), _row(key), _row(value), out[None], lses, plan, layout, packed.scale
+        grad[None], _row(query), _row(key), _row(value), out[None], lses, tiles, layout, packed.scale
     )
     dq, dk, dv = (x[0].transpose(0, 1) for x in grads)
     return dq, dk, dv

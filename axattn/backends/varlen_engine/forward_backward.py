@@ -1,7 +1,7 @@
-"""`ForwardBackward`: a kernel's forward and backward as two functions, joined by the output and its logsumexp.
+"""`ForwardBackward`: a kernel's forward and backward as two functions that share the output and its logsumexp.
 
-An operator of a compiled graph has no autograd graph between the two. A kernel that has passes saves those two tensors
-there, as flash attention does; one that has none runs its forward again in backward.
+An operator of a compiled graph has no autograd graph between the two. A kernel with a `ForwardBackward` saves those two
+tensors, as flash attention does; any other runs its forward again in backward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class ForwardBackward(NamedTuple):
-    """The two.
+    """A kernel's forward and backward.
 
     Attributes:
         forward: ``(call, layout)`` → output ``[B, S, H, Dv]`` and logsumexp ``[B, H, S]`` (`logsumexp_like`).
@@ -36,19 +36,19 @@ class ForwardBackward(NamedTuple):
 
 
 def logsumexp_like(query: torch.Tensor) -> torch.Tensor:
-    """Zeros ``[B, H, S]`` for queries ``[B, H, S, D]``: float32, float64 for float64."""
+    """Zeros ``[B, H, S]`` for queries ``[B, H, S, D]``: float32, or float64 for float64."""
     return query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-# ---- tiles, on a CPU -------------------------------------------------------------------------------------------------
+# ---- on a CPU: tiles -------------------------------------------------------------------------------------------------
 
 
 def _tiles_forward(call: AttentionCall, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = one_head_dim(call.query, call.key, call.value)
-    plan = tiles_of(layout)
-    out, parts = forward_over_tiles(query, key, value, plan, layout, call.scale)
+    tiles = tiles_of(layout)
+    out, parts = forward_over_tiles(query, key, value, tiles, layout, call.scale)
     logsumexp = logsumexp_like(query)
-    for tile, part in zip(plan, parts, strict=True):
+    for tile, part in zip(tiles, parts, strict=True):
         logsumexp[tile.row0 : tile.row1, :, tile.q0 : tile.q1] = part
     return nan_where_not_finite(out, query)[..., : call.value.shape[-1]], logsumexp
 
@@ -57,16 +57,16 @@ def _tiles_backward(
     grad: torch.Tensor, call: AttentionCall, layout: Layout, out: torch.Tensor, logsumexp: torch.Tensor
 ) -> Gradients:
     query, key, value = one_head_dim(call.query, call.key, call.value)
-    plan = tiles_of(layout)
-    parts = [logsumexp[tile.row0 : tile.row1, :, tile.q0 : tile.q1] for tile in plan]
+    tiles = tiles_of(layout)
+    parts = [logsumexp[tile.row0 : tile.row1, :, tile.q0 : tile.q1] for tile in tiles]
     grad, out = _as_wide(grad, query), _as_wide(out, query)
-    return _trimmed(backward_over_tiles(grad, query, key, value, out, parts, plan, layout, call.scale), call)
+    return _trimmed(backward_over_tiles(grad, query, key, value, out, parts, tiles, layout, call.scale), call)
 
 
 TILES = ForwardBackward(_tiles_forward, _tiles_backward)
 
 
-# ---- packed tokens, on a GPU -----------------------------------------------------------------------------------------
+# ---- on a GPU: packed tokens -----------------------------------------------------------------------------------------
 
 
 class PackedForwardBackward(NamedTuple):
@@ -74,17 +74,19 @@ class PackedForwardBackward(NamedTuple):
 
     Attributes:
         forward: ``(query [tokens, H, D], key, value, packed, layout)`` → output and logsumexp ``[H, tokens]``.
-        keys: ``(key [tokens, Hkv, D], layout)`` → the keys that the forward's logits were made with.
-        again: ``(query, key, value, packed)`` → output and logsumexp that backward uses instead, or None.
+        keys: ``(key [tokens, Hkv, D], layout)`` → the keys of the forward's logits (smoothed, or unchanged).
+        recompute: ``(query, key, value, packed)`` → output and logsumexp that backward uses instead, or None.
     """
 
     forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packed, Layout], tuple[torch.Tensor, torch.Tensor]]
     keys: Callable[[torch.Tensor, Layout], torch.Tensor]
-    again: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packed], tuple[torch.Tensor, torch.Tensor]] | None = None
+    recompute: (
+        Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packed], tuple[torch.Tensor, torch.Tensor]] | None
+    ) = None
 
 
 def over_packed(kernel: PackedForwardBackward) -> ForwardBackward:
-    """The passes of a kernel over packed tokens."""
+    """The `ForwardBackward` of a kernel over packed tokens."""
     return ForwardBackward(functools.partial(_packed_forward, kernel), functools.partial(_packed_backward, kernel))
 
 
@@ -93,11 +95,11 @@ def _packed_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, _, S, _ = call.query.shape
     index = packed_index(layout, call.query.device)
-    q, k, v, described = _packed_call(call, layout)
+    q, k, v, batch = _packed_call(call, layout)
     if index.sequences:
         with on_gpu_of(q):
-            out, logsumexp = kernel.forward(q, k, v, described, layout)
-    else:  # no span, no kernel: none of them takes zero sequences
+            out, logsumexp = kernel.forward(q, k, v, batch, layout)
+    else:  # no kernel takes zero sequences
         out, logsumexp = q, logsumexp_like(q[None])[0].transpose(0, 1)
     whole = unpacked(out, index.queries, B, S)[..., : call.value.shape[-1]]
     return whole, unpacked(logsumexp.transpose(0, 1), index.queries, B, S).transpose(1, 2)
@@ -115,14 +117,14 @@ def _packed_backward(
     index = packed_index(layout, call.query.device)
     if not index.sequences:
         return torch.zeros_like(call.query), torch.zeros_like(call.key), torch.zeros_like(call.value)
-    q, k, v, described = _packed_call(call, layout)
+    q, k, v, batch = _packed_call(call, layout)
     wide, out = (packed(_as_wide(x, q).transpose(1, 2), index.queries) for x in (grad, out))
     lse = packed(logsumexp[..., None], index.queries)[..., 0].transpose(0, 1).contiguous()
     with on_gpu_of(q):
         k = kernel.keys(k, layout)
-        if kernel.again is not None:
-            out, lse = kernel.again(q, k, v, described)
-        gradients = flash_backward(wide, q, k, v, out, lse, described)
+        if kernel.recompute is not None:
+            out, lse = kernel.recompute(q, k, v, batch)
+        gradients = flash_backward(wide, q, k, v, out, lse, batch)
     tokens = (index.queries, index.keys, index.keys)
     dq, dk, dv = (unpacked(x, at, B, S).transpose(1, 2) for x, at in zip(gradients, tokens, strict=True))
     return _trimmed((dq, dk, dv), call)
@@ -131,12 +133,12 @@ def _packed_backward(
 def _packed_call(call: AttentionCall, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Packed]:
     index = packed_index(layout, call.query.device)
     query, key, value = one_head_dim(call.query, call.key, call.value)
-    described = Packed(*index.lengths, layout.causal, layout.window, call.scale)
-    return packed(query, index.queries), packed(key, index.keys), packed(value, index.keys), described
+    batch = Packed(*index.lengths, layout.causal, layout.window, call.scale)
+    return packed(query, index.queries), packed(key, index.keys), packed(value, index.keys), batch
 
 
 def _as_wide(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """``[B, S, H, Dv]`` with the head dim that the kernel runs with; the values' own zeros fill it up."""
+    """``[B, S, H, Dv]`` padded with zeros to the head dim that the kernel ran with."""
     missing = query.shape[-1] - x.shape[-1]
     return F.pad(x, (0, missing)) if missing else x
 

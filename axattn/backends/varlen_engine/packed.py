@@ -20,13 +20,13 @@ from axattn.masks.varlen_layout import Layout
 
 
 def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
-    """Attention over the spans of a layout, which are those of the call's mask, without dropout.
+    """Attention over a layout, that of the call's mask, without dropout.
 
     Returns:
-        ``[B, S, H, Dv]``. Where torch's flash kernel does not run, under the mask as a dense tensor.
+        ``[B, S, H, Dv]``, computed under a dense mask if torch's flash kernel does not run.
     """
     if decoding.serves(call) or decoding.pays_on_cpu(call):
-        return decoding.one_query(call, layout)
+        return decoding.single_query_attention(call, layout)
     query, key, value = call.query, call.key, call.value
     value_dim = value.shape[-1]
     query, key, value = one_head_dim(query, key, value)
@@ -47,14 +47,14 @@ def runs_flash(query: torch.Tensor) -> bool:
 
 @functools.cache
 def _has_flash(device: torch.device) -> bool:
-    """Whether torch's flash kernels run on a GPU: Ampere or newer; on ROCm torch sorts that out by itself."""
+    """Whether torch's flash kernels run on a GPU: Ampere or newer; on ROCm torch checks that itself."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def one_head_dim(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three with one head dim, which flash kernels want: zeros add nothing to q.k, nor to the output's first Dv."""
+    """The three padded to one head dim, for flash kernels: zeros change neither q.k nor the output's first Dv."""
     size = max(query.shape[-1], value.shape[-1])
     if query.shape[-1] == value.shape[-1]:
         return query, key, value
@@ -99,12 +99,12 @@ def packed_call(
         value: ``[B, Hkv, T, D]``.
         layout: the spans.
         kernel: ``(q [tokens, H, D], k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)`` → ``[tokens, H, D]``; the
-            lengths are int32 tensors, the maxima ints; causal masks are aligned bottom-right. The GPU of the
-            tensors is the current one in it.
+            lengths are int32 tensors, the maxima ints; causal masks are aligned bottom-right. It runs with the
+            tensors' GPU as the current device.
 
     Returns:
-        ``[B, S, H, D]``; zero at queries that no span covers. Where there is no span (a batch of nothing but padding)
-        the kernel is not called: none of them takes zero sequences. Gradients are then zero.
+        ``[B, S, H, D]``; zero at queries that no span covers. Without any span (a batch of padding only) the kernel is
+        not called, because none takes zero sequences; gradients are then zero.
     """
     B, _, S, _ = query.shape
     index = packed_index(layout, query.device)
@@ -113,18 +113,18 @@ def packed_call(
         with on_gpu_of(query):
             out = kernel(q, k, v, *index.lengths)
     else:
-        out = q + (k.sum() + v.sum())  # of no token: zero
+        out = q + (k.sum() + v.sum())  # empty, with gradients
     return unpacked(out, index.queries, B, S)
 
 
 def packed(x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-    """``[B, H, S, D]`` as ``[tokens, H, D]``: those at the flat indices `tokens`, or all."""
+    """``[B, H, S, D]`` as ``[tokens, H, D]``: the tokens at the flat indices `tokens`, or all."""
     flat = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
     return flat if tokens is None else flat.index_select(0, tokens)
 
 
 def unpacked(x: torch.Tensor, tokens: torch.Tensor | None, rows: int, length: int) -> torch.Tensor:
-    """``[tokens, H, D]`` as ``[B, S, H, D]``, zero at the tokens that were left out."""
+    """``[tokens, H, D]`` as ``[B, S, H, D]``, zero at tokens that are not in `tokens`."""
     if tokens is not None:
         x = x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, tokens, x)
     return x.view(rows, length, *x.shape[1:])
@@ -132,7 +132,7 @@ def unpacked(x: torch.Tensor, tokens: torch.Tensor | None, rows: int, length: in
 
 @functools.cache
 def _takes_enable_gqa() -> bool:
-    """torch 2.12 added ``enable_gqa``; before it grouped heads pass unchecked."""
+    """torch 2.12 added ``enable_gqa``; earlier versions take grouped heads without it."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -144,21 +144,21 @@ def _in_order(layout: Layout) -> list[tuple[int, int, int, int, int]]:
 
 
 def span_lengths(layout: Layout) -> tuple[list[int], list[int]]:
-    """Queries and keys of each sequence, in the order in which `packed_call` lays them out."""
+    """Query and key lengths of each sequence, in the order of `packed_call`."""
     spans = _in_order(layout)
     return [q1 - q0 for _, q0, q1, _, _ in spans], [k1 - k0 for *_, k0, k1 in spans]
 
 
 class PackedIndex(NamedTuple):
-    """The spans of a layout as variable-length kernels take them.
+    """The spans of a layout as cu_seqlens and token indices.
 
     Attributes:
         cu_q: int32 ``[sequences + 1]``.
         cu_k: int32 ``[sequences + 1]``.
         max_q: longest sequence of queries.
         max_k: longest sequence of keys.
-        queries: int64, the flat indices of real queries; None when spans leave no gap.
-        keys: the same of keys.
+        queries: int64, the flat indices of real queries; None if the spans leave no gap.
+        keys: the same for keys.
     """
 
     cu_q: torch.Tensor
@@ -170,12 +170,12 @@ class PackedIndex(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """How many sequences there are."""
+        """The number of sequences."""
         return self.cu_q.shape[0] - 1
 
     @property
     def lengths(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """What the kernels are given."""
+        """The length arguments of a kernel."""
         return self.cu_q, self.cu_k, self.max_q, self.max_k
 
 
@@ -186,7 +186,7 @@ def packed_index(layout: Layout, device: torch.device) -> PackedIndex:
 
 def _packed_index(layout: Layout, device: torch.device) -> PackedIndex:
     S, T = layout.q_length, layout.kv_length
-    if layout.whole_rows and S and T:  # made on the device
+    if layout.whole_rows and S and T:  # no transfer from the host
         tokens = layout.rows * S, layout.rows * T
         ends = [
             torch.arange(0, total + 1, each, dtype=torch.int32, device=device)
@@ -208,7 +208,7 @@ def _packed_index(layout: Layout, device: torch.device) -> PackedIndex:
     cu_q = cumulative(q_lengths)
     return PackedIndex(
         cu_q,
-        # one tensor where both are equal: torch 2.15 then takes cuDNN's kernel for causal rows on Hopper and Blackwell
+        # one tensor if both are equal: torch 2.15 then takes cuDNN's kernel for causal rows on Hopper and Blackwell
         cu_q if k_lengths == q_lengths else cumulative(k_lengths),
         max(q_lengths, default=0),
         max(k_lengths, default=0),

@@ -10,7 +10,7 @@ from axattn.masks.varlen_layout import Layout
 
 
 def documents_of(layout: Layout, device: torch.device) -> tuple[Documents, Documents]:
-    """The sequences of queries and of keys in a layout, made once for all layers that share it."""
+    """The query and the key sequences of a layout, made once for all layers that share it."""
 
     def make() -> tuple[Documents, Documents]:
         q_lengths, k_lengths = span_lengths(layout)
@@ -20,5 +20,5 @@ def documents_of(layout: Layout, device: torch.device) -> tuple[Documents, Docum
 
 
 def smoothed_keys(key: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """`smoothed` over the documents of a layout."""
+    """Keys ``[tokens, Hkv, D]`` minus the mean of each document of a layout."""
     return smoothed(key, documents_of(layout, key.device)[1])
