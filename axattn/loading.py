@@ -22,8 +22,8 @@ from axattn.machine.presets import as_environment
 from axattn.patches import copied_modules
 from axattn.patches.cache import disable_cache
 from axattn.patches.flash_slot import preload
-from axattn.patches.flex import add_compile_room
-from axattn.patches.input_hooks import add_input_hooks, native_name, require_first_gradients
+from axattn.patches.flex import add_recompile_limit
+from axattn.patches.input_hooks import add_input_hooks, native_name, refuse_second_gradients
 from axattn.patches.native_gradients import require_gradients
 from axattn.patches.paged_steps import add_paged_steps
 from axattn.patches.patchset import PatchSet
@@ -48,7 +48,7 @@ from axattn.unpadding.unpadded_forward import add_unpadding
 
 PATCHES: dict[str, Callable[[PatchSet, torch.nn.Module], object]] = {
     "no cache": disable_cache,
-    "compile room": add_compile_room,
+    "recompile limit": add_recompile_limit,
 }
 """What `axattn.backends.base.Backend.patches` may name."""
 
@@ -371,7 +371,7 @@ def _attach(
             for key, path in path_of.items()
         }
         add_input_hooks(patches, model, modules.values(), native)
-        require_first_gradients(patches, model, modules.values(), native)
+        refuse_second_gradients(patches, model, modules.values(), native)
         require_gradients(patches, modules.values(), path_of, decided)
         add_rope_by_document(patches, model)
         add_document_runs(patches, model)

@@ -1,6 +1,6 @@
-"""The one attention function behind every name of ours: normalise, route, run, ``[B, S, H, Dv]``.
+"""The attention function of every axattn backend: normalises a call, dispatches and runs it.
 
-It drops no keyword: one that carries a value is used by the kernel, known to be harmless, or refused.
+It drops no keyword: one with a value is used by the kernel, known to be harmless, or refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from axattn.hf.torch_internals import is_tracing, leaves_kernels
 from axattn.masks.lazy_mask import LazyMask
 from axattn.masks.shard_mask import ShardMask
 from axattn.masks.user_masks import read_mask, with_keyword_segments
-from axattn.patches.double_backward import require_first
+from axattn.patches.double_backward import refuse_second_gradient
 from axattn.planning.routes import ATTRIBUTE, Route, route_of
 
 SERVED: frozenset[str] = frozenset(
@@ -33,7 +33,7 @@ SERVED: frozenset[str] = frozenset(
     | {"output_attentions"}
 )
 NO_EXTRAS = AT_ATTENTION - set(CACHES) | {"dropout", "scaling", "is_causal", "sliding_window"}
-"""Under a `LazyMask.as_flag` mask these change nothing but the scale: the mask says what is causal and windowed."""
+"""Under a `LazyMask.as_flag` mask these change only the scale: the mask defines causality and window."""
 SPARSE: frozenset[str] = frozenset({"indices", "block_indices"})
 
 
@@ -54,12 +54,12 @@ def attend(
         query: ``[B, H, S, D]``.
         key: ``[B, Hkv, T, D]``.
         value: ``[B, Hkv, T, Dv]``.
-        attention_mask: our `LazyMask`, a 4-D tensor (bool: True attends; float: additive), a 2-D ``[B, T]`` mask (real
+        attention_mask: a `LazyMask`, a 4-D tensor (bool: True attends; float: additive), a 2-D ``[B, T]`` mask (real
             keys), a ``BlockMask`` of flex attention, or None.
         kwargs: Transformers' keywords.
 
     Returns:
-        Output ``[B, S, H, Dv]``, and the attention weights ``[B, H, S, T]`` if they are asked for, else None.
+        Output ``[B, S, H, Dv]``, and the attention weights ``[B, H, S, T]`` if requested, else None.
 
     Raises:
         UnsupportedAttentionError: an unsupported keyword, or no kernel that serves the call.
@@ -89,8 +89,8 @@ def attend(
             ):
                 route.served[served] = route.served.get(served, 0) + 1
                 out = kernel(query, key, value, scale=kwargs.get("scaling")).transpose(1, 2).contiguous()
-                checked = query.device.type == "cpu" and torch.is_grad_enabled()
-                return (nan_where_not_finite(out, query) if checked else out), None
+                check_nan = query.device.type == "cpu" and torch.is_grad_enabled()
+                return (nan_where_not_finite(out, query) if check_nan else out), None
     sparse = False
     for keyword, given in kwargs.items():
         if given is None or keyword in SERVED:
@@ -108,7 +108,7 @@ def attend(
         shared: tuple[torch.Tensor, None] = over_ranks(attend, name, module, query, key, value, attention_mask, kwargs)
         return shared
     if attention_mask is None or isinstance(attention_mask, torch.Tensor):
-        _require_our_mask(route, query, key, attention_mask)
+        _require_document_mask(route, query, key, attention_mask)
     elif type(attention_mask) is LazyMask and attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
         _refuse_lengths(route, query, key, attention_mask)
     causal = kwargs.get("is_causal")
@@ -148,22 +148,22 @@ def attend(
     if short_key is not None and backend.is_sdpa:
         route.short[short_key] = backend.name
     elif not backend.capability.second_gradient:
-        require_first(out, backend.name)
+        refuse_second_gradient(out, backend.name)
     return out.contiguous(), call.weights
 
 
 def run(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
-    """The kernel itself; returns ``[B, S, H, Dv]``."""
+    """Run the kernel; returns ``[B, S, H, Dv]``."""
     if backend.spans and is_tracing():
         variant = None if call.module.training else backend.variant
         call.ran = backend.name if variant is None else variant.evaluates
-        repeats = bool(call.extras.get("deterministic"))
-        return over_documents(call, call.ran, route.options_json_deterministic if repeats else route.options_json)
+        deterministic = bool(call.extras.get("deterministic"))
+        return over_documents(call, call.ran, route.options_json_deterministic if deterministic else route.options_json)
     return backend.called(call)
 
 
 def run_library(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
-    """A kernel of another library. If its first call on a layer fails, the error names the kernel and a way out.
+    """Run another library's kernel. If its first call on a layer fails, the error names the kernel and an alternative.
 
     Raises:
         BackendUnavailableError: with the library's own error as its cause.
@@ -189,11 +189,11 @@ def _hook_wants_weights(mask: LazyMask | torch.Tensor | None) -> bool:
     return context is not None and context.weights
 
 
-def _require_our_mask(route: Route, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Raise where an input hook found documents and the mask that knows of them is not the one that came.
+def _require_document_mask(route: Route, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Raise if an input hook found documents, and the mask with them did not reach the layer.
 
-    Something took it away (accelerate's context parallel does), or the model makes one itself (LayoutLM). Narrowing
-    such a mask here would not do: where a checkpoint runs the layer again, no input hook has run.
+    Another library has removed it (accelerate's context parallel does), or the model makes its own (LayoutLM). The
+    documents can't be added here: if a checkpoint runs the layer again, no input hook has run.
     """
     context = current()
     if context is None:
@@ -209,18 +209,18 @@ def _require_our_mask(route: Route, query: torch.Tensor, key: torch.Tensor, mask
         return
     advice = "Split rows over ranks with axattn.sequence_parallel."
     if mask is not None:
-        text, advice = "it makes its mask itself, without the documents", "Give it one document a row, padded."
+        text, advice = "it makes its mask itself, without the documents", "Give it one document per row, padded."
     raise UnsupportedAttentionError(f"{route.asked} can't serve {route.layer}", [Reason("segments", text)], advice)
 
 
 def _refuse_lengths(route: Route, query: torch.Tensor, key: torch.Tensor, mask: LazyMask) -> None:
-    """Raise for a layer that makes its keys more (DeepSeek-V4's compressed ones) or fewer than its mask knows.
+    """Raise for a layer with more keys (DeepSeek-V4's compressed ones) or fewer than its mask has.
 
     Raises:
         UnsupportedAttentionError: always.
     """
-    asked, made = (query.shape[2], key.shape[2]), tuple(mask.shape[2:])
-    text = f"the layer has {asked[0]} queries and {asked[1]} keys, its mask is made for {made[0]} and {made[1]}"
+    layer, made = (query.shape[2], key.shape[2]), tuple(mask.shape[2:])
+    text = f"the layer has {layer[0]} queries and {layer[1]} keys, its mask is made for {made[0]} and {made[1]}"
     raise UnsupportedAttentionError(
         f"{route.asked} can't serve {route.layer}",
         [Reason("attention_mask", text)],
@@ -231,8 +231,8 @@ def _refuse_lengths(route: Route, query: torch.Tensor, key: torch.Tensor, mask: 
 def _one_dtype(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Under autocast its dtype (RoPE brings q and k back to fp32 there), else the widest of the three. Autocast leaves
-    float64 alone."""
+    """The three in one dtype: under autocast that of autocast (RoPE casts q and k back to fp32 there; float64 is not
+    cast), else the widest of the three."""
     kind = query.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (query.dtype, key.dtype, value.dtype):
         dtype = torch.get_autocast_dtype(kind)

@@ -1,4 +1,4 @@
-"""``flex_attention``: what it serves and needs. Transformers runs it; axattn checks first."""
+"""``flex_attention``: what it serves and needs. Transformers runs it; axattn checks it first."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ CAPABILITY = dataclasses.replace(
     TORCH_KERNEL,
     softcap=True,
     sinks=True,
-    notes={"": "on a CPU forward only: no gradient, no attention sinks, no chunks, no decoding from a cache"},
+    notes={"": "on a CPU: no gradient, no attention sinks, no chunks, no decoding from a cache"},
 )
 ON_CPU = dataclasses.replace(CAPABILITY, sinks=False, chunk=False, gradient=False, cross_lengths=False)
-"""Torch 2.13's CPU kernel: backward raises NotImplementedError; fewer queries than keys, and chunks, are C++ errors.
+"""Torch 2.13's CPU kernel: backward raises NotImplementedError; fewer queries than keys and chunks are C++ errors.
 Transformers 5.23 raises for attention sinks."""
 
 
@@ -40,6 +40,6 @@ BACKENDS = (
         CAPABILITY,
         _probe,
         on=_capability,
-        patches=("compile room",),
+        patches=("recompile limit",),
     ),
 )

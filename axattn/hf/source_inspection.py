@@ -6,8 +6,8 @@ Only the text serves for what a layer would have to run for, or a whole model:
 
 - that fails closed, a text not understood being a no: ``guard.hands_positions_to_masks``, ``flash_guard``'s keywords of
   an attention module (packed rows are refused), ``recurrent`` (such a layer then counts as one that mixes tokens),
-  ``input_hooks.hands_on`` (an input hook more), ``input_hooks._planes`` (positions of that shape are refused),
-  ``entrance.wants_cache`` (a batch stays padded);
+  ``input_hooks.passes_inputs_on`` (an input hook more), ``input_hooks._planes`` (positions of that shape are refused),
+  ``forward_wrapper.wants_cache`` (a batch stays padded);
 - what attention layers do: ``numbering.counters``; which mask functions a model calls: ``flash_guard.contradictions``,
   ``flash_guard.overlays`` (both asked only on names that Transformers serves itself);
 - what is asked before there is a model: ``needs`` (each call is checked again by what it brings), ``classes``;

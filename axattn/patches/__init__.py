@@ -1,4 +1,4 @@
-"""Changes to a loaded model, each undone exactly: `PatchSet` and one file a patch."""
+"""Reversible changes to a loaded model: `PatchSet`, and one file per patch."""
 
 from axattn.patches.patchset import PatchSet
 

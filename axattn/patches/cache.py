@@ -1,4 +1,4 @@
-"""Patch: ``use_cache`` off on every config inside a model (Transformers' Trainer turns off the outermost only)."""
+"""Patch: ``use_cache=False`` on every config of a model (Transformers' Trainer sets it on the outermost only)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from axattn.traits.layer_needs import sub_configs
 
 
 def disable_cache(patches: PatchSet, model: torch.nn.Module) -> list[str]:
-    """Set ``use_cache = False`` on every config and generation config that has it on; returns the paths changed."""
+    """Set ``use_cache = False`` on every config and generation config where it is on; returns the changed paths."""
     changed = []
     for path, config in sub_configs(model.config):
         if getattr(config, "use_cache", False):

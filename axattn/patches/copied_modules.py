@@ -1,4 +1,4 @@
-"""What axattn did to a module goes with its copies (``copy.deepcopy`` of a layer): found and taken off after `undo`."""
+"""Copies of a patched module (``copy.deepcopy`` of a layer) carry axattn's changes: `undo` removes them there too."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from axattn.traits.layer_needs import sub_configs
 
 
 def undo(model: Any, state: State) -> None:
-    """Undo everything that was done to a model, on configs and modules too that came as copies since."""
-    came: dict[int, list[object]] = {}
+    """Undo every change to a model, also on configs and modules that were copied since."""
+    copied_configs: dict[int, list[object]] = {}
     copied = copies(model)
     path_of, known = paths_of(model, copied), {id(target) for target in state.patches.targets()}
     read = [*(copy.config for copy in copied), *(config for _, config in sub_configs(model.config))]
     for config in {id(config): config for config in read if id(config) not in known}.values():
         original = state.configs.get(path_of[id(config)])
         if original is not None:
-            came.setdefault(id(original), []).append(config)
-    state.patches.undo(came)
+            copied_configs.setdefault(id(original), []).append(config)
+    state.patches.undo(copied_configs)
     for module in _copied_modules(model):
         remove_hooks(module, _is_axattns)
         for name, value in list(vars(module).items()):
@@ -38,7 +38,7 @@ def undo(model: Any, state: State) -> None:
 
 
 def _copied_modules(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """A module and those inside it, but for models with a state of their own."""
+    """A module and its submodules, except models with their own `State`."""
     yield module
     for child in module.children():
         if ATTRIBUTE not in vars(child):
@@ -46,7 +46,7 @@ def _copied_modules(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _is_axattns(function: Any) -> bool:
-    """Whether a hook, or what stands in the place of a method, is axattn's."""
+    """Whether a hook or a replaced method is axattn's."""
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", function)

@@ -1,8 +1,8 @@
-"""Second derivatives (gradient penalties, Hessian-vector products): kernels that have none refuse them.
+"""Second derivatives (gradient penalties, Hessian-vector products): refused for kernels without one.
 
-Torch does not, in two ways that change a result in silence. Under ``create_graph=True`` a kernel's own backward gives
-gradients that nothing was recorded for; and the error of ``once_differentiable`` is never reached by
-``torch.autograd.grad(..., inputs)``, because it stands on no path to the inputs (torch 2.13).
+Torch does not refuse them, and gives wrong results in two ways (torch 2.13). Under ``create_graph=True`` a kernel's own
+backward returns gradients without a graph; and ``torch.autograd.grad(..., inputs)`` never reaches the error of
+``once_differentiable``, which is on no path to the inputs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.torch_internals import is_tracing
 
 
-def require_first(out: torch.Tensor, kernel: str) -> None:
-    """From here on a backward through `out`, the output of a kernel, raises where it is to be differentiated again.
+def refuse_second_gradient(out: torch.Tensor, kernel: str) -> None:
+    """Make a backward with ``create_graph=True`` through `out`, the output of a kernel, raise.
 
-    Nothing is done where no gradient is asked for, and inside compiled graphs, whose backward torch refuses to
-    differentiate.
+    Does nothing if `out` needs no gradient, and inside compiled graphs, whose backward torch refuses to differentiate.
     """
     if out.requires_grad and not is_tracing():
         out.register_hook(functools.partial(_refuse, kernel))  # type: ignore[no-untyped-call]  # torch's has no types
@@ -38,8 +37,8 @@ def _refuse(kernel: str, grad: torch.Tensor) -> None:
         )
 
 
-def require_first_of_module(kernel: str, module: torch.nn.Module, args: object, output: object) -> None:
-    """Forward hook of an attention module whose kernel Transformers calls: `require_first` of what it gives."""
+def refuse_second_gradient_of_module(kernel: str, module: torch.nn.Module, args: object, output: object) -> None:
+    """Forward hook of an attention module whose kernel Transformers calls: `refuse_second_gradient` for its output."""
     first = output[0] if isinstance(output, tuple) else output
     if isinstance(first, torch.Tensor):
-        require_first(first, kernel)
+        refuse_second_gradient(first, kernel)

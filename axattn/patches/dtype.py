@@ -1,7 +1,7 @@
-"""Patch: stray fp32 embeddings and norms brought to the dtype of the model's other weights.
+"""Patch: cast stray fp32 embeddings and norms to the dtype of the model's other weights.
 
 k-bit preparation (PEFT) and some checkpoints leave norms and embeddings in fp32, so that q and k reach a 16-bit kernel
-as fp32. Undo brings the dtype back, not the bits that rounding took.
+as fp32. Undo restores the dtype, not the bits lost to rounding.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def compute_dtype(model: torch.nn.Module) -> torch.dtype | None:
-    """The 16-bit dtype that most of the model's weights have (or that its quantised layers compute in), else None."""
+    """The 16-bit dtype of most of the model's weights (for quantised layers, their compute dtype), else None."""
     weight: Counter[torch.dtype] = Counter()
     for module in model.modules():
-        asked = getattr(module, "compute_dtype", None)  # bitsandbytes linears: their weights are bytes
+        quantised = getattr(module, "compute_dtype", None)  # bitsandbytes linears: their weights are integers
         for parameter in module.parameters(recurse=False):
             if not parameter.is_floating_point():
-                if isinstance(asked, torch.dtype):
-                    weight[asked] += parameter.numel()
+                if isinstance(quantised, torch.dtype):
+                    weight[quantised] += parameter.numel()
             else:
                 weight[parameter.dtype] += parameter.numel()
     if not weight:
@@ -37,9 +37,9 @@ def compute_dtype(model: torch.nn.Module) -> torch.dtype | None:
 
 
 def cast_stray_weights(patches: PatchSet, model: torch.nn.Module) -> list[str]:
-    """Cast fp32 embeddings (the output's too: it takes what the last norm gives) and norms to `compute_dtype`.
+    """Cast fp32 embeddings (the output's too, as its input comes from the last norm) and norms to `compute_dtype`.
 
-    An fp32 model stays as it is. Returns the names cast.
+    An fp32 model is not changed. Returns the names cast.
     """
     dtype = compute_dtype(model)
     if dtype is None:

@@ -1,4 +1,4 @@
-"""Transformers' one process-wide slot for flash functions: filled before weights load, put back when that fails."""
+"""Transformers' process-wide slot for flash functions: filled before weights load, restored if that fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from axattn.planning.plan import Plan
 from axattn.spec import names
 
 _KEYWORDS = {
-    # field of `Need` → the keywords of a kernel's function that Transformers passes it by
+    # field of `Need` → the keywords in which Transformers passes it to a kernel
     "window": ("window_size",),
     "softcap": ("softcap",),
     "sinks": ("s_aux", "learnable_sink"),
@@ -22,39 +22,39 @@ _KEYWORDS = {
 def preload(plan: Plan, *, allow_all_kernels: bool = False) -> None:
     """Import the flash and hub kernels of a plan, as Transformers would while it makes the model.
 
-    A failed import leaves Transformers' slot (5.17 to 5.23) named after the kernel that failed, with the functions of
-    the one before: the next attempt would run those under the wrong name. Here it is put back.
+    A failed import leaves Transformers' slot (5.17 to 5.23) with the name of the kernel that failed and the functions
+    of the previous one, which the next attempt would run under the wrong name. Here the slot is restored.
 
     Args:
-        plan: of a model.
-        allow_all_kernels: hub kernels of any publisher.
+        plan: plan of a model.
+        allow_all_kernels: allow hub kernels of any publisher.
 
     Raises:
         BackendUnavailableError: a kernel fails to import; its own error is the cause.
-        UnsupportedAttentionError: a hub kernel has no parameter for what a layer needs, which Transformers would drop.
+        UnsupportedAttentionError: a hub kernel lacks the parameter for a layer's need, which Transformers would drop.
     """
     seen = set()
     for path, name in plan.running.items():
         if name is not None and names.is_flash(name) and not name.startswith("paged|") and name not in seen:
             seen.add(name)
-            _fill(name, plan.loads.get(path), plan, allow_all_kernels)
+            _load(name, plan.loads.get(path), plan, allow_all_kernels)
     for source in dict.fromkeys(entry.chosen for entry in plan.layers if names.is_hub_sage(entry.chosen)):
         from axattn.backends import sage
 
         try:
             sage.load_hub(str(names.parse_hub_path(source)).removesuffix(":sageattn"), trust=allow_all_kernels)
-        except Exception as error:  # as above: code of others runs
+        except Exception as error:  # as above: it runs third-party code
             raise _failed(source, source, error) from error
 
 
-def _fill(name: str, kernel: str | None, plan: Plan, allow_all_kernels: bool) -> None:
-    """Load what runs under a flash name.
+def _load(name: str, kernel: str | None, plan: Plan, allow_all_kernels: bool) -> None:
+    """Load the kernel of a flash name into the slot.
 
     Args:
-        name: as Transformers is given it.
+        name: as passed to Transformers.
         kernel: the hub kernel that runs, with its revision; None for a library.
-        plan: of the model.
-        allow_all_kernels: hub kernels of any publisher.
+        plan: plan of the model.
+        allow_all_kernels: allow hub kernels of any publisher.
     """
     slot: Any = flash_slot()
     before = slot._loaded_implementation
@@ -103,7 +103,7 @@ def _require_keywords(name: str, kernel: str, function: Any, plan: Plan) -> None
             continue
         for feature, keywords in _KEYWORDS.items():
             if getattr(entry.layer.need, feature) and not any(keyword in parameters for keyword in keywords):
-                text = f"{kernel} takes no {' or '.join(keywords)}, and Transformers would drop {feature} in silence"
+                text = f"{kernel} takes no {' or '.join(keywords)}, so Transformers would drop {feature} silently"
                 reasons.append(Reason(feature, text))
     if reasons:
         raise UnsupportedAttentionError(

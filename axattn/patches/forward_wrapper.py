@@ -1,11 +1,11 @@
-"""Patch: an `ForwardWrapper` in the place of a model's ``forward``, for changes that need inputs and outputs together.
+"""Patch: a `ForwardWrapper` replaces a model's ``forward``, for changes that need inputs and outputs together.
 
-A hook would not do: PEFT calls ``model.forward`` itself, past every hook of the model.
+A hook is not enough: PEFT calls ``model.forward`` directly, which skips the model's hooks.
 
-Others put theirs in the place of ``forward`` too. Most of them call the one that was there (accelerate's autocast and
-its hooks for offloaded weights); TRL's trainers (1.16) and Liger's fused losses call the model inside instead, as does
-whoever computes a loss from hidden states. So a change around a whole model (`add_model_wrappers`) stands at every
-model inside as well, and holds for the outermost that is called.
+Other libraries replace ``forward`` too. Most call the previous one (accelerate's autocast and its hooks for offloaded
+weights); TRL's trainers (1.16), Liger's fused losses and other code that computes a loss from hidden states call the
+inner model instead. So a change around a whole model (`add_model_wrappers`) wraps every inner model as well, and
+applies once, in the outermost that is called.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from axattn.traits.token_mixers import text_model
 Forward = Callable[[dict[str, Any]], Any]
 Change = Callable[[torch.nn.Module, Forward, dict[str, Any]], Any]
 
-_KEPT = "_axattn_kept_entrances"
+_UNUSED = "_axattn_unused_wrappers"
 _CALL_ON = frozenset({"accelerate", "axattn", "deepspeed", "peft", "torch", "transformers"})
-"""Packages whose forwards in the place of a model's call the one that was there, with the inputs as they came."""
+"""Packages whose replacement of a ``forward`` calls the previous one with unchanged inputs."""
 
 
 class ForwardWrapper:
     """A model's ``forward`` with a change around it. Picklable and copyable with its model.
 
     Args:
-        model: whose ``forward`` it is.
+        model: the model.
         change: called with the model, its ``forward`` (which takes a dict of inputs) and the inputs by name; returns
-            the output. None once it is taken back: somebody else's ``forward`` may go on calling the entrance.
-        inner: the entrance that was there before, None for the class's own ``forward``.
+            the output. None once it is undone: another library's ``forward`` may still call this wrapper.
+        inner: the previous ``forward`` of the model, None for the class's own.
     """
 
     def __init__(self, model: torch.nn.Module, change: Change | None, inner: Any = None) -> None:
@@ -58,27 +58,27 @@ class ForwardWrapper:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """That of the ``forward`` inside: Trainer reads it to know which columns of a data set to keep."""
+        """The signature of the wrapped ``forward``, which Trainer reads to select the columns of a data set."""
         cls: Any = type(self.model)
         return inspect.signature(self.inner if self.inner is not None else cls.forward.__get__(self.model))
 
     @property
     def innermost(self) -> Any:
-        """What stood in the model's ``forward`` before all entrances, None for the class's own."""
+        """The model's ``forward`` inside all wrappers, None for the class's own."""
         return self.inner.innermost if isinstance(self.inner, ForwardWrapper) else self.inner
 
     def _run(self, inputs: dict[str, Any]) -> Any:
-        """The ``forward`` inside, on inputs by name."""
+        """Run the wrapped ``forward`` on inputs by name."""
         if self.inner is not None:
             return self.inner(**inputs)
         cls: Any = type(self.model)
-        # no bound method: after a graph break torch.compile makes one again by its name, and would find this entrance
+        # not a bound method: after a graph break torch.compile looks that up by name and would find this wrapper
         return cls.forward(self.model, **inputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's ``forward``."""
+        """Run in place of the model's ``forward``."""
         inputs = dict(kwargs)
-        if args and args[0] is self.model:  # bound to it once more: accelerate's unwrap_model(keep_fp32_wrapper=False)
+        if args and args[0] is self.model:  # bound twice: accelerate's unwrap_model(keep_fp32_wrapper=False)
             args = args[1:]
         if args:
             named = signature_of(self.model).bind_partial(self.model, *args).arguments
@@ -87,10 +87,10 @@ class ForwardWrapper:
 
 
 def wants_cache(model: Any, inputs: dict[str, Any]) -> bool:
-    """Whether a forward reads a cache, or its caller may go on from the one that it returns (whole, padded rows).
+    """Whether a forward reads a cache, or its caller may continue from the one that it returns (whole, padded rows).
 
-    Without a word (``use_cache``) the model's config decides; in training and with labels nobody goes on from it, and
-    encoders (BERT, whose config says ``use_cache`` all the same) return none.
+    Without a ``use_cache`` input the model's config decides. In training and with labels the returned cache is not
+    used, and encoders return none (BERT, whatever ``use_cache`` of its config says).
     """
     asked = inputs.get("use_cache")
     if caches_of(inputs):
@@ -102,7 +102,7 @@ def wants_cache(model: Any, inputs: dict[str, Any]) -> bool:
     forwards = (code_of(model).forward, code_of(model.base_model).forward)
     if not any(_takes_cache(forward) for forward in forwards):
         return False
-    # a forward may make that depend on a `config.is_decoder` that is False
+    # a forward may return a cache only if `config.is_decoder` is set
     is_decoder = bool(getattr(model.config, "is_decoder", False))
     return is_decoder or not any("is_decoder" in source_of(forward) for forward in forwards)
 
@@ -113,59 +113,59 @@ def _takes_cache(forward: Any) -> bool:
 
 
 class _Replicate:
-    """A model's ``_replicate_for_data_parallel``: each replica gets an `ForwardWrapper` of its own.
+    """A model's ``_replicate_for_data_parallel``: each replica gets its own `ForwardWrapper`.
 
-    ``nn.DataParallel``, which Trainer uses with several GPUs in one process, copies the original's, which would run the
-    original's weights. So it does with a ``forward`` that somebody else has put there.
+    ``nn.DataParallel``, which Trainer uses with several GPUs in one process, would copy the original's, which runs the
+    original's weights. A ``forward`` of another library is still copied.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
 
     def __call__(self) -> torch.nn.Module:
-        """A replica, still without its parameters."""
+        """A replica, not yet with its parameters."""
         cls: Any = type(self.model)
         replica: torch.nn.Module = cls._replicate_for_data_parallel(self.model)
-        entrance: Any = self.model.forward
-        if isinstance(entrance, ForwardWrapper):
-            replica.forward = entrance.of(replica)
+        wrapper: Any = self.model.forward
+        if isinstance(wrapper, ForwardWrapper):
+            replica.forward = wrapper.of(replica)
         return replica
 
 
-def add_entrance(patches: PatchSet, model: torch.nn.Module, change: Change) -> None:
+def add_wrapper(patches: PatchSet, model: torch.nn.Module, change: Change) -> None:
     """Put a change around a model's ``forward``.
 
-    Where somebody else's ``forward`` stands around an entrance that was taken back, that one is put to use again.
+    If another library's ``forward`` wraps a `ForwardWrapper` that was undone, that one is used again.
     """
     before = vars(model).get("forward")
-    kept: list[ForwardWrapper] = vars(model).pop(_KEPT, [])
-    if kept and before is not None:
-        entrance = kept.pop()
-        entrance.change = change
-        if kept:
-            vars(model)[_KEPT] = kept
+    unused: list[ForwardWrapper] = vars(model).pop(_UNUSED, [])
+    if unused and before is not None:
+        wrapper = unused.pop()
+        wrapper.change = change
+        if unused:
+            vars(model)[_UNUSED] = unused
     else:
-        entrance = ForwardWrapper(model, change, before)
-        patches.put_method(model, "forward", entrance)
+        wrapper = ForwardWrapper(model, change, before)
+        patches.put_method(model, "forward", wrapper)
         if not isinstance(before, ForwardWrapper):
             patches.set_attribute(model, "_replicate_for_data_parallel", _Replicate(model))
-    patches.add_undo(_take_back, model, entrance)
+    patches.add_undo(_undo_wrapper, model, wrapper)
 
 
 def changes_around(model: torch.nn.Module) -> list[Any]:
-    """The changes around a model's ``forward``, outermost first; not those inside of a ``forward`` of somebody else."""
-    found, entrance = [], vars(model).get("forward")
-    while isinstance(entrance, ForwardWrapper):
-        found.append(entrance.change)
-        entrance = entrance.inner
+    """The changes around a model's ``forward``, outermost first, up to a ``forward`` of another library."""
+    found, wrapper = [], vars(model).get("forward")
+    while isinstance(wrapper, ForwardWrapper):
+        found.append(wrapper.change)
+        wrapper = wrapper.inner
     return found
 
 
-def _take_back(model: torch.nn.Module, entrance: ForwardWrapper) -> None:
-    """Undo `add_entrance`: a ``forward`` that somebody has put around the entrance since goes on calling it."""
-    entrance.change = None
-    if vars(model).get("forward", entrance) is not entrance:
-        vars(model).setdefault(_KEPT, []).append(entrance)
+def _undo_wrapper(model: torch.nn.Module, wrapper: ForwardWrapper) -> None:
+    """Undo `add_wrapper`; a ``forward`` that another library has put around the wrapper since still calls it."""
+    wrapper.change = None
+    if vars(model).get("forward", wrapper) is not wrapper:
+        vars(model).setdefault(_UNUSED, []).append(wrapper)
 
 
 class WholeModel(Protocol):
@@ -175,15 +175,15 @@ class WholeModel(Protocol):
         """As for `Change`."""
 
     def missed(self, context: Context) -> str:
-        """What a forward of the model misses that this change is not around, "" for nothing. It uses no cache.
+        """What goes wrong in a forward of the model without this change and without a cache, "" for nothing.
 
         Args:
-            context: of that forward.
+            context: context of that forward.
         """
 
 
 class OncePerCall:
-    """A change around a whole model, which stands at every model inside too: the outermost that is called makes it."""
+    """A change around a whole model and every inner model, made once: in the outermost that is called."""
 
     def __init__(self, change: WholeModel) -> None:
         self.change = change
@@ -202,20 +202,20 @@ class OncePerCall:
             here.entered = before
 
     def require_entered(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model's first attention module: does its forward run inside of the change?
+        """Forward pre-hook of the model's first attention module: require that it runs inside the change.
 
         Raises:
-            UnsupportedAttentionError: something in the place of ``forward`` computes it in another way.
+            UnsupportedAttentionError: a replaced ``forward`` does not call the wrapped one.
         """
         if torch.compiler.is_compiling() or self in slot().entered:
             return
-        context = current()  # None in a layer by itself, or that runs again in a checkpoint
+        context = current()  # None for a layer called by itself or recomputed in a checkpoint
         caches = caches_of(kwargs)
-        if module.training:  # the model makes one where nobody turns it off, and nobody goes on from it
+        if module.training:  # by default the model makes an empty one, which is not used
             caches = [cache for cache in caches if cache_length(cache) > 0]
         missed = "" if context is None or caches else self.change.missed(context)
         if missed:
-            text = "something else stands in the place of the model's forward, and does not call the one that was there"
+            text = "another library has replaced the model's forward with one that does not call the previous one"
             advice = (
                 "Call axattn.apply (and axattn.sequence_parallel) on the model after whatever replaces its forward."
             )
@@ -223,14 +223,14 @@ class OncePerCall:
 
 
 def add_model_wrappers(patches: PatchSet, model: torch.nn.Module, change: WholeModel, *, at_head: bool) -> None:
-    """Put a change around a whole model, wherever it may be called from.
+    """Put a change around a whole model, whichever of its inner models is called.
 
     Args:
-        patches: takes it over.
+        patches: records the changes.
         model: a ``PreTrainedModel``.
-        change: to be made once for each call of the model, or of a model inside of it.
-        at_head: also around a ``forward`` that somebody has put in the place of the model's and that may mean something
-            else by its inputs (TRL's fused head); else the models inside have to do.
+        change: made once for each call of the model, or of an inner model.
+        at_head: also wrap a ``forward`` of another library, which may define its inputs differently (TRL's fused
+            head); else only the inner models are wrapped in that case.
     """
     from transformers import PreTrainedModel
 
@@ -239,7 +239,7 @@ def add_model_wrappers(patches: PatchSet, model: torch.nn.Module, change: WholeM
     for inner in models:
         replaced = inner is model and not packages_of(vars(inner).get("forward")) <= _CALL_ON
         if at_head or not replaced or len(models) == 1:
-            add_entrance(patches, inner, once)
+            add_wrapper(patches, inner, once)
     first = next((inner for inner in modules_of(text_model(model)) if calls_interface(type(inner))), None)
     if first is not None:
         patches.add_handle(first.register_forward_pre_hook(once.require_entered, with_kwargs=True))

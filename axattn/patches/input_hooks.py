@@ -1,5 +1,4 @@
-"""Patch: an input hook (see `axattn.documents.input_hook`) on every `PreTrainedModel` inside a model whose inputs no
-inner input hook sees."""
+"""Patch: an input hook (`axattn.documents.input_hook`) on each `PreTrainedModel` whose inputs no inner one reads."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from axattn.hf.source_inspection import code_of, tree_of
 from axattn.hf.trial import shared_skeletons
 from axattn.hf.weak_cache import weak_cache
 from axattn.machine.environment import Environment
-from axattn.patches.double_backward import require_first_of_module
+from axattn.patches.double_backward import refuse_second_gradient_of_module
 from axattn.patches.patchset import PatchSet
 from axattn.spec import names
 from axattn.spec.capability import Need, missing
@@ -37,23 +36,23 @@ def add_input_hooks(
 ) -> None:
     """Put an input hook on the model and on every ``PreTrainedModel`` inside it.
 
-    A head that hands its inputs unchanged to the one model inside it (``LlamaForCausalLM``) needs none of its own: two
-    hooks cost as much as the attention of a layer of a tiny model.
+    A head that passes its inputs unchanged to its one inner model (``LlamaForCausalLM``) needs none: two hooks cost as
+    much as the attention of a layer of a tiny model.
 
     Args:
-        patches: takes the hooks over.
+        patches: records the hooks.
         model: the model.
-        modules: every module inside it, itself included.
-        native: by ``id(config)``, the native name that Transformers serves there, None for our names.
+        modules: every module of it, itself included.
+        native: by ``id(config)``, the native name that Transformers serves there, None for an axattn backend.
 
     Raises:
-        UnsupportedAttentionError: Transformers' flash path would compute something else than the model's masks say.
+        UnsupportedAttentionError: Transformers' flash path would not compute what the model's masks define.
     """
     from transformers import PreTrainedModel
 
     for module in [m for m in modules if isinstance(m, PreTrainedModel)]:
         inside = [name for name, child in module.named_children() if isinstance(child, PreTrainedModel)]
-        if len(inside) == 1 and not reads_tokens(module) and hands_on(code_of(module).forward, inside[0]):
+        if len(inside) == 1 and not reads_tokens(module) and passes_inputs_on(code_of(module).forward, inside[0]):
             continue
         name = native.get(id(module.config), native.get(id(model.config)))
         reasons = contradictions(module) if name is not None and names.is_flash(name) else []
@@ -71,7 +70,7 @@ def add_input_hooks(
 
 
 def _first_attention(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The first attention module of a model; with its copies, one of which PEFT's ``modules_to_save`` runs instead."""
+    """The first attention module of a model, and the copies that PEFT's ``modules_to_save`` may run instead."""
     found = {name: module for name, module in named_modules(model) if is_attention(module)}
     first = next(iter(found), "")
     if not first.endswith(ORIGINAL):
@@ -80,43 +79,42 @@ def _first_attention(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [one for name, one in found.items() if name.startswith(wrapper)]
 
 
-def require_first_gradients(
+def refuse_second_gradients(
     patches: PatchSet, model: torch.nn.Module, modules: Iterable[torch.nn.Module], native: dict[int, str | None]
 ) -> None:
-    """Refuse second derivatives of kernels that Transformers calls and that have none; arguments as for
-    `add_input_hooks`.
+    """Refuse second derivatives for kernels that Transformers calls and that have none.
 
-    Of a name that somebody else has registered nothing is known, and nothing is said.
+    Arguments as for `add_input_hooks`. Names that another library has registered are not checked.
     """
     default = native.get(id(model.config))
     for module in modules:
         name = (native.get(id(getattr(module, "config", None)), default) or "").removeprefix("paged|")
         known = names.is_native(name) and is_attention(module)
         if known and not backends.get(name).capability.second_gradient:
-            hook = functools.partial(require_first_of_module, name)
+            hook = functools.partial(refuse_second_gradient_of_module, name)
             patches.add_handle(module.register_forward_hook(hook))
 
 
 def native_name(name: str | None, default: str | None) -> str | None:
-    """The native name that serves a config, None when one of our names does."""
+    """The native name that serves a config, None if an axattn backend does."""
     running = name or default
     return running if running is not None and running not in names.ours() else None
 
 
 def _nondeterministic(native: str) -> tuple[Reason, ...]:
-    """Why a flash kernel has no deterministic gradient on this machine, () where it has one."""
+    """Why a flash kernel has no deterministic gradient on this machine, () if it has one."""
     served = backends.get(native).capability_on(Environment.current())
     lacking = missing(Need(gradient=True, deterministic=True), served, native)
     return tuple(reason for reason in lacking if reason.feature == "deterministic")
 
 
 @weak_cache
-def hands_on(forward: Any, child: str) -> bool:
-    """Whether a ``forward`` method hands every input that an input hook reads on to ``self.<child>``, as it got them.
+def passes_inputs_on(forward: Any, child: str) -> bool:
+    """Whether a ``forward`` method passes every input that an input hook reads to ``self.<child>``, unchanged.
 
-    Read in its source: one call of the child, each such parameter passed by its own name, ``**kwargs`` passed on, none
-    of these names assigned anywhere, and the mask used for nothing else (a loss that balances experts multiplies by it,
-    and must not get numbers of documents). Unreadable source counts as no.
+    Read from its source: one call of the child, each such parameter passed by its own name, ``**kwargs`` passed on,
+    none of these names assigned, and no other use of the mask (a load-balancing loss multiplies by it, and must not get
+    document ids). False if the source can't be read.
     """
     function = tree_of(forward)
     if function is None:
@@ -130,6 +128,6 @@ def hands_on(forward: Any, child: str) -> bool:
     masked = [node for node in nodes if isinstance(node, ast.Name) and node.id == "attention_mask"]
     if not spread or len(calls) != 1 or calls[0].args or stored & {*read, *spread} or len(masked) > 1:
         return False
-    given = {kw.arg: kw.value.id for kw in calls[0].keywords if isinstance(kw.value, ast.Name)}
+    passed = {kw.arg: kw.value.id for kw in calls[0].keywords if isinstance(kw.value, ast.Name)}
     changed = any(f"{spread[0]}{how}" in ast.unparse(function) for how in (".pop(", ".update(", "[", ".setdefault("))
-    return not changed and given.get(None) == spread[0] and all(given.get(name) == name for name in read)
+    return not changed and passed.get(None) == spread[0] and all(passed.get(name) == name for name in read)

@@ -1,7 +1,7 @@
-"""Patch: a backward through attention that Transformers runs on a kernel without a gradient for it is refused.
+"""Patch: refuse backward through attention that Transformers runs on a kernel without a gradient for it.
 
-Whether a model is trained is not known when it is loaded, and a forward that merely could be differentiated is right:
-so the refusal is in backward, also where the kernel's output has no graph and gradients would vanish in silence.
+Whether a model will be trained is unknown at load, and a forward without backward is right: so backward raises, also if
+the kernel's output has no graph and gradients would silently be lost.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def require_gradients(
     """Put a hook on every attention module on a flash name whose kernel serves it in inference only.
 
     Args:
-        patches: takes the hooks over.
+        patches: records the hooks.
         modules: every module of the model.
-        path_of: as `axattn.traits.attention_configs.paths_of` has it.
-        plan: of the model; its kernels are loaded.
+        path_of: result of `axattn.traits.attention_configs.paths_of`.
+        plan: plan of the model, whose kernels are loaded.
     """
     layers = {(entry.layer.path, entry.layer.index): entry for entry in plan.layers}
     for module in modules:
@@ -60,7 +60,7 @@ def _reasons(entry: LayerPlan, path: str, plan: Plan) -> list[Reason]:
 def _refuse_backward(
     name: str, reasons: list[Reason], module: torch.nn.Module, args: Any, kwargs: Any, output: Any
 ) -> Any:
-    """Forward hook: the same output, through which a backward raises."""
+    """Forward hook: return the same output, with a backward that raises."""
     if not torch.is_grad_enabled():
         return output
     if is_tracing():
@@ -72,8 +72,8 @@ def _refuse_backward(
     anchor = next((x for x in (first, *given) if isinstance(x, torch.Tensor) and x.requires_grad), None)
     if anchor is None:
         return output
-    held = _Refused.apply(first, anchor, name, reasons)  # type: ignore[no-untyped-call]  # torch's apply has no types
-    return (held, *rest) if isinstance(output, tuple) else held
+    refused = _Refused.apply(first, anchor, name, reasons)  # type: ignore[no-untyped-call]  # torch's apply has no types
+    return (refused, *rest) if isinstance(output, tuple) else refused
 
 
 class _Refused(torch.autograd.Function):

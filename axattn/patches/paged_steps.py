@@ -1,7 +1,7 @@
-"""Patch: Transformers' continuous batching (``generate_batch``, TRL's GRPO with it) on a model whose kernel is ours.
+"""Patch: Transformers' continuous batching (``generate_batch``, also in TRL's GRPO) for models on an axattn backend.
 
-It accepts eager, sdpa and flash names only, whose attention functions read its paged cache, and it switches models to
-flash names by itself. So a model of ours runs its steps on such a name while a manager lasts, and on ours again after.
+It accepts only eager, sdpa and flash names, whose attention functions read its paged cache, and may switch a model to a
+flash name itself. So the model runs on such a name while a manager lasts, and then on its axattn backend again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from axattn.traits.attention_configs import copies
 from axattn.traits.layer_needs import sub_configs
 
 METHOD = "init_continuous_batching"
-"""The method of models by which everything that batches continuously gets its manager (Transformers 5.17 to 5.24)."""
+"""The model method that makes the manager of continuous batching (Transformers 5.17 to 5.24)."""
 _PAGED_EAGER = "paged|eager"
 
 
@@ -30,20 +30,20 @@ class _Start:
 
     Args:
         model: the model.
-        by_sdpa: Transformers' sdpa can serve all of its layers.
-        softcap: a layer caps its logits, which Transformers' paged eager attention does not.
+        sdpa_serves: whether Transformers' sdpa can serve all of its layers.
+        softcap: whether a layer has a softcap, which Transformers' paged eager attention drops.
     """
 
-    def __init__(self, model: torch.nn.Module, *, by_sdpa: bool, softcap: bool) -> None:
+    def __init__(self, model: torch.nn.Module, *, sdpa_serves: bool, softcap: bool) -> None:
         self.model = model
-        self.by_sdpa = by_sdpa
+        self.sdpa_serves = sdpa_serves
         self.softcap = softcap
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own method.
+        """Run in place of the model's own method.
 
         Raises:
-            UnsupportedAttentionError: no name that Transformers batches continuously computes what the model asks for.
+            UnsupportedAttentionError: no name that continuous batching accepts serves the model.
         """
         model: Any = self.model
         configs = {id(config): config for _, config in sub_configs(model.config)}
@@ -51,7 +51,7 @@ class _Start:
         before = [(config, getattr(config, CONFIG_NAME, None)) for config in configs.values()]
         for config, name in before:
             if name in names.ours():
-                setattr(config, CONFIG_NAME, "sdpa" if self.by_sdpa else "eager")
+                setattr(config, CONFIG_NAME, "sdpa" if self.sdpa_serves else "eager")
         try:
             manager = getattr(type(model), METHOD)(model, *args, **kwargs)
             self._require_softcap()
@@ -71,12 +71,12 @@ class _Start:
                         "softcap", "Transformers' paged eager attention drops the softcap of its layers, sdpa has none"
                     )
                 ],
-                "Install flash-attn, to which it then switches, or use model.generate, which runs on any kernel.",
+                "Install flash-attn, which it then uses, or use model.generate, which runs on any kernel.",
             )
 
 
 class _Stop:
-    """A manager's ``stop``, after which the model runs on the names that it had before."""
+    """A manager's ``stop``, which also restores the model's names."""
 
     def __init__(self, manager: Any, start: _Start, before: list[tuple[Any, Any]]) -> None:
         self.manager = manager
@@ -84,11 +84,11 @@ class _Stop:
         self.before = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the manager's own method."""
+        """Run in place of the manager's own method."""
         try:
             return type(self.manager).stop(self.manager, *args, **kwargs)
         finally:
-            if vars(self.start.model).get(METHOD) is self.start:  # not put on another kernel since
+            if vars(self.start.model).get(METHOD) is self.start:  # not restored or put on another kernel since
                 _put(self.before)
 
 
@@ -98,11 +98,11 @@ def _put(names: list[tuple[Any, Any]]) -> None:
 
 
 def add_paged_steps(patches: PatchSet, model: torch.nn.Module, plan: Plan) -> None:
-    """Let a model batch continuously, whatever name it runs on."""
+    """Make continuous batching work on a model, whatever name it runs on."""
     if not hasattr(type(model), METHOD):
         return
     sdpa = backends.get("sdpa").capability
     needs = [entry.layer.need for entry in plan.layers]
-    by_sdpa = supports(type(model), "sdpa") and not any(missing(need, sdpa) for need in needs)
+    sdpa_serves = supports(type(model), "sdpa") and not any(missing(need, sdpa) for need in needs)
     softcap = any(need.softcap for need in needs)
-    patches.set_attribute(model, METHOD, _Start(model, by_sdpa=by_sdpa, softcap=softcap))
+    patches.set_attribute(model, METHOD, _Start(model, sdpa_serves=sdpa_serves, softcap=softcap))

@@ -1,4 +1,4 @@
-"""`PatchSet`: a list of changes to objects, undone last in first out to the exact prior values."""
+"""`PatchSet`: a list of changes to objects, undone last in, first out, to the exact prior values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class _Absent(enum.Enum):
-    """Marks an attribute that was not there; an enum member stays itself through copies and pickles."""
+    """Marks a missing attribute; an enum member keeps its identity in copies and pickles."""
 
     ABSENT = 0
 
@@ -27,13 +27,13 @@ class PatchSet:
         return len(self._undo)
 
     def set_attribute(self, target: object, name: str, value: Any, *, must_exist: bool = False) -> None:
-        """Set an attribute of `target` itself and remember what was there.
+        """Set an attribute of `target` itself and record the old value.
 
         Args:
             target: the object.
             name: attribute.
             value: new value.
-            must_exist: refuse to add an attribute that `target` does not have.
+            must_exist: raise if `target` does not have the attribute.
 
         Raises:
             AttributeError: `must_exist`, and `target` has no such attribute.
@@ -45,17 +45,17 @@ class PatchSet:
         setattr(target, name, value)
 
     def put_method(self, target: object, name: str, value: Any) -> None:
-        """As `set_attribute`; but what others have put there since stays when this is undone: it may call `value`."""
+        """As `set_attribute`, but undo keeps a value that another library has set since, as it may call `value`."""
         old = vars(target).get(name, _Absent.ABSENT)
         self._undo.append(("method", target, name, (value, old)))
         setattr(target, name, value)
 
     def add_handle(self, handle: Any) -> None:
-        """Take over a handle (of a hook): `undo` calls its ``remove()``."""
+        """Record a handle (of a hook): `undo` calls its ``remove()``."""
         self._undo.append(("handle", handle, None, None))
 
     def add_undo(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Take over a change made elsewhere: `undo` calls ``function(*arguments)`` (module-level, so it pickles)."""
+        """Record a change made elsewhere: `undo` calls ``function(*arguments)`` (module-level, so it pickles)."""
         self._undo.append(("call", function, arguments, None))
 
     def targets(self) -> list[object]:
@@ -63,14 +63,14 @@ class PatchSet:
         return [target for kind, target, _, _ in self._undo if kind == "attribute"]
 
     def undo(self, copies: Mapping[int, Sequence[object]] | None = None) -> None:
-        """Undo everything, last first. Idempotent. An undo that fails does not keep the others from running.
+        """Undo everything, last first. Idempotent. If one undo fails, the others still run.
 
         Args:
-            copies: by ``id``, copies of a target that were made since: an attribute goes back on them too where it is
-                still what it is on the target.
+            copies: copies of a target that were made since, by its ``id``: an attribute is restored on them too if it
+                still equals that of the target.
 
         Raises:
-            ExceptionGroup: with every error met.
+            ExceptionGroup: with every error.
         """
         errors: list[Exception] = []
         while self._undo:
@@ -89,7 +89,7 @@ class PatchSet:
                     alike = [one for one in (copies or {}).get(id(target), ()) if _has(one, name, changed)]
                     for one in (target, *alike):
                         _put_back(one, name, old)
-            except Exception as error:  # gathered and raised below
+            except Exception as error:  # collected and raised below
                 errors.append(error)
         if errors:
             raise ExceptionGroup("some patches could not be undone", errors)
@@ -98,7 +98,7 @@ class PatchSet:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Roll back when the block raised; keep the changes otherwise."""
+        """Roll back if the block raised; keep the changes otherwise."""
         if kind is not None:
             self.undo()
 

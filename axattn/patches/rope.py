@@ -1,4 +1,4 @@
-"""Patch: LongRoPE in packed rows, where each document takes the factors that it would take alone."""
+"""Patch: LongRoPE in packed rows, where each document gets the factors that it would get alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from axattn.traits import dynamic_rope
 
 
 def add_rope_by_document(patches: PatchSet, model: torch.nn.Module) -> None:
-    """Hook the rotary embeddings of a model that compute LongRoPE.
+    """Put a hook on the LongRoPE embeddings of a model.
 
     Args:
-        patches: takes the hooks over.
+        patches: records the hooks.
         model: the whole model.
     """
     for module in dynamic_rope.longropes(model):
@@ -23,11 +23,11 @@ def add_rope_by_document(patches: PatchSet, model: torch.nn.Module) -> None:
 
 
 def _by_document(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a rotary embedding: ``cos`` and ``sin`` ``[B, S, D]``, each document's by its highest position.
+    """Forward hook of a rotary embedding: ``cos`` and ``sin`` ``[B, S, D]``, by the highest position of each document.
 
-    The module chooses by the highest position that it is given, for all: it is asked once more, with positions that are
-    short. (Whether any is not would be read on the host.) Rows without padding (``unpad=True``) stay as they are: there
-    the padded batch is what they have to equal.
+    The module chooses one set by the highest position of the batch, so it runs once more with positions clamped to the
+    short range (always: a check would need the host). Unpadded rows (``unpad=True``) are not changed, because they must
+    equal the padded batch.
     """
     context = current()
     segments = None if context is None or slot().known_documents is not None else context.documents

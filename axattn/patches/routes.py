@@ -26,14 +26,14 @@ def set_names(
     *,
     allow_all_kernels: bool = False,
 ) -> None:
-    """Put the plan's names into the model's configs; native ones through Transformers' own checked setter.
+    """Write the plan's names into the model's configs; native ones through Transformers' own checked setter.
 
-    Each copy of a config (`axattn.traits.attention_configs.copies`) follows what it is a copy of.
+    Each copy of a config (`axattn.traits.attention_configs.copies`) gets the name of its original.
     """
     configs = dict(sub_configs(model.config))
     copies = {id(copy.config): copy for copy in copied}
     for config in (*configs.values(), *(copy.config for copy in copies.values())):
-        # the name itself does not change here: this remembers it, before Transformers' setter changes it unseen
+        # does not change the name: it records it for undo, before Transformers' setter changes it
         patches.set_attribute(config, CONFIG_NAME, getattr(config, CONFIG_NAME, None))
     native = {p: n for p, n in plan.running.items() if n is not None and names.is_native(n)}
     if any(configs[path]._attn_implementation != name for path, name in native.items()):
@@ -52,10 +52,10 @@ def add_routes(patches: PatchSet, modules: dict[str, torch.nn.Module], path_of: 
     """Put a `Route` on every attention module whose config runs on an axattn backend.
 
     Args:
-        patches: takes the changes over.
+        patches: records the changes.
         modules: every module of the model, by name.
-        path_of: as `axattn.traits.attention_configs.paths_of` has it.
-        plan: of the model.
+        path_of: result of `axattn.traits.attention_configs.paths_of`.
+        plan: plan of the model.
     """
     chosen = {(entry.layer.path, entry.layer.index): entry.chosen for entry in plan.layers}
     for name, module in modules.items():

@@ -1,4 +1,4 @@
-"""What axattn keeps on a model it has changed: the plan, the patches, and how to find them again under wrappers."""
+"""The state that axattn stores on a patched model (plan, patches), and how to find it under wrappers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class State:
     """Everything axattn did to one model.
 
     Attributes:
-        plan: what runs where; None when the model was only prepared for training.
+        plan: the model's plan; None if the model was only prepared for training.
         patches: what `axattn.restore` undoes.
         value: the names asked for, to apply them again after `axattn.using`.
-        allow_all_kernels: as given.
-        unpad: as given.
-        later: what else was done to the model (`prepare_for_training`, `sequence_parallel`): `apply` and `using` do it
-            again after a new plan. Picklable and copyable like the model.
+        allow_all_kernels: as passed by the user.
+        unpad: as passed by the user.
+        later: further changes to the model (`prepare_for_training`, `sequence_parallel`), which `apply` and `using`
+            repeat after a new plan. Picklable and copyable like the model.
         configs: the model's configs when it was changed, by path.
     """
 
@@ -45,7 +45,7 @@ def transformers_model(model: torch.nn.Module) -> torch.nn.Module:
     """The outermost ``PreTrainedModel`` inside `model` (PEFT, DDP and compile wrap it).
 
     Raises:
-        InvalidInputError: there is none, or `model` is no model at all.
+        InvalidInputError: there is none, or `model` is not a module.
     """
     from transformers import PreTrainedModel
 
@@ -60,18 +60,18 @@ def transformers_model(model: torch.nn.Module) -> torch.nn.Module:
     found = next((inner for inner in modules_of(model) if isinstance(inner, PreTrainedModel)), None)
     if found is None:
         text = f"{type(model).__name__} holds no Transformers model"
-        raise InvalidInputError(text, advice="axattn works on Transformers models, also inside of wrappers.")
+        raise InvalidInputError(text, advice="axattn works on Transformers models, also inside wrappers.")
     return cast(torch.nn.Module, found)
 
 
 def state_of(model: torch.nn.Module) -> State | None:
-    """The state of a model, None when axattn has not touched it."""
+    """The state of a model, None if axattn has not changed it."""
     state: State | None = vars(transformers_model(model)).get(ATTRIBUTE)
     return state
 
 
 def ensure_state(model: torch.nn.Module) -> State:
-    """The state of a model, made now if there is none."""
+    """The state of a model, created if there is none."""
     base = transformers_model(model)
     state = state_of(base)
     if state is None:

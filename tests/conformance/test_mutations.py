@@ -142,7 +142,7 @@ def the_model_gets_the_numbers_of_its_documents(patch: Patch) -> None:
 
 @fault("auto", "qwen3_next", "packed, many rows")
 def a_state_runs_on_into_the_next_document(patch: Patch) -> None:
-    patch.setattr(recurrent._HandOn, "_documents", lambda *given: [None])
+    patch.setattr(recurrent._DocumentMaskHook, "_documents", lambda *given: [None])
 
 
 @fault("auto", "qwen3_next", "packed gradients")

@@ -14,7 +14,7 @@ import axattn
 from axattn.documents import forward_context, native_guard
 from axattn.documents.boundaries import Segments
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
-from axattn.patches.input_hooks import hands_on
+from axattn.patches.input_hooks import passes_inputs_on
 from tests.models import alone, build, positions, tokens
 
 PACKED = {"position_ids": positions((4, 6))}
@@ -314,7 +314,7 @@ def test_a_copied_model_keeps_its_documents_apart_and_is_restored_by_itself(clon
     ],
 )
 def test_a_head_that_hands_all_its_inputs_on_is_read_from_its_source(cls: str, answer: bool) -> None:
-    assert hands_on(getattr(tf, cls).forward, "model") is answer
+    assert passes_inputs_on(getattr(tf, cls).forward, "model") is answer
 
 
 def keeps_positions(self: Any, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
@@ -341,7 +341,7 @@ def calls_twice(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("forward", [keeps_positions, changes_a_mask, drops_keywords, takes_one_out, calls_twice])
 def test_a_head_that_keeps_or_changes_an_input_gets_a_door_of_its_own(forward: Any) -> None:
-    assert hands_on(forward, "model") is False
+    assert passes_inputs_on(forward, "model") is False
 
 
 def test_a_model_and_its_head_have_one_door_between_them() -> None:

@@ -93,7 +93,7 @@ def test_a_checkpoint_that_keeps_nothing_is_refused() -> None:
     """Zamba's layers are given nothing by keyword that lasts."""
     model = axattn.apply(made("zamba"), "auto").train()
     torchs.apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, GradientCheckpointingLayer))
-    with pytest.raises(UnsupportedAttentionError, match="its documents are not known"):
+    with pytest.raises(UnsupportedAttentionError, match="its documents are unknown"):
         together(model, ROWS, position_ids=ROWS.positions)
 
 
@@ -149,7 +149,7 @@ def test_compiled_rows_are_right_or_refused(part: str) -> None:
 
 @torch.no_grad()
 def test_documents_that_do_not_reach_a_layer_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch._HandOn, "_documents", lambda *given: [])
+    monkeypatch.setattr(patch._DocumentMaskHook, "_documents", lambda *given: [])
     model = axattn.apply(made("qwen3_next"), "auto")
     with pytest.raises(UnsupportedAttentionError, match="did not reach it"):
         model(tokens(1, 10), position_ids=positions((4, 6)), use_cache=False)
