@@ -1,4 +1,4 @@
-"""The one attention function that Transformers calls: what a call asks for, which backend serves it, and registration.
+"""The attention function that Transformers calls: reads a call, dispatches it to a backend; and its registration.
 
-No kernel lives here (`axattn.backends`), and no plan is made here (`axattn.planning`).
+Kernels are in `axattn.backends`, plans in `axattn.planning`.
 """

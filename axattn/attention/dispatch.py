@@ -1,4 +1,4 @@
-"""Which kernel serves a call: what the call asks for, and the route's first kernel that covers it, remembered."""
+"""Dispatch of a call: what it needs, and the route's first kernel that serves it, cached."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
     """The backend of a call.
 
     Args:
-        route: of the attention module; it remembers decisions by kind of call.
+        route: route of the attention module; it caches decisions by kind of call.
         call: the call.
-        sparse: it carries sparse indices.
+        sparse: whether it has sparse indices.
 
     Raises:
-        UnsupportedAttentionError: no kernel of the route serves it, or nobody knows what it means.
+        UnsupportedAttentionError: no kernel of the route serves it, or its meaning is ambiguous.
     """
     query, key, value, mask = call.query, call.key, call.value, call.mask
     window = call.window
@@ -40,9 +40,9 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
             raise UnsupportedAttentionError(
                 f"{route.asked} can't serve {route.layer}",
                 [Reason("causal", f"causal attention of {query.shape[2]} queries over {key.shape[2]} keys, no mask")],
-                "Transformers' own kernels disagree on what that means; pass an attention mask.",
+                "Transformers' own kernels align it differently; pass an attention mask.",
             )
-    if is_tracing():  # a memo read while tracing would be a guard, and each call a new graph
+    if is_tracing():  # a cache read while tracing would become a guard, and each call a new graph
         return route.choose(need_of(call, sparse, kind))
     gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     fingerprint = (
@@ -53,7 +53,7 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
         value.shape[-1],
         query.shape[2] == key.shape[2],
         query.shape[2] == 1,
-        window is not None and window < key.shape[2],  # a longer window is none: `need_of`
+        window is not None and window < key.shape[2],  # a longer window has no effect: `need_of`
         query.dtype,
         query.device.type,
         call.causal,
@@ -78,12 +78,12 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
 
 
 def need_of(call: AttentionCall, sparse: bool, signature: Any) -> Need:
-    """What a call asks of a kernel.
+    """What a call needs from a kernel.
 
     Args:
         call: the call.
-        sparse: it carries sparse indices.
-        signature: of its `LazyMask`, where it has one.
+        sparse: whether it has sparse indices.
+        signature: signature of its `LazyMask`, if it has one.
     """
     query, key, value, mask = call.query, call.key, call.value, call.mask
     causal, window, chunk, dense = call.causal and query.shape[2] > 1, call.window, None, False
@@ -116,7 +116,7 @@ def need_of(call: AttentionCall, sparse: bool, signature: Any) -> Need:
         non_contiguous_padding=non_contiguous_padding,
         segments=segments,
         traced=isinstance(mask, LazyMask) and is_tracing() and mask.as_flag is None,
-        cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # a symbol while tracing
+        cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # symbolic while tracing
         gradient=gradient,
         deterministic=gradient and determinism.asked(call.extras.get("deterministic")),
         dtype=str(query.dtype).removeprefix("torch."),
@@ -125,8 +125,8 @@ def need_of(call: AttentionCall, sparse: bool, signature: Any) -> Need:
 
 
 def _warn_if_lacking(backend: Backend, capability: Capability, need: Need) -> None:
-    """Warn, as torch does with ``warn_only=True``, of a kernel that has no deterministic gradient."""
+    """Warn about a kernel without a deterministic gradient, as torch does with ``warn_only=True``."""
     if need.gradient and not need.deterministic and torch.are_deterministic_algorithms_enabled():
         for reason in missing(replace(need, deterministic=True), capability, backend.name):
-            if reason.feature == "deterministic":  # once for each text: Python's own filter
+            if reason.feature == "deterministic":  # Python's filter shows each text once
                 warnings.warn(f"axattn: {reason.text}", UserWarning, stacklevel=2)

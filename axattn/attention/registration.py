@@ -1,10 +1,10 @@
-"""The only place that writes to Transformers' registries: adds our names, replaces no foreign one, undoes exactly.
+"""The only module that writes to Transformers' registries: it adds axattn's backends, replaces no name of another
+package, and can undo this.
 
-A name under which another package has put a function is that package's as a whole, attention and mask. Importing axattn
-says nothing about it; loading a model on that name raises (`axattn.hf.registries`, which also looks at every forward).
-
-``import axattn`` imports this file, so it imports nothing itself that is not needed to wait for Transformers.
-``AXATTN_AUTO_REGISTER=0`` in the environment: nothing is registered before `register` or the first load through axattn.
+If another package has registered a function under a name, axattn leaves the whole name, attention and mask, to it.
+``import axattn`` does not warn of it; loading a model on that name raises (`axattn.hf.registries`, which also checks
+every forward). This file is part of ``import axattn``, so it imports only what it needs to wait for Transformers.
+With ``AXATTN_AUTO_REGISTER=0`` nothing is registered before `register` or the first load through axattn.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ own_functions.load = _functions
 
 
 def register() -> None:
-    """Register our names now. Imports Transformers. Idempotent.
+    """Register axattn's backends now. Imports Transformers. Idempotent.
 
     Raises:
-        RegistrationError: another package holds some of our names; all others are registered.
+        RegistrationError: another package holds some of their names; all others are registered.
     """
     held = register_free()
     if held:
@@ -54,19 +54,19 @@ def register() -> None:
 
 
 def register_free() -> list[Reason]:
-    """Register those of our names that no other package holds, and return who holds the others.
+    """Register axattn's backends whose names are free; return the reasons for the others.
 
-    A name that another package has taken since is given up, so that no half of it is ours.
+    If another package has taken a name since, axattn removes its half of it.
     """
-    global _active  # noqa: PLW0603  # one registry a process, as Transformers has it
+    global _active  # noqa: PLW0603  # one registry per process, as in Transformers
     from axattn.hf import registries
 
-    ours = registries.ours()
+    backends = registries.ours()
     tables = [interface._global_mapping for interface in registries.interfaces()]
     held: list[Reason] = []
-    with _lock:  # nothing is imported under it: another thread may hold that import, and wait for this lock in it
+    with _lock:  # import nothing under this lock: a thread that holds the import lock may wait for it
         _active = True
-        for name, functions in ours.items():
+        for name, functions in backends.items():
             reasons = registries.foreign(name)
             held += reasons
             for table, function in zip(tables, functions, strict=True):
@@ -78,7 +78,7 @@ def register_free() -> list[Reason]:
 
 
 def unregister() -> None:
-    """Take our names out of Transformers' registries, and only ours; what was there before is there again."""
+    """Remove axattn's backends, and nothing else, from Transformers' registries."""
     global _active, _waiting  # noqa: PLW0603
     _waiting = False
     if not _active:
@@ -96,7 +96,7 @@ def unregister() -> None:
 
 
 def registered() -> bool:
-    """Whether those of our names that no other package holds are in Transformers' registries."""
+    """Whether axattn's backends whose names are free are in Transformers' registries."""
     if not _active:
         return False
     from axattn.hf import registries
@@ -106,9 +106,9 @@ def registered() -> bool:
 
 
 def register_when_imported() -> None:
-    """Register what is free: at once if ``transformers.modeling_utils`` is imported, else as soon as it is.
+    """Register the free names: now if ``transformers.modeling_utils`` is imported, else as soon as it is.
 
-    It may be called in the middle of that import (as an entry point of ``torch.backends``, say), and raises nothing.
+    May be called during that import (as an entry point of ``torch.backends``, for example), and raises nothing.
     Does nothing under ``AXATTN_AUTO_REGISTER=0``.
     """
     global _waiting  # noqa: PLW0603
@@ -119,7 +119,7 @@ def register_when_imported() -> None:
 
 
 def _register_if_wanted() -> None:
-    """Unless `unregister` was called before Transformers came."""
+    """Register, unless `unregister` was called before Transformers was imported."""
     global _waiting  # noqa: PLW0603
     if _waiting:
         _waiting = False

@@ -1,4 +1,4 @@
-"""The functions that stand in Transformers' registries: one attention function a name, one mask function for all."""
+"""The functions in Transformers' registries: an attention function per axattn backend, one mask function for all."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from axattn.spec import names
 
 
 def mask_function(config: Any = None, **keywords: Any) -> LazyMask | None:
-    """`lazy_mask`; None, as if no mask function were registered, where another package's attention function gets it.
+    """`lazy_mask`; None, as without a registered mask function, if another package's attention function runs.
 
-    A model with an input hook is refused there (`axattn.hf.registries.require_registered`).
+    A model with an input hook is refused in that case (`axattn.hf.registries.require_registered`).
     """
     if config is not None and current() is None and not attends(config):
         return None
@@ -26,4 +26,4 @@ def mask_function(config: Any = None, **keywords: Any) -> LazyMask | None:
 FUNCTIONS: dict[str, tuple[functools.partial[Any], Any]] = {
     name: (functools.partial(attend, name), mask_function) for name in names.ours()
 }
-"""Name of ours → attention function, mask function."""
+"""axattn backend → attention function, mask function."""

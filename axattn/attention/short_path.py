@@ -1,9 +1,8 @@
-"""The short path of a call: where one call of ``F.scaled_dot_product_attention`` is all that a route's backend would
-do.
+"""The short path of a call whose backend would only call ``F.scaled_dot_product_attention``.
 
-The first layer of a model goes the long way (`axattn.attention.interface`) and leaves a note on the mask; layers with
-the same candidates, of this model or another, read it. Masks of whole rows are shared by all models of a process, so a
-note belongs to the candidates, not to the mask alone.
+The first layer of a model takes the long path (`axattn.attention.interface`) and stores a note on the mask; layers with
+the same candidates, of this model or another, read it. All models of a process share the masks of whole rows, so notes
+are stored by candidates.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ _sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
 class Note(NamedTuple):
-    """What a layer leaves on a mask.
+    """What the long path stores on a mask.
 
     Attributes:
-        shapes: of query, key and value.
-        dtype: of all three.
-        served: the backend.
+        shapes: shapes of query, key and value.
+        dtype: dtype of all three.
+        served: name of the backend.
         kernel: takes query, key, value ``[B, H, S, D]`` and ``scale``; returns ``[B, H, S, Dv]``.
     """
 
@@ -39,7 +38,7 @@ class Note(NamedTuple):
 
 
 def key_of(mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...] | None:
-    """What decides which backend serves a call of whole rows; None for other calls, and while dtypes are mixed."""
+    """Everything that selects the backend for a call of whole rows; None for other calls and mixed dtypes."""
     if not mask.guarded or mask.as_flag is None or not query.dtype == key.dtype == value.dtype:
         return None
     device, q, k = query.device, query.shape, key.shape
@@ -51,7 +50,7 @@ def key_of(mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.
 def note_of(
     route: Route, short_key: tuple[Any, ...] | None, mask: LazyMask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> Note | None:
-    """Leave a note on `mask` where the long way has found a backend for `short_key`; None where it has not."""
+    """Store a note on `mask` if the long path has found a backend for `short_key`, else None."""
     served = route.short.get(short_key)
     if served is None:
         return None
@@ -61,8 +60,8 @@ def note_of(
 
 def _kernel(mask: LazyMask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[..., torch.Tensor]:
     causal, single, grouped = mask.as_flag == "causal", q.shape[2] == 1, q.shape[1] != k.shape[1]
-    # the note outlives this forward, and a checkpoint's that runs without gradients at first
-    apart = avoids_cudnn(q.device, k.shape[2], masked=False, single=single, causal=causal, training=True)
-    if apart or (grouped and (single or not takes_grouped_heads(q, k, v, None, 0.0, causal))):
+    # training=True: the note outlives this forward, and a checkpoint's first run has no gradients
+    avoid_cudnn = avoids_cudnn(q.device, k.shape[2], masked=False, single=single, causal=causal, training=True)
+    if avoid_cudnn or (grouped and (single or not takes_grouped_heads(q, k, v, None, 0.0, causal))):
         return functools.partial(attention, mask=None, dropout=0.0, causal=causal)
     return functools.partial(_sdpa, is_causal=causal, enable_gqa=grouped)

@@ -1,1 +1,1 @@
-"""``unpad=True``: padded batches run as one packed row. The row's documents are known to `axattn.documents`."""
+"""``unpad=True``: padded batches run as one packed row, whose documents `axattn.documents` handles."""

@@ -1,7 +1,7 @@
 """``unpad=True``: a padded batch runs as one packed row of its real tokens through the whole model.
 
-Padding is taken out at the model's input hook and put back at its exit: not attention alone, every layer does without
-it.
+Padding is removed from the model's inputs and put back into its outputs, so every layer runs without it, not only
+attention.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from axattn.unpadding.pooler import add_whole_rows
 
 
 def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
-    """Every reason why a model's batches can't be unpadded; empty when they can."""
+    """Every reason why a model's batches can't be unpadded; empty if they can."""
     needs = [entry.layer.need for entry in decided.layers]
     reasons = row_forms.reasons_against(model, "unpadded", needs, tuple(decided.running.values()))
-    ours = dict.fromkeys(name for name in decided.running.values() if name in names.ours() and name != "auto")
+    own = dict.fromkeys(name for name in decided.running.values() if name in names.ours() and name != "auto")
     return [
         *reasons,
-        *(Reason("segments", f"{name} does not pack") for name in ours if not backends.get(name).capability.segments),
+        *(Reason("segments", f"{name} does not pack") for name in own if not backends.get(name).capability.segments),
     ]
 
 
 def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> None:
-    """Take padding out of every batch of a model.
+    """Unpad every batch of a model.
 
     Raises:
-        UnsupportedAttentionError: its batches can't be flattened; with every reason.
+        UnsupportedAttentionError: its batches can't be unpadded; with every reason.
     """
     reasons = reasons_against(model, decided)
     if reasons:
@@ -65,12 +65,12 @@ def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> N
 
 
 class Unpad:
-    """The change around a model's ``forward``: its real tokens in as one row, whole padded rows out.
+    """The change around a model's ``forward``: runs its real tokens as one row, and returns padded rows.
 
     Args:
-        limits: lengths from which its rotary frequencies follow the longest row (`axattn.traits.dynamic_rope`).
-        rope_scaling_threshold: the one from which they follow every step of its length, None for none.
-        reads_first: the first token of each padded row is read, by a head or a pooler.
+        limits: lengths above which its rotary frequencies depend on the longest row (`axattn.traits.dynamic_rope`).
+        rope_scaling_threshold: the length above which they change with every length, None for none.
+        reads_first: whether a head or a pooler reads the first token of each padded row.
     """
 
     def __init__(self, limits: list[int], rope_scaling_threshold: int | None, reads_first: bool) -> None:
@@ -78,12 +78,11 @@ class Unpad:
         self.limits = limits
         self.rope_scaling_threshold = rope_scaling_threshold
         self.reads_first = reads_first
-        self.looked = False
+        self.hooks_checked = False
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
-        """Run one forward; returns the model's output. Batches without padding, those where something reads padding,
-        and those that read a cache or whose caller may go on from theirs, run as they are; so does everything inside a
-        compiled graph."""
+        """Run one forward; returns the model's output. Batches run padded if they have no padding, if part of the model
+        reads it, if they read a cache or return one that the caller may use, and inside a compiled graph."""
         mask, around = inputs.get("attention_mask"), current()
         if (
             not isinstance(mask, torch.Tensor)
@@ -101,9 +100,9 @@ class Unpad:
             return forward(inputs)
         require_ours(self.traits, model)
         _require_known(model, inputs)
-        if not self.looked:
-            self.looked = True
-            _say_what_hooks_see(model)
+        if not self.hooks_checked:
+            self.hooks_checked = True
+            _warn_of_hooks(model)
         rows, length = mask.shape
         unpadded = UnpaddedBatch(keep, rows, length)
         packed = documents(self.traits, model, inputs)
@@ -113,7 +112,7 @@ class Unpad:
         given = unpadded_as(inputs, "copy") | {"use_cache": False, "return_dict": True}
         given |= {key: unpadded.flatten(value) for key, value in unpadded_as(inputs, "cut").items()}
         given["position_ids"] = _positions(model, inputs, mask, unpadded, packed)
-        if self.limits and self._stretches(inputs, given["position_ids"], segments, rows, length):
+        if self.limits and self._rope_differs(inputs, given["position_ids"], segments, rows, length):
             return forward(inputs)
         if inputs.get("labels") is not None:
             given |= _targets(model, inputs, mask, unpadded)
@@ -130,13 +129,13 @@ class Unpad:
         padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all())
         return "this batch would not run unpadded, as unpad=True says" if padded else ""
 
-    def _stretches(
+    def _rope_differs(
         self, inputs: dict[str, Any], positions: torch.Tensor, segments: Segments, rows: int, length: int
     ) -> bool:
-        """Whether rotary frequencies would be others than in the padded batch: chosen by its longest position, or there
-        by document."""
-        whole = inputs.get("position_ids")
-        padded = length if whole is None else int(whole.max()) + 1
+        """Whether rotary frequencies would differ from those of the padded batch, which depend on its highest position
+        or on its documents."""
+        given = inputs.get("position_ids")
+        padded = length if given is None else int(given.max()) + 1
         unpadded = int(positions.max()) + 1
         if self.rope_scaling_threshold is not None and self.rope_scaling_threshold < padded != unpadded:
             return True
@@ -144,16 +143,16 @@ class Unpad:
 
 
 def _flat_documents(packed: Segments | None, keep: torch.Tensor, rows: int, length: int) -> Segments | None:
-    """The documents of the flat row: each row's own, without its padding. None for padding inside a document: without
-    it, its tokens would be nearer to each other than a window or chunk counts."""
+    """The documents of the flat row: those of each row, without padding. None for padding inside a document, without
+    which a window or chunk would cover more of its tokens."""
     starts = {row * length for row in range(rows)}
     if packed is not None:
         starts |= {row * length + at for row, edges in enumerate(packed.boundaries) for at in edges[:-1]}
     edges = torch.tensor(sorted(starts), device=keep.device)
     member = torch.bucketize(keep, edges, right=True) - 1
     non_contiguous_padding = ((keep[1:] != keep[:-1] + 1) & (member[1:] == member[:-1])).sum()
-    assume, *counts = torch.cat([non_contiguous_padding[None], torch.bincount(member, minlength=len(edges))]).tolist()
-    if assume:
+    inside, *counts = torch.cat([non_contiguous_padding[None], torch.bincount(member, minlength=len(edges))]).tolist()
+    if inside:
         return None
     ends = [0]
     for count in counts:
@@ -163,10 +162,10 @@ def _flat_documents(packed: Segments | None, keep: torch.Tensor, rows: int, leng
 
 
 def _restore(model: torch.nn.Module, output: Any, unpadded: UnpaddedBatch) -> None:
-    """Padding back in its places, in every output that has a value for each token.
+    """Put padding back into every output that has a value per token.
 
     Raises:
-        UnsupportedAttentionError: an output has another shape than the one that is known of it.
+        UnsupportedAttentionError: an output does not have its known shape.
     """
     reasons = []
     for key, holds, value in tensors_of(output):
@@ -177,7 +176,7 @@ def _restore(model: torch.nn.Module, output: Any, unpadded: UnpaddedBatch) -> No
         elif holds is Holds.TOKENS and unpadded.holds(value):
             output[key] = unpadded.restore(value)
         elif holds is not Holds.WHOLE and not (holds is Holds.ROWS and len(value) == unpadded.rows):
-            # (one value of each row is that of a pooler, which has read whole rows)
+            # (one value per row comes from a pooler, which has read padded rows)
             reasons.append(Reason("model", f"how to put padding back in its output {key} is not known"))
     if reasons:
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run unpadded", reasons, "Leave unpad out.")
@@ -186,8 +185,8 @@ def _restore(model: torch.nn.Module, output: Any, unpadded: UnpaddedBatch) -> No
 def _positions(
     model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, unpadded: UnpaddedBatch, packed: Segments | None
 ) -> torch.Tensor:
-    """The positions that the padded run has: as given, else counted as the model counts them, in each document anew
-    (where the input hook has not done so: it is passed by, or what tells the documents came behind it)."""
+    """The positions of the padded run: the given ones, else the model's own, restarting in each document (in case the
+    input hook has not set them: it was skipped, or the documents were added after it)."""
     given = inputs.get("position_ids")
     rows, length = mask.shape
     if given is None:
@@ -199,9 +198,9 @@ def _positions(
 def _targets(
     model: torch.nn.Module, inputs: dict[str, Any], mask: torch.Tensor, unpadded: UnpaddedBatch
 ) -> dict[str, torch.Tensor]:
-    """Labels of the flat row: what each real token predicts in its own row.
+    """Labels of the flat row: the target of each real token in its own row.
 
-    What padding predicts (the first token behind padding on the left) is no target any more; it is said once.
+    The targets of padding tokens (the first token after padding on the left) are dropped, with one warning.
     """
     labels = inputs["labels"]
     if not predicts_next(model):
@@ -213,12 +212,12 @@ def _targets(
     targets = unpadded.flatten(wanted)
     if takes_keywords(model):
         return {"labels": unpadded.flatten(labels), "shift_labels": targets}
-    before = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=IGNORE_INDEX)  # the model shifts them back
+    before = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=IGNORE_INDEX)  # the model's own shift undoes this
     return {"labels": before}
 
 
-def _say_what_hooks_see(model: torch.nn.Module) -> None:
-    """Warn of hooks inside of a model: whether they read dim 0 as samples can't be seen."""
+def _warn_of_hooks(model: torch.nn.Module) -> None:
+    """Warn about hooks on inner modules, which may take dim 0 for samples."""
     hooked = foreign_hooks(model)
     if hooked:
         some = hooked[0] if len(hooked) == 1 else f"{hooked[0]} and {len(hooked) - 1} more"
