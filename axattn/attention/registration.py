@@ -85,11 +85,11 @@ def unregister() -> None:
         return
     from axattn.hf import registries
 
-    ours = registries.ours()
+    backends = registries.ours()
     tables = [interface._global_mapping for interface in registries.interfaces()]
     with _lock:
         _active = False
-        for name in ours:
+        for name in backends:
             for table in tables:
                 if name in table and registries.of_axattn(table[name]):
                     del table[name]

@@ -89,7 +89,7 @@ FOUR_ON_SM120 = dataclasses.replace(
 """The same on sm120 and sm121: Ampere's kernels (``flash_fwd.py``, ``flash_bwd.py``), which have no sinks. Their tile
 sizes are fixed, and their ``can_implement``, which leaves out the scores, is not called. The forward pads heads to
 multiples of 16 and fits up to 192; the backward pads to multiples of 32, fits at 160 and needs 115,712 of 101,376 bytes
-at 192. It asserts that it is not deterministic."""
+at 192, and asserts that ``deterministic`` is off."""
 
 
 _NO_DROPOUT_BACKWARD = Refused(

@@ -17,7 +17,7 @@ CAPABILITY = dataclasses.replace(
     notes={"": "on a CPU: no gradient, no attention sinks, no chunks, no decoding from a cache"},
 )
 ON_CPU = dataclasses.replace(CAPABILITY, sinks=False, chunk=False, gradient=False, cross_lengths=False)
-"""Torch 2.13's CPU kernel: backward raises NotImplementedError; fewer queries than keys and chunks are C++ errors.
+"""Torch 2.13's CPU kernel: backward raises NotImplementedError; chunks, and fewer queries than keys, are C++ errors.
 Transformers 5.23 raises for attention sinks."""
 
 

@@ -160,9 +160,7 @@ def _library_call(call: AttentionCall, source: str) -> torch.Tensor:
     if call.query.shape[2] == 1:
         return exact_attention(call)
     layout = layout_of(call)
-    if any(
-        s.q1 - s.q0 != s.k1 - s.k0 for s in layout.spans
-    ):  # a prompt chunk over a cache: the library aligns it top-left
+    if any(s.q1 - s.q0 != s.k1 - s.k0 for s in layout.spans):  # several tokens over a cache: aligned top-left
         return exact_attention(call)
 
     def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:

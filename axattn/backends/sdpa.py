@@ -50,7 +50,7 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
     else:
         mask, causal = _with_bias(call.dense_mask(), call.bias, query.dtype), False
     if mask is not None or call.dropout:
-        call.ran = "sdpa"  # also if another backend passed the call on; without mask and dropout that one is counted
+        call.ran = "sdpa"  # a backend that passes on whole rows without dropout is counted itself
     out = attention(query, key, value, mask, call.dropout, causal, call.scale)
     return keep_nan(out.transpose(1, 2), query)
 
@@ -60,10 +60,8 @@ def notice(environment: Environment) -> str:
     if environment.device != "rocm" or environment.torch_flash:
         return ""
     if environment.torch_flash is None:
-        known = "gfx90a, gfx942 and gfx950 (from torch 2.13 on gfx1100 and gfx1201 too)"
-        return (
-            f"on AMD GPUs other than {known} torch runs its MATH kernel, S x S in memory, unless {_EXPERIMENTAL} is set"
-        )
+        known = "other than gfx90a, gfx942 and gfx950 (from torch 2.13 on gfx1100 and gfx1201 too)"
+        return f"on AMD GPUs {known} torch runs its MATH kernel, S x S in memory, unless {_EXPERIMENTAL} is set"
     text = f"torch's flash kernel does not run on {environment.gfx}, so its MATH kernel runs: S x S in memory"
     return f"{text}. {_EXPERIMENTAL}, set before Python starts, fixes it if torch's AOTriton supports this GPU"
 

@@ -58,7 +58,7 @@ def _load(name: str, kernel: str | None, plan: Plan, allow_all_kernels: bool) ->
     """
     slot: Any = flash_slot()
     before = slot._loaded_implementation
-    loads = name if kernel is None or "/" in name else kernel.split("@")[0]  # as Transformers names it
+    loads = name if kernel is None or "/" in name else kernel.split("@")[0]  # Transformers' own name for it
     try:
         slot.lazy_import_flash_attention(loads, allow_all_kernels=allow_all_kernels)
     except Exception as error:
@@ -70,7 +70,7 @@ def _load(name: str, kernel: str | None, plan: Plan, allow_all_kernels: bool) ->
         _require_functions(name, kernel, slot)
         _require_keywords(name, kernel, slot._flash_varlen_fn, plan)
     except AxattnError:
-        slot._loaded_implementation = None  # its functions are already those of this kernel
+        slot._loaded_implementation = None  # it already holds this kernel's functions
         raise
 
 
@@ -78,13 +78,13 @@ def _failed(name: str, kernel: str, error: Exception) -> BackendUnavailableError
     advice = 'Use attn_implementation="auto", which needs no other library.'
     message = f"{name} fails to load"
     if kernel != name:
-        message = f"{name} fails to load, as the hub kernel {kernel} in the place of its library"
+        message = f"{name} fails to load: the hub kernel {kernel} replaces its library"
         advice = f"Install the library of {name}, or make the hub reachable. {advice}"
     return BackendUnavailableError(message, [Reason("library", f"{type(error).__name__}: {error}")], advice)
 
 
 def _require_functions(name: str, kernel: str, slot: Any) -> None:
-    """Raise for a kernel that serves packed rows alone: Transformers calls ``flash_attn_func`` for whole ones."""
+    """Raise if a kernel serves packed rows only: Transformers calls ``flash_attn_func`` for whole ones."""
     if slot._flash_varlen_fn is not None and slot._flash_fn is None:
         text = f"{kernel} has no flash_attn_func, which Transformers calls for rows without padding"
         raise BackendUnavailableError(
@@ -93,7 +93,7 @@ def _require_functions(name: str, kernel: str, slot: Any) -> None:
 
 
 def _require_keywords(name: str, kernel: str, function: Any, plan: Plan) -> None:
-    """Raise where Transformers would drop what a layer needs: it passes what the kernel's signature names."""
+    """Raise if the kernel's signature lacks the keyword of a layer's need, which Transformers would drop."""
     if function is None:
         return
     parameters = inspect.signature(function).parameters

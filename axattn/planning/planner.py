@@ -55,13 +55,11 @@ def plan(
     orders: dict[str, tuple[str, ...]] = {}
     loads: dict[str, str] = {}
     for path, name in asked.items():
-        path_layers = [layer for layer in needs.layers if layer.path == path]
+        within = [layer for layer in needs.layers if layer.path == path]
         if name is None:
             running[path] = None
             continue
-        running[path], planned, orders[path] = _plan_path(
-            needs.model, path, name, path_layers, environment, policy, notes
-        )
+        running[path], planned, orders[path] = _plan_path(needs.model, path, name, within, environment, policy, notes)
         layers += planned
         if (kernel := hub_kernel(running[path] or "", environment)) is not None:
             loads[path] = str(kernel)
@@ -177,7 +175,7 @@ def _why_not(name: str, environment: Environment, options: Mapping[str, Any] | N
     served = backend.capability_on(environment).devices
     known = names.parse_hub_path(name)
     if known is not None and known.repository in FLASH:
-        return reasons  # its own probe knows the devices that have a build
+        return reasons  # its own probe checks the devices that have a build
     if device not in served and not any(reason.feature == "gpu" for reason in reasons):
         reasons.append(Reason("gpu", f"{name} runs on {', '.join(sorted(served))}; this machine has {device}"))
     return reasons
@@ -236,9 +234,7 @@ def _plan_path(
         if not direct:  # Transformers can run it for a whole model only
             order = interned(tuple(other for other in order if other != name))
             if kernel is not None and kernel.repository not in name:
-                notes.append(
-                    f"{name} can't serve single layers here: its library is missing, and {kernel} runs whole models"
-                )
+                notes.append(f"{name} can't serve single layers here without its library: {kernel} runs whole models")
         return "auto", _plan_layers(layers, name, order, environment), order
     variant = None if name == "auto" else backend_of(name).variant
     if variant is not None and (reasons := variant.reasons(model, path, [layer.kind for layer in layers])):

@@ -127,7 +127,7 @@ class Unpad:
         """See `axattn.patches.forward_wrapper.WholeModel`: batches without padding miss nothing."""
         mask = context.bounds.mask
         padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all())
-        return "this batch would not run unpadded, as unpad=True says" if padded else ""
+        return "this batch would not run unpadded, despite unpad=True" if padded else ""
 
     def _rope_differs(
         self, inputs: dict[str, Any], positions: torch.Tensor, segments: Segments, rows: int, length: int
@@ -177,7 +177,7 @@ def _restore(model: torch.nn.Module, output: Any, unpadded: UnpaddedBatch) -> No
             output[key] = unpadded.restore(value)
         elif holds is not Holds.WHOLE and not (holds is Holds.ROWS and len(value) == unpadded.rows):
             # (one value per row comes from a pooler, which has read padded rows)
-            reasons.append(Reason("model", f"how to put padding back in its output {key} is not known"))
+            reasons.append(Reason("model", f"axattn does not know how to pad its output {key}"))
     if reasons:
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run unpadded", reasons, "Leave unpad out.")
 
@@ -229,7 +229,7 @@ def _warn_of_hooks(model: torch.nn.Module) -> None:
 
 def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
     reasons = [
-        Reason(key, f"{key}: how to put its padded rows together is not known")
+        Reason(key, f"{key}: axattn does not know how to unpad it")
         for key, value in inputs.items()
         if (key not in INPUTS or INPUTS[key].unpads == "refuse") and is_given(value)
     ]

@@ -143,7 +143,7 @@ def test_layer_by_layer_the_library_is_needed_and_the_plan_says_so() -> None:
     assert plan.running == {"": "auto"}
     assert not set(names.FLASH) & set(plan.orders[""])  # a call of one would be an ImportError
     assert not any(names.is_flash(entry.chosen) for entry in plan.layers)
-    assert any("can't serve single layers here: its library is missing" in note for note in plan.notes)
+    assert any("can't serve single layers here without its library" in note for note in plan.notes)
 
 
 def test_every_known_kernel_has_a_record_and_a_row() -> None:
@@ -342,7 +342,7 @@ def test_a_stand_in_that_fails_to_load_is_one_error_with_both_ways_out(
     monkeypatch.setattr(transformers_hub, "get_kernel", unreachable)
     with pytest.raises(BackendUnavailableError, match="no route to host") as caught:
         axattn.apply(build("llama"), "flash_attention_2")
-    assert f"as the hub kernel {FLASH}@v4 in the place of its library" in str(caught.value)
+    assert f"the hub kernel {FLASH}@v4 replaces its library" in str(caught.value)
     assert "Install the library of flash_attention_2, or make the hub reachable" in str(caught.value)
 
 

@@ -202,7 +202,7 @@ def test_batches_that_can_t_be_flattened_are_refused() -> None:
     model, _ = both("llama")
     given = batch("right")
     for extra, reason in (
-        ({"pixel_values": torch.ones(1)}, "pixel_values: how to put its padded rows together is not known"),
+        ({"pixel_values": torch.ones(1)}, "pixel_values: axattn does not know how to unpad it"),
         ({"output_attentions": True}, "weights would be those"),
         ({"logits_to_keep": 1}, "logits_to_keep counts"),
     ):
@@ -413,7 +413,7 @@ def test_a_forward_that_passes_every_entrance_by_is_refused() -> None:
     for one in (model, model.model):
         one.forward = types.MethodType(type(one).forward, one)
     assert model(tokens(2, 8)).logits.shape == (2, 8, 97)  # nothing to take out
-    with pytest.raises(axattn.UnsupportedAttentionError, match="this batch would not run unpadded, as unpad=True says"):
+    with pytest.raises(axattn.UnsupportedAttentionError, match="this batch would not run unpadded, despite unpad=True"):
         model(**batch("left"))
     axattn.restore(model)
     assert not model.model.layers[0].self_attn._forward_pre_hooks
