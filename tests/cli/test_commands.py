@@ -107,7 +107,7 @@ def test_a_file_that_describes_no_machine_is_one_line_on_stderr(folder: Path, tm
     (tmp_path / "machine.json").write_text(text)
     done = runner.invoke(app, ["plan", str(folder), "--environment", str(tmp_path / "machine.json")])
     assert done.exit_code == 1
-    assert "machine.json describes no machine" in done.stderr
+    assert "machine.json does not describe a machine" in done.stderr
     assert runner.invoke(app, ["plan", str(folder), "--environment", "h100"]).exit_code == 1
 
 

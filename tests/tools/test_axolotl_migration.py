@@ -396,7 +396,7 @@ def test_nothing_is_written_before_all_is_read_and_one_bad_file_hides_no_other(
     assert f"{date}:2: 2024-13-45 is no date" in done.stderr
     assert f"{gone}:1: can't be read: No such file" in done.stderr
     assert f"{shut}:1: can't be written: Permission denied" in done.stderr
-    assert done.stderr.endswith("4 files, 1 rewritten, 3 left alone\n")
+    assert done.stderr.endswith("4 files, 1 rewritten, 3 left unchanged because of problems\n")
 
 
 def test_folders_hold_files_that_are_not_for_a_trainer(tmp_path: Path) -> None:
@@ -419,7 +419,9 @@ def test_folders_hold_files_that_are_not_for_a_trainer(tmp_path: Path) -> None:
     options = ["--exclude", "old", "--exclude", "*.gen.yaml", "--write"]
     done = runner.invoke(app, ["migrate", str(tmp_path), *options])
     assert done.exit_code == 1
-    assert done.stderr.endswith("4 files, 2 rewritten, 2 left alone, 3 more say nothing of attention\n")
+    assert done.stderr.endswith(
+        "4 files, 2 rewritten, 2 left unchanged because of problems, 3 skipped (no attention setting)\n"
+    )
     changed = {name for name, text in texts.items() if (tmp_path / name).read_text() != text}
     assert changed == {"a.yml", "UPPER.YML"}
     options += ["--exclude", f"{tmp_path}/typo.yml", "--exclude", "./broken.yml"]
