@@ -48,10 +48,10 @@ def adapters_run() -> bool:
 ORIGINAL = ".original_module"
 """How the name of a module ends of which PEFT's ``modules_to_save`` trains and runs a copy beside it (peft 0.21)."""
 CONTEXT_PARALLEL_HOOK = "_attach_context_parallel_hooks"
-"""The function of accelerate that makes the hooks which `takes_masks_away` knows."""
+"""The function of accelerate that makes the hooks which `removes_masks` knows."""
 
 
-def takes_masks_away(hook: Any) -> bool:
+def removes_masks(hook: Any) -> bool:
     """Whether a forward pre-hook is one by which ``Accelerator.prepare`` takes masks away (accelerate 1.15)."""
     return CONTEXT_PARALLEL_HOOK in getattr(hook, "__qualname__", "")
 

@@ -123,7 +123,7 @@ def test_tokens_under_an_unknown_keyword_are_refused_in_packed_rows(folder: Path
 @pytest.mark.parametrize("word", ["attention_mask", "position_ids"])
 def test_rows_are_not_split_with_an_unknown_keyword(folder: Path, word: str) -> None:
     given = {"input_ids": tokens(1, 10), NEW[word]: torch.ones(1, 10, dtype=torch.long)}
-    with pytest.raises(UnsupportedAttentionError, match=f"{NEW[word]}: how to split it is not known"):
+    with pytest.raises(UnsupportedAttentionError, match=f"{NEW[word]}: there is no known way to split it"):
         _require_known(copy_of(folder, word), given)
 
 
