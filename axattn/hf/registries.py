@@ -19,7 +19,7 @@ from axattn.hf.source_inspection import origin
 
 KINDS = ("attention", "mask")
 _interfaces: list[Any] = []  # no functools.cache, which torch.compile looks through
-_ours: dict[str, tuple[Any, Any]] = {}  # by name, what axattn registers: an attention function and a mask function
+_axattn_functions: dict[str, tuple[Any, Any]] = {}  # by name: attention function, mask function
 
 
 def interfaces() -> list[Any]:
@@ -32,12 +32,12 @@ def interfaces() -> list[Any]:
     return _interfaces
 
 
-def ours() -> dict[str, tuple[Any, Any]]:
+def axattn_functions() -> dict[str, tuple[Any, Any]]:
     """By name, the attention function and the mask function of axattn's. The same objects on every call."""
-    if not _ours:
+    if not _axattn_functions:
         interfaces()  # before axattn's own modules: nobody who imports Transformers in another thread then waits for us
-        _ours.update(own_functions.load())
-    return _ours
+        _axattn_functions.update(own_functions.load())
+    return _axattn_functions
 
 
 def registered_function(interface: Any, name: str) -> Any:
@@ -49,10 +49,10 @@ def registered_function(interface: Any, name: str) -> Any:
     return local[name] if name in local else interface._global_mapping.get(name)
 
 
-def is_axattns(name: str) -> bool:
+def holds_axattn(name: str) -> bool:
     """Whether both functions under a name are axattn's."""
     attention, masks = _interfaces or interfaces()
-    function, mask = _ours[name] if _ours else ours()[name]
+    function, mask = _axattn_functions[name] if _axattn_functions else axattn_functions()[name]
     return _is(registered_function(attention, name), function) and registered_function(masks, name) is mask
 
 
@@ -105,7 +105,7 @@ def require_free(names: Iterable[str], model: str) -> None:
         RegistrationError: who holds it, and what to type instead.
     """
     for name in names:
-        reasons = foreign(name) if name in ours() else []
+        reasons = foreign(name) if name in axattn_functions() else []
         if reasons:
             raise _held(name, model, reasons)
 
@@ -136,7 +136,7 @@ def require_registered(module: Any) -> None:
         RegistrationError: another package has registered the name since, or it was taken out.
     """
     name = name_of(module.config)
-    if name in (_ours or ours()) and not is_axattns(name):
+    if name in (_axattn_functions or axattn_functions()) and not holds_axattn(name):
         model = type(module).__name__
         reasons = foreign(name)
         if reasons:
@@ -150,7 +150,9 @@ def require_registered(module: Any) -> None:
 def attends(config: Any) -> bool:
     """Whether no other package's attention function will be given the mask that is made for a config."""
     name = name_of(config)
-    return name not in ours() or _is(registered_function(interfaces()[0], name), ours()[name][0])
+    return name not in axattn_functions() or _is(
+        registered_function(interfaces()[0], name), axattn_functions()[name][0]
+    )
 
 
 def require_mask(name: str, layer: str) -> None:
@@ -159,7 +161,7 @@ def require_mask(name: str, layer: str) -> None:
     Raises:
         RegistrationError: as `require_free`.
     """
-    if name in ours() and registered_function(interfaces()[1], name) is not ours()[name][1]:
+    if name in axattn_functions() and registered_function(interfaces()[1], name) is not axattn_functions()[name][1]:
         reasons = foreign(name)
         if reasons:
             raise _held(name, layer, reasons)
@@ -173,7 +175,7 @@ def name_of(config: Any) -> Any:
 
 
 def _held(name: str, model: str, reasons: list[Reason]) -> RegistrationError:
-    free = next((one for one in ("auto", *ours()) if one != name and not foreign(one)), "sdpa")
+    free = next((one for one in ("auto", *axattn_functions()) if one != name and not foreign(one)), "sdpa")
     return RegistrationError(
         f"axattn's {name} can't serve {model}",
         reasons,

@@ -131,7 +131,7 @@ def require_first_gradients(
 def native_name(name: str | None, default: str | None) -> str | None:
     """The native name that serves a config, None when one of our names does."""
     running = name or default
-    return running if running is not None and running not in names.ours() else None
+    return running if running is not None and running not in names.axattn_backends() else None
 
 
 def _nondeterministic(native: str) -> tuple[Reason, ...]:

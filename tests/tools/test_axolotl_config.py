@@ -185,7 +185,7 @@ def test_an_assignment_is_checked_with_all_other_settings() -> None:
 
 def test_a_machine_is_taken_by_its_name(tmp_path: Path) -> None:
     assert "this machine has CPU" in problems("cpu", attn_implementation="flash_attention_3")
-    assert "no machine that axattn knows" in problems("sm91", attn_implementation="flash_attention_3")
+    assert "is not a known machine" in problems("sm91", attn_implementation="flash_attention_3")
     AttentionConfig.from_yaml(write(tmp_path, "attn_implementation: flash_attention_3\n"), environment="sm90")
     with pytest.raises(InvalidConfigError, match="can't be read"):
         AttentionConfig.from_yaml(tmp_path / "none.yml")
