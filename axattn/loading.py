@@ -19,6 +19,7 @@ from axattn.attention.registration import register_free
 from axattn.errors import InvalidConfigError, UnsupportedAttentionError
 from axattn.hf import canary, contracts, hub_kernels, mask_functions
 from axattn.hf.checkpoints import concrete_class, load_config, load_weights, resolve_class
+from axattn.hf.module_walk import one_walk
 from axattn.hf.registries import require_free
 from axattn.machine.environment import Environment
 from axattn.machine.presets import as_environment
@@ -340,6 +341,7 @@ def _require_contracts(model: str, decided: Plan) -> None:
             raise UnsupportedAttentionError(f"{name} can't serve {model} on these versions", reasons, advice)
 
 
+@one_walk()
 def _attach(
     model: torch.nn.Module, decided: Plan, value: names.AttentionNames, allow_all_kernels: bool, unpad: bool
 ) -> None:

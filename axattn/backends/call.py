@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from axattn.masks.dense_rule import dense_rule
 from axattn.masks.lazy_mask import LazyMask
 
 
@@ -63,8 +64,4 @@ class AttentionCall:
         if self.mask is not None or not self.causal:
             return self.mask
         size = self.query.shape[2]
-        index = torch.arange(size, device=self.query.device)
-        seen = index[None, :] <= index[:, None]
-        if self.window is not None:
-            seen &= index[None, :] > index[:, None] - self.window
-        return seen[None, None]
+        return dense_rule(size, size, causal=True, window=self.window, device=self.query.device)

@@ -20,6 +20,7 @@ from axattn.documents.boundaries import Segments
 from axattn.documents.forward_context import BoundaryInputs, Context, current, slot
 from axattn.documents.inputs import switched
 from axattn.documents.late_inputs import look
+from axattn.documents.padding_reads import padding_is_read
 from axattn.documents.read_inputs import described, read, zero_one_mask
 from axattn.documents.traced import TracedSegments
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
@@ -33,7 +34,6 @@ from axattn.hf.torch_internals import last_pre_hook
 from axattn.traits import picked_tokens
 from axattn.traits.attention_configs import NameCheck
 from axattn.traits.model_traits import ModelTraits
-from axattn.traits.pooling import padding_is_read
 from axattn.traits.position_ids import counted
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention

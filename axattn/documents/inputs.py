@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from axattn.documents import native_guard
 from axattn.documents.boundaries import Segments, from_cu_seqlens
 from axattn.documents.peft_row_effects import reasons_by_document
-from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
-from axattn.hf.caches import cache_length
+from axattn.errors import AxattnError, InvalidInputError, Reason, UnsupportedAttentionError
+from axattn.hf.caches import cache_length, held_tokens
 from axattn.hf.forward_inputs import caches_of, may_tell_documents
 from axattn.hf.torch_internals import is_tracing, require_when_run
 from axattn.spec import names
@@ -175,20 +175,25 @@ def switched(traits: ModelTraits, module: torch.nn.Module) -> str:
 
 
 def require_ours(traits: ModelTraits, module: torch.nn.Module) -> None:
-    """Raise where a model was `switched`: its input hook stands for our kernels, which keep documents and parts of rows
-    apart, and does not guard that name.
+    """Raise where a model was `switched`: its input hook stands for axattn's kernels, which keep documents and parts of
+    rows apart, and does not guard that name.
 
     Raises:
         UnsupportedAttentionError: it was.
     """
+    refusal = _of_switched(traits, module)
+    if refusal is not None:
+        raise refusal
+
+
+def _of_switched(traits: ModelTraits, module: torch.nn.Module) -> AxattnError | None:
     running = switched(traits, module)
-    if running:
-        text = f"it was put on {running} after axattn had put it on another kernel"
-        advice = f'Use axattn.apply(model, "{running}"), or axattn.restore(model) first.'
-        name = type(module).__name__
-        raise UnsupportedAttentionError(
-            f"{name} can't run rows that are packed or split", [Reason("model", text)], advice
-        )
+    if not running:
+        return None
+    text = f"it was put on {running} after axattn had put it on another kernel"
+    advice = f'Use axattn.apply(model, "{running}"), or axattn.restore(model) first.'
+    title = f"{type(module).__name__} can't run rows that are packed or split"
+    return UnsupportedAttentionError(title, [Reason("model", text)], advice)
 
 
 def require_known(
@@ -226,6 +231,50 @@ def require_known(
                 )
 
 
+def refusals(
+    traits: ModelTraits, module: torch.nn.Module, inputs: dict[str, Any], length: int, unknown: Iterable[str]
+) -> Iterator[AxattnError]:
+    """Why this model can't take packed rows, or not with these inputs, whatever their documents are: the errors to
+    raise. While a graph is traced no value of a tensor is read.
+
+    Args:
+        traits: about the model.
+        module: the model.
+        inputs: of its forward, by name.
+        length: S.
+        unknown: keywords that are not known and hold something for tokens.
+    """
+    name = type(module).__name__
+    refusal = _of_switched(traits, module)
+    if refusal is not None:
+        yield refusal
+    if traits.encoder_decoder:
+        reasons = [Reason("segments", "its cross-attention has no document boundaries")]
+        yield InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ALONE)
+    for cache in caches_of(inputs):
+        held = held_tokens(cache)
+        held = held if is_tracing() else int(held)
+        if isinstance(held, torch.Tensor) or held > 0:  # a graph can't tell whether a static cache is empty
+            yield InvalidInputError(
+                "packed rows can't continue from a cache",
+                [Reason("segments", f"the cache already holds {held} tokens of unknown documents")],
+                "Pass no cache, or one document a row.",
+            )
+    if unknown:
+        reasons = [Reason(keyword, f"{keyword}: what an unknown keyword says of the tokens") for keyword in unknown]
+        yield InvalidInputError(f"packed rows can't run in {name} with these inputs", reasons, _ALONE)
+    blockers = [*traits.packing_blockers, *(traits.packing_blockers_in_graph if is_tracing() else ())]
+    if blockers:
+        yield UnsupportedAttentionError(f"packed rows can't run in {name}", blockers, _ALONE)
+    if traits.max_row_length is not None and length > traits.max_row_length:
+        text = f"its layers without RoPE scale queries by their position in the row, from {traits.max_row_length} on"
+        yield UnsupportedAttentionError(
+            f"{name} can't take packed rows of {length} tokens",
+            [Reason("segments", text)],
+            f"Pack into rows of at most {traits.max_row_length} tokens.",
+        )
+
+
 def require_packable(
     traits: ModelTraits,
     module: torch.nn.Module,
@@ -234,7 +283,8 @@ def require_packable(
     unknown: Iterable[str],
     mask: Any,
 ) -> None:
-    """Raise for packed rows that this model can't take, or not with these inputs.
+    """Raise for packed rows that this model can't take, or not with these inputs: the first of `refusals`, and what
+    depends on the documents.
 
     Args:
         traits: about the model.
@@ -249,33 +299,12 @@ def require_packable(
             of the tokens.
         UnsupportedAttentionError: documents would leak, or be numbered wrong.
     """
+    for refusal in refusals(traits, module, inputs, segments.length, unknown):
+        raise refusal
     name = type(module).__name__
-    require_ours(traits, module)
-    if traits.encoder_decoder:
-        reasons = [Reason("segments", "its cross-attention has no document boundaries")]
-        raise InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ALONE)
-    held = max(map(cache_length, caches_of(inputs)), default=0)
-    if held > 0:
-        raise InvalidInputError(
-            "packed rows can't continue from a cache",
-            [Reason("segments", f"the cache already holds {held} tokens of unknown documents")],
-            "Pass no cache, or one document a row.",
-        )
-    if unknown:
-        reasons = [Reason(keyword, f"{keyword}: what an unknown keyword says of the tokens") for keyword in unknown]
-        raise InvalidInputError(f"packed rows can't run in {name} with these inputs", reasons, _ALONE)
-    if traits.mixers:
-        raise UnsupportedAttentionError(f"packed rows would leak in {name}", traits.mixers, _ALONE)
-    packing_blockers = [*traits.packing_blockers, *reasons_by_document(module)]
-    if packing_blockers:
-        raise UnsupportedAttentionError(f"packed rows can't run in {name}", packing_blockers, _ALONE)
-    if traits.max_row_length is not None and segments.length > traits.max_row_length:
-        text = f"its layers without RoPE scale queries by their position in the row, from {traits.max_row_length} on"
-        raise UnsupportedAttentionError(
-            f"{name} can't take packed rows of {segments.length} tokens",
-            [Reason("segments", text)],
-            f"Pack into rows of at most {traits.max_row_length} tokens.",
-        )
+    adapted = reasons_by_document(module)
+    if adapted:
+        raise UnsupportedAttentionError(f"packed rows can't run in {name}", adapted, _ALONE)
     if traits.rope_scaling_threshold is not None:
         _require_no_rope_scaling(traits.rope_scaling_threshold, name, inputs.get("position_ids"), segments, mask)
     if traits.native is not None:

@@ -6,8 +6,6 @@ all. Measured on transformers 5.17 and 5.23, over strict fakes of the kernels.
 
 from __future__ import annotations
 
-import inspect
-import sys
 import warnings
 from collections.abc import Iterable
 from itertools import pairwise
@@ -19,87 +17,10 @@ from axattn.documents.boundaries import Segments
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf import determinism
 from axattn.hf.forward_inputs import KINDS, LENGTHS, tokens_of
-from axattn.hf.model_internals import window_of
-from axattn.hf.source_inspection import calls_interface, calls_of, code_of, file_source, signature_of, source_of
+from axattn.hf.source_inspection import calls_of, code_of
 from axattn.hf.weak_cache import weak_cache
 
 _ADVICE = 'Use attn_implementation="varlen" or "auto".'
-
-
-def windowed(module: torch.nn.Module) -> bool:
-    """Whether some layers of a model have a sliding window (read in its config)."""
-    return window_of(module) is not None
-
-
-def image_blocks(module: torch.nn.Module) -> bool:
-    """Whether a model lays blocks over its mask where ``token_type_ids`` say so."""
-    source = sys.modules.get(code_of(module).__module__)
-    mentions = source is not None and "block_sequence_ids" in file_source(source.__name__)
-    return mentions and bool(set(signature_of(module).parameters) & set(KINDS))
-
-
-def takes_lengths(module: torch.nn.Module) -> bool:
-    """Whether the forward of a model takes what `lengths_of` gives."""
-    parameters = signature_of(module).parameters
-    spread = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return spread or set(LENGTHS) <= set(parameters)
-
-
-def contradictions(model: torch.nn.Module) -> list[Reason]:
-    """Why Transformers' flash path would compute something else than its masks say, whatever the inputs.
-
-    It reads ``is_causal`` and ``sliding_window`` of attention modules. PaliGemma's and those of Pegasus-X's decoder say
-    that they are not causal; T5Gemma's encoder gives a window one token smaller than its mask's, as every model with
-    windows does once ``config.is_causal`` is False; PhiMoE's and Qwen2-MoE's give none (transformers 5.23).
-
-    Args:
-        model: a ``PreTrainedModel``: one of those inside the whole, each is asked.
-    """
-    inner = [module for module in model.modules() if _calls_interface(module)]
-    silent = [type(module) for module in inner if not hasattr(module, "is_causal") and not _gives(module, "is_causal")]
-    if silent:
-        return [Reason("causal", f"{silent[0].__name__} has no is_causal, which Transformers' flash path reads")]
-    source = source_of(code_of(model).forward)
-    config: Any = model.config
-    text = config.get_text_config()
-    causal = "create_causal_mask" in source and getattr(text, "is_causal", True)
-    causal = causal and ("is_decoder" not in source or getattr(config, "is_decoder", False))
-    if causal and inner and not any(getattr(module, "is_causal", True) for module in inner):
-        name = type(inner[0]).__name__
-        return [Reason("causal", f"{name}.is_causal is False: Transformers' flash path would attend to later tokens")]
-    window = getattr(text, "sliding_window", None)
-    if isinstance(window, int) and window > 0:
-        return _window_contradictions(source, text, window, inner)
-    return []
-
-
-def _window_contradictions(source: str, config: Any, window: int, inner: list[torch.nn.Module]) -> list[Reason]:
-    """Windows that masks have and the kernel is not told of, or told of another."""
-    kinds = getattr(config, "layer_types", None)
-    if "create_sliding_window" in source and inner and (not kinds or any("sliding" in str(kind) for kind in kinds)):
-        giving = [module for module in inner if _gives(module, "sliding_window")]
-        if not giving:
-            name = type(inner[0]).__name__
-            return [Reason("window", f"{name} does not hand its window of {window} tokens to Transformers' flash path")]
-    both_ways = "create_sliding_window_causal_mask" in source and not getattr(config, "is_causal", True)
-    if both_ways or "create_bidirectional_sliding_window_mask" in source:  # |q - k| <= window (`masking_utils`)
-        windows = {getattr(module, "sliding_window", window) for module in inner}
-        others = {size for size in windows if isinstance(size, int)} - {window + 1}
-        if others:
-            text = f"its mask reaches {window} tokens to each side, Transformers' flash path {min(others) - 1}"
-            return [Reason("window", text)]
-    return []
-
-
-def _calls_interface(module: torch.nn.Module) -> bool:
-    cls: Any = type(module)
-    return calls_interface(cls)
-
-
-def _gives(module: torch.nn.Module, name: str) -> bool:
-    """Whether an attention module gives a keyword with the call of its attention function."""
-    calls = calls_of(code_of(module).forward, "attention_interface")
-    return bool(calls) and all(any(keyword.arg == name for keyword in call.keywords) for call in calls)
 
 
 def require_deterministic(native: str, lacking: Iterable[Reason], module: torch.nn.Module) -> None:

@@ -19,6 +19,7 @@ from axattn.hf.model_internals import checkpoints_reentrantly, checkpoints_witho
 from axattn.hf.torch_internals import in_context_parallel
 from axattn.spec import names
 from axattn.traits.mask_makers import cached_under_mask, hands_positions_to_masks
+from axattn.traits.native_names import never_packs_reasons
 
 _APART = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """What tells documents besides positions."""
@@ -186,26 +187,6 @@ def _mask_reasons(
     return [*reasons, *never_packs_reasons(module, of_text=of_text)]
 
 
-def never_packs_reasons(module: torch.nn.Module, *, of_text: bool = False) -> list[Reason]:
-    """Why no packed call of this model is right on a name whose masks Transformers builds, whatever the inputs.
-
-    Args:
-        module: the model.
-        of_text: it was given positions of 4 planes (Qwen-VL), and makes its masks of the first, that of the text.
-    """
-    reasons = []
-    if not is_causal(module):
-        text = "config.is_causal is False: Transformers' masks are then bidirectional, and made without the documents"
-        reasons.append(Reason("segments", text))
-    if _has_chunks(module) and not _chunks_restart():
-        reasons.append(Reason("chunk", "this version of Transformers counts chunks from the row's start"))
-    if not of_text and not hands_positions_to_masks(module):
-        reasons.append(
-            Reason("segments", f"{type(module).__name__} does not hand position_ids to Transformers' mask builder")
-        )
-    return reasons
-
-
 def may_leak(
     native: str, module: torch.nn.Module, inputs: dict[str, Any], never_packs: bool, image_blocks: bool
 ) -> bool:
@@ -235,22 +216,3 @@ def _asks_for_cache(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
     config = getattr(module, "config", None)
     text = config.get_text_config() if config is not None else None
     return bool(getattr(config, "use_cache", False) or getattr(text, "use_cache", False))
-
-
-def is_causal(module: torch.nn.Module) -> bool:
-    """What ``config.is_causal`` says, which turns a decoder into an encoder (transformers 5.17 and 5.23)."""
-    config: Any = module.config
-    return bool(getattr(config.get_text_config(), "is_causal", True))
-
-
-def _has_chunks(module: torch.nn.Module) -> bool:
-    config = getattr(module, "config", None)
-    text = config.get_text_config() if config is not None else None
-    return "chunked_attention" in (getattr(text, "layer_types", None) or ())
-
-
-def _chunks_restart() -> bool:
-    """Whether Transformers counts positions from each document's start (5.18 and newer)."""
-    from transformers import masking_utils
-
-    return hasattr(masking_utils, "remap_positions_for_packed_sequence")

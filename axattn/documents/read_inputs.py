@@ -3,6 +3,7 @@ traced."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -152,7 +153,7 @@ def read(
             in_graph = traced.from_positions(positions, mask, rows, length)
         if in_graph is not None and traits.by_document:
             in_graph.require_single("packed rows can't run document by document in a graph; run without torch.compile")
-        elif in_graph is not None and (unknown or not _packable_in_graph(traits, module, given, length)):
+        elif in_graph is not None and not _packable_in_graph(traits, module, given, length, unknown):
             in_graph.require_single("packed rows would leak here; run without torch.compile to see why")
         where = given.get("position_ids")
         if in_graph is not None and traits.rope_scaling_threshold is not None and isinstance(where, torch.Tensor):
@@ -208,25 +209,14 @@ def _traced_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> TracedSegme
     return traced.from_cu_seqlens(cu_q if cu_q is not None else cu_k, rows, length, "cu_seq_lens_q")
 
 
-def _packable_in_graph(traits: ModelTraits, module: torch.nn.Module, given: dict[str, Any], length: int) -> bool:
-    """Whether packed rows are right in this graph: what `inputs.require_packable` asks, without reading a value."""
-    if (
-        traits.encoder_decoder
-        or traits.mixers
-        or traits.packing_blockers
-        or traits.packing_blockers_in_graph
-        or inputs.switched(traits, module)
-    ):
-        return False
-    if traits.max_row_length is not None and length > traits.max_row_length:
+def _packable_in_graph(
+    traits: ModelTraits, module: torch.nn.Module, given: dict[str, Any], length: int, unknown: Iterable[str]
+) -> bool:
+    """Whether packed rows are right in this graph, which reads no value."""
+    if any(True for _ in inputs.refusals(traits, module, given, length, unknown)):
         return False
     if traits.rope_scaling_threshold is not None and length > traits.rope_scaling_threshold:
         return False
-    for cache in caches_of(given):
-        held = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        if isinstance(held, torch.Tensor) or held > 0:
-            return False
-    leaks = traits.native is not None and native_guard.may_leak(
+    return traits.native is None or not native_guard.may_leak(
         traits.native, module, given, traits.never_packs, traits.image_blocks
     )
-    return not leaks

@@ -51,13 +51,19 @@ def caches_in(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
             yield from caches_in(inner, depth - 1)
 
 
-def cache_length(cache: Any) -> int:
-    """How many tokens a cache holds (in a graph with a static cache: a tensor's value, which is read)."""
+def held_tokens(cache: Any) -> int | torch.Tensor:
+    """How many tokens a cache holds: a tensor where a static cache counts them, which is not read."""
+    held: int | torch.Tensor = 0
     if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    if _is_by_layer(cache):
-        return int(cache[0][0].shape[-2])
-    return 0
+        held = cache.get_seq_length()
+    elif _is_by_layer(cache):
+        held = cache[0][0].shape[-2]
+    return held
+
+
+def cache_length(cache: Any) -> int:
+    """`held_tokens` as a number (in a graph with a static cache a tensor's value is read)."""
+    return int(held_tokens(cache))
 
 
 def is_packed(cache: Any) -> bool:

@@ -6,6 +6,7 @@ import functools
 import sys
 from typing import Any
 
+from axattn.hf.module_walk import named_modules
 from axattn.hf.source_inspection import origin
 from axattn.hf.torch_internals import calls_around, hooks_of, pre_hooks
 
@@ -54,7 +55,7 @@ def changes_inputs(module: Any, hook: Any) -> bool:
 
 def foreign_hooks(model: Any) -> list[str]:
     """The modules inside of a model that have hooks from packages that are not known."""
-    some = [(name, hooks_of(module)) for name, module in model.named_modules() if name]
+    some = [(name, hooks_of(module)) for name, module in named_modules(model) if name]
     return [name for name, hooks in some if any(not packages_of(hook) <= _HAND_ON for hook in hooks)]
 
 

@@ -16,6 +16,7 @@ from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.hf.callers import reads_last_token
 from axattn.hf.mask_functions import Pattern, known, recognise, recognise_traced
 from axattn.hf.torch_internals import is_tracing
+from axattn.masks.dense_rule import chunk_positions, dense_rule
 from axattn.masks.image_blocks import blocks_in_place, require_one_document
 from axattn.masks.lazy_mask import LazyMask
 from axattn.masks.shard_mask import ShardMask
@@ -171,7 +172,7 @@ def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -
     if mask is None or mask.materialised:
 
         def materialise() -> torch.Tensor:
-            return torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(rows, 1, length, length)
+            return dense_rule(length, length, causal=True, device=device).expand(rows, 1, length, length)
 
         with torch.inference_mode(False):  # a training step may be given it next: its handle is saved for backward
             mask = LazyMask(
@@ -210,21 +211,27 @@ def _shared(
     if pattern is None or reasons:
         raise UnsupportedAttentionError("this model can't run sequence-parallel", reasons)
     length, device = shard.length, torch.device(device)
-    plain = Pattern(causal=pattern.causal, window=pattern.window, chunk=pattern.chunk)
     segments = None if shard.segments is None else shard.segments.to(device)
 
     def materialise() -> torch.Tensor:
-        seen = _rule(length, plain, shard.padding, device)
-        if plain.chunk is not None and segments is not None:
-            seen = _chunks_in_documents(segments, plain.chunk, length)[:, 0]
-        seen = seen[:, None].expand(shard.rows, 1, length, length)
-        if shard.padding is not None:
-            seen = seen & shard.padding[:, None, None, :]
-        return seen if segments is None else seen & _same_document(segments, length)
+        documents = None if segments is None else segments.document_ids
+        chunks = None if pattern.chunk is None else chunk_positions(length, documents, shard.padding, device)
+        seen = dense_rule(
+            length,
+            length,
+            causal=pattern.causal,
+            window=pattern.window,
+            documents=documents,
+            chunk=pattern.chunk,
+            positions=chunks,
+            padding=shard.padding,
+            device=device,
+        )
+        return seen.expand(shard.rows, 1, length, length)
 
     whole = LazyMask(
         shape=(shard.rows, 1, length, length),
-        pattern=plain,
+        pattern=Pattern(causal=pattern.causal, window=pattern.window, chunk=pattern.chunk),
         segments=segments,
         padding=shard.padding,
         materialise=materialise,
@@ -232,23 +239,6 @@ def _shared(
         guarded=True,
     )
     return ShardMask(shard, whole)
-
-
-def _rule(length: int, pattern: Pattern, padding: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """bool ``[B or 1, S, S]`` of a pattern over rows of one document; chunks count from a row's first real token."""
-    index = torch.arange(length, device=device)
-    distance = index[:, None] - index
-    seen = distance >= 0 if pattern.causal else torch.ones_like(distance, dtype=torch.bool)
-    if pattern.window is not None:
-        seen = seen & (distance.abs() < pattern.window)
-    seen = seen[None]
-    if pattern.chunk is not None:
-        first = torch.zeros(1, 1, dtype=torch.long, device=device)
-        if padding is not None:
-            first = padding.long().argmax(-1, keepdim=True)
-        chunks = (index - first) // pattern.chunk
-        seen = seen & (chunks[:, :, None] == chunks[:, None, :])
-    return seen
 
 
 def _crosses(pattern: Pattern | None, context: Context | None, shape: tuple[int, int]) -> bool:
@@ -316,22 +306,19 @@ def _same_document(segments: Segments | TracedSegments, kv_length: int) -> torch
     """bool ``[B, 1, S, T]``; keys past S (an empty static cache) belong to no document."""
     ids = segments.document_ids
     keys = torch.nn.functional.pad(ids, (0, kv_length - ids.shape[-1]), value=-1)
-    return (ids[:, None, :, None] == keys[:, None, None, :]).contiguous()
+    return dense_rule(ids.shape[-1], kv_length, causal=False, documents=keys, device=ids.device).contiguous()
 
 
 def _chunks_in_documents(
     segments: Segments | TracedSegments, chunk: int, kv_length: int, padding: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Chunked causal attention where the chunks restart with each document (Transformers counts from the row's start,
-    or from its first real token; what is traced counts padding before that to the first document).
+    """Chunked causal attention where the chunks restart with each document, from its first real token (Transformers
+    counts from the row's). Padding in front is the first document's while a graph is traced.
 
     bool ``[B, 1, S, T]``.
     """
-    positions = segments.positions
-    if padding is not None and isinstance(segments, TracedSegments):
-        first = padding.long().argmax(-1, keepdim=True)
-        positions = positions - torch.where(segments.document_ids == 0, first, 0)
-    keys = torch.nn.functional.pad(positions, (0, kv_length - positions.shape[-1]))
-    index = torch.arange(kv_length, device=positions.device)
-    causal = index[None, None, None, :] <= index[: positions.shape[-1]][None, None, :, None]
-    return causal & (positions[:, None, :, None] // chunk == keys[:, None, None, :] // chunk)
+    ids = segments.document_ids
+    length = ids.shape[-1]
+    positions = chunk_positions(length, ids, None if padding is None else padding[:, :length], ids.device)
+    keys = torch.nn.functional.pad(positions, (0, kv_length - length))
+    return dense_rule(length, kv_length, causal=True, chunk=chunk, positions=keys, device=ids.device)

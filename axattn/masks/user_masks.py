@@ -13,6 +13,7 @@ from axattn.documents.boundaries import Segments, from_cu_seqlens, from_position
 from axattn.documents.traced import TracedSegments
 from axattn.errors import InvalidInputError, Reason
 from axattn.hf.mask_functions import Pattern
+from axattn.masks.dense_rule import dense_rule
 from axattn.masks.lazy_mask import LazyMask
 from axattn.masks.mask_interface import lazy_mask
 
@@ -100,19 +101,14 @@ def with_keyword_segments(
     if mask is not None:
         return mask.with_segments(segments)
     window = kwargs.get("sliding_window")
-    plain = LazyMask(
+    whole_rows = LazyMask(
         shape=(rows, 1, length, length),
         pattern=Pattern(causal=causal, window=window),
         segments=None,
         padding=None,
-        materialise=lambda: _plain_rule(length, causal, window, query.device).expand(rows, 1, length, length),
+        materialise=lambda: dense_rule(length, length, causal=causal, window=window, device=query.device).expand(
+            rows, 1, length, length
+        ),
         device=query.device,
     )
-    return plain.with_segments(segments)
-
-
-def _plain_rule(length: int, causal: bool, window: int | None, device: torch.device) -> torch.Tensor:
-    index = torch.arange(length, device=device)
-    distance = index[:, None] - index[None, :]
-    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return seen if window is None else seen & (distance.abs() < window)
+    return whole_rows.with_segments(segments)

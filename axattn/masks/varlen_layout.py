@@ -11,6 +11,7 @@ import torch
 
 from axattn.documents.boundaries import Segments
 from axattn.hf.transfers import captures_graph
+from axattn.masks.dense_rule import dense_rule
 
 if TYPE_CHECKING:
     from axattn.masks.lazy_mask import LazyMask
@@ -60,12 +61,10 @@ class Layout:
         """The same as a mask: bool ``[B, 1, S, T]``, True: attend."""
         seen = torch.zeros(self.rows, 1, self.q_length, self.kv_length, dtype=torch.bool, device=device)
         for row0, row1, q0, q1, k0, k1 in self.spans:
-            queries = torch.arange(q0 - q1, 0, device=device)[:, None]  # counted from the end: aligned bottom-right
-            distance = queries - torch.arange(k0 - k1, 0, device=device)
-            part = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
-            if self.window is not None:
-                part = part & (distance.abs() < self.window)
-            seen[row0:row1, 0, q0:q1, k0:k1] = part
+            queries, keys = q1 - q0, k1 - k0  # aligned bottom-right
+            seen[row0:row1, :, q0:q1, k0:k1] = dense_rule(
+                queries, keys, causal=self.causal, window=self.window, offset=keys - queries, device=device
+            )
         return seen
 
     def kept(self, name: str, make: Callable[[], Made]) -> Made:

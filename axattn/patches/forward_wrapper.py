@@ -21,6 +21,7 @@ from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.caches import cache_length
 from axattn.hf.foreign_code import packages_of
 from axattn.hf.forward_inputs import caches_of, takes_cache
+from axattn.hf.module_walk import modules_of
 from axattn.hf.source_inspection import calls_interface, code_of, signature_of, source_of
 from axattn.hf.weak_cache import weak_cache
 from axattn.patches.patchset import PatchSet
@@ -234,11 +235,11 @@ def add_model_wrappers(patches: PatchSet, model: torch.nn.Module, change: WholeM
     from transformers import PreTrainedModel
 
     once = OncePerCall(change)
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    models = [module for module in modules_of(model) if isinstance(module, PreTrainedModel)]
     for inner in models:
         replaced = inner is model and not packages_of(vars(inner).get("forward")) <= _CALL_ON
         if at_head or not replaced or len(models) == 1:
             add_entrance(patches, inner, once)
-    first = next((inner for inner in text_model(model).modules() if calls_interface(type(inner))), None)
+    first = next((inner for inner in modules_of(text_model(model)) if calls_interface(type(inner))), None)
     if first is not None:
         patches.add_handle(first.register_forward_pre_hook(once.require_entered, with_kwargs=True))

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from axattn.errors import InvalidInputError
+from axattn.hf.module_walk import modules_of
 from axattn.patches.patchset import PatchSet
 from axattn.planning.plan import Plan
 from axattn.traits.layer_needs import sub_configs
@@ -56,7 +57,7 @@ def transformers_model(model: torch.nn.Module) -> torch.nn.Module:
 
     if isinstance(model, PreTrainedModel):
         return cast(torch.nn.Module, model)
-    found = next((inner for inner in model.modules() if isinstance(inner, PreTrainedModel)), None)
+    found = next((inner for inner in modules_of(model) if isinstance(inner, PreTrainedModel)), None)
     if found is None:
         text = f"{type(model).__name__} holds no Transformers model"
         raise InvalidInputError(text, advice="axattn works on Transformers models, also inside of wrappers.")

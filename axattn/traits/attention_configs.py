@@ -15,6 +15,7 @@ import torch
 
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.model_internals import CONFIG_NAME, supports
+from axattn.hf.module_walk import named_modules
 from axattn.hf.registries import axattn_functions, name_of
 from axattn.hf.source_inspection import calls_interface
 from axattn.spec import names
@@ -58,7 +59,7 @@ def copies(model: Any) -> list[Copy]:
     known = set(path_of)
     found: list[Copy] = []
     around: dict[str, str] = {}  # by name of a module, the path of the `PreTrainedModel` that it is in
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         path = around.get(name.rpartition(".")[0], "")
         config = _config_of(module)
         if config is not None:

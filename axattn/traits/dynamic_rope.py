@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from axattn.hf.module_walk import modules_of
+
 LONGROPE = "longrope"
 DYNAMIC = "dynamic"
 
@@ -64,7 +66,7 @@ def limit(module: torch.nn.Module, layer: str | None) -> int:
 
 def _embeddings(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str | None]]:
     """The embeddings by length of a model, each with every kind of layers that it tells apart."""
-    for module in model.modules():
+    for module in modules_of(model):
         rope_type = getattr(module, "rope_type", None)
         if rope_type is None or not hasattr(module, "config"):
             continue

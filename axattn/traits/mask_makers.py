@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from axattn.hf.module_walk import modules_of
 from axattn.hf.source_inspection import calls_of, code_of, tree_of
 from axattn.hf.weak_cache import weak_cache
 
@@ -24,7 +25,7 @@ def hands_positions_to_masks(module: torch.nn.Module, name: str = "position_ids"
         name: what the builders are given: ``"position_ids"``, or ``"text_position_ids"``, which models with planes of
             positions cut from a fourth one.
     """
-    classes: set[Any] = {code_of(inner) for inner in module.modules()}
+    classes: set[Any] = {code_of(inner) for inner in modules_of(module)}
     found = [answer for cls in classes if (answer := _positions_of_masks(cls)) is not None]
     return bool(found) and all(answer == name for answer in found)
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from axattn.errors import InvalidInputError, Reason
+from axattn.errors import Reason
 from axattn.hf import probes
+from axattn.hf.module_walk import modules_of
 from axattn.hf.source_inspection import (
     calls_of,
     code_of,
@@ -24,16 +25,13 @@ from axattn.hf.source_inspection import (
     source_of,
     tree_of,
 )
-from axattn.hf.torch_internals import is_tracing, leaves_kernels, require_when_run
 from axattn.hf.weak_cache import weak_cache
-from axattn.traits.model_traits import ModelTraits
 from axattn.traits.picked_tokens import Pick, picks_of
 
 Place = Literal["first", "last", "every"]
 
 _ROW_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "RewardModel")
 _PICKED: dict[int, Place] = {0: "first", -1: "last"}
-_SIDES = {"first": "left", "last": "right"}
 _AT: dict[probes.Pattern, Place] = {"first": "first", "last": "last", "every": "every"}
 """Patterns of what is read whatever stands there."""
 _WORDS: dict[probes.Pattern, str] = {
@@ -88,7 +86,7 @@ def contradictions(model: torch.nn.Module) -> list[Reason]:
     """
     from transformers import PreTrainedModel
 
-    every = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
+    every = [one for one in modules_of(model) if isinstance(one, PreTrainedModel)]
     inner = [one for one in every if "input_ids" in signature_of(one).parameters]  # no vision tower
     return list(dict.fromkeys(reason for one in inner for reason in _contradictions(one)))
 
@@ -106,7 +104,7 @@ def _contradictions(model: torch.nn.Module) -> list[Reason]:
         if by_source is None or by_source in patterns:
             return []
         return [probes.disagreement(model, f"{_WORDS[by_source]} is read", f"{shown} is")]
-    found = [_places_by_source(one) for one in model.modules() if isinstance(one, PreTrainedModel)]
+    found = [_places_by_source(one) for one in modules_of(model) if isinstance(one, PreTrainedModel)]
     places = frozenset(place for one in found if one is not None for place in one)
     if None not in found and not {_AT[pattern] for pattern in patterns if pattern in _AT} <= places:
         source = " and ".join(_WORDS[place] for place in sorted(places)) or "no token in particular"
@@ -114,43 +112,6 @@ def _contradictions(model: torch.nn.Module) -> list[Reason]:
     if _pooler_by_source(model) is not None and not _pools_first(run):
         return [probes.disagreement(model, "its pooler reads the first token of each row", f"{shown} is read")]
     return []
-
-
-def padding_is_read(traits: ModelTraits, model: torch.nn.Module, given: dict[str, Any]) -> bool:
-    """Whether outputs of this forward are read from padding, for which only dense masks give what eager attention does.
-
-    Args:
-        traits: about the model.
-        model: for the message.
-        given: its inputs, by name.
-
-    Raises:
-        InvalidInputError: they are, on a name for which Transformers leaves padding out, or in a model whose padding
-            may see padding alone. In a compiled graph any such padding is refused, by an assertion when that runs.
-    """
-    mask, ids = given.get("attention_mask"), given.get("input_ids")
-    tokens = ids if ids is not None else given.get("inputs_embeds")
-    if "every" in traits.reads:
-        return True
-    if traits.native in ("eager", "sdpa") or not isinstance(mask, torch.Tensor) or not isinstance(tokens, torch.Tensor):
-        return False
-    if mask.ndim < 2 or mask.shape != tokens.shape[: mask.ndim]:
-        return False
-    for place in sorted(traits.reads):
-        read = mask[..., 0 if place == "first" else -1] != 0
-        text = f"{type(model).__name__} reads the {place} token of each row, which is padding"
-        blind = traits.windowed or (place == "first" and getattr(model.config, "is_decoder", False))
-        if is_tracing():
-            if traits.native is None and not blind and leaves_kernels():
-                return True  # masks are dense there
-            require_when_run(read.all(), text)
-        elif not bool(read.all()):
-            if traits.native is None and not blind:  # else it may attend to padding alone: kernels differ in that
-                return True
-            other = {"left": "right", "right": "left"}[_SIDES[place]]
-            advice = f'Set tokenizer.padding_side = "{other}", or use attn_implementation="eager".'
-            raise InvalidInputError(f"rows are padded on the {_SIDES[place]}", [Reason("padding", text)], advice)
-    return False
 
 
 def first_token_pooler(model: torch.nn.Module) -> torch.nn.Module | None:
@@ -232,7 +193,7 @@ def one_a_row(model: torch.nn.Module, *, unless_first: bool = False) -> list[Rea
     """
     from transformers import PreTrainedModel
 
-    every = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
+    every = [one for one in modules_of(model) if isinstance(one, PreTrainedModel)]
     inner = [one for one in every if "input_ids" in signature_of(one).parameters]  # no vision tower
     pooled = any(pools(one) and not (unless_first and first_token_pooler(one) is not None) for one in inner)
     if pooled or reads_rows(model):
@@ -253,6 +214,11 @@ def classifies_rows(model: torch.nn.Module) -> list[Reason]:
     if labelled or is_named(model, _ROW_HEADS):
         return [Reason("model", "it gives one output a row, and packed rows hold several documents")]
     return _contradictions(model)
+
+
+def reads_tokens(model: torch.nn.Module) -> bool:
+    """Whether a model reads certain tokens of what the one inside it gives: it classifies rows, pools, or picks."""
+    return bool(classifies_rows(model) or read_at(model) or picked(model))
 
 
 def reads_first(model: torch.nn.Module) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from axattn.errors import Reason
 from axattn.hf import probes
+from axattn.hf.module_walk import modules_of, named_modules
 from axattn.hf.source_inspection import calls_of, code_of, file_source, is_readable, signature_of, source_of, tree_of
 from axattn.hf.torch_internals import running_max
 from axattn.hf.weak_cache import weak_cache
@@ -49,13 +50,13 @@ def unread_positions(model: torch.nn.Module) -> list[Reason]:
     from transformers import PreTrainedModel
 
     text = text_model(model)
-    inner = [module for module in text.modules() if isinstance(module, PreTrainedModel)]
+    inner = [module for module in modules_of(text) if isinstance(module, PreTrainedModel)]
     dropping = [type(one).__name__ for one in inner if _drops_positions(code_of(one).forward)]
     if dropping:
         return [Reason("position_ids", f"{dropping[0]} ignores position_ids, and counts along the whole row")]
     if _takes_positions(text):
         return contradictions(text)
-    if any(name.endswith("relative_attention_bias") for name, _ in text.named_modules()):
+    if any(name.endswith("relative_attention_bias") for name, _ in named_modules(text)):
         return []
     return [Reason("position_ids", f"{type(text).__name__} takes no position_ids, and counts along the whole row")]
 
@@ -85,7 +86,7 @@ def contradictions(text: torch.nn.Module) -> list[Reason]:
 
 def counters(model: torch.nn.Module) -> list[Reason]:
     """Layers that number the tokens they see themselves, whatever ``position_ids`` say (Llama 4's without RoPE)."""
-    kinds: dict[str, Any] = {name: code_of(module) for name, module in model.named_modules() if _uses_count(module)}
+    kinds: dict[str, Any] = {name: code_of(module) for name, module in named_modules(model) if _uses_count(module)}
     counting = [name for name, cls in kinds.items() if _counts_tokens(cls)]
     return [Reason("model", f"{name} counts positions among the tokens that it sees") for name in counting[:1]]
 
@@ -146,7 +147,7 @@ def _takes_positions(text: torch.nn.Module) -> bool:
     """Whether some forward in a text model has ``position_ids`` among its parameters."""
     from transformers import PreTrainedModel
 
-    inner = [module for module in text.modules() if isinstance(module, PreTrainedModel)]
+    inner = [module for module in modules_of(text) if isinstance(module, PreTrainedModel)]
     return any("position_ids" in signature_of(one).parameters for one in inner)
 
 
@@ -166,7 +167,7 @@ def _by_source(text: torch.nn.Module) -> Counting | None:
     from transformers import PreTrainedModel
 
     first = 0
-    for module in text.modules():
+    for module in modules_of(text):
         padding = getattr(module, "padding_idx", None)
         if not isinstance(padding, int) and not isinstance(module, PreTrainedModel):
             continue

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from axattn.hf.forward_inputs import CACHES
+from axattn.hf.module_walk import named_modules
 from axattn.hf.source_inspection import calls_interface, calls_of, code_of
 from axattn.hf.weak_cache import weak_cache
 
@@ -48,7 +49,7 @@ def recurrent(model: torch.nn.Module) -> Iterator[Recurrent]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for path, parent in model.named_modules():
+    for path, parent in named_modules(model):
         if not isinstance(parent, GradientCheckpointingLayer):
             continue
         for name, child in parent.named_children():

@@ -12,6 +12,7 @@ import torch
 
 from axattn.errors import Reason
 from axattn.hf import probes
+from axattn.hf.module_walk import modules_of, named_modules
 from axattn.hf.source_inspection import calls_interface, code_of, source_of
 from axattn.traits.recurrent import recurrent
 
@@ -33,7 +34,7 @@ def mixers(model: torch.nn.Module, *, by_document: bool = False) -> list[Reason]
     kinds = _other_kinds(text, apart)
     if kinds:
         return [Reason("model", f"its layers of type {', '.join(sorted(kinds))} mix tokens outside of attention")]
-    named: list[tuple[str, Any]] = [(name, type(module)) for name, module in text.named_modules()]
+    named: list[tuple[str, Any]] = [(name, type(module)) for name, module in named_modules(text)]
     convolutions = [
         name
         for name, cls in named
@@ -41,7 +42,7 @@ def mixers(model: torch.nn.Module, *, by_document: bool = False) -> list[Reason]
     ]
     if convolutions:
         return [Reason("model", f"{convolutions[0]} (a convolution) mixes neighbouring tokens")]
-    shifts = [name for name, module in text.named_modules() if _shifts_tokens(module)]
+    shifts = [name for name, module in named_modules(text) if _shifts_tokens(module)]
     if shifts:
         return [Reason("model", f"{shifts[0]} puts neighbouring tokens together")]
     shares = [] if by_document else [name for name, _ in scaled_by_share(text)]
@@ -59,7 +60,7 @@ def scaled_by_share(text: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """Embeddings that are scaled by the share of masked tokens in a row (ESM's token dropout), by name."""
     return [
         (name, module)
-        for name, module in text.named_modules()
+        for name, module in named_modules(text)
         if getattr(module, "token_dropout", False) is True and "mask_token_id" in source_of(code_of(module).forward)
     ]
 
@@ -68,7 +69,7 @@ def _other_kinds(text: torch.nn.Module, apart: list[str]) -> set[str]:
     """Types of layers that mix tokens outside of attention, but for layers that have a module named in `apart`."""
     config: Any = text.config
     every = list(map(str, getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()))
-    lists = [name for name, m in text.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == len(every)]
+    lists = [name for name, m in named_modules(text) if isinstance(m, torch.nn.ModuleList) and len(m) == len(every)]
     return {
         kind
         for number, kind in enumerate(every)
@@ -86,7 +87,7 @@ def text_model(model: torch.nn.Module) -> torch.nn.Module:
     text = config.get_text_config()
     if text is config:
         return model
-    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text]
+    inner = [m for m in modules_of(model) if isinstance(m, PreTrainedModel) and m.config is text]
     return inner[0] if inner else model
 
 

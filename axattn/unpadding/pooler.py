@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from axattn.documents.forward_context import current
+from axattn.hf.module_walk import modules_of
 from axattn.patches.forward_wrapper import Forward, add_entrance
 from axattn.patches.patchset import PatchSet
 from axattn.traits.pooling import first_token_pooler
@@ -16,7 +17,7 @@ def add_whole_rows(patches: PatchSet, model: torch.nn.Module) -> None:
     """Let the poolers of a model, and of the models inside it, read padded rows."""
     from transformers import PreTrainedModel
 
-    for inner in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+    for inner in [module for module in modules_of(model) if isinstance(module, PreTrainedModel)]:
         pooler = first_token_pooler(inner)
         if pooler is not None:
             add_entrance(patches, pooler, _whole_rows)

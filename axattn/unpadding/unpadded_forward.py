@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from axattn import backends
 from axattn.documents.boundaries import Segments
 from axattn.documents.forward_context import BoundaryInputs, Context, assume, current, reading
 from axattn.documents.inputs import require_ours
@@ -18,23 +19,21 @@ from axattn.documents.peft_row_effects import reasons_by_row
 from axattn.documents.read_inputs import documents
 from axattn.documents.unpadded_batch import UnpaddedBatch
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
-from axattn.hf import contracts
 from axattn.hf.foreign_code import foreign_hooks, takes_gradients_by_row
 from axattn.hf.forward_inputs import INPUTS, is_given, tokens_of, unpadded_as
 from axattn.hf.forward_outputs import Holds, tensors_of
 from axattn.hf.torch_internals import is_tracing
-from axattn.hf.trial import shared_skeletons
 from axattn.patches.forward_wrapper import Forward, add_model_wrappers, wants_cache
 from axattn.patches.patchset import PatchSet
 from axattn.planning.plan import Plan
-from axattn.traits import losses, pooling
+from axattn.spec import names
+from axattn.traits import row_forms
 from axattn.traits.dynamic_rope import limits, rope_scaling_threshold
-from axattn.traits.layer_needs import sub_configs
 from axattn.traits.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
 from axattn.traits.model_traits import ModelTraits
-from axattn.traits.pooling import one_a_row, pools, read_at, reads_first, reads_last, reads_rows
-from axattn.traits.position_ids import counters, own_positions, unread_positions
-from axattn.traits.token_mixers import mixers
+from axattn.traits.pooling import read_at
+from axattn.traits.position_ids import own_positions
+from axattn.traits.row_forms import inner_part
 from axattn.unpadding.pooler import add_whole_rows
 
 logger = logging.getLogger("axattn")
@@ -42,35 +41,17 @@ logger = logging.getLogger("axattn")
 _said: set[str] = set()
 
 
-@shared_skeletons()
 def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
-    """Every reason why a model's batches can't be flattened; empty when they can."""
-    from axattn.spec import names
-
-    config: Any = model.config
-    reasons = [*mixers(model, by_document=True), *counters(model), *unread_positions(model)]
-    reasons += [*losses.contradictions(model), *pooling.contradictions(model)]
-    native = sorted({name for name in decided.running.values() if name is not None and names.is_native(name)})
-    if native:
-        text = f"{', '.join(native)} is called by Transformers, which would leak the rows into each other"
-        reasons.append(Reason("model", text, 'attn_implementation="auto" or "varlen"'))
-    if "s2" in decided.running.values():
-        reasons.append(Reason("segments", "s2 does not pack"))
-    if getattr(config, "is_encoder_decoder", False):
-        reasons.append(Reason("model", "it is an encoder-decoder, whose two sides have other padding"))
-    if len(sub_configs(config)) > 1:
-        reasons.append(Reason("model", "it takes images or audio by row"))
-    if any(entry.layer.need.bias for entry in decided.layers):
-        reasons.append(Reason("bias", "its position bias is made for whole rows"))
-    reasons += contracts.reasons("packed rows", "unpadded rows")
-    return [*reasons, *one_a_row(inner_part(model), unless_first=True)]
-
-
-def inner_part(model: torch.nn.Module) -> torch.nn.Module:
-    """What runs unpadded: the model, or what is under a head that reads one token of each padded row, or beside one."""
-    inner: torch.nn.Module = getattr(model, "base_model", model)
-    one_token = reads_first(model) or reads_last(model) or (pools(inner) and not reads_rows(model))
-    return inner if one_token else model
+    """Every reason why a model's batches can't be unpadded; empty when they can."""
+    needs = [entry.layer.need for entry in decided.layers]
+    reasons = row_forms.reasons_against(model, "unpadded", needs, tuple(decided.running.values()))
+    ours = dict.fromkeys(
+        name for name in decided.running.values() if name in names.axattn_backends() and name != "auto"
+    )
+    return [
+        *reasons,
+        *(Reason("segments", f"{name} does not pack") for name in ours if not backends.get(name).capability.segments),
+    ]
 
 
 def add_unpadding(patches: PatchSet, model: torch.nn.Module, decided: Plan) -> None:

@@ -23,6 +23,7 @@ from axattn.errors import BackendUnavailableError, UnsupportedAttentionError
 from axattn.machine.environment import files_differ
 from axattn.masks.mask_interface import lazy_mask
 from axattn.spec.capability import Need, missing
+from axattn.traits import native_names
 from tests.census.configs import tiny
 from tests.conformance.families import FAMILIES
 from tests.environments import AMPERE, BLACKWELL, HOPPER, machine
@@ -510,9 +511,9 @@ def test_models_whose_attention_modules_say_otherwise_than_their_masks_are_refus
 
 def test_an_attention_module_that_does_not_say_whether_it_is_causal_is_refused() -> None:
     model = build("llama")
-    assert not native_flash_guard.contradictions(model.model)
+    assert not native_names.contradictions(model.model)
     del model.model.layers[1].self_attn.is_causal
-    (reason,) = native_flash_guard.contradictions(model.model)
+    (reason,) = native_names.contradictions(model.model)
     assert "LlamaAttention has no is_causal" in reason.text
 
 

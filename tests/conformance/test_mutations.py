@@ -61,11 +61,10 @@ def the_chunks_are_dropped(patch: Patch) -> None:
 
 @fault("auto", "llama4", "packed, cache on by default")
 def chunks_do_not_restart_with_a_document(patch: Patch) -> None:
-    def from_the_row(segments: Any, chunk: int, kv_length: int) -> torch.Tensor:
-        index = torch.arange(kv_length)
-        return ((index <= index[:, None]) & (index // chunk == index[:, None] // chunk))[None, None]
+    def from_the_row(length: int, documents: Any, padding: Any, device: torch.device) -> torch.Tensor:
+        return torch.arange(length, device=device)[None]
 
-    patch.setattr(mask_interface, "_chunks_in_documents", from_the_row)
+    patch.setattr(mask_interface, "chunk_positions", from_the_row)
     patch.setattr(lazy_mask, "build_layout", lambda mask: None)
 
 
@@ -138,7 +137,7 @@ if known().remap is not None:  # else Transformers looks them up in place
 
 @fault("auto", "qwen3_next", "packed, numbered in the mask")
 def the_model_gets_the_numbers_of_its_documents(patch: Patch) -> None:
-    patch.setattr(input_hook, "plain", lambda mask: mask)
+    patch.setattr(input_hook, "zero_one_mask", lambda mask: mask)
 
 
 @fault("auto", "qwen3_next", "packed, many rows")

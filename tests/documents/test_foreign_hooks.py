@@ -128,7 +128,7 @@ def test_documents_that_come_behind_a_layer_that_runs_by_document_are_refused(na
         lambda _, a, k: (a, {**k, "position_ids": positions(LENGTHS)}), with_kwargs=True
     )
     # (on the oldest Transformers packed rows are refused in this family, whoever tells them)
-    with pytest.raises(axattn.AxattnError, match=r"gave it position_ids|packed rows would leak in Lfm2Model"):
+    with pytest.raises(axattn.AxattnError, match=r"gave it position_ids|packed rows can't run in Lfm2Model"):
         model(tokens(1, sum(LENGTHS)), use_cache=False)
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from transformers.utils import ModelOutput
 
-from axattn.documents.sequence_shard import Share
+from axattn.documents.sequence_shard import SequenceShard
 from axattn.errors import InvalidInputError, UnsupportedAttentionError
 from axattn.parallel import accelerate_config, estimate
 from axattn.parallel.estimates import table
@@ -83,15 +83,15 @@ def test_a_forward_in_the_place_of_the_models_own_is_split_where_it_calls_the_mo
 
 
 REFUSED = {
-    "native name": "it runs on sdpa, which Transformers serves",
+    "native name": "sdpa is called by Transformers",
     "not applied": "it does not run on axattn yet",
     "heads": "3 heads can't be divided among 2 ranks",
     "s2": "s2 treats the halves of the heads differently",
     "rope": "depends on the longest position on a rank",
     "temperature": "counts positions among the tokens that it sees",
-    "router": "the load-balancing loss",
+    "router": "the balance of experts",
     "one a row": "it gives one output a row",
-    "own loss": "computes its own loss",
+    "own loss": "computes its loss itself",
     "bamba": "mix tokens outside of attention",
     "twice": "it is sequence-parallel already",
     "group": "group is a str",
@@ -192,7 +192,7 @@ def test_the_page_s_tables_are_those_of_the_formulas() -> None:
 
 
 def test_an_output_that_may_hold_a_value_for_each_token_of_a_rank_is_not_taken_for_whole() -> None:
-    share = Share(None, 2, 0, 1, 10, None, None)
+    share = SequenceShard(None, 2, 0, 1, 10, None, None)
     join(ModelOutput(score=torch.zeros(1, 3), loss=torch.zeros(())), share, 9)
     for part in (torch.zeros(1, 5, 3), (torch.zeros(1, 5),)):
         with pytest.raises(UnsupportedAttentionError, match="its output score is unknown and can't be gathered"):

@@ -16,6 +16,7 @@ import transformers as tf
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 import axattn
+from axattn.traits import token_mixers
 from axattn.unpadding import unpadded_forward
 from tests.census import examine
 from tests.documents.test_input_hook import qwen_vl
@@ -259,7 +260,7 @@ def test_from_pretrained_takes_it(tmp_path: Path) -> None:
 
 
 def test_hybrids_are_known() -> None:
-    assert all(unpadded_forward.mixers(build(family)) for family in HYBRIDS)
+    assert all(token_mixers.mixers(build(family)) for family in HYBRIDS)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from axattn.backends.exact_fallback import exactly
 from axattn.documents.traced import TracedSegments
 from axattn.hf.mask_functions import Pattern
 from axattn.hf.tensor_snapshots import READS_ON_HOST, memo_of
+from axattn.masks.dense_rule import chunk_positions, dense_rule
 from axattn.masks.lazy_mask import LazyMask
 
 
@@ -137,40 +138,20 @@ def _body(
     mask = _mask(documents, padding, (B, S), causal, window, chunk, query.device)
 
     def rule() -> torch.Tensor:
-        return _rule(documents, padding, S, causal, window, chunk, query.device)
+        positions = None if chunk is None else chunk_positions(S, documents, padding, query.device)
+        return dense_rule(
+            S,
+            S,
+            causal=causal,
+            window=window,
+            documents=documents,
+            chunk=chunk,
+            positions=positions,
+            padding=padding,
+            device=query.device,
+        )
 
     return OpBody(mask, scale, softcap, kernel, options, rule)
-
-
-def _rule(
-    documents: torch.Tensor | None,
-    padding: torch.Tensor | None,
-    length: int,
-    causal: bool,
-    window: int | None,
-    chunk: int | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """bool ``[B, 1, S, S]`` of the same rule."""
-    index = torch.arange(length, device=device)
-    distance = index[:, None] - index
-    seen = (distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool))[None]
-    if window is not None:
-        seen = seen & (distance.abs() < window)
-    if documents is not None:
-        seen = seen & (documents[:, :, None] == documents[:, None, :])
-    if chunk is not None:  # chunks count from the start of a document, or from a row's first real token
-        starts = torch.zeros(1, length, dtype=torch.long, device=device)
-        if padding is not None:
-            starts = starts + padding.long().argmax(-1)[:, None]
-        if documents is not None:
-            new = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
-            starts = torch.maximum(starts, torch.where(new, index, 0).cummax(-1).values)
-        position = index - starts
-        seen = seen & (position[:, :, None] // chunk == position[:, None, :] // chunk)
-    if padding is not None:
-        seen = seen & padding[:, None, :]
-    return seen[:, None]
 
 
 @torch.library.custom_op("axattn::attention", mutates_args=(), tags=READS_ON_HOST)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from axattn.hf.torch_internals import cpu_flash_backward, cpu_flash_forward
+from axattn.masks.dense_rule import dense_rule
 from axattn.masks.varlen_layout import Layout
 
 _WINDOW_BLOCK = 256  # queries a tile of windowed attention takes at least; more waste mask, fewer waste calls
@@ -62,13 +63,7 @@ def _tile_mask(
     queries: int, keys: int, offset: int, causal: bool, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Additive ``[queries, keys]`` of one tile (0 or -inf). Cached: inner tiles are alike in every layer."""
-    q = torch.arange(queries)[:, None] + offset
-    k = torch.arange(keys)[None, :]
-    seen = k <= q if causal else torch.ones(queries, keys, dtype=torch.bool)
-    if window is not None:
-        seen = seen & (k > q - window)
-        if not causal:
-            seen = seen & (k < q + window)
+    seen = dense_rule(queries, keys, causal=causal, window=window, offset=offset)[0, 0]
     return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 

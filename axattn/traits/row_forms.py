@@ -1,0 +1,165 @@
+"""Whether the rows of a model can take another form: packed with several documents, unpadded into one row, or split
+over ranks. One table of every reason against; each rule names the forms that it rules out.
+
+What depends on one batch (a cache, its length) is in `axattn.documents.inputs`, what depends on backends beside the
+callers (`axattn.unpadding`, `axattn.parallel`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from axattn.errors import Reason
+from axattn.hf import contracts
+from axattn.hf.source_inspection import code_of, signature_of
+from axattn.hf.trial import shared_skeletons
+from axattn.spec import names
+from axattn.spec.capability import Need
+from axattn.traits import losses, pooling
+from axattn.traits.dynamic_rope import by_length
+from axattn.traits.layer_needs import sub_configs
+from axattn.traits.position_ids import counters, unread_positions
+from axattn.traits.token_mixers import mixers
+
+Form = Literal["packed", "unpadded", "split"]
+
+
+class Subject(NamedTuple):
+    """What is asked of.
+
+    Attributes:
+        model: a ``PreTrainedModel``.
+        form: that its rows are to take.
+        needs: of its layers.
+        running: the name that runs on each of its configs, None for Transformers' default.
+    """
+
+    model: torch.nn.Module
+    form: Form
+    needs: Sequence[Need]
+    running: Sequence[str | None]
+
+
+@shared_skeletons()
+def reasons_against(
+    model: torch.nn.Module, form: Form, needs: Sequence[Need] = (), running: Sequence[str | None] = ()
+) -> list[Reason]:
+    """Every reason why the rows of a model can't take a form; empty when they can. Arguments as for `Subject`."""
+    subject = Subject(model, form, needs, running)
+    return [reason for forms, rule in RULES if form in forms for reason in rule(subject)]
+
+
+def inner_part(model: torch.nn.Module) -> torch.nn.Module:
+    """What runs unpadded: the model, or what is under a head that reads one token of each padded row, or beside one."""
+    inner: torch.nn.Module = getattr(model, "base_model", model)
+    one_token = pooling.reads_first(model) or pooling.reads_last(model)
+    return inner if one_token or (pooling.pools(inner) and not pooling.reads_rows(model)) else model
+
+
+# ---- the rules -------------------------------------------------------------------------------------------------------
+
+
+def _mixing(subject: Subject) -> list[Reason]:
+    return mixers(subject.model, by_document=subject.form != "split")
+
+
+def _counting(subject: Subject) -> list[Reason]:
+    return counters(subject.model)
+
+
+def _positions(subject: Subject) -> list[Reason]:
+    cls = code_of(subject.model)
+    if subject.form == "split" and "position_ids" not in signature_of(subject.model).parameters:
+        return [Reason("position_ids", f"{cls.__name__} takes no position_ids")]
+    return unread_positions(subject.model)
+
+
+def _outputs(subject: Subject) -> list[Reason]:
+    """Outputs that are not one a token."""
+    model = subject.model
+    if subject.form == "packed":
+        return pooling.classifies_rows(model)
+    if subject.form == "split":
+        return pooling.one_a_row(model)
+    return [*pooling.contradictions(model), *pooling.one_a_row(inner_part(model), unless_first=True)]
+
+
+def _loss(subject: Subject) -> list[Reason]:
+    model = subject.model
+    if subject.form == "unpadded":
+        return losses.contradictions(model)
+    if "labels" not in signature_of(model).parameters:
+        return []
+    name = code_of(model).__name__
+    reasons = losses.contradictions(model)
+    if reasons or losses.takes_keywords(model):
+        return reasons
+    return [Reason("model", f"{name} computes its loss itself, as a mean over the tokens it sees")]
+
+
+def _native(subject: Subject) -> list[Reason]:
+    native = sorted({name for name in subject.running if name is not None and names.is_native(name)})
+    if not native and all(subject.running):
+        return []
+    shown = ", ".join(native) or "Transformers' default"
+    text = f"{shown} is called by Transformers, which would leak the rows into each other"
+    return [Reason("model", text, 'attn_implementation="auto" or "varlen"')]
+
+
+def _encoder_decoder(subject: Subject) -> list[Reason]:
+    if not getattr(subject.model.config, "is_encoder_decoder", False):
+        return []
+    return [Reason("model", "it is an encoder-decoder, whose two sides have other padding")]
+
+
+def _composite(subject: Subject) -> list[Reason]:
+    config: Any = subject.model.config
+    return [Reason("model", "it takes images or audio by row")] if len(sub_configs(config)) > 1 else []
+
+
+def _bias(subject: Subject) -> list[Reason]:
+    biased = any(need.bias for need in subject.needs)
+    return [Reason("bias", "its position bias is made for whole rows")] if biased else []
+
+
+def _sparse(subject: Subject) -> list[Reason]:
+    sparse = any(need.sparse for need in subject.needs)
+    return [Reason("sparse", "it selects keys among the tokens of one rank")] if sparse else []
+
+
+def _rope(subject: Subject) -> list[Reason]:
+    stretching = by_length(subject.model.config)
+    text = f"its rotary embedding ({', '.join(stretching)}) depends on the longest position on a rank"
+    return [Reason("model", text)] if stretching else []
+
+
+def _experts(subject: Subject) -> list[Reason]:
+    if not getattr(subject.model.config, "output_router_logits", False):
+        return []
+    return [Reason("model", "output_router_logits: the balance of experts is taken over one rank's tokens")]
+
+
+def _versions(subject: Subject) -> list[Reason]:
+    return contracts.reasons("packed rows", *(("unpadded rows",) if subject.form == "unpadded" else ()))
+
+
+RULES: tuple[tuple[tuple[Form, ...], Callable[[Subject], Iterable[Reason]]], ...] = (
+    (("packed", "unpadded", "split"), _mixing),
+    (("unpadded", "split"), _counting),
+    (("packed", "unpadded", "split"), _positions),
+    (("unpadded", "split"), _loss),
+    (("unpadded", "split"), _native),
+    (("unpadded", "split"), _encoder_decoder),  # packed: `axattn.documents.inputs.refusals`
+    (("unpadded", "split"), _composite),
+    (("unpadded", "split"), _bias),
+    (("split",), _sparse),
+    (("split",), _rope),
+    (("split",), _experts),
+    (("packed", "unpadded", "split"), _outputs),
+    (("packed", "unpadded", "split"), _versions),
+)
+"""The forms that each rule rules out. Counting layers (Llama 4's) are right in packed rows that are short enough;
+``RULES`` for packed rows are asked of every ``PreTrainedModel`` inside a model, the others of the whole."""
