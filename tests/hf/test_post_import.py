@@ -185,4 +185,4 @@ def test_a_spec_that_cant_be_watched_is_said_and_imported(make: Make, caplog: py
     after_import("late", lambda: None)
     with caplog.at_level(logging.WARNING, "axattn"):
         assert importlib.import_module("late").value == 1
-    assert "can't tell when the import of late ends" in caplog.text
+    assert "can't detect the end of the import of late" in caplog.text
