@@ -163,7 +163,7 @@ def test_a_hub_that_is_away_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
-    with pytest.raises(InvalidInputError, match=r"no such folder: 'models/x' \(models is there\): the hub can't be"):
+    with pytest.raises(InvalidInputError, match=r"no such folder: 'models/x' \(models exists\): the hub can't be"):
         axattn.plan("models/x")
     assert time.monotonic() - start < 5
 

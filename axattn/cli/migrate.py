@@ -40,7 +40,7 @@ def migrate(
 
     from axattn.cli.output import print_json, user_errors
     from axattn.errors import InvalidConfigError
-    from axattn.tools.axolotl.migration import find, look_at
+    from axattn.tools.axolotl.migration import find, migrate_found
 
     with user_errors(as_json):
         if write and check:
@@ -49,7 +49,7 @@ def migrate(
     console = Console(stderr=True)
     found = find(paths, exclude)
     bar = track(found, "reading", console=console, transient=True, disable=not sys.stderr.isatty())
-    looked = [look_at(one) for one in bar]
+    looked = [migrate_found(one) for one in bar]
     done = [one for one in looked if one is not None]
     if write:
         done = [_written(one) for one in done]

@@ -71,7 +71,7 @@ def test_many_functions_run_in_order_and_one_that_fails_breaks_neither_the_impor
     with caplog.at_level(logging.WARNING, "axattn"):
         assert importlib.import_module("late").value == 1
     assert seen == [1, 2, 3]
-    assert "after the import of late failed: ZeroDivisionError" in caplog.text
+    assert "for the import of late failed: ZeroDivisionError" in caplog.text
 
 
 def test_a_function_that_comes_in_the_middle_of_the_import_runs_at_its_end(make: Make) -> None:

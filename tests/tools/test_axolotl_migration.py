@@ -150,8 +150,8 @@ def test_rewriting(before: str, after: str) -> None:
         ("x: 1\nflash_attention: true\nattn_implementation: sdpa\n", 2, "both given; keep one"),
         ("flash_attention: maybe\n", 1, "not true or false"),
         ("x: 1\nattn_implementation: nonsense\n", 2, "is unknown"),
-        ("base: &b\n  flash_attention: true\n<<: *b\n", 3, "through a merge key"),
-        ("base: &b\n  flash_attention: true\n<<: [*b]\nflash_attention: false\n", 3, "through a merge key"),
+        ("base: &b\n  flash_attention: true\n<<: *b\n", 3, "from a merge key"),
+        ("base: &b\n  flash_attention: true\n<<: [*b]\nflash_attention: false\n", 3, "from a merge key"),
         ("base: &b\n  attn_implementation: sdpa\n<<: *b\nflash_attention: true\n", 4, "both given; keep one"),
         ("base: &b\n  attn_implementation: flash\n<<: *b\n", 2, "write attn_implementation: flash_attention_2 there"),
         ("attn_implementation: flash_attention_2\nflash_attention: true\n", 2, "both given; keep one"),
@@ -161,13 +161,13 @@ def test_rewriting(before: str, after: str) -> None:
         ("m: &m {'': fa2}\nattn_implementation: *m\n", 1, "change it by hand"),
         ("? flash_attention\n: true\n", 1, "change it by hand"),
         ("k: &k flash_attention\n*k : true\n", 1, "change it by hand"),
-        ("flash_atention: true\n", 1, "flash_atention is no setting; did you mean flash_attention?"),
+        ("flash_atention: true\n", 1, "flash_atention is not a setting; did you mean flash_attention?"),
         ("Flash-Attention: no\n", 1, "did you mean flash_attention?"),
         ("x: 1\nattn_implementaion: sdpa\n", 2, "did you mean attn_implementation?"),
         ("flash_attention: true\nd: 2024-13-45\n", 2, "2024-13-45 is no date; write it in quotes"),
         ("flash_attention: true\nx: {d: !!bool maybe}\n", 2, "maybe is no bool"),
-        ("flash_attention:\ttrue\n", 1, "write spaces in the place of tabs"),
-        ("x:\n\ty: 1\nflash_attention: true\n", 2, "write spaces in the place of tabs"),
+        ("flash_attention:\ttrue\n", 1, "use spaces instead of tabs"),
+        ("x:\n\ty: 1\nflash_attention: true\n", 2, "use spaces instead of tabs"),
         ("flash_attention: true\nx: " + "[" * 1000 + "]" * 1000, 1, "nested too deeply"),
         ("flash_attention: true\nx: *none\n", 2, "found undefined alias 'none'"),
         ("x: \x07\nflash_attention: true\n", 1, "U+0007 is not allowed in YAML"),
@@ -212,7 +212,7 @@ def test_what_axolotl_reads_itself_stays_and_is_said(line: str) -> None:
     key = line.partition(":")[0]
     done = migrate(f"{line}  # c\nflash_attention: true\n")
     assert done.after == f"{line}  # c\nattn_implementation: flash_attention_2\n"
-    assert done.notes[0] == f"left as they are, for axolotl to read: {key}"
+    assert done.notes[0] == f"left unchanged, because axolotl reads them: {key}"
     assert migrate(f"{key}:\n").notes == ()
 
 
@@ -279,7 +279,7 @@ def test_a_text_is_rewritten_with_its_meaning_or_left_alone(lines: list[str], en
 
 
 def test_several_flags_are_noted() -> None:
-    assert "s2_attention is the one that counted" in migrate("s2_attention: true\nflash_attention: true\n").notes[0]
+    assert "s2_attention took precedence" in migrate("s2_attention: true\nflash_attention: true\n").notes[0]
 
 
 @given(
@@ -373,9 +373,9 @@ def test_nothing_is_written_before_all_is_read_and_one_bad_file_hides_no_other(
         path.write_text("flash_attention: true\n")
     date.write_text("flash_attention: true\nd: 2024-13-45\n")
     written: list[str] = []
-    plain = migration.look_at
+    plain = migration.migrate_found
 
-    def look_at(found: migration.Found) -> migration.Migration | None:
+    def migrate_found(found: migration.Found) -> migration.Migration | None:
         assert not written
         return plain(found)
 
@@ -387,7 +387,7 @@ def test_nothing_is_written_before_all_is_read_and_one_bad_file_hides_no_other(
 
     found = json.loads(runner.invoke(app, ["migrate", "--json", str(good), str(date), str(gone)]).stdout)
     assert [len(one["problems"]) for one in found] == [0, 1, 1]
-    monkeypatch.setattr(migration, "look_at", look_at)
+    monkeypatch.setattr(migration, "migrate_found", migrate_found)
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
     done = runner.invoke(app, ["migrate", "--write", *map(str, (good, shut, date, gone, good))])
     assert done.exit_code == 1

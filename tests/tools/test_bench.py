@@ -101,7 +101,7 @@ def test_the_shapes_of_a_model() -> None:
 
 
 def test_a_name_that_is_not_measured_alone() -> None:
-    with pytest.raises(UnknownAttentionError, match=r"flex_attention can't be measured alone.*--model-step"):
+    with pytest.raises(UnknownAttentionError, match=r"flex_attention can't be timed alone.*--model-step"):
         usable_kernels(["flex_attention"])
 
 
@@ -156,7 +156,7 @@ def test_the_verb(tmp_path: Path) -> None:
         ([], 2, "MODEL or --shape"),
         (["--model-step", "--shape", "1,4,2,64,16"], 2, "--model-step needs a MODEL"),
         (["--shape", "1,2"], 1, "B,H,Hkv,S,D"),
-        (["--shape", "1,4,2,64,16", "--attn", "eager"], 1, "can't be measured alone"),
+        (["--shape", "1,4,2,64,16", "--attn", "eager"], 1, "can't be timed alone"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], code: int, part: str) -> None:
