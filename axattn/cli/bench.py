@@ -105,7 +105,7 @@ def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int
     import axattn
     from axattn.errors import AxattnError, InvalidInputError, Reason
     from axattn.spec.names import canonicalise
-    from axattn.tools.bench.kernels import described, usable_kernels
+    from axattn.tools.bench.kernels import machine_description, usable_kernels
     from axattn.tools.bench.steps import bench_step
 
     requested = [canonicalise(name) for name in attn]  # before anything is loaded
@@ -120,7 +120,7 @@ def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int
     names = requested or ["auto", *(name for name in usable_kernels() if ":" not in name)]
     steps = bench_step(loaded, names, tokens=tokens, documents=documents, rounds=min(rounds, 5), progress=say)
     return {
-        "machine": described(),
+        "machine": machine_description(),
         "model": type(loaded).__name__,
         "tokens": tokens,
         "documents": documents,

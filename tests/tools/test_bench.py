@@ -35,7 +35,9 @@ def test_every_kernel_of_the_machine_is_measured_against_sdpa() -> None:
         assert all(t.ms > 0 and t.tflops > 0 and not t.failed for t in timings)
         assert all(t.error is not None and t.error < 1e-5 for t in timings)
     assert json.loads(json.dumps(found.to_dict()))["backward"] is True
-    assert {"axattn", "commit", "libraries"} <= found.machine.keys()
+    assert {"axattn", "libraries"} <= found.machine.keys()
+    checkout = (Path(axattn.__file__).parents[1] / ".git").exists()
+    assert bool(found.machine["commit"]) is checkout
 
 
 def test_kernels_of_libraries_are_called_through_their_adapters() -> None:

@@ -189,12 +189,12 @@ def bench(
             progress(str(shape))
         found.append((shape, tuple(_shape(shape, names, backward, rounds, kind, device, peak))))
     text = str(kind).removeprefix("torch.")
-    return Bench(described(), text, backward, peak, tuple(found))
+    return Bench(machine_description(), text, backward, peak, tuple(found))
 
 
-def described() -> dict[str, Any]:
+def machine_description() -> dict[str, Any]:
     """This machine with library versions, and axattn's commit if it runs from a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     commit = None
     if (root / ".git").exists():
         command = ["git", "rev-parse", "--short", "HEAD"]
