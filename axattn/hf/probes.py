@@ -147,7 +147,7 @@ def _mixing(skeleton: Skeleton, tokens: Tokens, inner: list[torch.Tensor], poole
     every = [
         given
         for table in skeleton.tables()
-        for seen, given in zip(table.seen, table.given, strict=True)
+        for seen, given in zip(table.inputs, table.outputs, strict=True)
         if torch.equal(seen, tokens.ids)
     ]
     values = {name: x for name, x in output.items() if isinstance(x, torch.Tensor) and x.requires_grad}

@@ -32,8 +32,8 @@ _COMPARED_BY_REPR = (bool, int, float, str, type(None), list, tuple, dict, set, 
 
 
 class Table(torch.nn.Embedding):
-    """An embedding without weights. It records the requested indices (`seen`) and the returned vectors (`given`, leaves
-    of an autograd graph)."""
+    """An embedding without weights. It records the requested indices (`inputs`) and the returned vectors (`outputs`,
+    leaves of an autograd graph)."""
 
     def __init__(self, rows: int, width: int, padding: int | None) -> None:
         torch.nn.Module.__init__(self)
@@ -44,8 +44,8 @@ class Table(torch.nn.Embedding):
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, width, padding
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.__dict__["weight"] = Shape.of((rows, width), self)
-        self.seen: list[torch.Tensor] = []
-        self.given: list[torch.Tensor] = []
+        self.inputs: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
 
     def rows_of(self, index: torch.Tensor) -> torch.Tensor:
         """int ``[...]`` → float32 ``[..., D]``, a different vector for each index.
@@ -55,9 +55,9 @@ class Table(torch.nn.Embedding):
         """
         if bool(((index < 0) | (index >= self.num_embeddings)).any()):
             raise IndexError("index out of range in self")
-        self.seen.append(index.detach().clone())
+        self.inputs.append(index.detach().clone())
         vector = torch.cos((index[..., None] + 1).float() * torch.arange(1, self.embedding_dim + 1))
-        self.given.append(vector.requires_grad_())
+        self.outputs.append(vector.requires_grad_())
         return vector * 1.0  # models change it in place, which autograd forbids for a leaf
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -84,16 +84,16 @@ class Projection(torch.nn.Module):
 
 
 class Watched:
-    """Records the ``position_ids`` of a module (`seen`); mixed into the copy of a rotary embedding."""
+    """Records the ``position_ids`` of a module (`inputs`); mixed into the copy of a rotary embedding."""
 
-    seen: list[torch.Tensor]
+    inputs: list[torch.Tensor]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Inputs and output as for the original."""
         forward: Any = super().forward  # type: ignore[misc]  # of the class that this is mixed into
         found = signature(forward.__func__).bind_partial(self, *args, **kwargs).arguments.get("position_ids")
         if isinstance(found, torch.Tensor):
-            self.seen.append(found.detach().clone())
+            self.inputs.append(found.detach().clone())
         buffers = cast(torch.nn.Module, self).buffers()
         if any(buffer.is_meta for buffer in buffers):  # the values don't matter: there are no layers
             return torch.ones(1, 1, 1), torch.ones(1, 1, 1)
@@ -181,14 +181,14 @@ class Skeleton:
 
     def readers(self) -> list[list[torch.Tensor]]:
         """The recorded inputs of each embedding and rotary embedding: lists that fill during a run."""
-        return [module.seen for module in self.root.modules() if isinstance(module, Table | Watched)]
+        return [module.inputs for module in self.root.modules() if isinstance(module, Table | Watched)]
 
     def forget(self) -> None:
         """Clear all records."""
-        for seen in self.readers():
-            seen.clear()
+        for inputs in self.readers():
+            inputs.clear()
         for table in self.tables():
-            table.given.clear()
+            table.outputs.clear()
 
     def _config(self, config: Any) -> Any:
         """A copy of a config and its sub-configs, on eager attention."""
@@ -232,7 +232,7 @@ class Skeleton:
         if embeds:
             cls = type(cls.__name__, (cls, Table), {}) if cls is not torch.nn.Embedding else Table
         elif "position_ids" in signature(cls.forward).parameters and next(module.parameters(), None) is None:
-            cls = type(cls.__name__, (Watched, cls), {"seen": []})
+            cls = type(cls.__name__, (Watched, cls), {"inputs": []})
         new: torch.nn.Module = object.__new__(cls)
         torch.nn.Module.__init__(new)
         self._modules[id(module)] = new

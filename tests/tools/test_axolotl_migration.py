@@ -157,15 +157,15 @@ def test_rewriting(before: str, after: str) -> None:
         ("attn_implementation: flash_attention_2\nflash_attention: true\n", 2, "both given; keep one"),
         ("attn_implementation: flash_attention_torch\n", 1, "is unknown. Names:"),
         ("attn_implementation: [fa2]\n", 1, "is a list; write one name"),
-        ("attn_implementation: |\n  fa2\n", 1, "in block form; change it by hand"),
+        ("attn_implementation: |\n  fa2\n", 1, "block scalar; change it by hand"),
         ("m: &m {'': fa2}\nattn_implementation: *m\n", 1, "change it by hand"),
         ("? flash_attention\n: true\n", 1, "change it by hand"),
         ("k: &k flash_attention\n*k : true\n", 1, "change it by hand"),
         ("flash_atention: true\n", 1, "flash_atention is not a setting; did you mean flash_attention?"),
         ("Flash-Attention: no\n", 1, "did you mean flash_attention?"),
         ("x: 1\nattn_implementaion: sdpa\n", 2, "did you mean attn_implementation?"),
-        ("flash_attention: true\nd: 2024-13-45\n", 2, "2024-13-45 is no date; write it in quotes"),
-        ("flash_attention: true\nx: {d: !!bool maybe}\n", 2, "maybe is no bool"),
+        ("flash_attention: true\nd: 2024-13-45\n", 2, "2024-13-45 is not a valid date; quote it"),
+        ("flash_attention: true\nx: {d: !!bool maybe}\n", 2, "maybe is not a valid bool"),
         ("flash_attention:\ttrue\n", 1, "use spaces instead of tabs"),
         ("x:\n\ty: 1\nflash_attention: true\n", 2, "use spaces instead of tabs"),
         ("flash_attention: true\nx: " + "[" * 1000 + "]" * 1000, 1, "nested too deeply"),
@@ -393,7 +393,7 @@ def test_nothing_is_written_before_all_is_read_and_one_bad_file_hides_no_other(
     assert done.exit_code == 1
     assert written == ["a.yml"]
     assert done.stdout.count("+attn_implementation: flash_attention_2") == 1
-    assert f"{date}:2: 2024-13-45 is no date" in done.stderr
+    assert f"{date}:2: 2024-13-45 is not a valid date" in done.stderr
     assert f"{gone}:1: can't be read: No such file" in done.stderr
     assert f"{shut}:1: can't be written: Permission denied" in done.stderr
     assert done.stderr.endswith("4 files, 1 rewritten, 3 left unchanged because of problems\n")

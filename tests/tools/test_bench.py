@@ -127,7 +127,7 @@ def test_comparing_two_files(tmp_path: Path) -> None:
     assert [row["change"] for row in rows] == [1.0, 2.0]
     for text in ("{", "[]", '{"shapes": 3}'):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(InvalidConfigError, match=r"x\.json is no benchmark"):
+        with pytest.raises(InvalidConfigError, match=r"x\.json is not a benchmark"):
             report.read(tmp_path / "x.json")
 
 

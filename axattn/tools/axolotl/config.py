@@ -292,7 +292,7 @@ def _conflicts(values: Mapping[str, Any], listed: list[str]) -> list[str]:
             if "/" in name:
                 why = "it is a hub kernel, and axattn does not know whether it separates documents"
             elif backends.packs(name) != "no":
-                why = f"it packs only {backends.packs(name)} ({names.WITHOUT_A_CACHE})"
+                why = f"it can't pack, except {backends.packs(name)} ({names.WITHOUT_A_CACHE})"
             problems.append(f"sample_packing with {name}: {why}; write attn_implementation: varlen.")
         if name == "s2":
             model = values.get("model_type")
