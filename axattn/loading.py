@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from axattn.planning.plan import Plan, Policy
 from axattn.planning.routes import OnUnsupported
 from axattn.reporting import Status, read_status
 from axattn.spec import names
+from axattn.spec.notices import warn_once
 from axattn.spec.options import require_mapping
 from axattn.spec.sub_config_names import nested
 from axattn.traits.attention_configs import Copy, copies, layers_apart, paths_of
@@ -49,8 +49,11 @@ from axattn.traits.config_checks import require_possible
 from axattn.traits.layer_needs import ModelNeeds, model_needs, sub_configs
 from axattn.unpadding.unpadded_forward import add_unpadding
 
-logger = logging.getLogger("axattn")
-_logged_notes: set[str] = set()
+PATCHES: dict[str, Callable[[PatchSet, torch.nn.Module], object]] = {
+    "no cache": disable_cache,
+    "compile room": add_compile_room,
+}
+"""The valid names in `axattn.backends.base.Backend.patches`."""
 
 
 def from_pretrained(
@@ -361,9 +364,7 @@ def _attach(
     ]
     require_interface(decided.model, [type(module) for module in inner])
     for note in decided.notes:
-        if note not in _logged_notes:
-            _logged_notes.add(note)
-            logger.warning("axattn: %s", note)
+        warn_once(note)
     with PatchSet() as patches:
         state = State(decided, patches, value, allow_all_kernels, unpad, configs=configs)
         patches.set_attribute(model, ATTRIBUTE, state)
@@ -379,11 +380,10 @@ def _attach(
         add_document_runs(patches, model)
         add_shares_by_document(patches, model)
         add_routes(patches, modules, path_of, decided)
-        if "flex_attention" in decided.running.values():
-            add_compile_room(patches, model)
-        running = [name for name in decided.running.values() if name in names.axattn_backends() and name != "auto"]
-        if not all(backends.get(name).caches for name in running):
-            disable_cache(patches, model)
+        running = {name for name in decided.running.values() if name is not None and name != "auto"}
+        known = [backends.get(name) for name in running if names.is_native(name) or name in names.axattn_backends()]
+        for patch in sorted({patch for backend in known for patch in backend.patches}):
+            PATCHES[patch](patches, model)
         add_paged_steps(patches, model, decided)
         if unpad:
             add_unpadding(patches, model, decided)

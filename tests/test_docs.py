@@ -83,7 +83,7 @@ def test_a_third_partys_kernel_is_found_planned_and_right(tmp_path: Path) -> Non
     build("mistral").save_pretrained(tmp_path / "my-model")
     code = (
         "import json, axattn\n"
-        "from axattn import names\n"
+        "from axattn.spec import names\n"
         "found = axattn.verify('my-model', 'my_kernel')\n"
         "config = axattn.AttentionConfig(attn_implementation='my_kernel', sample_packing=True)\n"
         "plan = axattn.plan('my-model', 'my_kernel')\n"

@@ -20,6 +20,7 @@ from axattn.errors import (
     UnsupportedAttentionError,
 )
 from axattn.hf.registries import interfaces
+from axattn.spec import notices
 from tests.conformance.families import FAMILIES
 from tests.documents.test_input_hook import qwen_vl
 from tests.models import CONFIGS, REFUSED, alone, build, positions, tokens
@@ -278,9 +279,8 @@ def test_status_of_a_model_that_transformers_loaded_tells_its_layers_once_they_h
 
 
 def test_a_call_that_the_planned_kernel_can_not_serve_is_routed_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    from axattn.planning import routes
 
-    routes._said.clear()
+    notices._given.clear()
     model = axattn.apply(build("llama"), "auto")
     attention = model.model.layers[0].self_attn
     with caplog.at_level(logging.WARNING, "axattn"):

@@ -35,7 +35,7 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
         kind: Any = mask.signature()
         window = kind[1]
     else:
-        kind = "plain" if mask is None else "dense"
+        kind = "no mask" if mask is None else "dense"
         if mask is None and call.causal and 1 < query.shape[2] != key.shape[2]:
             raise UnsupportedAttentionError(
                 f"{route.asked} can't serve {route.layer}",
@@ -43,7 +43,7 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
                 "Transformers' own kernels disagree on what that means; pass an attention mask.",
             )
     if is_tracing():  # a memo read while tracing would be a guard, and each call a new graph
-        return route.choose(need_of(call, sparse))
+        return route.choose(need_of(call, sparse, kind))
     gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     fingerprint = (
         kind,
@@ -70,20 +70,26 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
     )
     backend = route.decisions.get(fingerprint)
     if backend is None:
-        need = need_of(call, sparse)
+        need = need_of(call, sparse, kind)
         backend = route.choose(need)
         _warn_if_lacking(backend, route.kernels[backend.name][1], need)
         route.decisions[fingerprint] = backend
     return backend
 
 
-def need_of(call: AttentionCall, sparse: bool = False) -> Need:
-    """What a call asks of a kernel."""
+def need_of(call: AttentionCall, sparse: bool, signature: Any) -> Need:
+    """What a call asks of a kernel.
+
+    Args:
+        call: the call.
+        sparse: it carries sparse indices.
+        signature: of its `LazyMask`, where it has one.
+    """
     query, key, value, mask = call.query, call.key, call.value, call.mask
     causal, window, chunk, dense = call.causal and query.shape[2] > 1, call.window, None, False
     padding = non_contiguous_padding = segments = False
     if isinstance(mask, LazyMask):
-        causal, window, chunk, dense, padding, segments, unknown = mask.signature()
+        causal, window, chunk, dense, padding, segments, unknown = signature
         if dense and not unknown:
             dense, non_contiguous_padding = False, True
     elif mask is not None:
@@ -109,7 +115,7 @@ def need_of(call: AttentionCall, sparse: bool = False) -> Need:
         padding=padding,
         non_contiguous_padding=non_contiguous_padding,
         segments=segments,
-        traced=isinstance(mask, LazyMask) and is_tracing() and mask.plain is None,
+        traced=isinstance(mask, LazyMask) and is_tracing() and mask.as_flag is None,
         cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # a symbol while tracing
         gradient=gradient,
         deterministic=gradient and determinism.required(call.extras.get("deterministic")),

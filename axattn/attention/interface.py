@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from axattn.attention.dispatch import decide
-from axattn.backends.base import Backend, keep_nan
+from axattn.attention.short_path import key_of, note_of
+from axattn.backends.base import Backend, nan_where_not_finite
 from axattn.backends.call import AttentionCall
 from axattn.backends.compiled_ops.portable import portable
 from axattn.backends.compiled_ops.varlen_op import over_documents
-from axattn.backends.sdpa import attention
 from axattn.documents.forward_context import current
 from axattn.documents.traced import TracedSegments
 from axattn.errors import AxattnError, BackendUnavailableError, Reason, UnsupportedAttentionError
@@ -22,21 +22,18 @@ from axattn.hf.caches import is_unpaged_cache
 from axattn.hf.forward_inputs import AT_ATTENTION, CACHES, PAGED
 from axattn.hf.registries import require_mask
 from axattn.hf.torch_internals import is_tracing, needs_torch_operators
-from axattn.hf.torch_sdpa import avoids_cudnn, takes_grouped_heads
 from axattn.masks.lazy_mask import LazyMask
 from axattn.masks.shard_mask import ShardMask
 from axattn.masks.user_masks import read_mask, with_keyword_segments
 from axattn.patches.double_backward import require_first
 from axattn.planning.routes import ATTRIBUTE, Route, route_of
 
-_sdpa = torch.nn.functional.scaled_dot_product_attention
-
 SERVED: frozenset[str] = frozenset(
     {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "sinks", "position_bias"}
     | {"output_attentions"}
 )
-PLAIN = AT_ATTENTION - set(CACHES) | {"dropout", "scaling", "is_causal", "sliding_window"}
-"""With a `LazyMask.plain` mask these change nothing but the scale: the mask says what is causal and windowed."""
+NO_EXTRAS = AT_ATTENTION - set(CACHES) | {"dropout", "scaling", "is_causal", "sliding_window"}
+"""Under a `LazyMask.as_flag` mask these change nothing but the scale: the mask says what is causal and windowed."""
 SPARSE: frozenset[str] = frozenset({"indices", "block_indices"})
 
 
@@ -71,35 +68,29 @@ def attend(
     route: Route | None = module.__dict__.get(ATTRIBUTE)
     if route is None or route.asked != name:
         route = route_of(module, name)
-    plain_key = None
-    if type(attention_mask) is LazyMask and kwargs.keys() <= PLAIN and not kwargs.get("dropout"):
-        # the common call: nothing that F.scaled_dot_product_attention would not do by itself, as an earlier layer found
-        compiling = is_tracing()
-        hit = None if compiling else attention_mask.hit
-        if hit is None and not compiling:
-            plain_key = _plain_key(attention_mask, query, key, value)
-            served = route.plain.get(plain_key)
-            if served is not None:
-                hit = attention_mask.hit = _hit(route, served, attention_mask, query, key, value)
-        if hit is not None:
-            shapes, dtype, order, served, causal, grouped = hit
+    short_key = None
+    if (
+        type(attention_mask) is LazyMask
+        and kwargs.keys() <= NO_EXTRAS
+        and not kwargs.get("dropout")
+        and not is_tracing()
+    ):
+        note = attention_mask.notes.get(route.candidates)
+        if note is None:
+            short_key = key_of(attention_mask, query, key, value)
+            note = note_of(route, short_key, attention_mask, query, key, value)
+        if note is not None:
+            shapes, dtype, served, kernel = note
             if (
                 shapes == (query.shape, key.shape, value.shape)
                 and query.dtype is dtype
                 and key.dtype is dtype
                 and value.dtype is dtype
-                and order is route.candidates
             ):
                 route.served[served] = route.served.get(served, 0) + 1
-                scale = kwargs.get("scaling")
-                if grouped is None:
-                    out = attention(query, key, value, None, 0.0, causal, scale)
-                elif grouped:
-                    out = _sdpa(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=True)
-                else:
-                    out = _sdpa(query, key, value, None, 0.0, causal, scale=scale)
-                out = out.transpose(1, 2).contiguous()
-                return (keep_nan(out, query) if torch.is_grad_enabled() else out), None
+                out = kernel(query, key, value, scale=kwargs.get("scaling")).transpose(1, 2).contiguous()
+                checked = query.device.type == "cpu" and torch.is_grad_enabled()
+                return (nan_where_not_finite(out, query) if checked else out), None
     sparse = False
     for keyword, given in kwargs.items():
         if given is None or keyword in SERVED:
@@ -154,8 +145,8 @@ def attend(
     backend = decide(route, call, sparse)
     out = run_library(backend, call, route) if backend.install else run(backend, call, route)
     route.count(call.ran or backend.name)
-    if plain_key is not None and backend.plain:
-        route.plain[plain_key] = backend.name
+    if short_key is not None and backend.is_sdpa:
+        route.short[short_key] = backend.name
     elif not backend.capability.second_gradient:
         require_first(out, backend.name)
     return out.contiguous(), call.weights
@@ -163,12 +154,12 @@ def attend(
 
 def run(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
     """The kernel itself; returns ``[B, S, H, Dv]``."""
-    assert backend.forward is not None
     if backend.spans and is_tracing():
-        call.ran = backend.name if call.module.training or not backend.evaluates else backend.evaluates
+        variant = None if call.module.training else backend.variant
+        call.ran = backend.name if variant is None else variant.evaluates
         repeats = bool(call.extras.get("deterministic"))
         return over_documents(call, call.ran, route.options_json_deterministic if repeats else route.options_json)
-    return backend.forward(call)
+    return backend.called(call)
 
 
 def run_library(backend: Backend, call: AttentionCall, route: Route) -> torch.Tensor:
@@ -235,32 +226,6 @@ def _refuse_lengths(route: Route, query: torch.Tensor, key: torch.Tensor, mask: 
         [Reason("attention_mask", text)],
         'Use attn_implementation="eager".',
     )
-
-
-def _plain_key(mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...] | None:
-    """What decides the kernel of a plain call, None when the call is not plain (or its dtypes are not settled)."""
-    if not mask.guarded or mask.plain is None or not query.dtype == key.dtype == value.dtype:
-        return None
-    device, q, k = query.device, query.shape, key.shape
-    if (q[2], k[2]) != mask.shape[2:]:
-        return None
-    if torch.is_autocast_enabled(device.type):
-        return None
-    return (mask.plain, q[1], q[3], k[1], value.shape[3], query.dtype, device, torch.is_grad_enabled())
-
-
-def _hit(
-    route: Route, served: str, mask: LazyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[Any, ...]:
-    """The note that a layer leaves on the mask for the next layers that have the same candidates. Its last part is
-    ``enable_gqa``, None where `attention` is to see to heads or to cuDNN."""
-    causal, single = mask.plain == "causal", query.shape[2] == 1
-    grouped: bool | None = query.shape[1] != key.shape[1]
-    # the note outlives this forward, and a checkpoint's that runs without gradients at first
-    apart = avoids_cudnn(query.device, key.shape[2], masked=False, single=single, causal=causal, training=True)
-    if apart or (grouped and (single or not takes_grouped_heads(query, key, value, None, 0.0, causal))):
-        grouped = None
-    return (query.shape, key.shape, value.shape), query.dtype, route.candidates, served, causal, grouped
 
 
 def _one_dtype(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from axattn.errors import Reason
@@ -85,6 +86,21 @@ QUANTISED = Capability(
 
 
 @dataclass(frozen=True, slots=True)
+class Variant:
+    """A kernel that computes something else than full attention in training, by definition of its paper.
+
+    Nothing exact may stand in for it there, and its heads, which may differ by their number, are not split over ranks.
+
+    Attributes:
+        evaluates: the backend that runs in its place in evaluation.
+        reasons: why it can't serve a model: of its class name, the path of the config and the kinds of its layers.
+    """
+
+    evaluates: str
+    reasons: Callable[[str, str, Collection[str]], list[Reason]]
+
+
+@dataclass(frozen=True, slots=True)
 class Backend:
     """One kernel.
 
@@ -98,16 +114,13 @@ class Backend:
         on: what it serves on a given machine, where that differs from `capability`.
         options: what its user can choose (``kernel_options``).
         spans: it reads a mask's `Layout` and no sinks: inside a compiled graph it runs as one operator.
-        providers: the backends that may serve the name, by the value of its option ``provider``, in order.
         notice: what to tell the user once where it runs on a given machine, ``""`` for nothing.
         runs_on: whose kernels it calls on a given machine, by which source, for plans; ``""`` for nothing to add.
-        caches: False when its models are better off with ``use_cache=False`` in their configs.
-        evaluates: the backend that runs in its place in evaluation; ``""`` for itself. Such a kernel computes something
-            else than full attention: nothing exact may stand in for it in training.
-        heads_alike: a head's output does not depend on its number, so heads may be split over ranks.
+        patches: by name in `axattn.loading.PATCHES`, further patches of a model that runs on it.
+        variant: where it computes something else than full attention in training, what; None for all other kernels.
         forward_backward: its forward and backward apart, for operators of compiled graphs: `AttentionCall` →
             `ForwardBackward`, or None for a call whose forward must run again in backward.
-        plain: on a `LazyMask.plain` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
+        is_sdpa: on a `LazyMask.as_flag` mask with no extras, `forward` is just ``F.scaled_dot_product_attention``.
     """
 
     name: str
@@ -116,14 +129,12 @@ class Backend:
     probe: Callable[[Environment], list[Reason]]
     forward: Callable[[AttentionCall], torch.Tensor] | None = None
     install: str = ""
-    plain: bool = False
+    is_sdpa: bool = False
     on: Callable[[Environment], Capability] | None = None
     options: tuple[Option, ...] = ()
-    caches: bool = True
+    patches: tuple[str, ...] = ()
     spans: bool = False
-    heads_alike: bool = True
-    evaluates: str = ""
-    providers: Mapping[str, str] = field(default_factory=dict, hash=False)
+    variant: Variant | None = None
     notice: Callable[[Environment], str] | None = None
     runs_on: Callable[[Environment], str] | None = None
     forward_backward: Callable[[AttentionCall], ForwardBackward | None] | None = None
@@ -131,6 +142,12 @@ class Backend:
     def capability_on(self, environment: Environment) -> Capability:
         """What it serves on a machine."""
         return self.capability if self.on is None else self.on(environment)
+
+    def called(self, call: AttentionCall) -> torch.Tensor:
+        """`forward`, ``[B, S, H, Dv]``; of a backend that only Transformers runs no plan lets axattn call it."""
+        if self.forward is None:
+            raise AssertionError(f"{self.name} is run by Transformers alone")
+        return self.forward(call)
 
     def option(self, call: AttentionCall, name: str) -> Any:
         """What the user chose for `name`, its default if nothing."""
@@ -160,7 +177,7 @@ def nan_where_not_finite(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor
     """``[B, S, H, Dv]`` with NaN where the query ``[B, H, S, D]`` is not finite."""
     import torch
 
-    if torch.isfinite(query.detach().sum()):
+    if math.isfinite(query.detach().sum().item()):  # torch.isfinite is four operators
         return out
     bad = ~torch.isfinite(query.detach()).all(-1).transpose(1, 2)[..., None]
     return out + torch.zeros_like(bad, dtype=out.dtype).masked_fill(bad, float("nan"))

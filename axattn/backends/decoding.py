@@ -10,7 +10,6 @@ import torch
 
 from axattn.backends import sdpa
 from axattn.backends.call import AttentionCall
-from axattn.masks.lazy_mask import LazyMask
 from axattn.masks.varlen_layout import Layout
 
 
@@ -52,8 +51,7 @@ def one_query(call: AttentionCall, layout: Layout) -> torch.Tensor:
         low = max(low, high - window)
     keys, values, mask = call.key[:, :, low:high], call.value[:, :, low:high], None
     if not everywhere:
-        assert isinstance(call.mask, LazyMask)  # without a mask all rows are alike
-        mask = call.mask.dense()[..., low:high]
+        mask = call.dense_mask()[..., low:high]  # type: ignore[index]  # without a mask all rows are alike
     call.ran = "sdpa"
     out = sdpa.attention(call.query, keys, values, mask, call.dropout, False, call.scale).transpose(1, 2)
     if mask is not None and sum(span.row1 - span.row0 for span in spans) < layout.rows:

@@ -21,6 +21,6 @@ def exactly(call: AttentionCall) -> torch.Tensor:
         return eager(call)
     call.ran = "varlen"
     mask, layout = call.mask, None
-    if isinstance(mask, LazyMask) and mask.plain is None and not call.dropout and not is_tracing():
+    if isinstance(mask, LazyMask) and mask.as_flag is None and not call.dropout and not is_tracing():
         layout = mask.layout()
     return sdpa.sdpa(call) if layout is None else over_layout(call, layout)

@@ -18,6 +18,7 @@ from axattn.backends import decoding
 from axattn.backends.base import on_gpu_of
 from axattn.backends.call import AttentionCall
 from axattn.backends.varlen_engine.packed import one_head_dim, packed_call
+from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf import determinism
 from axattn.masks.lazy_mask import LazyMask
 from axattn.masks.varlen_layout import Layout, Span
@@ -109,11 +110,11 @@ def _output(found: Any) -> torch.Tensor:
 
 def layout_of(call: AttentionCall) -> Layout:
     """The spans of a call: its mask's, or whole rows where there is no mask."""
-    if isinstance(call.mask, LazyMask):
-        layout = call.mask.layout()
-        assert layout is not None  # `Need.dense_mask` has sent every other mask elsewhere
+    layout = call.mask.layout() if isinstance(call.mask, LazyMask) else None
+    if layout is not None:
         return layout
-    assert call.mask is None
+    if call.mask is not None:  # `Need.dense_mask` sends such masks to another kernel
+        raise UnsupportedAttentionError("FlashAttention can't serve this call", [Reason("dense_mask", "a dense mask")])
     B, _, S, _ = call.query.shape
     return _whole_rows(B, S, call.key.shape[2], call.causal and S > 1, call.window, call.query.device)
 

@@ -33,4 +33,13 @@ def _capability(environment: Environment) -> Capability:
     return ON_CPU if environment.torch_device == "cpu" else CAPABILITY
 
 
-BACKENDS = (Backend("flex_attention", "torch flex_attention, run by Transformers", CAPABILITY, _probe, on=_capability),)
+BACKENDS = (
+    Backend(
+        "flex_attention",
+        "torch flex_attention, run by Transformers",
+        CAPABILITY,
+        _probe,
+        on=_capability,
+        patches=("compile room",),
+    ),
+)

@@ -291,7 +291,7 @@ BACKEND = Backend(
     install=_INSTALL,
     on=_capability,
     options=(HADAMARD, BACKWARD),
-    caches=False,
+    patches=("no cache",),
     spans=True,
     forward_backward=forward_backward,
 )

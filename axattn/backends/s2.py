@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from axattn.backends import varlen
-from axattn.backends.base import FLOATS, Backend, always_usable
+from axattn.backends.base import FLOATS, Backend, Variant, always_usable
 from axattn.backends.call import AttentionCall
 from axattn.backends.varlen_engine.packed import over_layout
 from axattn.errors import Reason, UnsupportedAttentionError
@@ -71,9 +72,8 @@ def s2(call: AttentionCall) -> torch.Tensor:
     layout = call.mask.layout() if isinstance(call.mask, LazyMask) else None
     if layout is None:
         reasons.append(Reason("dense_mask", "the mask has no compact form"))
-    if reasons:
+    if layout is None or reasons:
         raise UnsupportedAttentionError("s2 can't serve this call", reasons, 'Use attn_implementation="varlen".')
-    assert layout is not None
     group = group_tokens(BACKENDS[0].option(call, "group_size"), call.query.shape[2])
     halves = []
     for half, shift in ((0, 0), (1, group // 2)):
@@ -123,6 +123,13 @@ def grouped(layout: Layout, group: int, shift: int) -> Layout:
     return layout.kept(f"s2-{group}-{shift}", make)
 
 
+def _model_reasons(model: str, path: str, kinds: Collection[str]) -> list[Reason]:
+    llama = "llama" in model.lower() and "llama4" not in model.lower()
+    if llama and not path and set(kinds) <= {"full_attention"}:
+        return []
+    return [Reason("model", "shifted sparse attention is defined for LLaMA models only")]
+
+
 _GROUP_SIZE = Option("group_size", GROUP_SIZE, "tokens in a group, or its share of the row", _wrong_group_size)
 BACKENDS = (
     Backend(
@@ -132,8 +139,7 @@ BACKENDS = (
         always_usable,
         s2,
         options=(_GROUP_SIZE,),
-        heads_alike=False,
         spans=True,
-        evaluates="varlen",
+        variant=Variant("varlen", _model_reasons),
     ),
 )

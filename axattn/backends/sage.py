@@ -65,6 +65,7 @@ PROVIDER = Option(
     "auto",
     'who runs it: "triton" (ours), "library" (sageattention), or "auto", the first that can',
     one_of("auto", "triton", "library"),
+    {"triton": "sage", "library": "sage:library"},
 )
 
 
@@ -293,7 +294,6 @@ BACKEND = Backend(
     install="pip install triton",
     on=_capability,
     options=(PROVIDER, BACKWARD),
-    providers={"triton": "sage", "library": "sage:library"},
     notice=_notice,
     spans=True,
     forward_backward=forward_backward,

@@ -38,13 +38,13 @@ CAPABILITY = dataclasses.replace(
 
 def sdpa(call: AttentionCall) -> torch.Tensor:
     """Attention through ``F.scaled_dot_product_attention``; returns ``[B, S, H, Dv]``."""
-    plain = call.mask.plain if isinstance(call.mask, LazyMask) else None
+    flag = call.mask.as_flag if isinstance(call.mask, LazyMask) else None
     query, key, value = call.query, call.key, call.value
     kept = selected(call)
     if kept is not None:
         mask, causal = _with_bias(only_selected(call.dense_mask(), kept), call.bias, query.dtype), False
-    elif call.bias is None and plain is not None:
-        mask, causal = None, plain == "causal"
+    elif call.bias is None and flag is not None:
+        mask, causal = None, flag == "causal"
     elif call.bias is None and call.mask is None and call.window is None:
         mask, causal = None, call.causal and bool(query.shape[2] > 1)
     else:
@@ -147,5 +147,5 @@ def native_note(environment: Environment) -> str:
 
 
 BACKENDS = (
-    Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa, plain=True, notice=notice),
+    Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa, is_sdpa=True, notice=notice),
 )

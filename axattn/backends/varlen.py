@@ -39,7 +39,7 @@ CAPABILITY = dataclasses.replace(
 
 def varlen(call: AttentionCall) -> torch.Tensor:
     """Attention that costs what the documents cost; returns ``[B, S, H, Dv]``."""
-    if call.dropout or not isinstance(call.mask, LazyMask) or call.mask.plain is not None:
+    if call.dropout or not isinstance(call.mask, LazyMask) or call.mask.as_flag is not None:
         return sdpa.sdpa(call)
     if is_tracing():
         return varlen_op.over_documents(call, "varlen")
@@ -52,7 +52,7 @@ def forward_backward(call: AttentionCall) -> ForwardBackward | None:
     padded (whole rows run on the fastest kernel that ``F.scaled_dot_product_attention`` finds)."""
     if call.query.device.type == "cpu":
         return TILES
-    whole = isinstance(call.mask, LazyMask) and call.mask.plain is not None
+    whole = isinstance(call.mask, LazyMask) and call.mask.as_flag is not None
     widest = call.query if call.query.shape[-1] >= call.value.shape[-1] else call.value
     return None if whole or torch.version.hip is not None or not runs_flash(widest) else _PACKED
 
@@ -74,7 +74,7 @@ BACKENDS = (
         CAPABILITY,
         probe,
         varlen,
-        plain=True,
+        is_sdpa=True,
         notice=sdpa.notice,
         runs_on=torch_flash.runs_on,
         forward_backward=forward_backward,

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from packaging.version import Version
@@ -161,8 +161,8 @@ def both_ways(layout: Layout) -> Any:
     """The library's bias for one span of a bidirectional window; it has no block-diagonal form of it."""
     from xformers.ops.fmha.attn_bias import LocalAttentionFromBottomRightMask
 
-    assert layout.window is not None
-    return LocalAttentionFromBottomRightMask(window_left=layout.window - 1, window_right=layout.window - 1)
+    reach = cast("int", layout.window) - 1
+    return LocalAttentionFromBottomRightMask(window_left=reach, window_right=reach)
 
 
 def _blocks(

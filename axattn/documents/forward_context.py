@@ -89,9 +89,13 @@ class Context:
     def documents(self) -> Segments | TracedSegments | None:
         """The documents for who may be in a graph that the input hook is not in (``model.forward =
         torch.compile(...)``): there a tensor, or the graph would be for these documents alone."""
-        if not torch.compiler.is_compiling() or self.handle is None or self.shape is None:
+        if (
+            not torch.compiler.is_compiling()
+            or self.handle is None
+            or self.shape is None
+            or not isinstance(self.segments, Segments)
+        ):
             return self.segments
-        assert isinstance(self.segments, Segments)
         rows, length = self.shape
         return TracedSegments(document_ids_op(self.handle, rows, length, self.segments.device), rows, length)
 

@@ -92,11 +92,8 @@ def _crosses_padding(inputs: dict[str, Any]) -> bool:
     the queries at the source's padding (transformers 5.23)."""
     source, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
     tokens = tokens_of(inputs)
-    if not all(isinstance(x, torch.Tensor) for x in (source, mask, tokens)):
+    if not (isinstance(source, torch.Tensor) and isinstance(mask, torch.Tensor) and isinstance(tokens, torch.Tensor)):
         return False
-    assert isinstance(source, torch.Tensor)
-    assert isinstance(mask, torch.Tensor)
-    assert isinstance(tokens, torch.Tensor)
     return source.shape[1] == tokens.shape[1] and mask.ndim == 2 and not bool(mask.all())
 
 

@@ -39,6 +39,7 @@ class LazyMask(TensorLike):
     """
 
     __slots__ = (
+        "_as_flag",
         "_dense",
         "_layout",
         "_materialise",
@@ -47,15 +48,14 @@ class LazyMask(TensorLike):
         "_padding",
         "_padding_checked",
         "_padding_on_host",
-        "_plain",
         "_signature",
         "crosses",
         "dense_in_graphs",
         "device",
         "guarded",
         "handle",
-        "hit",
         "kv_offset",
+        "notes",
         "pattern",
         "ready",
         "segments",
@@ -96,7 +96,9 @@ class LazyMask(TensorLike):
         self.guarded = guarded
         self.weights = weights
         self.crosses = crosses
-        self.hit: tuple[Any, ...] | None = None  # the interface's note for the next layer of this forward
+        self.notes: dict[
+            tuple[str, ...], Any
+        ] = {}  # of layers for the next, by candidates (`axattn.attention.short_path`)
         self._padding = padding
         self._padding_checked = padding is None or padding_on_host is not None  # who has that has looked
         self._padding_on_host = padding_on_host
@@ -104,7 +106,7 @@ class LazyMask(TensorLike):
         self._dense: torch.Tensor | None = None
         self._layout: Layout | bool | None = False
         self._signature: tuple[Any, ...] | None = None
-        self._plain: str | None = "unread"
+        self._as_flag: str | None = "unread"
         self._moved: dict[torch.device, LazyMask] = {}
         self.handle = None if is_tracing() else self._new_handle()
 
@@ -193,16 +195,17 @@ class LazyMask(TensorLike):
         return self._layout
 
     @property
-    def plain(self) -> str | None:
-        """``"causal"`` or ``"full"`` when one call of plain attention over whole rows is all there is, else None."""
+    def as_flag(self) -> str | None:
+        """``"causal"`` or ``"full"`` where a kernel's ``is_causal`` says all that the mask does (each row is one
+        document without padding), else None."""
         if is_tracing():
-            return self._read_plain()
-        if self._plain == "unread":
+            return self._read_flag()
+        if self._as_flag == "unread":
             self._settle()
-            self._plain = self._read_plain()
-        return self._plain
+            self._as_flag = self._read_flag()
+        return self._as_flag
 
-    def _read_plain(self) -> str | None:
+    def _read_flag(self) -> str | None:
         pattern = self.pattern
         if pattern is None or self.segments is not None or pattern.chunk is not None or self.weights:
             return None
@@ -222,7 +225,7 @@ class LazyMask(TensorLike):
         if is_tracing():  # nothing is kept on the mask: the next layer's graph would differ
             return self._read_signature(self.whole or self.dense_in_graphs)
         if self._signature is None:
-            self._signature = self._read_signature(bool(self.plain) or self.layout() is not None)
+            self._signature = self._read_signature(bool(self.as_flag) or self.layout() is not None)
         return self._signature
 
     def _read_signature(self, spans: bool) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -164,7 +164,7 @@ _PLAIN_KEPT = 8
 def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -> LazyMask:
     """The plain causal mask of whole rows, one object over many forwards: the commonest mask, and it has no state.
 
-    What the interface notes on it (`LazyMask.hit`) then also serves the next forward. One that was made dense is not
+    What layers note on it (`LazyMask.notes`) then also serves the next forward. One that was made dense is not
     kept: it would hold S x S bytes.
     """
     key = (rows, length, device, guarded)
@@ -280,8 +280,7 @@ def _segments(
 ) -> Segments | TracedSegments | None:
     context = current()
     if context is not None and context.segments is not None:
-        found = context.documents
-        assert found is not None
+        found = cast("Segments | TracedSegments", context.documents)
         if (found.rows, found.length) != (rows, q_length) or q_offset != 0 or kv_length < q_length:
             return None
         return found.to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from axattn.hf.transfers import captures_graph
 from axattn.masks.dense_rule import dense_rule
 
 if TYPE_CHECKING:
+    from axattn.hf.mask_functions import Pattern
     from axattn.masks.lazy_mask import LazyMask
 
 Made = TypeVar("Made")
@@ -116,8 +117,7 @@ def build_layout(mask: LazyMask) -> Layout | None:
 
 
 def _row_spans(mask: LazyMask, row: int, low: int, high: int, start: int, visible: int, square: bool) -> list[Span]:
-    pattern, q_length = mask.pattern, mask.shape[2]
-    assert pattern is not None
+    pattern, q_length = cast("Pattern", mask.pattern), mask.shape[2]
     if not square:
         if pattern.causal:  # the queries are the last keys; those before `low` are padding
             first = max(low - start, 0)
@@ -129,8 +129,7 @@ def _row_spans(mask: LazyMask, row: int, low: int, high: int, start: int, visibl
         return [Span(row, row + 1, 0, q_length, low, high)] if high > low else []
     edges: tuple[int, ...] = (0, visible)
     if mask.segments is not None:
-        assert isinstance(mask.segments, Segments)  # a traced mask has no layout (`LazyMask.whole`)
-        edges = mask.segments.boundaries[row]
+        edges = cast("Segments", mask.segments).boundaries[row]  # a traced mask has no layout (`LazyMask.whole`)
     spans = []
     for a, b in pairwise(edges):
         a, b = max(a, low), min(b, high)  # noqa: PLW2901

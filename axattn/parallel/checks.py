@@ -39,4 +39,4 @@ def reasons_against(model: torch.nn.Module, ranks: int) -> list[Reason]:
 
 
 def _splits_heads(name: str) -> bool:
-    return name in names.axattn_backends() and name != "auto" and not backends.get(name).heads_alike
+    return name in names.axattn_backends() and name != "auto" and backends.get(name).variant is not None

@@ -209,7 +209,7 @@ def _plan_path(
             options=policy.options,
         )
     except BackendUnavailableError as error:
-        if not route or name in ("s2",):
+        if not route or backend_of(name).variant is not None:
             raise
         notes.append(f"{name} → auto for {path or 'the model'}: {error}")
         return _plan_path(model, path, "auto", layers, environment, policy, notes)
@@ -236,8 +236,10 @@ def _plan_path(
             if kernel is not None and kernel.repository not in name:
                 notes.append(f"{name} serves no single layers here: its library is absent, and {kernel} whole models")
         return "auto", _plan_layers(layers, name, order, environment), order
-    if name == "s2":
-        _require_llama(model, path, layers)
+    variant = None if name == "auto" else backend_of(name).variant
+    if variant is not None and (reasons := variant.reasons(model, path, [layer.kind for layer in layers])):
+        advice = 'Use attn_implementation="varlen" or "auto".'
+        raise UnsupportedAttentionError(f"{name} can't serve {model}", reasons, advice)
     order = candidates(name, policy.on_unsupported, environment, policy.options)
     tried = tuple(rank.name for rank in ranking(environment)) if name == "auto" else order
     planned = _plan_layers(layers, name, tried, environment)
@@ -321,16 +323,6 @@ def _plan_layer(layer: LayerNeed, asked: str, order: tuple[str, ...], environmen
             return LayerPlan(layer, asked, name, tuple(rejected))
         rejected.append(Rejected(name, tuple(reasons)))
     return LayerPlan(layer, asked, "", tuple(rejected))
-
-
-def _require_llama(model: str, path: str, layers: list[LayerNeed]) -> None:
-    plain = all(layer.kind == "full_attention" for layer in layers)
-    if "llama" not in model.lower() or "llama4" in model.lower() or path or not plain:
-        raise UnsupportedAttentionError(
-            f"s2 can't serve {model}",
-            [Reason("model", "shifted sparse attention is defined for LLaMA models only")],
-            'Use attn_implementation="varlen" or "auto".',
-        )
 
 
 def _unsupported(model: str, name: str, failed: list[LayerPlan]) -> UnsupportedAttentionError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,7 @@ from axattn.hf.torch_internals import in_traced_subgraph, is_tracing
 from axattn.machine.environment import Environment
 from axattn.planning.ranking import by_need, interned, usable
 from axattn.spec.capability import Capability, Need, missing
-
-logger = logging.getLogger("axattn")
+from axattn.spec.notices import warn_once
 
 OnUnsupported = Literal["raise", "route"]
 ATTRIBUTE = "_axattn_route"
@@ -39,7 +37,7 @@ class Route:
             runs, such as padding with holes, is not known here.
         decisions: backend by kind of call, so that a call like an earlier one costs one dict lookup.
         kernels: the backends of `candidates` and what they serve here; torch.compile can't trace their lookup.
-        plain: the same for plain calls (see `axattn.attention.interface`): the name of the backend, by a smaller key.
+        short: the name of the backend by a smaller key, for calls of whole rows (`axattn.attention.short_path`).
         options: the user's ``kernel_options``.
         options_json: the same as text, for operators of compiled graphs.
         options_json_deterministic: the same for a layer whose keyword asks for a deterministic gradient.
@@ -52,7 +50,7 @@ class Route:
     served: dict[str, int] = field(default_factory=dict)
     compiled: str | None = None
     decisions: dict[Any, Backend] = field(default_factory=dict)
-    plain: dict[Any, str] = field(default_factory=dict)
+    short: dict[Any, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     kernels: dict[str, tuple[Backend, Capability]] = field(init=False, repr=False)
     options_json: str = field(init=False, repr=False)
@@ -65,7 +63,7 @@ class Route:
         self.kernels = {backend.name: (backend, backend.capability_on(machine)) for backend in found}
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "decisions": {}, "plain": {}}
+        state = {**self.__dict__, "decisions": {}, "short": {}}
         del state["kernels"]
         return state
 
@@ -118,17 +116,15 @@ class Route:
 
     def _say_routed(self, name: str, reasons: list[Reason]) -> None:
         text = "; ".join(reason.text for reason in reasons)
-        key = (self.asked, name, text)
-        if key not in _said and not is_tracing():
-            _said.add(key)
-            logger.warning("axattn: %s runs on %s instead of %s: %s", self.layer, name, self.planned, text)
+        if not is_tracing():
+            key = (self.asked, name, text)
+            warn_once(f"{self.layer} runs on {name} instead of {self.planned}: {text}", key)
 
 
 def _untold(_: object) -> str:
     return "?"
 
 
-_said: set[tuple[str, str, str]] = set()
 _unplanned: weakref.WeakKeyDictionary[torch.nn.Module, Route] = weakref.WeakKeyDictionary()
 
 
@@ -146,11 +142,12 @@ def candidates(
 
 
 def providers(backend: Backend, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The backends that may serve a backend's name: itself, or what its option ``provider`` says."""
-    chosen = options.get("provider", "auto")
-    if not backend.providers:
-        return (backend.name,)
-    return tuple(backend.providers.values()) if chosen == "auto" else (backend.providers[chosen],)
+    """The backends that may serve a backend's name: itself, or what the user's choice of one of its options says."""
+    for option in backend.options:
+        if option.backends:
+            chosen = options.get(option.name, option.default)
+            return tuple(option.backends.values()) if chosen not in option.backends else (option.backends[chosen],)
+    return (backend.name,)
 
 
 def route_in_passing(module: torch.nn.Module) -> Route | None:

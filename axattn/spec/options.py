@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from axattn.errors import InvalidConfigError, Reason
@@ -18,12 +18,14 @@ class Option:
         default: value when it is not given.
         meaning: one line for the docs, without a full stop.
         wrong: returns why a value is invalid, ``""`` when it is valid.
+        backends: the backend that serves the call, by value of the option, in the order of ``"auto"``.
     """
 
     name: str
     default: Any
     meaning: str
     wrong: Callable[[Any], str]
+    backends: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def one_of(*values: Any) -> Callable[[Any], str]:

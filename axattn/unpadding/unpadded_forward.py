@@ -6,7 +6,6 @@ it.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from axattn.patches.forward_wrapper import Forward, add_model_wrappers, wants_ca
 from axattn.patches.patchset import PatchSet
 from axattn.planning.plan import Plan
 from axattn.spec import names
+from axattn.spec.notices import logger, warn_once
 from axattn.traits import row_forms
 from axattn.traits.dynamic_rope import limits, rope_scaling_threshold
 from axattn.traits.losses import IGNORE_INDEX, predicts_next, shifted, takes_keywords
@@ -35,10 +35,6 @@ from axattn.traits.pooling import read_at
 from axattn.traits.position_ids import own_positions
 from axattn.traits.row_forms import inner_part
 from axattn.unpadding.pooler import add_whole_rows
-
-logger = logging.getLogger("axattn")
-
-_said: set[str] = set()
 
 
 def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
@@ -214,9 +210,8 @@ def _targets(
         return {"labels": unpadded.flatten(labels)}
     wanted = shifted(labels) if inputs.get("shift_labels") is None else inputs["shift_labels"]
     lost = int(((wanted != IGNORE_INDEX) & (mask == 0)).sum())
-    if lost and "lost" not in _said:
-        _said.add("lost")
-        logger.warning("axattn: unpad=True leaves out %d targets that padding would have predicted", lost)
+    if lost:
+        warn_once(f"unpad=True leaves out {lost} targets that padding would have predicted", "lost targets")
     targets = unpadded.flatten(wanted)
     if takes_keywords(model):
         return {"labels": unpadded.flatten(labels), "shift_labels": targets}

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import axattn
+from axattn.attention import interface
 from axattn.planning.routes import Route
 from tests.models import build, positions, tokens
 
@@ -113,3 +114,18 @@ def test_a_call_like_an_earlier_one_is_not_planned_again(kind: str, monkeypatch:
         for _ in range(3):
             model(**batches()[kind], use_cache=False)
     assert not chosen
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_each_model_of_a_process_takes_the_short_path(gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of whole rows are shared: a policy beside its reference, on any names, whatever ran before."""
+    models = [axattn.apply(build("llama"), name) for name in ("auto", "varlen", "auto")]
+    with torch.set_grad_enabled(gradients):
+        for model in models:
+            model(**batches()["dense"], use_cache=False)
+        calls: list[Any] = []
+        real = interface.AttentionCall
+        monkeypatch.setattr(interface, "AttentionCall", lambda **given: calls.append(given) or real(**given))
+        for model in models * 2:
+            model(**batches()["dense"], use_cache=False)
+    assert not calls

@@ -77,7 +77,7 @@ def test_one_query_sees_every_key() -> None:
     inputs = qkv(1, 9)
     assert torch.allclose(run(None, inputs=inputs), reference(*inputs), atol=1e-6)
     mask = lazy_mask(2, 1, 9, q_offset=8)
-    assert mask.plain is None or mask.plain == "full"
+    assert mask.as_flag is None or mask.as_flag == "full"
     assert torch.allclose(run(mask, inputs=inputs), reference(*inputs), atol=1e-6)
 
 
@@ -112,7 +112,7 @@ def after_a_plain_call() -> LazyMask:
         mask = lazy_mask(2, 6, 6)
         mask.guarded = True
         attend("varlen", module, *qkv(), mask)
-    assert mask.hit is not None
+    assert mask.notes
     return mask
 
 
@@ -140,7 +140,7 @@ def test_the_shortcut_counts_its_calls_and_stays_shut_under_autocast() -> None:
         mask.guarded = True
         with torch.autocast("cpu", torch.bfloat16):
             attend("varlen", module, *qkv(), mask)
-        assert mask.hit is None
+        assert not mask.notes
 
 
 @pytest.mark.parametrize("value", [1, 0.5, "x", torch.ones(2)])
@@ -314,7 +314,7 @@ def test_a_note_on_a_shared_mask_serves_only_layers_with_the_same_candidates() -
     module = Attention()
     for _ in range(2):
         attend("varlen", module, *qkv(), mask)
-    assert mask.hit is not None
+    assert mask.notes
     other = Attention().train()
     other.__dict__[ATTRIBUTE] = Route("s2", "layer", ("s2",), "s2")
     attend("s2", other, *qkv(), mask)

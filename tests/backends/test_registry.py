@@ -24,7 +24,12 @@ def reasons_of(name: str, environment: Environment) -> list[str]:
 
 
 def test_every_canonical_name_but_auto_has_a_backend_of_that_name() -> None:
-    providers = {name for backend in map(backends.get, backends.builtin_names()) for name in backend.providers.values()}
+    providers = {
+        name
+        for backend in map(backends.get, backends.builtin_names())
+        for option in backend.options
+        for name in option.backends.values()
+    }
     canonical = {backends.get(name).name for name in CANONICAL if name != "auto"}
     assert canonical | providers == set(backends.builtin_names())
     assert all(isinstance(backends.get(name).capability, Capability) for name in backends.builtin_names())

@@ -99,9 +99,9 @@ def test_dense_equals_transformers_and_the_layout_means_the_same(data: st.DataOb
         # queries that are padding are in no span; what they see does not matter
         assert torch.equal(dense_of_layout(layout) & real, expected & real)
         assert torch.equal(layout.dense(mask.device), dense_of_layout(layout))
-    if mask.plain is not None:
+    if mask.as_flag is not None:
         rule = expected[0, 0]
-        assert (mask.plain == "full" and bool(rule.all())) or torch.equal(rule, torch.ones_like(rule).tril())
+        assert (mask.as_flag == "full" and bool(rule.all())) or torch.equal(rule, torch.ones_like(rule).tril())
 
 
 @settings(max_examples=100, deadline=None)

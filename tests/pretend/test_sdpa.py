@@ -16,7 +16,7 @@ from transformers import masking_utils as mu
 
 import axattn
 from axattn import backends
-from axattn.attention.interface import _hit
+from axattn.attention.short_path import note_of
 from axattn.backends import flash_calls, sdpa
 from axattn.backends.call import AttentionCall
 from axattn.backends.varlen_engine import packed
@@ -174,14 +174,14 @@ def test_cudnn_is_kept_from_a_bidirectional_model_in_training_whichever_layer_as
     assert [call.cudnn for call in asked] == [False] * 3
 
 
-@pytest.mark.parametrize(("T", "plain", "grouped"), [(192, "full", None), (256, "full", True), (192, "causal", True)])
-def test_what_a_layer_notes_on_a_mask_holds_in_training_too(T: int, plain: str, grouped: bool | None) -> None:
+@pytest.mark.parametrize(("T", "flag", "grouped"), [(192, "full", None), (256, "full", True), (192, "causal", True)])
+def test_what_a_layer_notes_on_a_mask_holds_in_training_too(T: int, flag: str, grouped: bool | None) -> None:
     """A mask outlives a forward without gradients: None leaves cuDNN to each call."""
-    route: Any = SimpleNamespace(candidates=())
-    mask: Any = SimpleNamespace(plain=plain)
-    q, k, v = tensors(T, T, 8, HALF)
+    route: Any = SimpleNamespace(candidates=(), short={(): "varlen"})
+    mask: Any = SimpleNamespace(as_flag=flag, notes={})
     with torch.no_grad():
-        assert _hit(route, "varlen", mask, q, k, v)[-1] is grouped
+        note: Any = note_of(route, (), mask, *tensors(T, T, 8, HALF))
+    assert note.kernel.keywords.get("enable_gqa") is grouped
 
 
 def test_the_switches_of_the_user_stay() -> None:

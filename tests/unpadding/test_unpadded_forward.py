@@ -16,8 +16,8 @@ import transformers as tf
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 import axattn
+from axattn.spec import notices
 from axattn.traits import token_mixers
-from axattn.unpadding import unpadded_forward
 from tests.census import examine
 from tests.documents.test_input_hook import qwen_vl
 from tests.e2e.test_trainer import corpus, padded, train
@@ -158,7 +158,7 @@ def test_token_labels_that_are_not_shifted_stay_where_they_are() -> None:
 
 
 def test_targets_that_padding_predicts_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    unpadded_forward._said.clear()
+    notices._given.clear()
     model, reference = both("llama")
     given = batch("left")
     real = given["attention_mask"].bool()

@@ -100,7 +100,7 @@ class OpBody:
 
     def _run(self, call: AttentionCall) -> torch.Tensor:
         if self.mask.layout() is None:  # padding with holes: no spans
-            if self.softcap is not None or backends.get(self.kernel).evaluates:
+            if self.softcap is not None or backends.get(self.kernel).variant is not None:
                 raise UnsupportedAttentionError(
                     f"{self.kernel} can't serve this call",
                     [Reason("non_contiguous_padding", "holes (padding between real tokens)")],
@@ -108,9 +108,7 @@ class OpBody:
                 )
             call.mask = self.rule()
             return sdpa.sdpa(call)
-        forward = backends.get(self.kernel).forward
-        assert forward is not None
-        return forward(call)
+        return backends.get(self.kernel).called(call)
 
 
 _NONE = torch.nn.Identity()  # in the place of the module: a kernel over spans does not look at it

@@ -32,14 +32,17 @@ def portable(call: AttentionCall, planned: Backend, layer: str) -> torch.Tensor:
     Raises:
         UnsupportedAttentionError: the kernel computes something else, which nothing exact may stand in for.
     """
-    if planned.capability.exactness == "lossy" and (call.module.training or not planned.evaluates):
+    if planned.capability.exactness == "lossy" and (call.module.training or planned.variant is None):
         what = "an exported graph" if is_exporting() else "a transform of torch.func"
+        evaluate = ", or call model.eval()" if planned.variant is not None else ""
         raise UnsupportedAttentionError(
             f"{planned.name} can't serve {layer} in {what}",
             [Reason("exact", f"exact attention would run there, and {planned.name} computes something else")],
-            f"Put \"with axattn.using(model, 'auto'):\" around it{', or call model.eval()' * bool(planned.evaluates)}.",
+            f"Put \"with axattn.using(model, 'auto'):\" around it{evaluate}.",
         )
-    call.mask = call.dense_mask()  # whether a mask is a plain one depends on the length, which a graph leaves open
+    call.mask = (
+        call.dense_mask()
+    )  # whether a flag says all that the mask does depends on the length, which a graph leaves open
     if call.softcap is not None or call.sinks is not None or call.want_weights:
         return eager(call)
     groups = int(call.query.shape[1]) // int(call.key.shape[1])

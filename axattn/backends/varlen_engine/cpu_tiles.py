@@ -39,8 +39,7 @@ def tiles(layout: Layout) -> list[Tile]:
         row0, row1, q0, q1, k0, k1 = span
         queries, keys, window = q1 - q0, k1 - k0, layout.window
         offset = keys - queries  # bottom-right: the last query sits at the last key
-        narrow = window is not None and window < keys
-        if not narrow:
+        if window is None or window >= keys:
             if not layout.causal or queries == 1:
                 result.append(Tile(*span, causal=False, offset=None))
             elif offset == 0:
@@ -48,7 +47,6 @@ def tiles(layout: Layout) -> list[Tile]:
             else:
                 result.append(Tile(*span, causal=False, offset=offset))
             continue
-        assert window is not None
         block = max(window, _WINDOW_BLOCK)
         for start in range(0, queries, block):
             end = min(start + block, queries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -44,8 +44,9 @@ class Edits:
         if not self._on_own_line(mapping, key, value):
             return
         start = self._line_start(key.start_mark.index)
-        tail = _TAIL.match(self.text, self.tree.span(mapping, key, value)[1])
-        assert tail is not None  # checked by `_on_own_line`
+        tail = cast(
+            "re.Match[str]", _TAIL.match(self.text, self.tree.span(mapping, key, value)[1])
+        )  # as in `_on_own_line`
         if tail["comment"]:
             self.spans.append((start, tail.start("comment"), ""))
         else:

@@ -113,8 +113,8 @@ def compose(text: str) -> Tree:
         loader = _Loader(text)
         while loader.check_node():
             root = loader.get_node()
-            assert root is not None  # guaranteed by `check_node`
-            loader.tree.documents.append(root)
+            if root is not None:  # guaranteed by `check_node`
+                loader.tree.documents.append(root)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         problem = f"the character U+{_code(error.character):04X} is not allowed in YAML; save the file as UTF-8 text"
