@@ -88,7 +88,7 @@ def over_ranks(
     )
     own = slice(shard.rank * (H // P), (shard.rank + 1) * (H // P))
     given = {word: x[own] if word in _PER_HEAD and x is not None else x for word, x in kwargs.items()}
-    out, _ = attend(name, _stand_in(module, repeat, own), q, k, v, mask.as_flag, **given)  # [B, S, H / P, Dv]
+    out, _ = attend(name, _stand_in(module, repeat, own), q, k, v, mask.whole_rows, **given)  # [B, S, H / P, Dv]
     back = out.reshape(B, P, part, -1).transpose(0, 1)
     own_tokens = exchange(back, shard.group)  # [P, B, S / P, H / P x Dv], by the rank that had the heads
     return own_tokens.permute(1, 2, 0, 3).reshape(B, part, H, -1), None
