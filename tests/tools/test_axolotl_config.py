@@ -115,7 +115,7 @@ def test_computed_flags_follow_the_name_and_are_dumped(name: str) -> None:
 def test_doctor_the_docs_and_a_config_give_one_answer_about_packing() -> None:
     found = diagnose(CPU)
     page = capability_docs.page()
-    row = next(line for line in page.splitlines() if line.startswith("| packed documents, as a name"))
+    row = next(line for line in page.splitlines() if line.startswith("| packed documents, by its own name"))
     cells = dict(zip(backends.builtin_names(), [cell.strip() for cell in row.strip("|").split("|")][1:], strict=True))
     for kernel in found.kernels:
         assert cells[kernel.name].replace("-", "no") == kernel.packing
