@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from axattn.errors import Reason, UnknownAttentionError
@@ -22,7 +22,42 @@ NATIVE: tuple[str, ...] = (
 )
 """Native names: Transformers serves them itself; axattn checks them and passes them through."""
 
-AXATTN_BACKENDS: tuple[str, ...] = ("varlen", "xformers", "sage", "s2", "fp8", "auto")
+
+@dataclass(frozen=True, slots=True)
+class NameFlags:
+    """What is known of a name before its backend is imported.
+
+    Attributes:
+        packing: `AttentionConfig.attn_supports_packing`; `packs` has the condition for packing.
+        flash_lib: `AttentionConfig.attn_uses_flash_lib`.
+        dtype_cast: `AttentionConfig.attn_needs_dtype_cast`.
+        module: of its backend, in `axattn.backends`; ``""`` for ``auto``, which chooses among them.
+    """
+
+    packing: bool
+    flash_lib: bool
+    dtype_cast: bool
+    module: str = field(default="", compare=False)
+
+
+TABLE: dict[str, NameFlags] = {
+    #                      packing, flash library, dtype cast, module
+    "eager": NameFlags(False, False, False, "eager"),
+    "sdpa": NameFlags(False, False, False, "sdpa"),
+    "flash_attention_2": NameFlags(True, True, True, "flash"),
+    "flash_attention_3": NameFlags(True, True, True, "flash"),
+    "flash_attention_4": NameFlags(True, True, True, "flash"),
+    "flex_attention": NameFlags(True, False, True, "flex"),
+    "varlen": NameFlags(True, False, True, "varlen"),
+    "xformers": NameFlags(True, False, True, "xformers"),
+    "sage": NameFlags(True, False, True, "sage"),
+    "s2": NameFlags(False, True, True, "s2"),
+    "fp8": NameFlags(True, False, True, "fp8"),
+    "auto": NameFlags(True, False, False),
+}
+"""Every name, native ones first. A new backend is a line here, its file, and its rank (`axattn.planning.ranking`)."""
+
+AXATTN_BACKENDS: tuple[str, ...] = tuple(name for name in TABLE if name not in NATIVE)
 """Names that axattn registers with Transformers. ``auto`` chooses among exact kernels."""
 
 CANONICAL: tuple[str, ...] = NATIVE + AXATTN_BACKENDS
@@ -153,30 +188,6 @@ WITHOUT_A_CACHE = (
 """When a name whose masks Transformers makes keeps documents apart."""
 
 
-@dataclass(frozen=True, slots=True)
-class NameFlags:
-    """The three capability flags of a name (see `AttentionConfig`); `packs` has the condition for packing."""
-
-    packing: bool
-    flash_lib: bool
-    dtype_cast: bool
-
-
-_FLAGS: dict[str, NameFlags] = {
-    #                      packing, flash library, dtype cast
-    "eager": NameFlags(False, False, False),
-    "sdpa": NameFlags(False, False, False),
-    "flash_attention_2": NameFlags(True, True, True),
-    "flash_attention_3": NameFlags(True, True, True),
-    "flash_attention_4": NameFlags(True, True, True),
-    "flex_attention": NameFlags(True, False, True),
-    "varlen": NameFlags(True, False, True),
-    "xformers": NameFlags(True, False, True),
-    "sage": NameFlags(True, False, True),
-    "s2": NameFlags(False, True, True),
-    "fp8": NameFlags(True, False, True),
-    "auto": NameFlags(True, False, False),
-}
 _HUB_FLASH_FLAGS = NameFlags(True, True, True)
 _HUB_SAGE_FLAGS = NameFlags(True, False, True)
 _HUB_UNKNOWN_FLAGS = NameFlags(False, False, True)
@@ -229,7 +240,7 @@ def flags(name: str) -> NameFlags:
     bare = name.removeprefix("paged|")
     path = parse_hub_path(bare)
     if path is None:
-        return _INSTALLED_FLAGS if bare in installed() else _FLAGS[bare]
+        return _INSTALLED_FLAGS if bare in installed() else TABLE[bare]
     if path.repository in HUB_FLASH_REPOSITORIES:
         return _HUB_FLASH_FLAGS
     return _HUB_SAGE_FLAGS if path.repository in HUB_SAGE_REPOSITORIES else _HUB_UNKNOWN_FLAGS
