@@ -61,12 +61,12 @@ def register_free() -> list[Reason]:
     global _active  # noqa: PLW0603  # one registry per process, as in Transformers
     from axattn.hf import registries
 
-    backends = registries.ours()
+    functions_by_name = registries.axattn_functions()
     tables = [interface._global_mapping for interface in registries.interfaces()]
     held: list[Reason] = []
     with _lock:  # import nothing under this lock: a thread that holds the import lock may wait for it
         _active = True
-        for name, functions in backends.items():
+        for name, functions in functions_by_name.items():
             reasons = registries.foreign(name)
             held += reasons
             for table, function in zip(tables, functions, strict=True):
@@ -85,11 +85,11 @@ def unregister() -> None:
         return
     from axattn.hf import registries
 
-    backends = registries.ours()
+    functions_by_name = registries.axattn_functions()
     tables = [interface._global_mapping for interface in registries.interfaces()]
     with _lock:
         _active = False
-        for name in backends:
+        for name in functions_by_name:
             for table in tables:
                 if name in table and registries.of_axattn(table[name]):
                     del table[name]
@@ -101,8 +101,8 @@ def registered() -> bool:
         return False
     from axattn.hf import registries
 
-    free = [name for name in registries.ours() if not registries.foreign(name)]
-    return bool(free) and all(registries.is_axattns(name) for name in free)
+    free = [name for name in registries.axattn_functions() if not registries.foreign(name)]
+    return bool(free) and all(registries.holds_axattn(name) for name in free)
 
 
 def register_when_imported() -> None:
