@@ -52,7 +52,7 @@ def test_usable_exact_lists_no_lossy_kernel() -> None:
     ("path", "environment", "part"),
     [
         ("kernels-community/flash-attn2@v1", machine("cuda", 80, kernels=None), "kernels is not installed"),
-        ("kernels-community/flash-attn2@v1", machine("cuda", 80, kernels="0.17.2"), "loads kernels >=0.18.2"),
+        ("kernels-community/flash-attn2@v1", machine("cuda", 80, kernels="0.17.2"), "needs kernels >=0.18.2"),
         ("someone/kernel@v1", AMPERE, "not a trusted publisher"),
         ("kernels-community/flash-attn2@v1:fn", AMPERE, "refuses a function name"),
         ("paged|sdpa", AMPERE, "no longer takes"),
