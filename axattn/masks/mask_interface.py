@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 
-from axattn.documents.boundaries import Segments, from_positions, jumps
+from axattn.documents.boundaries import Segments, from_positions, jumping_positions
 from axattn.documents.forward_context import Context, current
-from axattn.documents.late_inputs import look
+from axattn.documents.late_inputs import recheck_inputs
 from axattn.documents.sequence_shard import SequenceShard
 from axattn.documents.traced import TracedSegments
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
@@ -62,7 +62,7 @@ def lazy_mask(
     """
     context = current()
     if context is not None and context.recheck is not None:
-        look(context)
+        recheck_inputs(context)
     tracing = is_tracing()
     # over a cache whose length a graph must not depend on: `generate` makes the masks of static caches outside of the
     # forward that it compiles, and in a graph their length is a tensor
@@ -287,7 +287,7 @@ def _segments(
     if pattern is None or pattern.document_ids is None:
         return None
     ids = pattern.document_ids
-    return from_positions(jumps(ids), None, rows, q_length)
+    return from_positions(jumping_positions(ids), None, rows, q_length)
 
 
 def _padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor:

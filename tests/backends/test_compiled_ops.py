@@ -59,7 +59,7 @@ def test_traced_documents_are_those_read_on_the_host(data: st.DataObject) -> Non
     try:
         wanted = boundaries.from_positions(given_where, given_mask, rows, length)
     except axattn.InvalidInputError:
-        with pytest.raises(RuntimeError, match="the numbers of documents"):
+        with pytest.raises(RuntimeError, match="the document ids"):
             traced.from_positions(given_where, given_mask, rows, length)
         return
     found = traced.from_positions(given_where, given_mask, rows, length)

@@ -237,7 +237,7 @@ def test_a_model_switched_to_transformers_behind_our_back_takes_no_packed_rows(n
     if described != "packed":
         given = {"attention_mask": torch.ones_like(ids), "use_cache": False}
         given["attention_mask"][0, 6:] = 0
-    with pytest.raises(UnsupportedAttentionError, match=f"it was put on {native} after axattn"):
+    with pytest.raises(UnsupportedAttentionError, match=f"it was switched to {native} after axattn"):
         model(ids, **given)
     assert torch.isfinite(model(ids, use_cache=False)[0]).all()
     if described == "packed":
