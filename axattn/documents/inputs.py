@@ -189,7 +189,7 @@ def _switched_error(traits: ModelTraits, module: torch.nn.Module) -> AxattnError
     running = switched_to_native(traits, module)
     if not running:
         return None
-    text = f"it was switched_to_native to {running} after axattn had set another kernel"
+    text = f"it was switched to {running} after axattn had set another kernel"
     advice = f'Use axattn.apply(model, "{running}"), or axattn.restore(model) first.'
     title = f"{type(module).__name__} can't run rows that are packed or split"
     return UnsupportedAttentionError(title, [Reason("model", text)], advice)

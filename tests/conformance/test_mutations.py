@@ -260,9 +260,9 @@ def lost_gradients_of_shared_keys_pass(patch: Patch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_masks_of_earlier_forwards() -> Any:
-    mask_interface._plain.clear()
+    mask_interface._causal_masks.clear()
     yield
-    mask_interface._plain.clear()
+    mask_interface._causal_masks.clear()
     torch._dynamo.reset()
 
 
