@@ -33,7 +33,7 @@ from axattn.hf.torch_internals import last_pre_hook
 from axattn.traits import picked_tokens
 from axattn.traits.attention_configs import NameCheck
 from axattn.traits.model_traits import ModelTraits
-from axattn.traits.position_ids import counted
+from axattn.traits.position_ids import count_positions
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -258,7 +258,9 @@ class InputHook:
         mask = bounds.mask
         if not isinstance(mask, torch.Tensor) or mask.shape != documents.shape:
             mask = torch.ones_like(documents)
-        count = functools.partial(counted, traits.first_position, traits.counts_mask, given.get("input_ids"), mask)
+        count = functools.partial(
+            count_positions, traits.first_position, traits.counts_mask, given.get("input_ids"), mask
+        )
         restarting: torch.Tensor = count(documents)
         if isinstance(segments, Segments) or bounds.cu_q is not None or bounds.cu_k is not None:
             return restarting

@@ -18,7 +18,7 @@ from axattn.hf.forward_inputs import KINDS, caches_of, tokens_of
 from axattn.hf.model_internals import checkpoints_reentrantly, checkpoints_without_cache
 from axattn.hf.torch_internals import in_context_parallel
 from axattn.spec import names
-from axattn.traits.mask_makers import cached_under_mask, hands_positions_to_masks
+from axattn.traits.mask_makers import cached_under_mask, passes_positions_to_masks
 from axattn.traits.native_names import never_packs_reasons
 
 _APART = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -173,7 +173,7 @@ def _mask_reasons(
         reasons.append(Reason("segments", "with use_cache on (the default) Transformers ignores document boundaries"))
     positions, of_text = inputs.get("position_ids"), False
     if isinstance(positions, torch.Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
-        positions, of_text = positions[0], hands_positions_to_masks(module, "text_position_ids")
+        positions, of_text = positions[0], passes_positions_to_masks(module, "text_position_ids")
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
         reasons.append(Reason("segments", "the mask is built from position_ids, and none were given"))
     elif any(inputs.get(name) is not None for name in _APART):

@@ -4,11 +4,11 @@ A text says other things once somebody writes it anew. So what a part of a model
 losses, numbering, pooling, mixing) is asked there too, and rows of several sequences are refused where the two differ.
 Only the text serves for what a layer would have to run for, or a whole model:
 
-- that fails closed, a text not understood being a no: ``guard.hands_positions_to_masks``, ``flash_guard``'s keywords of
+- that fails closed, a text not understood being a no: ``passes_positions_to_masks``, ``flash_guard``'s keywords of
   an attention module (packed rows are refused), ``recurrent`` (such a layer then counts as one that mixes tokens),
   ``input_hooks.hands_on`` (an input hook more), ``input_hooks._planes`` (positions of that shape are refused),
   ``entrance.wants_cache`` (a batch stays padded);
-- what attention layers do: ``numbering.counters``; which mask functions a model calls: ``flash_guard.contradictions``,
+- what attention layers do: ``counting_layers``; which mask functions a model calls: ``flash_guard.contradictions``,
   ``flash_guard.overlays`` (both asked only on names that Transformers serves itself);
 - what is asked before there is a model: ``needs`` (each call is checked again by what it brings), ``classes``;
 - whether a class is one of attention at all (`calls_interface`), or one that only adds to another (`origin`).

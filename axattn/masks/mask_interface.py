@@ -55,7 +55,7 @@ def lazy_mask(
         device: where a dense mask is built.
         local_size: window or chunk size on such layers; read only while ``torch.compile`` traces.
         config: the model's config; read only while tracing.
-        others: ignored.
+        others: the remaining keywords.
 
     Returns:
         A `LazyMask` of shape ``[B, 1, S, T]``.
@@ -162,7 +162,7 @@ _CAUSAL_MASKS_KEPT = 8
 
 
 def _shared_causal(rows: int, length: int, device: torch.device, guarded: bool) -> LazyMask:
-    """The causal mask of unpadded rows of one document, the most common mask: one object for many forwards.
+    """The causal mask of rows with one document and no padding, the most common mask: one object for many forwards.
 
     Its notes (`LazyMask.notes`) are reused in the next forward. A mask that was made dense is not kept: it would hold
     S x S bytes.

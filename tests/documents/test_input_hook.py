@@ -222,7 +222,7 @@ def test_the_guard_of_flash_names(inputs: dict[str, Any], boundaries: Any, part:
 
 @pytest.mark.parametrize(("family", "answer"), [("llama", True), ("mistral", True), ("gpt_oss", False), ("opt", False)])
 def test_whether_a_model_hands_positions_on_is_read_from_its_source(family: str, answer: bool) -> None:
-    assert native_guard.hands_positions_to_masks(build(family)) is answer
+    assert native_guard.passes_positions_to_masks(build(family)) is answer
 
 
 @torch.no_grad()
