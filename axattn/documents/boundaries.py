@@ -159,11 +159,11 @@ def from_positions(
     if attention_mask is not None and has_document_ids is None:
         has_document_ids = holds_document_ids(attention_mask)
     given = starts_of(position_ids, attention_mask, bool(has_document_ids))
-    starts = given.by_number if given.by_number is not None else given.by_position
+    starts = given.by_document_id if given.by_document_id is not None else given.by_position
     if starts is None:
         return None
-    if given.by_number is not None and given.by_position is not None and attention_mask is not None:
-        _require_agreement(given.by_position & ~given.by_number, attention_mask)
+    if given.by_document_id is not None and given.by_position is not None and attention_mask is not None:
+        _require_agreement(given.by_position & ~given.by_document_id, attention_mask)
     if given.padding_ends is not None:
         starts = starts | (given.padding_ends & starts.any())
     found = starts.cpu().nonzero().tolist()  # the one transfer to the host
@@ -182,12 +182,12 @@ class Starts(NamedTuple):
 
     Attributes:
         by_position: positions don't continue; None without positions.
-        by_number: document ids change; None for a mask without document ids.
+        by_document_id: document ids change; None for a mask without document ids.
         padding_ends: the padding in front of a row ends; None without a mask.
     """
 
     by_position: torch.Tensor | None
-    by_number: torch.Tensor | None
+    by_document_id: torch.Tensor | None
     padding_ends: torch.Tensor | None
 
 
@@ -217,13 +217,13 @@ def starts_of(positions: torch.Tensor | None, mask: torch.Tensor | None, has_doc
     first, last = before < 0, before.clamp(min=0)
     real = real[:, 1:]
     assume = real & ~first
-    by_position = by_number = None
+    by_position = by_document_id = None
     if positions is not None:
         step = positions[:, 1:] - positions.gather(1, last)
         by_position = assume & (step != 1) & (step != index[1:] - before)
     if has_document_ids:
-        by_number = assume & (mask[:, 1:] != mask.gather(1, last))
-    return Starts(by_position, by_number, real & first)
+        by_document_id = assume & (mask[:, 1:] != mask.gather(1, last))
+    return Starts(by_position, by_document_id, real & first)
 
 
 def _require_agreement(against: torch.Tensor, numbers: torch.Tensor) -> None:

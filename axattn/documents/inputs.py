@@ -18,7 +18,7 @@ from axattn.hf.torch_internals import is_tracing, require_when_run
 from axattn.spec import names
 from axattn.traits.model_traits import ModelTraits
 
-_ALONE = "Give it one document a row, padded."
+_ONE_DOCUMENT_A_ROW = "Give it one document a row, padded."
 
 
 def documents_of_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segments:
@@ -217,12 +217,12 @@ def require_no_hidden_documents(
     """
     for name, tensors in unknown.items():
         for x in tensors:
-            tells = may_tell_documents(x, mask, rows, length)
-            if tells is None:
+            may_describe = may_tell_documents(x, mask, rows, length)
+            if may_describe is None:
                 continue
             if is_tracing():
-                require_when_run(~tells, f"{name} is unknown, and may describe packed documents")
-            elif bool(tells):
+                require_when_run(~may_describe, f"{name} is unknown, and may describe packed documents")
+            elif bool(may_describe):
                 raise UnsupportedAttentionError(
                     f"{type(module).__name__} can't run this batch",
                     [Reason(name, f"{name}: an unknown keyword whose values may describe packed documents")],
@@ -249,7 +249,7 @@ def refusals(
         yield refusal
     if traits.encoder_decoder:
         reasons = [Reason("segments", "its cross-attention has no document boundaries")]
-        yield InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ALONE)
+        yield InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ONE_DOCUMENT_A_ROW)
     for cache in caches_of(inputs):
         held = held_tokens(cache)
         held = held if is_tracing() else int(held)
@@ -261,10 +261,10 @@ def refusals(
             )
     if unknown:
         reasons = [Reason(keyword, f"{keyword}: what an unknown keyword says of the tokens") for keyword in unknown]
-        yield InvalidInputError(f"packed rows can't run in {name} with these inputs", reasons, _ALONE)
+        yield InvalidInputError(f"packed rows can't run in {name} with these inputs", reasons, _ONE_DOCUMENT_A_ROW)
     blockers = [*traits.packing_blockers, *(traits.packing_blockers_in_graph if is_tracing() else ())]
     if blockers:
-        yield UnsupportedAttentionError(f"packed rows can't run in {name}", blockers, _ALONE)
+        yield UnsupportedAttentionError(f"packed rows can't run in {name}", blockers, _ONE_DOCUMENT_A_ROW)
     if traits.max_row_length is not None and length > traits.max_row_length:
         text = f"its layers without RoPE scale queries by their position in the row, from {traits.max_row_length} on"
         yield UnsupportedAttentionError(
@@ -303,7 +303,7 @@ def require_packable(
     name = type(module).__name__
     adapted = reasons_by_document(module)
     if adapted:
-        raise UnsupportedAttentionError(f"packed rows can't run in {name}", adapted, _ALONE)
+        raise UnsupportedAttentionError(f"packed rows can't run in {name}", adapted, _ONE_DOCUMENT_A_ROW)
     if traits.rope_scaling_threshold is not None:
         _require_no_rope_scaling(traits.rope_scaling_threshold, name, inputs.get("position_ids"), segments, mask)
     if traits.native is not None:
@@ -332,5 +332,5 @@ def _require_no_rope_scaling(limit: int, name: str, positions: Any, segments: Se
         raise UnsupportedAttentionError(
             f"{name} can't take packed rows with positions above {limit - 1}",
             [Reason("segments", f"its rotary embedding (dynamic) is stretched by the {by}")],
-            _ALONE,
+            _ONE_DOCUMENT_A_ROW,
         )

@@ -37,7 +37,7 @@ def recheck_inputs(context: Context) -> None:
     if module is None or given is None:
         return
     traits: Any = context.hook.traits  # type: ignore[attr-defined]
-    bounds = _own(boundary_inputs(given, context.outer), context)
+    bounds = _inputs_as_given(boundary_inputs(given, context.outer), context)
     if all(new is old for new, old in zip(bounds, context.bounds, strict=True)):
         return
     shape = token_shape(given)
@@ -45,7 +45,7 @@ def recheck_inputs(context: Context) -> None:
         return
     given |= {"position_ids": bounds.positions, "attention_mask": bounds.mask}
     if context.shard is not None or slot().known_documents is not None:
-        if not _same(bounds, context.bounds):
+        if not _equal_inputs(bounds, context.bounds):
             _refuse(module, bounds, context, "unpadded or split rows already have their own positions and documents")
         return
     # Transformers' flash path gets no lengths here: only the input hook adds them
@@ -67,7 +67,7 @@ def recheck_inputs(context: Context) -> None:
         context.segments, context.bounds, context.shape = found.segments, bounds, found.shape
 
 
-def _own(bounds: BoundaryInputs, context: Context) -> BoundaryInputs:
+def _inputs_as_given(bounds: BoundaryInputs, context: Context) -> BoundaryInputs:
     """The inputs that a forward was given, without those that it made itself: finished masks, planes of positions."""
     positions, mask = bounds.positions, bounds.mask
     if not (isinstance(positions, torch.Tensor) and positions.ndim == 2 and not positions.is_floating_point()):
@@ -77,7 +77,7 @@ def _own(bounds: BoundaryInputs, context: Context) -> BoundaryInputs:
     return bounds._replace(positions=positions, mask=mask)
 
 
-def _same(bounds: BoundaryInputs, known: BoundaryInputs) -> bool:
+def _equal_inputs(bounds: BoundaryInputs, known: BoundaryInputs) -> bool:
     """Whether inputs equal the known ones; None matches anything."""
     for new, old in zip(bounds, known, strict=True):
         if new is old or new is None:

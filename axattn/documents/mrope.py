@@ -13,7 +13,7 @@ import torch
 from axattn.documents.boundaries import jumping_positions
 from axattn.errors import Reason, UnsupportedAttentionError
 
-_SEEN = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+_IMAGE_INPUTS = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
 _POSITIONS = "position_ids"
 
 
@@ -31,7 +31,7 @@ def lacks_mrope_planes(inputs: dict[str, Any]) -> bool:
     """Whether a model with M-RoPE is given images but only one plane of positions (``[B, S]``, ``[1, B, S]``)."""
     positions = inputs.get(_POSITIONS)
     one = isinstance(positions, torch.Tensor) and (positions.ndim < 3 or positions.shape[0] == 1)
-    return one and any(inputs.get(name) is not None for name in _SEEN)
+    return one and any(inputs.get(name) is not None for name in _IMAGE_INPUTS)
 
 
 def without_positions(

@@ -21,7 +21,7 @@ from axattn.spec import names
 from axattn.traits.mask_makers import cached_under_mask, passes_positions_to_masks
 from axattn.traits.native_names import never_packs_reasons
 
-_APART = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+_DOCUMENT_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """Inputs besides positions that describe documents."""
 
 
@@ -169,18 +169,18 @@ def _mask_reasons(
     reasons = []
     if mask is not None:
         reasons.append(Reason("segments", "with a 2-D attention_mask Transformers ignores document boundaries"))
-    if _asks_for_cache(module, inputs) and (caches_of(inputs) or cached_under_mask(module)):
+    if _uses_cache(module, inputs) and (caches_of(inputs) or cached_under_mask(module)):
         reasons.append(Reason("segments", "with use_cache on (the default) Transformers ignores document boundaries"))
     positions, of_text = inputs.get("position_ids"), False
     if isinstance(positions, torch.Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
         positions, of_text = positions[0], passes_positions_to_masks(module, "text_position_ids")
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
         reasons.append(Reason("segments", "the mask is built from position_ids, and none were given"))
-    elif any(inputs.get(name) is not None for name in _APART):
+    elif any(inputs.get(name) is not None for name in _DOCUMENT_INPUTS):
         # both descriptions must agree: Transformers reads only the positions here
         starts = torch.nn.functional.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0), value=True)
         if not torch.equal(starts.expand(segments.rows, -1), (segments.positions == 0).to(starts.device)):
-            given = " and ".join(name for name in _APART if inputs.get(name) is not None)
+            given = " and ".join(name for name in _DOCUMENT_INPUTS if inputs.get(name) is not None)
             reasons.append(Reason("segments", f"position_ids and {given} describe different documents"))
     if image_blocks and native_flash_guard.has_image_tokens(inputs):
         reasons.append(Reason("dense_mask", "Transformers lays image blocks over a packed row's mask in wrong places"))
@@ -199,20 +199,20 @@ def may_leak(
         never_packs: whether there are `never_packs_reasons`.
         image_blocks: see `axattn.traits.native_names.image_blocks`.
     """
-    if names.is_flash(native) or any(inputs.get(name) is not None for name in _APART):
+    if names.is_flash(native) or any(inputs.get(name) is not None for name in _DOCUMENT_INPUTS):
         return True
     positions = inputs.get("position_ids")
     separated = isinstance(positions, torch.Tensor) and positions.ndim == 2 and inputs.get("attention_mask") is None
     separated = separated and not (image_blocks and any(inputs.get(name) is not None for name in KINDS))
-    return never_packs or not separated or _asks_for_cache(module, inputs)
+    return never_packs or not separated or _uses_cache(module, inputs)
 
 
-def _asks_for_cache(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
+def _uses_cache(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
     if caches_of(inputs):
         return True
-    asked = inputs.get("use_cache")
-    if asked is not None:
-        return bool(asked)
+    requested = inputs.get("use_cache")
+    if requested is not None:
+        return bool(requested)
     config = getattr(module, "config", None)
     text = config.get_text_config() if config is not None else None
     return bool(getattr(config, "use_cache", False) or getattr(text, "use_cache", False))

@@ -13,11 +13,11 @@ from axattn.errors import Reason
 from axattn.hf import contracts
 from axattn.hf.integrations import adapter_keywords, adapters_run
 
-_OF_TOKENS = {
+_PER_TOKEN = {
     "alora_offsets": "aLoRA adapts the tokens behind the last invocation in each row",
     "scalings": "X-LoRA has a scaling for each token of the rows that it was given",
 }
-_OF_ROWS = {
+_PER_ROW = {
     "adapter_names": "adapter_names chooses an adapter for each row",
     "task_ids": "Poly mixes its adapters by row (task_ids)",
 }
@@ -30,11 +30,11 @@ def reasons_by_row(model: torch.nn.Module, *, rows_stay: bool = False) -> list[R
         model: the running model.
         rows_stay: rows are not joined, only their tokens are split over ranks.
     """
-    texts = _OF_TOKENS if rows_stay else _OF_TOKENS | _OF_ROWS
+    texts = _PER_TOKEN if rows_stay else _PER_TOKEN | _PER_ROW
     given = adapter_keywords(model)
     unknown = contracts.reasons("adapters by row") if adapters_run() else []
     adapters = [Reason("adapter", text) for name, text in texts.items() if given.get(name) is not None]
-    return [*unknown, *_of_noise(model), *adapters]
+    return [*unknown, *_noise_reasons(model), *adapters]
 
 
 def reasons_by_document(model: torch.nn.Module) -> list[Reason]:
@@ -42,10 +42,10 @@ def reasons_by_document(model: torch.nn.Module) -> list[Reason]:
     if adapters_run() and (unknown := contracts.reasons("adapters by row")):
         return unknown
     offsets = adapter_keywords(model).get("alora_offsets") or ()
-    return [Reason("adapter", _OF_TOKENS["alora_offsets"])] if any(offset is not None for offset in offsets) else []
+    return [Reason("adapter", _PER_TOKEN["alora_offsets"])] if any(offset is not None for offset in offsets) else []
 
 
-def _of_noise(model: torch.nn.Module) -> list[Reason]:
+def _noise_reasons(model: torch.nn.Module) -> list[Reason]:
     """NEFTune's noise (arXiv:2310.05914), which Trainer adds to the embeddings in training, is divided by the square
     root of the row length."""
     if not model.training:

@@ -140,12 +140,12 @@ def read(
         if positions is not None and traits.first_position and not _decodes(given):
             inputs.require_counted_from(traits.first_position, module, positions, mask)
     # inside a model that was given document ids for these tokens, a mask derived from them is 0/1
-    numbers = outer if outer is not None and outer.zero_one_mask is not None and outer.shape == shape else None
+    outer_with_ids = outer if outer is not None and outer.zero_one_mask is not None and outer.shape == shape else None
     given_mask = None if finished or length == 1 else bounds.mask
     has_document_ids = given_mask is not None and (is_tracing() or holds_document_ids(given_mask))
     if is_tracing():
-        if numbers is not None:
-            return Found(numbers.documents, shape, has_document_ids)
+        if outer_with_ids is not None:
+            return Found(outer_with_ids.documents, shape, has_document_ids)
         if lengths:
             in_graph: TracedSegments | None = _traced_lengths(cu_q, cu_k, rows, length)
         else:
@@ -154,19 +154,19 @@ def read(
             in_graph.require_single("packed rows can't run document by document in a graph; run without torch.compile")
         elif in_graph is not None and not _packable_in_graph(traits, module, given, length, unknown):
             in_graph.require_single("packed rows would leak here; run without torch.compile to see why")
-        where = given.get("position_ids")
-        if in_graph is not None and traits.rope_scaling_threshold is not None and isinstance(where, torch.Tensor):
+        given_ids = given.get("position_ids")
+        if in_graph is not None and traits.rope_scaling_threshold is not None and isinstance(given_ids, torch.Tensor):
             text = f"dynamic NTK would scale packed rows with positions above {traits.rope_scaling_threshold - 1}"
-            in_graph.require_single(text, unless=where.max() < traits.rope_scaling_threshold)
+            in_graph.require_single(text, unless=given_ids.max() < traits.rope_scaling_threshold)
         return Found(in_graph, shape, has_document_ids)
     segments: Segments | None = None
     if lengths:
         segments = inputs.documents_of_lengths(cu_q, cu_k, rows, length)
     elif positions is not None or mask is not None:
         segments = from_positions(positions, mask, rows, length, has_document_ids if index is None else None)
-    if (segments is None or not segments.packed) and numbers is not None:
-        above = numbers.segments
-        segments = above.read() if isinstance(above, TracedSegments) else above
+    if (segments is None or not segments.packed) and outer_with_ids is not None:
+        outer_segments = outer_with_ids.segments
+        segments = outer_segments.read() if isinstance(outer_segments, TracedSegments) else outer_segments
     if segments is None or not segments.packed:
         return Found(None, shape, has_document_ids)
     only_padding = not lengths and not has_document_ids and index is None and mask is not None

@@ -106,14 +106,14 @@ def from_positions(
     if length < 2 or (position_ids is None and attention_mask is None):
         return None
     has_document_ids = attention_mask is not None and attention_mask.dtype is not torch.bool
-    by_position, by_number, padding_ends = starts_of(position_ids, attention_mask, has_document_ids)
-    starts = by_position if by_number is None else by_number
+    by_position, by_document_id, padding_ends = starts_of(position_ids, attention_mask, has_document_ids)
+    starts = by_position if by_document_id is None else by_document_id
     if starts is None:
         return None
-    if by_position is not None and by_number is not None and attention_mask is not None:
-        agreed = (attention_mask.max() <= 1).to(starts.device) | by_number | ~by_position
+    if by_position is not None and by_document_id is not None and attention_mask is not None:
+        agreed = (attention_mask.max() <= 1).to(starts.device) | by_document_id | ~by_position
         require_when_run(agreed.all(), "position_ids and the document ids disagree")
-        starts = by_position | by_number
+        starts = by_position | by_document_id
     if padding_ends is not None:
         starts = starts | (padding_ends & starts.any())
     ids = torch.nn.functional.pad(starts.cumsum(-1), (1, 0))

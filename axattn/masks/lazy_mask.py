@@ -270,10 +270,10 @@ class LazyMask(TensorLike):
 
     def with_segments(self, segments: Segments | TracedSegments) -> LazyMask:
         """The same mask with documents separated (for models without an input hook)."""
-        mine, rule = self, segments.document_ids
+        mask, ids = self, segments.document_ids
 
         def materialise() -> torch.Tensor:
-            return mine.dense() & (rule[:, None, :, None] == rule[:, None, None, :])
+            return mask.dense() & (ids[:, None, :, None] == ids[:, None, None, :])
 
         return LazyMask(
             shape=tuple(self.shape),

@@ -114,9 +114,9 @@ def lazy_mask(
         from transformers.masking_utils import sdpa_mask
 
         if pattern is not None and pattern.chunk is not None and segments is not None:
-            seen = _chunks_in_documents(segments, pattern.chunk, kv_length, padding)
+            allowed = _chunks_in_documents(segments, pattern.chunk, kv_length, padding)
         else:
-            seen = sdpa_mask(
+            allowed = sdpa_mask(
                 batch_size=batch_size,
                 q_length=q_length,
                 kv_length=kv_length,
@@ -130,10 +130,10 @@ def lazy_mask(
                 device=device,
             )
         if padding is not None:
-            seen = seen & padding[:, None, None, :]
+            allowed = allowed & padding[:, None, None, :]
         if segments is not None:
-            seen = seen & _same_document(segments, kv_length)
-        return seen
+            allowed = allowed & _same_document(segments, kv_length)
+        return allowed
 
     if last_is_read and pattern is not None and (pattern.window or pattern.chunk):
         _require_last_sees_keys(materialise())
@@ -216,7 +216,7 @@ def _shard_mask(
     def materialise() -> torch.Tensor:
         documents = None if segments is None else segments.document_ids
         chunks = None if pattern.chunk is None else chunk_positions(length, documents, shard.padding, device)
-        seen = dense_rule(
+        allowed = dense_rule(
             length,
             length,
             causal=pattern.causal,
@@ -227,7 +227,7 @@ def _shard_mask(
             padding=shard.padding,
             device=device,
         )
-        return seen.expand(shard.rows, 1, length, length)
+        return allowed.expand(shard.rows, 1, length, length)
 
     whole = LazyMask(
         shape=(shard.rows, 1, length, length),
@@ -267,8 +267,8 @@ def _require_last_sees_keys(dense: torch.Tensor) -> None:
     Raises:
         InvalidInputError: it sees none. Rows that are all padding are ignored.
     """
-    seen = dense.any(-1)[:, 0]
-    if not bool((seen[:, -1] | ~seen.any(-1)).all()):
+    sees_keys = dense.any(-1)[:, 0]
+    if not bool((sees_keys[:, -1] | ~sees_keys.any(-1)).all()):
         text = "the last token of each row is read, which is padding, and its window holds only padding"
         raise InvalidInputError(
             "rows are padded on the right", [Reason("padding", text)], 'Set tokenizer.padding_side = "left".'

@@ -96,10 +96,10 @@ class TensorLike:
         return func(*tree_map(densify, args), **tree_map(densify, kwargs or {}))
 
 
-def _same(asked: torch.device, own: torch.device) -> bool:
-    """Whether `asked` is the device `own`: ``cuda`` is the current CUDA device."""
-    return asked == own or (
-        asked.type == own.type and asked.index is None and torch.empty(0, device=asked).device == own
+def _same(requested: torch.device, own: torch.device) -> bool:
+    """Whether `requested` is the device `own`: ``cuda`` is the current CUDA device."""
+    return requested == own or (
+        requested.type == own.type and requested.index is None and torch.empty(0, device=requested).device == own
     )
 
 

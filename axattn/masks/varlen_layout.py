@@ -60,13 +60,13 @@ class Layout:
 
     def dense(self, device: torch.device) -> torch.Tensor:
         """The dense mask: bool ``[B, 1, S, T]``, True: attend."""
-        seen = torch.zeros(self.rows, 1, self.q_length, self.kv_length, dtype=torch.bool, device=device)
+        allowed = torch.zeros(self.rows, 1, self.q_length, self.kv_length, dtype=torch.bool, device=device)
         for row0, row1, q0, q1, k0, k1 in self.spans:
             queries, keys = q1 - q0, k1 - k0  # aligned bottom-right
-            seen[row0:row1, :, q0:q1, k0:k1] = dense_rule(
+            allowed[row0:row1, :, q0:q1, k0:k1] = dense_rule(
                 queries, keys, causal=self.causal, window=self.window, offset=keys - queries, device=device
             )
-        return seen
+        return allowed
 
     def kept(self, name: str, make: Callable[[], Made]) -> Made:
         """The result of `make`, computed once for all layers.
@@ -145,10 +145,10 @@ def _real_keys(padding: torch.Tensor | None, rows: int, visible: int) -> list[tu
     """The range of real keys of each row; None if a row's real keys are not contiguous."""
     if padding is None:
         return [(0, visible)] * rows
-    seen = padding[:, :visible].to(torch.int32)
-    first = seen.argmax(-1)
-    count = seen.sum(-1)
-    last = visible - seen.flip(-1).argmax(-1)
+    real = padding[:, :visible].to(torch.int32)
+    first = real.argmax(-1)
+    count = real.sum(-1)
+    last = visible - real.flip(-1).argmax(-1)
     ranges: list[tuple[int, int]] = []
     for a, b, n in torch.stack([first, last, count], -1).tolist():
         if n == 0:

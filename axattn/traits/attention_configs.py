@@ -99,10 +99,10 @@ def _config_of(module: torch.nn.Module) -> Any:
 
 def _original(config: Any, own: list[tuple[str, Any]], around: str) -> str:
     """The path of the config that this one copies: one of its class in the model around it, else with equal values."""
-    alike = {path: one for path, one in own if type(one) is type(config)}
-    if around in alike or not alike:
+    same_class = {path: one for path, one in own if type(one) is type(config)}
+    if around in same_class or not same_class:
         return around
-    return next((path for path, one in alike.items() if one.to_dict() == config.to_dict()), next(iter(alike)))
+    return next((path for path, one in same_class.items() if one.to_dict() == config.to_dict()), next(iter(same_class)))
 
 
 def reads_masks_of(name: str | None, masks: str | None, model: Any) -> bool:
@@ -132,7 +132,7 @@ class NameCheck:
         self._parents: list[torch.nn.Module] = []
         self._children: list[torch.nn.Module | None] | None = None
         self._readers: list[tuple[torch.nn.Module, Any]] = []
-        self._apart: list[tuple[str, Any, Any]] = []
+        self._own_configs: list[tuple[str, Any, Any]] = []
         self._config: Any = None
 
     def __reduce__(self) -> Any:
@@ -152,7 +152,7 @@ class NameCheck:
             if config is not None and id(config) not in known:
                 known.add(id(config))
                 apart.append((layer, config, dict(own)[_original(config, own, "")]))
-        self._apart = apart
+        self._own_configs = apart
 
     def _find(self, module: torch.nn.Module, name: str, layers: list[str]) -> bool:
         """Whether a module contains attention; records where in `self`."""
@@ -184,7 +184,7 @@ class NameCheck:
             or any(reader.__dict__.get("config") is not config for reader, config in self._readers)
         ):
             self.look(model)
-        for layer, config, original in self._apart:
+        for layer, config, original in self._own_configs:
             name, masks = name_of(config), name_of(original)
             if name != masks and not reads_masks_of(name, masks, model):
                 raise UnsupportedAttentionError(

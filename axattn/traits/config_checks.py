@@ -94,7 +94,7 @@ def _window_reasons(config: Any, path: str) -> list[Reason]:
         value = getattr(config, name, None)
         if value is None or value is False or _is_count(value):
             continue
-        # 0 stands for "none" in configs of layers that have no window (Qwen2-MoE)
+        # 0 means "none" in configs of layers that have no window (Qwen2-MoE)
         alone = kinds is None and getattr(config, "use_sliding_window", True) and hasattr(type(config), name)
         if value == 0 and isinstance(value, int) and not (alone or kind in (kinds or ())):
             continue

@@ -92,21 +92,21 @@ def _layers(path: str, config: Any) -> list[LayerNeed]:
         return []
     source = _modeling_names(config)
     kinds = getattr(config, "layer_types", None) or [_default_kind(config)] * count
-    alike: dict[str, Need | None] = {}  # layers of one kind are alike unless the config says otherwise
+    by_kind: dict[str, Need | None] = {}  # layers of one kind have equal needs unless configs differ per layer
     found = []
     for index, kind in enumerate(kinds):
         if kind.startswith("linear") or not ("attention" in kind or kind in _OTHER_ATTENTION):
             continue
-        if kind not in alike or _layer_config(config, index) is not config:
-            alike[kind] = _layer_need(_layer_config(config, index), kind, source)
-        need = alike[kind]
+        if kind not in by_kind or _layer_config(config, index) is not config:
+            by_kind[kind] = _layer_need(_layer_config(config, index), kind, source)
+        need = by_kind[kind]
         if need is not None:
             found.append(LayerNeed(path, index, kind, need))
     return found
 
 
 def _layer_of_copy(path: str, config: Any, index: int) -> list[LayerNeed]:
-    """The layer with this index; if all layers are alike, also for the config of a model with fewer layers."""
+    """The layer with this index; if all layers have equal needs, also for the config of a model with fewer layers."""
     layers = _layers(path, config)
     if len({(layer.kind, layer.need) for layer in layers}) == 1:
         return [replace(layers[0], index=index)]

@@ -131,8 +131,8 @@ def _pooler_by_source(model: torch.nn.Module) -> torch.nn.Module | None:
     if not isinstance(pooler, torch.nn.Module) or _picked(code_of(_unwrapped(pooler)).forward) != {0}:
         return None
     calls = calls_of(code_of(model).forward, "self.pooler")
-    handed = len(calls) == 1 and len(calls[0].args) == 1 and isinstance(calls[0].args[0], ast.Name)
-    return pooler if handed and not calls[0].keywords else None
+    passed = len(calls) == 1 and len(calls[0].args) == 1 and isinstance(calls[0].args[0], ast.Name)
+    return pooler if passed and not calls[0].keywords else None
 
 
 def _pools_first(run: probes.Mixing) -> bool:

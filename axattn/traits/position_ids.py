@@ -73,7 +73,7 @@ def contradictions(text: torch.nn.Module) -> list[Reason]:
         return [probes.disagreement(text, "it takes position_ids", "it ignores them, and counts along the whole row")]
     if by_source is None:
         known = _by_run(run) is not None
-        return [] if known else [Reason("position_ids", f"{name} counts padded rows in a way that is not known")]
+        return [] if known else [Reason("position_ids", f"{name} counts padded rows in an unknown way")]
     if by_source.first != run.first:
         source, other = (f"positions start at {first}" for first in (by_source.first, run.first))
         return [probes.disagreement(text, source, other)]
@@ -136,7 +136,7 @@ def count_positions(
     if documents is not None:
         starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
         count = count - running_max(torch.where(starts.to(count.device), count - each, 0))
-        if not by_id:  # padding behind a document needs no higher positions than the document
+        if not by_id:  # padding after a document needs no higher positions than the document
             count = count.masked_fill(mask == 0, 1)
     if by_id:
         return count * each + first - 1
