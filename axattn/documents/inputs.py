@@ -148,7 +148,7 @@ def require_counted_from(first: int, module: torch.nn.Module, positions: torch.T
     if low < first:
         raise InvalidInputError(
             f"position_ids start at {low}, but {type(module).__name__} counts from {first}",
-            [Reason("position_ids", f"position {first - 1} is the position of padding")],
+            [Reason("position_ids", f"position {first - 1} is that of padding")],
             f"Give position_ids + {first - low} (PackingCollator takes first_position).",
         )
 

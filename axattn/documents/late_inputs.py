@@ -97,5 +97,5 @@ def _refuse(module: torch.nn.Module, bounds: BoundaryInputs, context: Context, t
     raise InvalidInputError(
         f"a hook or a wrapper of {type(module).__name__}.forward gave it {', '.join(new)}",
         [Reason(new[0], text)],
-        "Pass them to the model itself (or register the hook before axattn's with prepend=True).",
+        "Pass them to the model itself (or register the hook with prepend=True, to run before axattn's).",
     )

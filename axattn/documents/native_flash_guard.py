@@ -127,7 +127,7 @@ def require_position_per_token(
     rows, length = hidden.shape[:2]
     if rows == 1 and tuple(positions.shape) not in ((1, length), (length,)):
         shape = "planes of positions" if positions.ndim == 3 else f"positions of shape {list(positions.shape)}"
-        text = f"{type(module).__name__} gets {shape} for {length} tokens, and would read past its row"
+        text = f"{type(module).__name__} is given {shape} for {length} tokens, and would read past its row"
         raise UnsupportedAttentionError(f"{native} can't serve this batch", [Reason("position_ids", text)], _ADVICE)
 
 
