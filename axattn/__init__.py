@@ -1,9 +1,9 @@
 """Every attention kernel for Hugging Face Transformers behind one argument, and never silently wrong.
 
-Importing axattn loads neither torch nor Transformers; it registers its names with Transformers once that is imported.
-Names that another package holds are left to it, and refused when a model is to be loaded on one of them.
-``AXATTN_AUTO_REGISTER=0`` in the environment turns this off: names are then registered by `register`, or by the first
-load through axattn.
+Importing axattn loads neither torch nor Transformers; it registers its backends once Transformers is imported.
+A name that another package has registered keeps that package's function, and loading a model on it is refused.
+``AXATTN_AUTO_REGISTER=0`` in the environment turns this off: `register` or the first load through axattn then registers
+the names.
 """
 
 from __future__ import annotations

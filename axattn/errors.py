@@ -1,4 +1,4 @@
-"""Errors that axattn raises, each with its reasons as data. No logic lives here."""
+"""Errors that axattn raises, each with its reasons as data. No other logic."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a kernel can't be used, as data.
+    """One reason why a kernel can't be used.
 
     Attributes:
         feature: what is missing: a field of `Need`, or ``library``, ``gpu``, ``version``, ``model``, ...
-        text: one clause for people, such as ``softcap=50.0 (sage has no softcap)``.
+        text: one readable clause, such as ``softcap=50.0 (sage has no softcap)``.
         fix: the command or the argument that fixes it, or ``""``.
     """
 
@@ -22,10 +22,10 @@ class Reason:
 
 
 class AxattnError(Exception):
-    """Base of every error of ours.
+    """Base class of axattn's errors.
 
     Attributes:
-        reasons: every reason found, not only the first.
+        reasons: every reason, not only the first.
         advice: what to type instead, or ``""``.
     """
 
@@ -36,28 +36,28 @@ class AxattnError(Exception):
 
 
 class UnknownAttentionError(AxattnError, ValueError):
-    """The name given is no attention implementation that axattn or Transformers knows."""
+    """Neither axattn nor Transformers has an attention implementation of this name."""
 
 
 class BackendUnavailableError(AxattnError, RuntimeError):
-    """The name is known, but this machine can't run it (library, GPU or version missing)."""
+    """This machine can't run the kernel: a library, GPU or version is missing."""
 
 
 class UnsupportedAttentionError(AxattnError, ValueError):
-    """The kernel would not compute what the model, the layer or the call asks for."""
+    """The kernel does not compute what the model, the layer or the call needs."""
 
 
 class InvalidInputError(AxattnError, ValueError):
-    """What a call is given can't be used: no model, folder or batch is where one is wanted, or the tensors handed to a
-    model (positions, cumulative lengths, masks) contradict each other."""
+    """An argument can't be used: a model, folder or batch is missing, or the tensors passed to a model (position ids,
+    cu_seqlens, masks) contradict each other."""
 
 
 class InvalidConfigError(AxattnError, ValueError):
-    """A configuration (YAML or keyword) that can't be read as an attention configuration."""
+    """A configuration (YAML or keyword) is not a valid attention configuration."""
 
 
 class RegistrationError(AxattnError, RuntimeError):
-    """Transformers' registries hold another package's function, or none, under a name of axattn's that is asked for."""
+    """Transformers' registries hold another package's function, or none, under the name of an axattn backend."""
 
 
 def _compose(message: str, reasons: Sequence[Reason], advice: str) -> str:

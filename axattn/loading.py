@@ -1,4 +1,7 @@
-"""`from_pretrained`, `apply`, `restore`, `using`, `plan`, `status`: what a user calls. Changes go into a `PatchSet`."""
+"""The functions that users call: `from_pretrained`, `apply`, `restore`, `using`, `plan`, `status`.
+
+Every change to a model goes through a `PatchSet`.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ PATCHES: dict[str, Callable[[PatchSet, torch.nn.Module], object]] = {
     "no cache": disable_cache,
     "compile room": add_compile_room,
 }
-"""What `axattn.backends.base.Backend.patches` may name."""
+"""The valid names in `axattn.backends.base.Backend.patches`."""
 
 
 def from_pretrained(
@@ -64,35 +67,35 @@ def from_pretrained(
     unpad: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Load a Transformers model whose attention runs on the kernel named, or refuse before the weights load.
+    """Load a Transformers model that runs on the named attention, or raise before the weights are loaded.
 
     Args:
         pretrained_model_name_or_path: hub name or local folder, as for Transformers.
         *args: positional arguments for the model class.
         attn_implementation: canonical name, hub path, or dict per sub-config (``{"": ..., "text_config": ...}``). None
-            takes ``"auto"``.
-        model_class: any Auto class or model class; None takes the class that the checkpoint names in
-            ``architectures``, else ``AutoModelForCausalLM``.
+            means ``"auto"``.
+        model_class: any Auto class or model class. None means the class in the checkpoint's ``architectures``, else
+            ``AutoModelForCausalLM``.
         on_unsupported: ``"raise"``, or ``"route"``: layers that the kernel can't serve run on the next exact one.
-        upgrade_flash: ``flash_attention_2`` runs as ``flash_attention_4`` where that is installed, is the faster one
-            (Hopper, sm100) or the only one, and serves every layer forward and backward; it is said, and `status`
-            keeps both names. ``AXATTN_NO_FA4=1`` turns it off.
-        kernel_options: choices that the kernels named offer, such as ``{"group_size": 512}`` for ``s2``.
-        unpad: run padded batches as one packed row of their real tokens, through the whole model; outputs come back in
-            their places, zeros where padding is (see `axattn.unpadding.unpadded_forward`).
-        **kwargs: everything that ``from_pretrained`` of the model class takes.
+        upgrade_flash: run ``flash_attention_2`` as ``flash_attention_4`` where that is installed, serves every layer
+            forward and backward, and is faster (Hopper, sm100) or the only one. A warning reports it, and `status`
+            shows both names. ``AXATTN_NO_FA4=1`` turns it off.
+        kernel_options: options of the named kernels, such as ``{"group_size": 512}`` for ``s2``.
+        unpad: run padded batches through the whole model as one packed row of their real tokens. Outputs return to
+            their positions, with zeros at padding (see `axattn.unpadding.unpadded_forward`).
+        **kwargs: passed to ``from_pretrained`` of the model class.
 
     Returns:
         What the model class returns (with ``output_loading_info=True``: a tuple).
 
     Raises:
-        UnknownAttentionError: the name is not known.
+        UnknownAttentionError: the name is unknown.
         BackendUnavailableError: this machine can't run it.
-        UnsupportedAttentionError: the model or one of its layers needs what the kernel lacks.
-        RegistrationError: another package has registered a function of its own under the name.
-        InvalidConfigError: an option that no kernel named offers, or a value that it can't use; a config whose numbers
-            of heads, sizes or windows can't be.
-        InvalidInputError: nothing to load is where the name leads, or `model_class` is no model class.
+        UnsupportedAttentionError: the model or one of its layers needs a feature that the kernel lacks.
+        RegistrationError: another package has registered its own function under the name.
+        InvalidConfigError: an unknown kernel option or an invalid value; impossible head counts, sizes or windows in
+            the config.
+        InvalidInputError: there is no model at that path or name, or `model_class` is not a model class.
     """
     value = names.canonicalise_all("auto" if attn_implementation is None else attn_implementation)
     register_free()
@@ -105,7 +108,7 @@ def from_pretrained(
         config, concrete_class(cls, config), value, _policy(on_unsupported, allow, upgrade_flash, kernel_options)
     )
     preload(decided, allow_all_kernels=allow)
-    config._attn_implementation = None  # a name inside config.json would beat the argument (Transformers 5.23)
+    config._attn_implementation = None  # a name in config.json would override the argument (Transformers 5.23)
     native = {path: name for path, name in decided.running.items() if name is not None and names.is_native(name)}
     if native:
         kwargs["attn_implementation"] = nested(dict(native))
@@ -125,16 +128,16 @@ def apply(
     kernel_options: Mapping[str, Any] | None = None,
     unpad: bool = False,
 ) -> torch.nn.Module:
-    """Put a loaded model on the kernel named. What an earlier `apply` did is undone first.
+    """Switch a loaded model to the named attention, after undoing an earlier `apply`.
 
-    What `prepare_for_training` and `axattn.sequence_parallel` did holds on the new kernel.
+    `prepare_for_training` and `axattn.sequence_parallel` stay in effect.
 
     Args:
         model: a Transformers model, or a wrapper around one (PEFT).
         attn_implementation: as for `from_pretrained`.
         on_unsupported: as for `from_pretrained`.
-        allow_all_kernels: as for Transformers: hub kernels of any publisher; those that the hub marks as trusted need
-            no such word.
+        allow_all_kernels: as in Transformers: run hub kernels of any publisher. Publishers that the hub marks as
+            trusted don't need it.
         upgrade_flash: as for `from_pretrained`.
         kernel_options: as for `from_pretrained`.
         unpad: as for `from_pretrained`.
@@ -143,7 +146,7 @@ def apply(
         `model`.
 
     Raises:
-        AxattnError: as for `from_pretrained`; the model is then as it was.
+        AxattnError: as for `from_pretrained`; the model is left unchanged.
     """
     base = transformers_model(model)
     value = names.canonicalise_all(attn_implementation)
@@ -156,18 +159,18 @@ def apply(
     restore(base)
     try:
         _attach(base, decided, value, allow_all_kernels, unpad)
-        _do_again(base, before)
+        _reapply(base, before)
     except BaseException:
         restore(base)
-        _put_back(base, before)
+        _reattach(base, before)
         raise
     return model
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo everything axattn did to a model, exactly. Does nothing to an untouched model.
+    """Undo every change that axattn made to a model. Does nothing to an unchanged model.
 
-    Copies of its layers and configs that were put into it since are put back like the originals. A model loaded by
+    Copies of its layers and configs that were added since are restored like the originals. A model loaded by
     `from_pretrained` on an axattn backend then runs on Transformers' default attention.
     """
     state = state_of(model)
@@ -187,7 +190,7 @@ def using(
     kernel_options: Mapping[str, Any] | None = None,
     unpad: bool = False,
 ) -> Iterator[torch.nn.Module]:
-    """`apply` for the length of a ``with`` block; the model then runs on what it ran on before."""
+    """`apply` inside a ``with`` block; afterwards the model runs on its previous attention."""
     before = state_of(model)
     apply(
         model,
@@ -202,20 +205,20 @@ def using(
         yield model
     finally:
         restore(model)
-        _put_back(transformers_model(model), before)
+        _reattach(transformers_model(model), before)
 
 
-def _do_again(model: torch.nn.Module, before: State | None) -> None:
-    """What else was done to a model, on its new plan."""
+def _reapply(model: torch.nn.Module, before: State | None) -> None:
+    """Repeat the later changes (training, sequence parallelism) on the new plan."""
     for step in before.later if before is not None else ():
         step(model)
 
 
-def _put_back(model: torch.nn.Module, before: State | None) -> None:
-    """A restored model as it was."""
+def _reattach(model: torch.nn.Module, before: State | None) -> None:
+    """Bring a restored model back to an earlier state."""
     if before is not None and before.plan is not None:
         _attach(model, before.plan, before.value, before.allow_all_kernels, before.unpad)
-    _do_again(model, before)
+    _reapply(model, before)
 
 
 def plan(
@@ -229,12 +232,12 @@ def plan(
     kernel_options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Plan:
-    """What `from_pretrained` or `apply` would do: which kernel each layer gets, and why not the others.
+    """Which kernel `from_pretrained` or `apply` would give each layer, and why not the others.
 
     Args:
         model: a model, a config, a hub name or a local folder. No weights are loaded.
         attn_implementation: as for `from_pretrained`.
-        environment: the machine, also by name (``"sm90"``, see `axattn.machine.presets`); this one when None.
+        environment: the machine or its name (``"sm90"``, see `axattn.machine.presets`); None for this machine.
         on_unsupported: as for `from_pretrained`.
         allow_all_kernels: as for `from_pretrained`.
         upgrade_flash: as for `from_pretrained`.
@@ -262,7 +265,7 @@ def plan(
 
 
 def status(model: torch.nn.Module) -> Status:
-    """Asked for → running for each layer, the patches that are active, and the calls served."""
+    """Requested and running attention of each layer, active patches, and calls served."""
     return read_status(transformers_model(model))
 
 
@@ -284,22 +287,22 @@ def _decide(
     environment: Environment | None = None,
     copied: Sequence[Copy] = (),
 ) -> Plan:
-    """The plan, after the model's classes are known to run through Transformers' attention interface, and the names in
-    it to be axattn's or Transformers' own."""
+    """The plan, checked: the model's classes call Transformers' attention interface, and no other package has
+    registered the planned names."""
     needs: ModelNeeds = model_needs(config, cls.__name__ if cls is not None else "", layers_apart(copied))
     if environment is None:
         policy = _with_trusted(policy, value)
     require_free(names.names_in(value), needs.model)
-    spoken, notes = around_towers(config, cls, value, policy)
+    placed, notes = around_towers(config, cls, value, policy)
     machine = environment or Environment.current()
-    decided = planner.plan(needs, spoken, machine, policy)
+    decided = planner.plan(needs, placed, machine, policy)
     require_free([name for name in decided.running.values() if name is not None], needs.model)
     _require_contracts(needs.model, decided)
     inner = inner_model_classes(config) if isinstance(value, str) else {}
     for path, name in decided.running.items():
         classes = [*([cls] if path == "" else ()), *inner.get(path, ())]
         reasons = [reason for c in classes for reason in native_support_reasons(c, name)] if name else []
-        if reasons and policy.upgrade_flash and name != decided.asked[path]:  # an upgrade that the model does not take
+        if reasons and policy.upgrade_flash and name != decided.asked[path]:  # the model does not support the upgrade
             return _decide(config, cls, value, dataclasses.replace(policy, upgrade_flash=False), machine, copied)
         if reasons:
             raise UnsupportedAttentionError(
@@ -311,7 +314,7 @@ def _decide(
 
 
 def _with_trusted(policy: Policy, value: names.AttentionNames) -> Policy:
-    """The policy, with the publishers of the hub kernels named that the hub itself marks as trusted."""
+    """The policy, plus those publishers of the named hub kernels that the hub marks as trusted."""
     paths = [names.parse_hub_path(name.removeprefix("paged|")) for name in names.names_in(value)]
     publishers = {path.repository.split("/")[0] for path in paths if path is not None} - policy.trusted
     if policy.allow_all_kernels or not publishers:
@@ -321,10 +324,10 @@ def _with_trusted(policy: Policy, value: names.AttentionNames) -> Policy:
 
 
 def _require_contracts(model: str, decided: Plan) -> None:
-    """Raise for names that what is installed here can't run right (`axattn.hf.contracts`).
+    """Raise for names that the installed versions can't run correctly (`axattn.hf.contracts`).
 
     Raises:
-        UnsupportedAttentionError: with every contract that does not hold.
+        UnsupportedAttentionError: lists every broken contract.
     """
     for name in dict.fromkeys(name for name in decided.running.values() if name is not None):
         refused: list[contracts.Refused] = []
@@ -345,10 +348,10 @@ def _require_contracts(model: str, decided: Plan) -> None:
 def _attach(
     model: torch.nn.Module, decided: Plan, value: names.AttentionNames, allow_all_kernels: bool, unpad: bool
 ) -> None:
-    """Patch a loaded model to run as planned; on any error the model is as it was."""
+    """Patch a loaded model to run as planned; undo everything on an error."""
     from transformers import PreTrainedModel
 
-    mask_functions.known()  # read now: a first reading inside torch.compile would cost a second graph
+    mask_functions.known()  # read now: the first read inside torch.compile would cost a second graph
     configs = dict(sub_configs(model.config))
     modules = dict(model.named_modules())
     native_paths = {p for p, name in decided.running.items() if name is None or names.is_native(name)}
@@ -378,7 +381,7 @@ def _attach(
         add_shares_by_document(patches, model)
         add_routes(patches, modules, path_of, decided)
         running = {name for name in decided.running.values() if name is not None and name != "auto"}
-        known = [backends.get(name) for name in running if names.is_native(name) or name in names.ours()]
+        known = [backends.get(name) for name in running if names.is_native(name) or name in names.axattn_backends()]
         for patch in sorted({patch for backend in known for patch in backend.patches}):
             PATCHES[patch](patches, model)
         add_paged_steps(patches, model, decided)

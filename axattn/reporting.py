@@ -1,4 +1,4 @@
-"""`Status`: what runs in a model now, layer by layer, and how often it has served."""
+"""`Status`: the kernel that each layer of a model runs on now, and how many calls it has served."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from axattn.hf.hub_kernels import loaded_revision
-from axattn.hf.registries import foreign, name_of, ours
+from axattn.hf.registries import axattn_functions, foreign, name_of
 from axattn.patches.state import state_of
 from axattn.planning.routes import ATTRIBUTE, Route, route_in_passing
 from axattn.traits.attention_configs import copies
@@ -21,12 +21,13 @@ class LayerStatus:
 
     Attributes:
         layer: its name in the model.
-        asked: what was asked for.
-        planned: what the plan chose.
-        served: calls served, by the kernel that ran. A kernel hands on what it has no form of: `varlen` gives dropout
-            and dense S x S masks (padding with holes, a mask of one's own) to `sdpa`, `sage` decodes on `varlen`.
-        compiled: the kernel in its compiled graph (those calls are not counted), None without ``torch.compile``. That
-            padding has holes is found when the graph runs: what then goes to `sdpa` is not seen here.
+        asked: the requested name.
+        planned: the name that the plan chose.
+        served: calls served, by the kernel that ran. A kernel passes calls that it can't serve to another: `varlen`
+            passes dropout and dense S x S masks (non-contiguous padding, a user's mask) to `sdpa`; `sage` decodes on
+            `varlen`.
+        compiled: the kernel in its compiled graph (its calls are not counted), None without ``torch.compile``.
+            Non-contiguous padding is found when the graph runs: such calls go to `sdpa` and are not shown here.
     """
 
     layer: str
@@ -41,15 +42,16 @@ class Status:
     """What runs in a model.
 
     Attributes:
-        asked: name asked for, by config path.
-        running: name in each config now, by config path.
-        layers: attention modules that run through axattn; those of a model that axattn did not load once they have run.
-        patches: how many changes `axattn.restore` would undo.
-        held: whose function is registered under a name of axattn's that runs but is no longer axattn's, by config path;
-            the layers then say what axattn has served before.
-        apart: by attention module, the name in a config of its own, where that is another than its model's; a forward
-            in which it would misread its masks is refused.
-        hub: the hub kernel that Transformers runs, with its revision and the commit that is loaded, by config path.
+        asked: requested name, by config path.
+        running: current name in the config, by config path.
+        layers: attention modules that run through axattn. In a model that axattn did not load they appear after their
+            first call.
+        patches: number of changes that `axattn.restore` would undo.
+        held: the foreign function that is now registered under a running axattn backend's name, by config path;
+            `layers` then shows the calls that axattn served before.
+        apart: by attention module, the name in the module's own config where it differs from its model's. A forward in
+            which the module would misread its masks is refused.
+        hub: the hub kernel that Transformers runs, with its revision and the loaded commit, by config path.
     """
 
     asked: Mapping[str, str | None]
@@ -65,7 +67,7 @@ class Status:
         for path, running in self.running.items():
             asked = self.asked.get(path)
             shown = f"{asked} → {running}" if asked not in (None, running) else str(running)
-            shown += f", and not axattn's: {self.held[path]}" if path in self.held else ""
+            shown += f", replaced by another package: {self.held[path]}" if path in self.held else ""
             shown += f", the hub kernel {self.hub[path]}" if path in self.hub else ""
             lines.append(f"{path or 'model'}: {shown}")
         for layer in self.layers:
@@ -73,7 +75,7 @@ class Status:
             counts += [f"{layer.compiled} in a compiled graph"] if layer.compiled else []
             served = ", ".join(counts) or "no calls yet"
             lines.append(f"  {layer.layer}: planned {layer.planned}; served {served}")
-        lines += [f"  {layer}: runs {name}, in a config of its own" for layer, name in self.apart.items()]
+        lines += [f"  {layer}: runs {name}, from its own config" for layer, name in self.apart.items()]
         lines.append(f"{self.patches} patches active")
         return "\n".join(lines)
 
@@ -91,7 +93,9 @@ def read_status(model: torch.nn.Module) -> Status:
             routes.append((name, passing))
     layers = tuple(LayerStatus(name, r.asked, r.planned, dict(r.served), r.compiled) for name, r in routes)
     asked = dict(state.plan.asked) if state is not None and state.plan is not None else {}
-    held = {path: "; ".join(r.text for r in foreign(name)) for path, name in running.items() if name in ours()}
+    held = {
+        path: "; ".join(r.text for r in foreign(name)) for path, name in running.items() if name in axattn_functions()
+    }
     held = {path: text for path, text in held.items() if text}
     apart = {
         copy.layer: one
@@ -104,6 +108,6 @@ def read_status(model: torch.nn.Module) -> Status:
 
 
 def _shown(kernel: str) -> str:
-    """A hub kernel with the commit that this process has loaded: ``org/name@v4 (commit 0510be1e)``."""
+    """A hub kernel with the commit loaded in this process: ``org/name@v4 (commit 0510be1e)``."""
     commit = loaded_revision(kernel.split("@", maxsplit=1)[0])
     return kernel if not commit or kernel.endswith(commit) else f"{kernel} (commit {commit[:8]})"

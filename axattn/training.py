@@ -1,4 +1,4 @@
-"""`prepare_for_training`: what a model needs before a packed fine-tune, as patches that `axattn.restore` undoes."""
+"""`prepare_for_training`: prepares a model for a packed fine-tune, with patches that `axattn.restore` undoes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def prepare_for_training(model: Model) -> Model:
-    """Turn ``use_cache`` off on every sub-config, and bring stray fp32 weights to the model's 16-bit dtype.
+    """Turn ``use_cache`` off in every sub-config, and cast stray fp32 weights to the model's 16-bit dtype.
 
-    The cast takes embeddings and norms, and only where the kernel needs one dtype (``attn_needs_dtype_cast``).
-    Works on plain, PEFT and k-bit-prepared models. An fp32 model stays fp32.
+    Only embeddings and norms are cast, and only if the kernel needs one dtype (``attn_needs_dtype_cast``).
+    Works with and without PEFT, and on models prepared for k-bit training. An fp32 model stays fp32.
 
     Args:
         model: a Transformers model, or a wrapper around one.
@@ -47,7 +47,7 @@ def prepare_for_training(model: Model) -> Model:
 
 
 def needs_dtype_cast(model: torch.nn.Module) -> bool:
-    """Whether any kernel that runs in the model wants q, k and v in one 16-bit dtype."""
+    """Whether any kernel that the model runs on needs q, k and v in one 16-bit dtype."""
     running: Mapping[str, str | None] = {p: c._attn_implementation for p, c in sub_configs(model.config)}
     return any(name is not None and _known(name) and names.flags(name).dtype_cast for name in running.values())
 

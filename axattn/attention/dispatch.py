@@ -66,7 +66,7 @@ def decide(route: Route, call: AttentionCall, sparse: bool) -> Backend:
         call.want_weights,
         gradient,
         gradient and torch.are_deterministic_algorithms_enabled(),
-        gradient and determinism.asked(call.extras.get("deterministic")),
+        gradient and determinism.required(call.extras.get("deterministic")),
     )
     backend = route.decisions.get(fingerprint)
     if backend is None:
@@ -118,7 +118,7 @@ def need_of(call: AttentionCall, sparse: bool, signature: Any) -> Need:
         traced=isinstance(mask, LazyMask) and is_tracing() and mask.as_flag is None,
         cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # a symbol while tracing
         gradient=gradient,
-        deterministic=gradient and determinism.asked(call.extras.get("deterministic")),
+        deterministic=gradient and determinism.required(call.extras.get("deterministic")),
         dtype=str(query.dtype).removeprefix("torch."),
         device=query.device.type,
     )

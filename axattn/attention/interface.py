@@ -21,7 +21,7 @@ from axattn.errors import AxattnError, BackendUnavailableError, Reason, Unsuppor
 from axattn.hf.caches import is_unpaged_cache
 from axattn.hf.forward_inputs import AT_ATTENTION, CACHES, PAGED
 from axattn.hf.registries import require_mask
-from axattn.hf.torch_internals import is_tracing, leaves_kernels
+from axattn.hf.torch_internals import is_tracing, needs_torch_operators
 from axattn.masks.lazy_mask import LazyMask
 from axattn.masks.shard_mask import ShardMask
 from axattn.masks.user_masks import read_mask, with_keyword_segments
@@ -138,7 +138,7 @@ def attend(
         options=route.options,
         want_weights=bool(kwargs.get("output_attentions")) or _hook_wants_weights(mask),
     )
-    if leaves_kernels():
+    if needs_torch_operators():
         out = portable(call, route.kernels[route.planned][0], route.layer)
         route.count(call.ran)
         return out.contiguous(), call.weights

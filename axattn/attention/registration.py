@@ -61,7 +61,7 @@ def register_free() -> list[Reason]:
     global _active  # noqa: PLW0603  # one registry a process, as Transformers has it
     from axattn.hf import registries
 
-    ours = registries.ours()
+    ours = registries.axattn_functions()
     tables = [interface._global_mapping for interface in registries.interfaces()]
     held: list[Reason] = []
     with _lock:  # nothing is imported under it: another thread may hold that import, and wait for this lock in it
@@ -85,7 +85,7 @@ def unregister() -> None:
         return
     from axattn.hf import registries
 
-    ours = registries.ours()
+    ours = registries.axattn_functions()
     tables = [interface._global_mapping for interface in registries.interfaces()]
     with _lock:
         _active = False
@@ -101,8 +101,8 @@ def registered() -> bool:
         return False
     from axattn.hf import registries
 
-    free = [name for name in registries.ours() if not registries.foreign(name)]
-    return bool(free) and all(registries.is_axattns(name) for name in free)
+    free = [name for name in registries.axattn_functions() if not registries.foreign(name)]
+    return bool(free) and all(registries.holds_axattn(name) for name in free)
 
 
 def register_when_imported() -> None:

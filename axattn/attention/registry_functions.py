@@ -24,6 +24,6 @@ def mask_function(config: Any = None, **keywords: Any) -> LazyMask | None:
 
 
 FUNCTIONS: dict[str, tuple[functools.partial[Any], Any]] = {
-    name: (functools.partial(attend, name), mask_function) for name in names.ours()
+    name: (functools.partial(attend, name), mask_function) for name in names.axattn_backends()
 }
 """Name of ours → attention function, mask function."""

@@ -11,22 +11,12 @@ import importlib.metadata
 
 from axattn.backends.base import Backend
 from axattn.errors import BackendUnavailableError, Reason, UnknownAttentionError
-from axattn.spec.names import ENTRY_POINT_GROUP, Packs, flags, installed, parse_hub_path
+from axattn.spec.names import ENTRY_POINT_GROUP, TABLE, Packs, flags, installed, parse_hub_path
 from axattn.spec.names import packs as packs_by_name
 
 _MODULES: dict[str, str] = {
-    "varlen": "axattn.backends.varlen",
-    "sdpa": "axattn.backends.sdpa",
-    "eager": "axattn.backends.eager",
-    "s2": "axattn.backends.s2",
-    "flash_attention_2": "axattn.backends.flash",
-    "flash_attention_3": "axattn.backends.flash",
-    "flash_attention_4": "axattn.backends.flash",
-    "flex_attention": "axattn.backends.flex",
-    "xformers": "axattn.backends.xformers",
-    "sage": "axattn.backends.sage",
+    **{name: f"axattn.backends.{found.module}" for name, found in TABLE.items() if found.module},
     "sage:library": "axattn.backends.sage",
-    "fp8": "axattn.backends.fp8",
 }
 
 

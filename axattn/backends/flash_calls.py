@@ -87,7 +87,7 @@ def _call(call: AttentionCall, version: int, options: dict[str, Any], unlimited:
         "window_size": (left, (unlimited if layout.window is None else 0) if layout.causal else left),
         **options,
     }
-    if determinism.wanted(call.extras.get("deterministic")) and takes_deterministic(version):
+    if determinism.preferred(call.extras.get("deterministic")) and takes_deterministic(version):
         options["deterministic"] = True
 
     def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:

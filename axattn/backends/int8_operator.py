@@ -96,7 +96,7 @@ def int8_attention_op(
         Output ``[tokens, H, D]``, logsumexp float32 ``[H, tokens]``, and the smoothed keys ``[tokens, Hkv, D]`` (empty
         without a mean).
     """
-    query, key, value = (int8_attention.in_eights(x) for x in (query, key, value))
+    query, key, value = (int8_attention.aligned_to_8(x) for x in (query, key, value))
     cut = int8_attention.tuning(int8_attention.padded_size(query.shape[-1]), _sm(query.device))
     q, k = int8_attention.quantise(query), int8_attention.quantise(key, mean, document)
     out, lse = int8_attention.forward(

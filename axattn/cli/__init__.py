@@ -1,5 +1,5 @@
-"""The command line: a verb a file. A user's mistake is one line on stderr, never a traceback, and with ``--json`` it is
-JSON on stdout too."""
+"""The command line, one file per verb. User errors are one line on stderr without a traceback, and also JSON on stdout
+with ``--json``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from axattn.cli import bench, demo, doctor, migrate, plan, verify
 
 
 class Verbs(TyperGroup):
-    """The verbs. Wrong usage (an unknown option, a missing argument) is JSON on stdout where ``--json`` is among the
-    arguments; Typer then prints its own lines on stderr and exits with 2, as without."""
+    """The verbs. With ``--json``, usage errors (an unknown option, a missing argument) are JSON on stdout too. In any
+    case Typer prints its own message on stderr and exits with 2."""
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
-        """As Typer's, which takes the arguments apart."""
+        """As in Typer, which parses the arguments here."""
         self.as_json = "--json" in args
         return super().make_context(info_name, args, *more, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        """As Typer's, which takes those of the verb apart and runs it."""
+        """As in Typer, which parses the verb's arguments here and runs it."""
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -59,7 +59,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def main() -> None:
-    """Run the command line; errors of ours become one line on stderr and exit code 1."""
+    """Run the command line; axattn's errors become one line on stderr and exit code 1."""
     try:
         app()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``axattn bench MODEL | --shape B,H,Hkv,S,D``: every usable kernel side by side."""
+"""``axattn bench MODEL | --shape B,H,Hkv,S,D``: times all usable kernels side by side."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import typer
 
 
 def bench(
-    model: str = typer.Argument("", metavar="[MODEL]", help="Folder, config.json or hub name: its layers' shapes."),
-    shape: str = typer.Option("", "--shape", metavar="B,H,Hkv,S,D", help="One shape instead of a model's."),
-    seq_len: int = typer.Option(2048, "--seq-len", min=1, help="Tokens of a row, for a model's shapes and step."),
-    packed: int = typer.Option(0, "--packed", metavar="DOCS", min=0, help="Pack the tokens as so many documents."),
-    backward: bool = typer.Option(False, "--backward", help="Forward and backward."),
-    attn: list[str] = typer.Option([], "--attn", metavar="NAME", help="Only these (repeatable)."),
-    rounds: int = typer.Option(10, "--rounds", min=1, help="Timed calls of each kernel, in turn."),
+    model: str = typer.Argument("", metavar="[MODEL]", help="Folder, config.json or hub name; its shapes are timed."),
+    shape: str = typer.Option("", "--shape", metavar="B,H,Hkv,S,D", help="Time one shape instead of a model's."),
+    seq_len: int = typer.Option(2048, "--seq-len", min=1, help="Tokens per row, for MODEL's shapes and steps."),
+    packed: int = typer.Option(0, "--packed", metavar="DOCS", min=0, help="Pack the tokens as this many documents."),
+    backward: bool = typer.Option(False, "--backward", help="Time forward and backward."),
+    attn: list[str] = typer.Option([], "--attn", metavar="NAME", help="Time only this one (repeatable)."),
+    rounds: int = typer.Option(10, "--rounds", min=1, help="Timed calls per kernel; kernels take turns."),
     model_step: bool = typer.Option(False, "--model-step", help="Time whole training steps of MODEL."),
-    output: Path | None = typer.Option(None, "--output", "-o", metavar="FOLDER", help="For bench.json and bench.png."),
-    compare: tuple[Path, Path] | None = typer.Option(None, "--compare", metavar="A B", help="Two bench.json files."),
+    output: Path | None = typer.Option(None, "--output", "-o", metavar="FOLDER", help="Write bench.json and a plot."),
+    compare: tuple[Path, Path] | None = typer.Option(None, "--compare", metavar="A B", help="Compare two bench.json."),
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
 ) -> None:
-    """Time every kernel that this machine runs, side by side in one run, as ratios to sdpa.
+    """Time every kernel that runs on this machine, side by side in one run, relative to sdpa.
 
-    Exit code 1 if none of the names given with --attn can be measured.
+    Exit code 1 if no name given with --attn can be timed.
 
     Examples:
         axattn bench --shape 1,32,8,4096,128 --packed 16 --backward
@@ -50,7 +50,7 @@ def bench(
             print_json(rows) if as_json else _print_comparison(rows)
             return
         if bool(model) == bool(shape):
-            raise typer.BadParameter("give a MODEL or --shape, one of the two")
+            raise typer.BadParameter("give either a MODEL or --shape")
         if model_step and not model:
             raise typer.BadParameter("--model-step needs a MODEL")
         if model:
@@ -93,7 +93,7 @@ def bench(
 
 
 def _all_failed(found: Mapping[str, Any]) -> bool:
-    """Whether nothing of what was asked for was measured; ``sdpa`` is the base and runs unasked."""
+    """Whether every requested measurement failed; ``sdpa``, the baseline, always runs."""
     each = [*found.get("steps", ()), *(k for shape in found.get("shapes", ()) for k in shape["kernels"])]
     others = [one for one in each if one.get("name", one.get("kernel")) != "sdpa"] or each
     return bool(others) and all(one.get("failed") for one in others)
@@ -105,22 +105,22 @@ def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int
     import axattn
     from axattn.errors import AxattnError, InvalidInputError, Reason
     from axattn.spec.names import canonicalise
-    from axattn.tools.bench.kernels import described, usable_kernels
+    from axattn.tools.bench.kernels import machine_description, usable_kernels
     from axattn.tools.bench.steps import bench_step
 
-    asked = [canonicalise(name) for name in attn]  # before anything is loaded
+    requested = [canonicalise(name) for name in attn]  # before anything is loaded
     try:
         loaded = axattn.from_pretrained(model, attn_implementation="eager")
     except AxattnError:
         raise
-    except Exception as error:  # weights that don't fit, or that safetensors can't read
+    except Exception as error:  # out of memory, or safetensors can't read the weights
         reason = Reason("weights", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         raise InvalidInputError(f"{model} can't be loaded", [reason]) from error
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    names = asked or ["auto", *(name for name in usable_kernels() if ":" not in name)]
+    names = requested or ["auto", *(name for name in usable_kernels() if ":" not in name)]
     steps = bench_step(loaded, names, tokens=tokens, documents=documents, rounds=min(rounds, 5), progress=say)
     return {
-        "machine": described(),
+        "machine": machine_description(),
         "model": type(loaded).__name__,
         "tokens": tokens,
         "documents": documents,
@@ -134,7 +134,7 @@ def _print(found: Mapping[str, Any], output: Path | None) -> None:
 
     console = Console()
     if "steps" in found:
-        table = Table("name", "tokens/s", "time by sdpa's", "peak", title=f"{found['model']}, {found['tokens']} tokens")
+        table = Table("name", "tokens/s", "time / sdpa's", "peak", title=f"{found['model']}, {found['tokens']} tokens")
         for step in found["steps"]:
             if "failed" in step:
                 table.add_row(step["name"], "-", "-", step["failed"])
@@ -145,7 +145,7 @@ def _print(found: Mapping[str, Any], output: Path | None) -> None:
         console.print(table)
     for shape in found.get("shapes", ()):
         title = f"{shape['label']}, {found['dtype']}, forward{' and backward' if found['backward'] else ''}"
-        table = Table("kernel", "ms", "spread", "time by sdpa's", "TFLOP/s", "of matmul", "peak", "error", title=title)
+        table = Table("kernel", "ms", "spread", "time / sdpa's", "TFLOP/s", "of matmul", "peak", "error", title=title)
         for k in shape["kernels"]:
             if k["failed"]:
                 table.add_row(k["kernel"], "-", "", "", "", "", "", k["failed"])
@@ -156,7 +156,7 @@ def _print(found: Mapping[str, Any], output: Path | None) -> None:
             )
         console.print(table)
     if output is not None:
-        console.print(f"Written: {', '.join(str(path) for path in sorted(output.glob('bench.*')))}")
+        console.print(f"Wrote {', '.join(str(path) for path in sorted(output.glob('bench.*')))}")
 
 
 def _print_comparison(rows: list[dict[str, Any]]) -> None:

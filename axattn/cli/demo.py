@@ -1,4 +1,4 @@
-"""``axattn demo``: the main job on this machine, with the proofs."""
+"""``axattn demo``: a packed fine-tune on this machine, with checks of its results."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def demo(
     attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to train with."),
     steps: int = typer.Option(200, "--steps", min=2, help="Optimiser steps."),
     seed: int = typer.Option(0, "--seed", help="Seed of weights, data order and split."),
-    as_json: bool = typer.Option(False, "--json", help="The report on stdout, everything else on stderr."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report on stdout, everything else on stderr."),
 ) -> None:
-    """Fine-tune a small LLaMA on Python's own library, packed, and prove that no document leaks into another.
+    """Fine-tune a small LLaMA on packed rows of Python's standard library, and check that no document leaks.
 
     Examples:
         axattn demo
@@ -37,7 +37,7 @@ def demo(
                 [Reason("library", f"{name} is not installed") for name in absent],
                 'Type: pip install "axattn[demo]".',
             )
-        wanted = names.canonicalise(attn)  # before anything is made
+        wanted = names.canonicalise(attn)  # before any work
         quiet_transformers()
         from axattn.machine.environment import Environment
         from axattn.planning.planner import require_available

@@ -1,4 +1,4 @@
-"""``axattn doctor``: what this machine can run, what it can't, why, and the command that fixes it."""
+"""``axattn doctor``: which kernels this machine can run, why not the others, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def doctor(
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
     require: str = typer.Option("", "--require", metavar="NAME", help="Exit with 1 if this kernel can't run here."),
 ) -> None:
-    """Show what this machine can run, what it can't, why, and the command that fixes it.
+    """Show which kernels this machine can run, why not the others, and the command that fixes it.
 
     Examples:
         axattn doctor
@@ -42,7 +42,7 @@ def doctor(
 
 
 def _lacking(wanted: str, found: Diagnosis) -> AxattnError | None:
-    """Why the kernel that is required can't run here, None where it can."""
+    """Why the required kernel can't run here, None if it can."""
     from axattn.errors import AxattnError
 
     if not wanted or wanted == "auto":
@@ -65,20 +65,20 @@ def _print_table(found: Diagnosis) -> None:
     console = Console()
     libraries = ", ".join(f"{name} {version}" for name, version in found.environment.libraries.items())
     console.print(f"[bold]{found.environment.describe()}[/bold]; Python {found.environment.python}; {libraries}")
-    table = Table("kernel", "runs here", "exact", "packs", "why not, and what fixes it; what to know")
+    table = Table("kernel", "runs here", "exact", "packs", "why not, and the fix; notes")
     for kernel in found.kernels:
         why = "\n".join(r.text + (f"\n  → {r.fix}" if r.fix else "") for r in kernel.reasons) or kernel.notice
         if kernel.hub:
-            why = f"as the hub kernel {kernel.hub}, for whole models: its library is not installed"
+            why = f"as the hub kernel {kernel.hub}, for whole models only: its library is not installed"
         runs = "[green]yes[/green]" if kernel.usable else "[red]no[/red]"
         table.add_row(kernel.name, runs, "yes" if kernel.exact else "lossy", kernel.packing, why)
     console.print(table)
     console.print(
-        f"packs without a cache: {WITHOUT_A_CACHE}. The flag attn_supports_packing, as in axolotl: "
+        f"packs without a cache: {WITHOUT_A_CACHE}. axolotl's flag attn_supports_packing: "
         f"no for {', '.join(kernel.name for kernel in found.kernels if not kernel.packs)}; yes for the others."
     )
-    broken = [one for one in found.contracts if one.different]
+    broken = [finding for finding in found.contracts if finding.different]
     console.print(f"{len(found.contracts) - len(broken)} of {len(found.contracts)} contracts with other packages hold.")
-    for one in broken:
-        cost = f"{one.contract.refused} are refused" if one.contract.refused else "nothing is refused"
-        console.print(f"[red]{one.text}[/red] ({cost}; used by {', '.join(one.contract.users)})")
+    for finding in broken:
+        cost = f"{finding.contract.refused} are refused" if finding.contract.refused else "nothing is refused"
+        console.print(f"[red]{finding.text}[/red] ({cost}; used by {', '.join(finding.contract.users)})")

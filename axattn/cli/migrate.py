@@ -1,4 +1,4 @@
-"""``axattn migrate FILE…``: axolotl YAML to one ``attn_implementation``."""
+"""``axattn migrate FILE…``: rewrites axolotl YAML to one ``attn_implementation``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def migrate(
     write: bool = typer.Option(False, "--write", help="Rewrite the files; without it only the diff is printed."),
     check: bool = typer.Option(False, "--check", help="Exit with 1 if anything would change (for CI)."),
     exclude: list[str] = typer.Option(
-        [], "--exclude", metavar="PATTERN", help="Files and folders to pass over (*.gen.yml, old); may be repeated."
+        [], "--exclude", metavar="PATTERN", help="Files and folders to skip (*.gen.yml, old); repeatable."
     ),
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
 ) -> None:
-    """Rewrite axolotl YAML: legacy booleans and short forms become one attn_implementation. Comments stay.
+    """Rewrite axolotl YAML: legacy booleans and short forms become one attn_implementation. Comments are kept.
 
-    All files are read before any is rewritten. A file with a conflict, or that can't be read, is left alone; that is
-    reported with its line, the others are done, and the exit code is 1. In folders, files without a setting that is
-    about attention are passed over.
+    All files are read before any is rewritten. A file that has a conflict or can't be read is left unchanged and
+    reported with the line; the other files are still processed, and the exit code is 1. In folders, files without an
+    attention setting are skipped.
 
     Examples:
         axattn migrate config.yml
@@ -40,16 +40,16 @@ def migrate(
 
     from axattn.cli.output import print_json, user_errors
     from axattn.errors import InvalidConfigError
-    from axattn.tools.axolotl.migration import find, look_at
+    from axattn.tools.axolotl.migration import find, migrate_found
 
     with user_errors(as_json):
         if write and check:
-            advice = "Give --check to ask whether anything would change, or --write to change it."
+            advice = "Use --check to see whether anything would change, or --write to change it."
             raise InvalidConfigError("--write and --check contradict each other", advice=advice)
     console = Console(stderr=True)
     found = find(paths, exclude)
     bar = track(found, "reading", console=console, transient=True, disable=not sys.stderr.isatty())
-    looked = [look_at(one) for one in bar]
+    looked = [migrate_found(one) for one in bar]
     done = [one for one in looked if one is not None]
     if write:
         done = [_written(one) for one in done]
@@ -62,7 +62,7 @@ def migrate(
 
 
 def _written(one: Migration) -> Migration:
-    """`one`, written; a file that can't be is another problem of its own."""
+    """Write one file; a write error becomes its problem."""
     from axattn.tools.axolotl.migration import write_file
     from axattn.tools.axolotl.yaml_nodes import Problem
 
@@ -73,7 +73,7 @@ def _written(one: Migration) -> Migration:
     return one
 
 
-def _print(done: list[Migration], verb: str, passed_over: int) -> None:
+def _print(done: list[Migration], verb: str, skipped: int) -> None:
     for one in done:
         typer.echo(one.diff(), nl=False)
         for note in one.notes:
@@ -82,6 +82,6 @@ def _print(done: list[Migration], verb: str, passed_over: int) -> None:
             typer.echo(f"{one.shown}:{problem.line}: {problem.text}", err=True)
     parts = [f"{len(done)} files", f"{sum(one.changed for one in done)} {verb}"]
     left = sum(bool(one.problems) for one in done)
-    parts += [f"{left} left alone"] if left else []
-    parts += [f"{passed_over} more say nothing of attention"] if passed_over else []
+    parts += [f"{left} left unchanged because of problems"] if left else []
+    parts += [f"{skipped} skipped (no attention setting)"] if skipped else []
     typer.echo(", ".join(parts), err=True)

@@ -1,4 +1,4 @@
-"""What the verbs share: JSON on stdout, errors on stderr, colours only on a terminal."""
+"""Output shared by the verbs: JSON on stdout, errors on stderr, colours only on a terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import typer
 
 TRACEBACK = "AXATTN_TRACEBACK"
-"""In the environment: an error that axattn has no words for is shown with its traceback."""
+"""Environment variable that shows the traceback of unexpected errors."""
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout; numbers that JSON has no form of (NaN, infinity) are null."""
+    """Print JSON on stdout; NaN and infinity become null."""
     typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
@@ -29,7 +29,7 @@ def _finite(value: Any) -> Any:
 
 
 def described(error: BaseException) -> dict[str, Any]:
-    """An error as data: ``type``, ``message``, and for ours ``reasons`` and ``advice``."""
+    """An error as data: ``type``, ``message``, and for axattn's errors ``reasons`` and ``advice``."""
     reasons = [{"feature": r.feature, "text": r.text, "fix": r.fix} for r in getattr(error, "reasons", ())]
     text = error.format_message() if hasattr(error, "format_message") else _one_line(error)
     return {"type": type(error).__name__, "message": text, "reasons": reasons, "advice": getattr(error, "advice", "")}
@@ -48,23 +48,25 @@ def user_errors(as_json: bool = False) -> Iterator[None]:
     try:
         yield
     except (AxattnError, OSError, ValueError) as error:
-        _say(error, as_json, "" if isinstance(error, AxattnError) or str(error) else f"{type(error).__name__}: ")
+        _print_error(
+            error, as_json, "" if isinstance(error, AxattnError) or str(error) else f"{type(error).__name__}: "
+        )
         raise typer.Exit(1) from None
     except Exception as error:
-        if hasattr(error, "exit_code") or os.environ.get(TRACEBACK):  # Typer's own: wrong usage, or an exit
+        if hasattr(error, "exit_code") or os.environ.get(TRACEBACK):  # Typer's usage errors and exits
             raise
-        _say(error, as_json, f"{type(error).__name__}: ", f" ({TRACEBACK}=1 shows where)")
+        _print_error(error, as_json, f"{type(error).__name__}: ", f" (set {TRACEBACK}=1 for the traceback)")
         raise typer.Exit(1) from None
 
 
-def _say(error: Exception, as_json: bool, before: str = "", behind: str = "") -> None:
+def _print_error(error: Exception, as_json: bool, prefix: str = "", suffix: str = "") -> None:
     if as_json:
         print_json({"error": described(error)})
-    typer.echo(f"axattn: {before}{_one_line(error)}{behind}", err=True)
+    typer.echo(f"axattn: {prefix}{_one_line(error)}{suffix}", err=True)
 
 
 def quiet_transformers() -> None:
-    """Keep Transformers' and the hub's notices out of a verb's output."""
+    """Silence messages and progress bars of Transformers and the hub."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

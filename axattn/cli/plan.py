@@ -8,17 +8,19 @@ import typer
 def plan(
     model: str = typer.Argument(..., metavar="MODEL", help="Local folder, config.json, or hub name."),
     attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to plan for."),
-    route: bool = typer.Option(False, "--route", help="Send what NAME can't serve to the next exact kernel."),
+    route: bool = typer.Option(False, "--route", help="Route layers that NAME can't serve to the next exact kernel."),
     upgrade_flash: bool = typer.Option(
-        True, "--upgrade-flash/--no-upgrade-flash", help="flash_attention_2 may run as flash_attention_4."
+        True, "--upgrade-flash/--no-upgrade-flash", help="Let flash_attention_2 run as flash_attention_4."
     ),
     environment: str = typer.Option(
         "",
         "--environment",
         metavar="MACHINE",
-        help="sm80, sm86, sm89, sm90, sm100, sm120, rocm6, cpu, or a doctor's JSON file.",
+        help="sm80, sm86, sm89, sm90, sm100, sm120, rocm6, cpu, or a JSON file of `axattn doctor`.",
     ),
-    seq_len: int = typer.Option(0, "--seq-len", metavar="TOKENS", min=0, help="Estimate FLOPs and memory at a length."),
+    seq_len: int = typer.Option(
+        0, "--seq-len", metavar="TOKENS", min=0, help="Estimate FLOPs and memory at this length."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
 ) -> None:
     """Show which kernel each layer of a model gets, and why not the others. No weights are loaded.

@@ -1,4 +1,4 @@
-"""``axattn verify MODEL``: is a kernel right on this model?"""
+"""``axattn verify MODEL``: checks a kernel on a model against eager."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 def verify(
     model: str = typer.Argument(..., metavar="MODEL", help="Local folder, config.json, or hub name."),
     attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to verify."),
-    route: bool = typer.Option(False, "--route", help="Send what NAME can't serve to the next exact kernel."),
-    data: Path | None = typer.Option(None, "--data", metavar="FILE", help="Text to take the tokens from."),
+    route: bool = typer.Option(False, "--route", help="Route layers that NAME can't serve to the next exact kernel."),
+    data: Path | None = typer.Option(None, "--data", metavar="FILE", help="Text file that supplies the tokens."),
     layers: int = typer.Option(0, "--layers", min=0, help="Keep the first N layers (0: one of each kind, at most 8)."),
-    length: int = typer.Option(96, "--length", min=12, help="Tokens of a row (one scenario is longer than a window)."),
+    length: int = typer.Option(96, "--length", min=12, help="Tokens per row (one scenario exceeds the window)."),
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
 ) -> None:
     """Run a kernel on a model through padding, packing, decoding and gradients, and compare with eager in fp32.
 
-    Exit code 1 if anything is wrong, or nothing could be tried. Weights are loaded if they are there, else random.
+    Exit code 1 if a check fails or none could run. Weights are loaded if they exist, else random.
 
     Examples:
         axattn verify ./my-model

@@ -13,7 +13,7 @@ from axattn.documents.boundaries import Segments, from_cu_seqlens
 from axattn.documents.peft_row_effects import reasons_by_document
 from axattn.errors import AxattnError, InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.hf.caches import cache_length, held_tokens
-from axattn.hf.forward_inputs import caches_of, may_tell_documents
+from axattn.hf.forward_inputs import caches_of, may_describe_documents
 from axattn.hf.torch_internals import is_tracing, require_when_run
 from axattn.spec import names
 from axattn.traits.model_traits import ModelTraits
@@ -217,7 +217,7 @@ def require_no_hidden_documents(
     """
     for name, tensors in unknown.items():
         for x in tensors:
-            may_describe = may_tell_documents(x, mask, rows, length)
+            may_describe = may_describe_documents(x, mask, rows, length)
             if may_describe is None:
                 continue
             if is_tracing():

@@ -16,7 +16,7 @@ import torch
 from axattn.documents.boundaries import Segments
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf import determinism
-from axattn.hf.forward_inputs import KINDS, LENGTHS, tokens_of
+from axattn.hf.forward_inputs import LENGTHS, TOKEN_TYPES, tokens_of
 from axattn.hf.source_inspection import calls_of, code_of
 from axattn.hf.weak_cache import weak_cache
 
@@ -34,7 +34,7 @@ def require_deterministic(native: str, lacking: Iterable[Reason], module: torch.
     Raises:
         UnsupportedAttentionError: in training, unless ``warn_only`` is set.
     """
-    given, fix = determinism.asked_of_native(module.config)
+    given, fix = determinism.required_on_native(module.config)
     if not (given or torch.are_deterministic_algorithms_enabled()) or not torch.is_grad_enabled():
         return
     if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -43,7 +43,7 @@ def require_deterministic(native: str, lacking: Iterable[Reason], module: torch.
     if not given:
         text = "Transformers does not pass torch.use_deterministic_algorithms on to it"
         reasons.insert(0, Reason("deterministic", text, fix))
-    if reasons and determinism.asked(given):
+    if reasons and determinism.required(given):
         fixes = "".join(f"Set {reason.fix}. " for reason in reasons if reason.fix)
         text = f"{native} can't serve {type(module).__name__} in training"
         advice = 'Use attn_implementation="varlen", or torch.use_deterministic_algorithms(True, warn_only=True).'
@@ -83,7 +83,7 @@ def require_served(
 
 def has_image_tokens(inputs: dict[str, Any]) -> bool:
     """Whether the inputs mark some tokens as part of an image."""
-    kinds = [given for name in KINDS if isinstance(given := inputs.get(name), torch.Tensor)]
+    kinds = [given for name in TOKEN_TYPES if isinstance(given := inputs.get(name), torch.Tensor)]
     return any(bool(given.any()) for given in kinds)
 
 

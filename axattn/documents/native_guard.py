@@ -14,7 +14,7 @@ from axattn.documents import native_flash_guard
 from axattn.documents.boundaries import Segments, documents_in
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.caches import cache_length
-from axattn.hf.forward_inputs import KINDS, caches_of, tokens_of
+from axattn.hf.forward_inputs import TOKEN_TYPES, caches_of, tokens_of
 from axattn.hf.model_internals import checkpoints_reentrantly, checkpoints_without_cache
 from axattn.hf.torch_internals import in_context_parallel
 from axattn.spec import names
@@ -203,7 +203,7 @@ def may_leak(
         return True
     positions = inputs.get("position_ids")
     separated = isinstance(positions, torch.Tensor) and positions.ndim == 2 and inputs.get("attention_mask") is None
-    separated = separated and not (image_blocks and any(inputs.get(name) is not None for name in KINDS))
+    separated = separated and not (image_blocks and any(inputs.get(name) is not None for name in TOKEN_TYPES))
     return never_packs or not separated or _uses_cache(module, inputs)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from axattn.errors import InvalidInputError, Reason
-from axattn.hf.torch_internals import is_tracing, leaves_kernels, require_when_run
+from axattn.hf.torch_internals import is_tracing, needs_torch_operators, require_when_run
 from axattn.traits.model_traits import ModelTraits
 
 _SIDES = {"first": "left", "last": "right"}
@@ -38,7 +38,7 @@ def padding_is_read(traits: ModelTraits, model: torch.nn.Module, given: dict[str
         text = f"{type(model).__name__} reads the {place} token of each row, which is padding"
         blind = traits.windowed or (place == "first" and getattr(model.config, "is_decoder", False))
         if is_tracing():
-            if traits.native is None and not blind and leaves_kernels():
+            if traits.native is None and not blind and needs_torch_operators():
                 return True  # masks are dense there
             require_when_run(read.all(), text)
         elif not bool(read.all()):

@@ -1,1 +1,1 @@
-"""All that holds only while Transformers, torch and PEFT keep their shape, with a check for each. No attention here."""
+"""Everything that depends on internals of Transformers, torch and PEFT, with checks (contracts). No attention here."""

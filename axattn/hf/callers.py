@@ -1,4 +1,4 @@
-"""Who called the forward that is running, as far as Python's frames tell: what its caller reads of it."""
+"""Finds the callers of the running forward in Python's frames, and which outputs they read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _FRAMES = 60
 
 
 def reads_last_token(*, causal: bool) -> bool:
-    """Whether a caller of the forward that is running reads the last token of each row and no other: it is called with
-    ``logits_to_keep=1``, or by Transformers' ``generate``. Not while a graph is traced, which has no callers.
+    """Whether a caller of the running forward reads only the last token of each row: it passes ``logits_to_keep=1``, or
+    is Transformers' ``generate``. Don't call it while a graph is traced, which has no callers.
 
     Args:
-        causal: the attention in question is; else it may be an encoder's, which ``generate`` reads through its decoder.
+        causal: whether the attention is causal; else it may be an encoder's, which ``generate`` reads through the
+            decoder.
     """
     generate = _generate()
     frame = inspect.currentframe()
@@ -36,7 +37,7 @@ def reads_last_token(*, causal: bool) -> bool:
 
 
 def generates() -> bool:
-    """Whether Transformers' ``generate`` calls the forward that is running."""
+    """Whether Transformers' ``generate`` called the running forward."""
     generate, frame = _generate(), inspect.currentframe()
     for _ in range(_FRAMES):
         if frame is None or generate is None:
@@ -48,7 +49,7 @@ def generates() -> bool:
 
 
 def _generate() -> CodeType | None:
-    """The code of ``generate``; None before anything can have called it."""
+    """The code of ``generate``; None before its module is imported."""
     module = sys.modules.get("transformers.generation.utils")
     return None if module is None else _code_of(module.GenerationMixin.generate)
 

@@ -1,8 +1,7 @@
-"""The canary: a two-layer model through what training and decoding do, on versions that no test has seen.
+"""The canary: trains and decodes with a two-layer model on versions of Transformers and torch newer than tested.
 
-It is compared with eager, once for each set of versions, at the first load of a model, in under three seconds; the
-result is kept on disk (in ``HF_HOME/axattn``). ``AXATTN_CANARY=off`` skips it. What it finds wrong is refused in this
-process.
+It is compared with eager at the first load of a model, once per set of versions, in under three seconds; the result is
+cached on disk (in ``HF_HOME/axattn``). ``AXATTN_CANARY=off`` skips it. What it finds wrong is refused in this process.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ logger = logging.getLogger("axattn")
 SWITCH = "AXATTN_CANARY"
 """The environment variable that turns the canary off (``off``, ``0``, ``no``, ``false``)."""
 TOLERANCE = 1e-4
-"""Largest relative error of norms in float32 that is rounding."""
+"""Largest relative error (of norms, in float32) that counts as rounding."""
 _LENGTHS = [7, 11]
 _WATCHED = ("transformers", "torch")
 _checked = False
@@ -38,11 +37,11 @@ Apply = Callable[[torch.nn.Module, str], torch.nn.Module]
 
 
 def check(apply: Apply) -> None:
-    """Say it, once a process, if Transformers or torch is newer than the tests have seen, and what contracts and canary
-    found; refuse from now on what is wrong.
+    """Once per process, if Transformers or torch is newer than tested or a contract is broken: log the findings of
+    contracts and canary, and refuse from now on what is wrong.
 
     Args:
-        apply: puts a model on a name (`axattn.apply`).
+        apply: switches a model to a name (`axattn.apply`).
     """
     global _checked  # noqa: PLW0603  # one set of versions a process
     if _checked:
@@ -54,23 +53,23 @@ def check(apply: Apply) -> None:
         return
     checked = contracts.findings(imported_only=True)
     tested = contracts.NEWEST_TESTED
-    said = [f"{package} {version} is newer than the newest tested ({tested[package]})" for package, version in newer]
-    said.append(f"{len(checked) - len(broken)} of {len(checked)} contracts hold")
+    notes = [f"{package} {version} is newer than the newest tested ({tested[package]})" for package, version in newer]
+    notes.append(f"{len(checked) - len(broken)} of {len(checked)} contracts hold")
     for finding in broken:
         refused = finding.contract.refused
-        said.append(finding.text + (f" ({refused} refused)" if refused else ""))
+        notes.append(finding.text + (f" ({refused} refused)" if refused else ""))
     wrong: dict[str, str] = {}
     if newer and not is_off():
         outcomes, kept = results(apply)
         wrong = {name: text for name, text in outcomes.items() if text}
-        said.append(_told(outcomes, kept))
+        notes.append(_summary(outcomes, kept))
         versions = ", ".join(f"{package} {version}" for package, version in newer)
         for name, text in wrong.items():
             contracts.refuse(REFUSED[name], f"on {versions} {name} rows are wrong ({text})")
     elif newer:
-        said.append(f"the canary is off ({SWITCH})")
+        notes.append(f"the canary is off ({SWITCH})")
     loud = wrong or broken or any(package == "transformers" for package, _ in newer)
-    logger.log(logging.WARNING if loud else logging.INFO, "axattn: %s", "; ".join(said))
+    logger.log(logging.WARNING if loud else logging.INFO, "axattn: %s", "; ".join(notes))
 
 
 def is_off() -> bool:
@@ -79,8 +78,8 @@ def is_off() -> bool:
 
 
 def results(apply: Apply) -> tuple[dict[str, str], bool]:
-    """What the canary found on the installed versions: what is wrong by scenario, ``""`` where it is right; and whether
-    that was kept from an earlier run."""
+    """The canary's result on the installed versions: the error by scenario, ``""`` if it is right; and whether the
+    result is from an earlier run."""
     path, key = _file(), _key()
     known = _read(path)
     if set(known.get(key, ())) == set(SCENARIOS):
@@ -91,12 +90,12 @@ def results(apply: Apply) -> tuple[dict[str, str], bool]:
 
 
 def run(apply: Apply) -> dict[str, str]:
-    """Run every scenario; what is wrong by scenario, ``""`` where it is right."""
+    """Run every scenario; returns the error by scenario, ``""`` if it is right."""
     with contracts.on_a_cpu_in_float32():
         try:
             subject, reference = _models()
             apply(subject, "auto")
-        except Exception as raised:  # see `_outcome`; a load of the user's own model must not end here
+        except Exception as raised:  # see `_outcome`; the load of the user's model must go on
             return dict.fromkeys(SCENARIOS, _text(raised))
         return {name: _outcome(scenario, subject, reference) for name, scenario in SCENARIOS.items()}
 
@@ -104,7 +103,7 @@ def run(apply: Apply) -> dict[str, str]:
 def _outcome(scenario: Callable[[Any, Any], float], subject: Any, reference: Any) -> str:
     try:
         error = scenario(subject, reference)
-    except Exception as raised:  # a Transformers that nobody has seen may raise anything
+    except Exception as raised:  # an untested Transformers may raise anything
         return _text(raised)
     return "" if error <= TOLERANCE else f"error {error:.2g}"
 
@@ -117,7 +116,7 @@ def _text(raised: Exception) -> str:
 
 
 def _models() -> tuple[Any, Any]:
-    """Two Qwen 2 models of the same weights, with a window in the first layer; the second is on eager."""
+    """Two Qwen 2 models with the same weights and a window in the first layer; the second runs on eager."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     def config() -> Any:
@@ -137,7 +136,7 @@ def _models() -> tuple[Any, Any]:
 
     torch.manual_seed(0)
     subject, reference = Qwen2ForCausalLM(config()), Qwen2ForCausalLM(config())
-    for parameter in subject.parameters():  # at Transformers' initial size attention hardly matters
+    for parameter in subject.parameters():  # with Transformers' initial weights attention has little effect
         if parameter.ndim == 2:
             parameter.data.mul_(1.2 / (parameter.data.std() * parameter.shape[1] ** 0.5))
     reference.load_state_dict(subject.state_dict())
@@ -154,7 +153,7 @@ def _positions() -> torch.Tensor:
 
 
 def _alone(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the documents of one row, each by itself."""
+    """Logits of the documents of one row, each run separately."""
     return torch.cat([model(part, use_cache=False).logits for part in torch.split(ids, _LENGTHS, 1)], 1)
 
 
@@ -183,7 +182,7 @@ def _padded(subject: Any, reference: Any) -> float:
 
 @torch.no_grad()
 def _cached(subject: Any, reference: Any) -> float:
-    """Several tokens at once over a cache."""
+    """Several tokens at once with a filled cache."""
     ids, at = _ids(2), 9
     cache = next(caches_in(subject(ids[:, :at], use_cache=True)))
     found = subject(ids[:, at:], use_cache=True, **{cache_keyword(subject): cache}).logits
@@ -192,7 +191,7 @@ def _cached(subject: Any, reference: Any) -> float:
 
 @torch.no_grad()
 def _decoding(subject: Any, reference: Any) -> float:
-    """Tokens one by one over a cache, behind rows that are padded on the left."""
+    """Tokens one by one with a cache, after left-padded rows."""
     ids, mask = _ids(2), torch.ones(2, sum(_LENGTHS), dtype=torch.long)
     mask[1, :4] = 0
     steps = []
@@ -212,7 +211,7 @@ def _checkpointed(subject: Any, reference: Any) -> float:
         subject, "activation_checkpointing_enable", subject.gradient_checkpointing_enable
     )  # Transformers 6
     enable({"use_reentrant": False})
-    subject.train()  # in evaluation nothing is checkpointed
+    subject.train()  # checkpoints only in training
     packed = subject(ids, position_ids=_positions(), use_cache=False).logits
     return _error(_gradient(subject, packed), _gradient(reference, _alone(reference, ids)))
 
@@ -224,7 +223,7 @@ def _gradient(model: Any, logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _guarded(subject: Any, reference: Any) -> float:
-    """What would mix documents through a cache is refused: 0 if it is, 1 if it runs."""
+    """Whether calls that would mix documents through a cache are refused: 0 if they are, 1 if one runs."""
     ids = _ids(1)
     packed = next(caches_in(subject(ids, position_ids=_positions(), use_cache=True)))
     filled = next(caches_in(subject(ids[:, :3], use_cache=True)))
@@ -254,19 +253,19 @@ REFUSED: dict[str, contracts.Refused] = {
     "checkpointed": "packed rows",
     "packed and cached": "packed rows",
 }
-"""What is refused where a scenario is wrong."""
+"""What is refused if a scenario is wrong."""
 
 
-# ---- around it -------------------------------------------------------------------------------------------------------
+# ---- report and cached result ----------------------------------------------------------------------------------------
 
 
-def _told(outcomes: dict[str, str], kept: bool) -> str:
+def _summary(outcomes: dict[str, str], kept: bool) -> str:
     wrong = [f"{name}: {text}" for name, text in outcomes.items() if text]
     right = [name for name, text in outcomes.items() if not text]
-    said = [f"right: {', '.join(right)}"] if right else []
-    said += [f"wrong, and refused: {', '.join(wrong)}"] if wrong else []
-    when = " (kept from an earlier run)" if kept else ""
-    return f"the canary, a two-layer Qwen 2 against eager{when}: {'; '.join(said)}"
+    notes = [f"right: {', '.join(right)}"] if right else []
+    notes += [f"wrong, and refused: {', '.join(wrong)}"] if wrong else []
+    when = " (from an earlier run)" if kept else ""
+    return f"the canary, a two-layer Qwen 2 against eager{when}: {'; '.join(notes)}"
 
 
 def _key() -> str:
@@ -280,7 +279,7 @@ def _file() -> Path:
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
-    """What was kept, nothing where there is no file or it can't be read."""
+    """The cached results, empty if there is no readable file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -290,12 +289,11 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _write(path: Path, known: dict[str, dict[str, str]]) -> None:
-    """Keep it, whole or not at all: several processes of a job do this at once. A folder that can't be written is left
-    alone."""
+    """Cache the results atomically: several processes of a job do this at once. An unwritable folder is ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
             json.dump(known, file, indent=1)
         os.replace(file.name, path)
     except OSError as error:
-        logger.debug("axattn: the canary's result is not kept: %s", error)
+        logger.debug("axattn: the canary's result is not cached: %s", error)

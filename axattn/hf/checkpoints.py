@@ -1,4 +1,4 @@
-"""What a checkpoint is, before its weights: its config, and the model class that it names."""
+"""Loads the config of a checkpoint, finds its model class, and reports errors of both before the weights load."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config", "device_map", 
 _GIVE = "Give the folder of a model, its config.json, or a hub name such as org/model."
 _NONE: Mapping[str, Any] = {}
 _SECONDS = 10.0
-"""How long the hub may take to answer whether a model is there; Transformers would try again for half a minute."""
+"""Timeout for asking the hub whether a model exists; Transformers would retry for half a minute."""
 
 
 def load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The config as Transformers' own loading would make it, and the keywords that it left over.
+    """The config as Transformers would load it, and the keywords that it did not use.
 
     Raises:
-        InvalidInputError: `source` is no folder, file or hub name, or nothing is there.
-        InvalidConfigError: its config.json can't be read, or Transformers refuses what it says.
+        InvalidInputError: `source` is not a folder, file or hub name, or does not exist.
+        InvalidConfigError: its config.json can't be read, or Transformers rejects it.
     """
     from transformers import AutoConfig
 
     given = kwargs.pop("config", None)
     if given is not None and not isinstance(given, str | os.PathLike):
         if not hasattr(given, "sub_configs"):
-            raise InvalidInputError(f"config is a {_kind(given)}, not a Transformers config or the path of one")
+            raise InvalidInputError(f"config is a {_kind(given)}, not a Transformers config or a path to one")
         return copy.deepcopy(given), kwargs
     source = given or source
     raw = require_source(source, kwargs)
@@ -53,7 +53,7 @@ def load_config(source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any
         config, unused = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **rest)
     except OSError as error:
         raise InvalidInputError(f"{source} can't be loaded", [Reason("file", _one_line(error))]) from error
-    except Exception as error:  # a config class may raise anything over values of the wrong kind
+    except Exception as error:  # a config class may raise anything for values of the wrong type
         odd = [f"{key}={raw[key]!r} is not a whole number" for key in _WHOLE if not _is_whole_or_none(raw.get(key))]
         reasons = [Reason("config", text) for text in (*odd, f"{type(error).__name__}: {_one_line(error)}")]
         advice = "Correct its config.json." if os.path.exists(source) else ""
@@ -69,23 +69,23 @@ def _is_whole_or_none(value: Any) -> bool:
 
 
 def require_source(source: Any, kwargs: Mapping[str, Any] = _NONE) -> Mapping[str, Any]:
-    """Raise unless there is a config where `source` leads; of a hub name, unless it is cached or the hub answers.
-
-    Returns:
-        What its config.json holds; nothing for a name on the hub.
+    """Raise unless `source` has a config, or is a hub name that is cached or that the hub answers for.
 
     Args:
-        source: what a user gave as a model.
+        source: the model that a user passed.
         kwargs: for ``from_pretrained``: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``gguf_file``, ...
 
+    Returns:
+        The contents of its config.json; empty for a name on the hub.
+
     Raises:
-        InvalidInputError: nothing is there.
-        InvalidConfigError: what is there is no config.
+        InvalidInputError: it does not exist.
+        InvalidConfigError: the file is not a config.
     """
     if not isinstance(source, str | os.PathLike) or isinstance(os.fspath(source), bytes):
-        advice = 'For a model that is loaded: axattn.apply(model, "auto").' if hasattr(source, "parameters") else ""
+        advice = 'For a loaded model: axattn.apply(model, "auto").' if hasattr(source, "parameters") else ""
         text = f"a model is loaded from a folder or a hub name, not from a {_kind(source)}"
-        raise InvalidInputError(text, advice=advice or 'Such as "./my-model" or "org/model".')
+        raise InvalidInputError(text, advice=advice or 'For example "./my-model" or "org/model".')
     if kwargs.get("gguf_file") is not None:
         return _NONE
     path = Path(source)
@@ -102,7 +102,7 @@ def require_source(source: Any, kwargs: Mapping[str, Any] = _NONE) -> Mapping[st
 
 
 def load_weights(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-    """``cls.from_pretrained(source, ...)``; files that are missing or damaged are one error of ours.
+    """``cls.from_pretrained(source, ...)``, with an `InvalidInputError` for missing or damaged files.
 
     Raises:
         InvalidInputError: there are no weights, or they can't be read.
@@ -115,7 +115,7 @@ def load_weights(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return cls.from_pretrained(source, *args, **kwargs)
     except (OSError, SafetensorError) as error:
-        advice = "axattn.plan and `axattn verify` need its config alone." if os.path.isdir(str(source)) else ""
+        advice = "axattn.plan and `axattn verify` need only its config." if os.path.isdir(str(source)) else ""
         reason = Reason("weights", f"{type(error).__name__}: {_one_line(error)}")
         raise InvalidInputError(f"the weights of {source} can't be loaded", [reason], advice) from error
 
@@ -128,11 +128,11 @@ def _config_in(folder: Path, named: Path) -> dict[str, Any]:
     if adapter.is_file():
         base = _mapping_in(adapter).get("base_model_name_or_path") or "its base model"
         advice = f'Load {base} through axattn, then the adapter: PeftModel.from_pretrained(model, "{named}").'
-        raise InvalidInputError(f"{named} holds an adapter (adapter_config.json) and no model", advice=advice)
+        raise InvalidInputError(f"{named} holds an adapter (adapter_config.json), not a model", advice=advice)
     advice = "Give the folder that model.save_pretrained wrote."
     inside = sorted(child.parent.name for child in folder.glob("*/config.json")) if folder.is_dir() else []
     if inside:
-        advice = f"Folders in it that have one: {', '.join(inside[:8])}."
+        advice = f"Its subfolders with one: {', '.join(inside[:8])}."
     raise InvalidInputError(f"{folder} has no config.json", advice=advice)
 
 
@@ -145,10 +145,11 @@ def _config_of(file: Path) -> dict[str, Any]:
 
 
 def _mapping_in(file: Path) -> dict[str, Any]:
-    """What a JSON file holds.
+    """The mapping in a JSON file.
 
     Raises:
-        InvalidConfigError: it is no JSON, or no mapping.
+        InvalidInputError: the file can't be read.
+        InvalidConfigError: it is not JSON, or not a mapping.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -163,31 +164,31 @@ def _mapping_in(file: Path) -> dict[str, Any]:
 
 
 def _require_hub_name(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raise for what is meant as a path and leads nowhere, and where the hub can't be asked for the rest."""
+    """Raise for a path that does not exist, and for a name that is not cached while the hub can't be reached."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     path = Path(name)
-    beside = f" ({path.parent} is there)" if path.parent.is_dir() and len(path.parts) > 1 else ""
-    nothing = f"no such folder: {name!r}{beside}"
+    parent = f" ({path.parent} exists)" if path.parent.is_dir() and len(path.parts) > 1 else ""
+    nothing = f"no such folder: {name!r}{parent}"
     asked = {key: kwargs[key] for key in ("cache_dir", "revision") if kwargs.get(key) is not None}
     inside = f"{kwargs['subfolder']}/" if kwargs.get("subfolder") else ""
-    shaped = not name or name.startswith((".", "~", os.sep)) or name.endswith((os.sep, ".json")) or "\\" in name
+    is_path = not name or name.startswith((".", "~", os.sep)) or name.endswith((os.sep, ".json")) or "\\" in name
     try:
-        cached = not shaped and isinstance(try_to_load_from_cache(name, f"{inside}config.json", **asked), str)
+        cached = not is_path and isinstance(try_to_load_from_cache(name, f"{inside}config.json", **asked), str)
     except HFValidationError:
-        shaped = True
-    if shaped:
+        is_path = True
+    if is_path:
         raise InvalidInputError(nothing, advice=_GIVE)
     if cached or kwargs.get("local_files_only"):
         return
     try:
         HfApi().model_info(name, timeout=_SECONDS, token=kwargs.get("token"))
     except (HfHubHTTPError, OfflineModeIsEnabled):
-        return  # Transformers will say what the hub answered, or that it is not to be asked
-    except Exception as error:  # its client has an error for each way in which a line can be down
+        return  # Transformers reports the hub's answer, or offline mode
+    except Exception as error:  # the HTTP client has many error types for a failed connection
         if "Timeout" in type(error).__name__:
-            return  # slow, not away: Transformers tries again
+            return  # slow, not down: Transformers retries
         reason = Reason("hub", f"the hub can't be reached ({_one_line(error)}), and its cache has no {name}")
         raise InvalidInputError(nothing, [reason], _GIVE) from error
 
@@ -202,11 +203,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def resolve_class(model_class: Any, config: Any) -> Any:
-    """The class given, else the one that the checkpoint names in ``architectures``, else ``AutoModelForCausalLM``.
+    """The given class, else the one in the checkpoint's ``architectures``, else ``AutoModelForCausalLM``.
 
     Raises:
-        InvalidInputError: `model_class` is no class that loads models.
-        InvalidConfigError: ``architectures`` is no list of names.
+        InvalidInputError: `model_class` is not a class that loads models.
+        InvalidConfigError: ``architectures`` is not a list of names.
     """
     import transformers
 
@@ -223,7 +224,7 @@ def resolve_class(model_class: Any, config: Any) -> Any:
     listed = getattr(config, "architectures", None) or ()
     if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
         text = f"architectures is {listed!r} in the config, not a list of class names"
-        raise InvalidConfigError(text, advice="Correct it there, or give model_class.")
+        raise InvalidConfigError(text, advice="Correct the config, or pass model_class.")
     for name in listed:
         cls = getattr(transformers, name, None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
@@ -244,10 +245,10 @@ def concrete_class(cls: Any, config: Any) -> type | None:
 
 
 def require_constructible(cls: Any, config: Any) -> None:
-    """Raise if the model class refuses the numbers of a config when it is built (on ``meta``: no weights are made).
+    """Raise if the model class rejects a config when built on ``meta``, which allocates no weights.
 
     Raises:
-        InvalidConfigError: it does; with its own words.
+        InvalidConfigError: with the class's own message.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""`Contract`: what axattn takes for granted about other packages, with a check on the installed version of each.
+"""`Contract`: an assumption about another package, with a check against the installed version.
 
-Checked once, at the first load of a model (never while a package is being imported), and by ``axattn doctor``. The
-checks themselves are in `axattn.hf.transformers_contracts` and `axattn.hf.library_contracts`.
+Contracts are checked once, at the first load of a model (never during an import), and by ``axattn doctor``. The checks
+are in `axattn.hf.transformers_contracts` and `axattn.hf.library_contracts`.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from axattn.errors import Reason
 
 OLDEST_TESTED = {"transformers": "5.17.0", "torch": "2.11.0"}
 NEWEST_TESTED = {"transformers": "5.24.0", "torch": "2.13.0"}
-"""The versions that the tests run on; `axattn.hf.canary` looks at newer ones."""
+"""The versions that the tests run on; `axattn.hf.canary` checks newer ones."""
 
 Refused = Literal[
     "models", "packed rows", "unpadded rows", "compiled packed rows", "flash names", "adapters by row", "fp8", ""
 ]
-"""What is refused where a contract does not hold: models on axattn's backends at all; packed and unpadded rows;
-unpadded rows alone; packed rows inside of a compiled graph; the flash names that Transformers serves; packed rows while
-an adapter of PEFT runs; fp8; nothing (a message or a shortcut is missing)."""
+"""What is refused if a contract does not hold: models on axattn backends; packed and unpadded rows; unpadded rows only;
+packed rows in a compiled graph; native flash names; packed rows while a PEFT adapter runs; fp8; nothing (only a message
+or a shortcut is lost)."""
 
 
 @contextlib.contextmanager
 def on_a_cpu_in_float32() -> Iterator[None]:
-    """The user's default device and dtype, random state, autocast and inference mode stay out of it."""
+    """A context for checks on the CPU in float32, isolated from the user's default device and dtype, random state,
+    autocast and inference mode."""
     import torch
 
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(1)  # for tensors this small several threads only wait for each other
+    torch.set_num_threads(1)  # for tensors this small more threads only wait for each other
     try:
         with (
             torch.random.fork_rng(devices=()),
@@ -53,14 +54,14 @@ def on_a_cpu_in_float32() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """One thing that is so in another package, and that axattn would be wrong without.
+    """One assumption about another package without which axattn would be wrong.
 
     Attributes:
-        name: what it is.
-        package: the distribution that keeps it.
-        users: modules of axattn that lean on it.
-        check: returns how it is different, ``""`` where it holds; what it raises counts as different.
-        refused: what is refused where it does not hold.
+        name: what is assumed.
+        package: the distribution that must satisfy it.
+        users: modules of axattn that depend on it.
+        check: returns the difference, ``""`` if the contract holds; an exception counts as a difference.
+        refused: what is refused if it does not hold.
     """
 
     name: str
@@ -70,21 +71,21 @@ class Contract:
     refused: Refused
 
     def difference(self) -> str:
-        """How the installed package is different, ``""`` where the contract holds."""
+        """How the installed package differs, ``""`` if the contract holds."""
         try:
             with on_a_cpu_in_float32():
                 return self.check()
-        except Exception as error:  # a check touches the private parts of another package: it may raise anything
+        except Exception as error:  # checks use private parts of other packages and may raise anything
             return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A contract and what its check said.
+    """The result of a contract's check.
 
     Attributes:
         contract: the contract.
-        different: how the installed version is different, ``""`` where it holds.
+        different: how the installed version differs, ``""`` if the contract holds.
         version: of the package.
     """
 
@@ -94,20 +95,20 @@ class Finding:
 
     @property
     def text(self) -> str:
-        """One clause for people."""
+        """One readable clause."""
         what = f"{self.contract.name} of {self.contract.package} {self.version}"
-        return f"{what}: {self.different}" if self.different else f"{what}: as it should be"
+        return f"{what}: {self.different}" if self.different else f"{what}: as expected"
 
 
 def every_contract() -> tuple[Contract, ...]:
-    """All of them, in the order of packages."""
+    """All contracts, ordered by package."""
     from axattn.hf import library_contracts, transformers_contracts
 
     return (*transformers_contracts.CONTRACTS, *library_contracts.CONTRACTS)
 
 
 def version_of(package: str) -> str:
-    """The version of an installed package; "unknown" for one that is only on the path."""
+    """The version of an installed package; "unknown" if it is on the path without metadata."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -115,22 +116,22 @@ def version_of(package: str) -> str:
 
 
 def findings(*, imported_only: bool = False) -> list[Finding]:
-    """Every contract of the packages that are installed, checked.
+    """Check every contract of the installed packages.
 
     Args:
-        imported_only: leave out packages that this process has not imported (a check would import them).
+        imported_only: skip packages that this process has not imported (a check would import them).
     """
     found = []
     for contract in every_contract():
         module = contract.package.replace("-", "_")
-        there = module in sys.modules if imported_only else importlib.util.find_spec(module) is not None
-        if there:
+        available = module in sys.modules if imported_only else importlib.util.find_spec(module) is not None
+        if available:
             found.append(Finding(contract, contract.difference(), version_of(contract.package)))
     return found
 
 
 def broken() -> tuple[Finding, ...]:
-    """The contracts that do not hold in this process, of the packages that it has imported. Each is checked once."""
+    """The broken contracts of the packages that this process has imported. Each is checked once."""
     return _broken(frozenset(package for package in _PACKAGES if package in sys.modules))
 
 
@@ -140,24 +141,24 @@ def _broken(imported: frozenset[str]) -> tuple[Finding, ...]:
 
 
 _PACKAGES = ("transformers", "torch", "peft", "accelerate", "torchao")
-_seen_wrong: list[tuple[Refused, Reason]] = []
+_found_wrong: list[tuple[Refused, Reason]] = []
 
 
 def refuse(refused: Refused, text: str) -> None:
-    """Refuse something in this process from now on, because it was seen to be wrong (`axattn.hf.canary`)."""
-    _seen_wrong.append((refused, Reason("version", text)))
+    """Refuse something in this process from now on, because the canary found it wrong (`axattn.hf.canary`)."""
+    _found_wrong.append((refused, Reason("version", text)))
 
 
 def reasons(*refused: Refused) -> list[Reason]:
-    """Why some things are refused in this process: contracts that do not hold, and what was seen to be wrong."""
+    """Why these things are refused in this process: broken contracts, and findings of the canary."""
     found = [Reason("version", finding.text) for finding in broken() if finding.contract.refused in refused]
-    return found + [reason for what, reason in _seen_wrong if what in refused]
+    return found + [reason for what, reason in _found_wrong if what in refused]
 
 
 def untested(versions: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The packages, with their versions, that are newer than any that the tests run on.
+    """The packages, with their versions, that are newer than the newest tested.
 
-    A patch release (5.24.1) is not: it changes what a release does as little as axattn leans on it.
+    Patch releases (5.24.1) don't count as newer.
     """
     from packaging.version import Version
 

@@ -1,9 +1,9 @@
-"""Gradients that are the same to the bit each time: who asks for them.
+"""Whether bitwise reproducible gradients are requested.
 
-Asked for by a layer's keyword ``deterministic`` (ModernBERT's ``config.deterministic_flash_attn``) or
-``FLASH_ATTENTION_DETERMINISTIC=1``, as Transformers has it, or by ``torch.use_deterministic_algorithms(True)``;
-``transformers.enable_full_determinism`` sets the last two. FlashAttention takes it as an argument; torch's own kernels
-follow ``torch.use_deterministic_algorithms`` alone. Forwards are deterministic on every kernel.
+They are requested by a layer's keyword ``deterministic`` (ModernBERT's ``config.deterministic_flash_attn``) or
+``FLASH_ATTENTION_DETERMINISTIC=1``, as in Transformers, or by ``torch.use_deterministic_algorithms(True)``;
+``transformers.enable_full_determinism`` sets the last two. FlashAttention takes an argument for it; torch's kernels
+follow ``torch.use_deterministic_algorithms`` only. Forwards are deterministic on every kernel.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 DETERMINISTIC_VARIABLE = "FLASH_ATTENTION_DETERMINISTIC"
 
 
-def asked(given: object = None) -> bool:
-    """Whether a deterministic gradient is asked for, and nothing else will do.
+def required(given: object = None) -> bool:
+    """Whether a deterministic gradient is required.
 
     Args:
-        given: a layer's keyword ``deterministic``; None where it gives none.
+        given: a layer's keyword ``deterministic``, None if absent.
     """
     if given is None:
         given = os.environ.get(DETERMINISTIC_VARIABLE) == "1"
@@ -29,14 +29,14 @@ def asked(given: object = None) -> bool:
     )
 
 
-def wanted(given: object = None) -> bool:
-    """`asked`, or to be given where there is one (``torch.use_deterministic_algorithms(True, warn_only=True)``)."""
-    return torch.are_deterministic_algorithms_enabled() or asked(given)
+def preferred(given: object = None) -> bool:
+    """Whether it is required, or preferred where available (``use_deterministic_algorithms(True, warn_only=True)``)."""
+    return torch.are_deterministic_algorithms_enabled() or required(given)
 
 
-def asked_of_native(config: Any) -> tuple[bool, str]:
-    """Whether a deterministic gradient is asked of Transformers' flash path, which reads the environment variable or a
-    key of the config and not torch's setting (transformers 5.24); and what would ask it.
+def required_on_native(config: Any) -> tuple[bool, str]:
+    """Whether Transformers' flash path is set to a deterministic gradient, and the setting that does it. It reads the
+    environment variable or a key of the config, not torch's setting (transformers 5.24).
 
     Args:
         config: of the model.

@@ -1,6 +1,6 @@
-"""Which hub kernel Transformers runs in the place of a flash library, at which version, with which ``kernels``.
+"""The hub kernel that Transformers runs if a flash library is missing, its version, and the ``kernels`` versions.
 
-Held by the contract "stand-ins from the hub" (`axattn.hf.transformers_contracts`). What each kernel serves is in
+Checked by the contract "stand-ins from the hub" (`axattn.hf.transformers_contracts`). What each kernel serves is in
 `axattn.backends.hub_records`.
 """
 
@@ -12,7 +12,7 @@ from axattn.machine.environment import Environment
 from axattn.spec.names import HubPath
 
 KERNELS_WINDOW: tuple[tuple[str, str], ...] = (
-    # transformers from → the kernels versions it loads (KERNELS_MIN_VERSION, KERNELS_MAX_VERSION there)
+    # transformers from → the kernels versions it accepts (its KERNELS_MIN_VERSION, KERNELS_MAX_VERSION)
     ("5.23", ">=0.18.2,<0.19"),
     ("5.20", ">=0.17.2,<0.18"),
     ("5.18", ">=0.17,<0.18"),
@@ -21,7 +21,7 @@ KERNELS_WINDOW: tuple[tuple[str, str], ...] = (
 
 
 def stand_in(name: str, environment: Environment) -> HubPath | None:
-    """The hub kernel that Transformers runs under a flash name, None where it runs the library itself or raises.
+    """The hub kernel that Transformers runs under a flash name, None if it runs the library itself or raises.
 
     Args:
         name: any name.
@@ -42,8 +42,8 @@ _LIBRARIES = {
     "flash_attention_3": ("flash_attn_3", "0.0.1"),
     "flash_attention_4": ("flash_attn_4", None),
 }
-"""What Transformers looks for: key of ``Environment.libraries``, oldest version. A bare module without a distribution
-(version 0) is none to it."""
+"""What Transformers looks for: key of ``Environment.libraries``, oldest version. It ignores a bare module without a
+distribution (version 0)."""
 _STAND_INS = {
     "flash_attention_2": "kernels-community/flash-attn2",
     "flash_attention_3": "kernels-community/vllm-flash-attn3",
@@ -57,7 +57,7 @@ def _has_library(name: str, environment: Environment) -> bool:
 
 
 def version(repository: str, environment: Environment) -> str:
-    """The branch (``v4``) that Transformers loads of a repository that is named without a revision."""
+    """The branch (``v4``) that Transformers loads from a repository named without a revision."""
     newer = environment.has("transformers", "5.18")
     if repository == "kernels-community/flash-attn2":
         four = environment.has("transformers", "5.22") and environment.has("torch", "2.10")
@@ -73,7 +73,7 @@ def pinned(path: HubPath, environment: Environment) -> HubPath:
 
 
 def kernels_window(environment: Environment) -> str:
-    """The versions of ``kernels`` that the machine's Transformers loads, ``""`` where that is not known."""
+    """The versions of ``kernels`` that the machine's Transformers accepts, ``""`` if unknown."""
     transformers = environment.version("transformers")
     if transformers is None:
         return ""

@@ -1,4 +1,4 @@
-"""Whose code stands in the place of a module's ``forward`` or among its hooks: told by the packages it is from."""
+"""Finds code of other packages in the hooks of a module or in place of its ``forward``."""
 
 from __future__ import annotations
 
@@ -10,61 +10,63 @@ from axattn.hf.module_walk import named_modules
 from axattn.hf.source_inspection import origin
 from axattn.hf.torch_internals import calls_around, hooks_of, pre_hooks
 
-_HAND_ON = frozenset({"accelerate", "axattn", "deepspeed", "liger_kernel", "peft", "torch", "transformers", "trl"})
-"""Packages whose hooks and wrappers hand positions, lengths and masks on as they came."""
+_PASS_INPUTS_ON = frozenset(
+    {"accelerate", "axattn", "deepspeed", "liger_kernel", "peft", "torch", "transformers", "trl"}
+)
+"""Packages whose hooks and wrappers pass positions, lengths and masks through unchanged."""
 
 
 def packages_of(function: Any) -> frozenset[str]:
-    """The packages that a function, and what it says it wraps, are from.
+    """The packages of a function and of the functions that it wraps.
 
-    Read by the globals of its code: ``functools.wraps`` copies ``__module__``, and TRL's ``forward`` then says that it
-    is Transformers'. A wrapper that keeps what it wraps in a closure alone hides it.
+    Read from the globals of the code: ``functools.wraps`` copies ``__module__``, so that TRL's ``forward`` claims to be
+    Transformers'. A function that is wrapped by a closure only is not found.
     """
     found: set[str] = set()
-    seen: set[int] = set()
-    left = [function]
-    while left:
-        one = left.pop()
-        if one is None or id(one) in seen:
+    visited: set[int] = set()
+    todo = [function]
+    while todo:
+        one = todo.pop()
+        if one is None or id(one) in visited:
             continue
-        seen.add(id(one))
+        visited.add(id(one))
         if isinstance(one, functools.partial):
-            left.append(one.func)
+            todo.append(one.func)
         elif hasattr(one, "__func__"):
-            left.append(one.__func__)
+            todo.append(one.__func__)
         else:
-            where = getattr(one, "__globals__", None)
-            name = type(one).__module__ if where is None else where.get("__name__", "")
+            module_globals = getattr(one, "__globals__", None)
+            name = type(one).__module__ if module_globals is None else module_globals.get("__name__", "")
             found.add(str(name).partition(".")[0])
-            left.append(vars(one).get("inner") if where is None and hasattr(one, "__dict__") else None)
-        left.append(getattr(one, "__wrapped__", None))
+            todo.append(vars(one).get("inner") if module_globals is None and hasattr(one, "__dict__") else None)
+        todo.append(getattr(one, "__wrapped__", None))
     return frozenset(found)
 
 
 def changes_inputs(module: Any, hook: Any) -> bool:
-    """Whether code from a package that is not known runs between a forward pre-hook of a module and its ``forward``:
-    hooks behind it, a ``forward`` in the place of the class's, a subclass that adds to it."""
+    """Whether code of an unknown package runs between a forward pre-hook of a module and its ``forward``: later hooks,
+    a replaced ``forward``, a subclass that extends it."""
     cls: Any = type(module)
     hooks = pre_hooks(module)
     at = next((at for at, one in enumerate(hooks) if one == hook), -1)
     between = [*hooks[at + 1 :], vars(module).get("forward")]
     if cls.forward is not origin(cls).forward:
         between.append(cls.forward)
-    return any(not packages_of(one) <= _HAND_ON for one in between)
+    return any(not packages_of(one) <= _PASS_INPUTS_ON for one in between)
 
 
 def foreign_hooks(model: Any) -> list[str]:
-    """The modules inside of a model that have hooks from packages that are not known."""
-    some = [(name, hooks_of(module)) for name, module in named_modules(model) if name]
-    return [name for name, hooks in some if any(not packages_of(hook) <= _HAND_ON for hook in hooks)]
+    """The inner modules of a model that have hooks of unknown packages."""
+    by_module = [(name, hooks_of(module)) for name, module in named_modules(model) if name]
+    return [name for name, hooks in by_module if any(not packages_of(hook) <= _PASS_INPUTS_ON for hook in hooks)]
 
 
 _PER_SAMPLE = "autograd_grad_sample_hooks"
-"""The attribute in which Opacus keeps its hooks on the module that it was given (opacus 1.6)."""
+"""The attribute in which Opacus stores its hooks, on the wrapped module (opacus 1.6)."""
 
 
 def takes_gradients_by_row(module: Any) -> bool:
-    """Whether the call of a module runs under Opacus' hooks, which take a gradient for each index of dim 0."""
+    """Whether a module runs under Opacus' hooks, which compute a gradient for each index of dim 0."""
     if "opacus" not in sys.modules:
         return False
     modules = [module, *(around for around, _, _ in calls_around(module)[1])]

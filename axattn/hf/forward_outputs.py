@@ -1,4 +1,4 @@
-"""What a model's outputs hold, by name: the one table of them. Caches are known by what they are, under any name."""
+"""The table of a model's outputs by name. Caches are recognised under any name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from axattn.hf.caches import is_cache
 class Holds(Enum):
     """What an output holds."""
 
-    TOKENS = "a value of each token [B, S, ...]"
-    LAYERS = "a tuple of such, by layer"
-    ROUTING = "a tuple, by layer, of a value of each token along the rows [B * S, E]"
-    ROWS = "a value of each row [B, ...]"
-    WHOLE = "one value of the batch"
+    TOKENS = "a value per token [B, S, ...]"
+    LAYERS = "a tuple of these, by layer"
+    ROUTING = "a tuple, by layer, of a value per token of all rows [B * S, E]"
+    ROWS = "a value per row [B, ...]"
+    WHOLE = "one value per batch"
 
 
 OUTPUTS = {
@@ -31,11 +31,11 @@ OUTPUTS = {
     "aux_loss": Holds.WHOLE,
     "router_logits": Holds.ROUTING,
 }
-"""The outputs that axattn knows; of a cache the name says nothing, and of any other nothing is known."""
+"""The known outputs; others are unknown, except caches."""
 
 
 def tensors_of(output: Any) -> Iterator[tuple[str, Holds | None, Any]]:
-    """The outputs of a forward that hold tensors with a dimension, with what they hold, None where that is not known.
+    """The outputs of a forward that hold tensors with dimensions, with their kind, None if unknown.
 
     Args:
         output: a ``ModelOutput``.

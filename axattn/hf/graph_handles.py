@@ -1,6 +1,6 @@
-"""Handles: tensors of one number that lead an operator of a compiled graph to a Python object, from copies too.
+"""Handles: one-element tensors that refer an operator of a compiled graph to a Python object, even if copied.
 
-A graph takes tensors only, and may be handed copies of them: CUDA graphs copy inputs into buffers of their own.
+A graph takes only tensors and may get copies of them: CUDA graphs copy inputs into their own buffers.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 
 
 class Entry:
-    """What one number leads to.
+    """The object behind a handle.
 
     Attributes:
-        number: never used twice in a process.
+        number: unique in the process.
         value: any object.
     """
 
@@ -32,22 +32,22 @@ _entries: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary(
 
 
 def new_handle(value: Any) -> torch.Tensor:
-    """An int64 tensor ``[1]`` in the host's memory, where reading it waits for nothing.
+    """An int64 tensor ``[1]`` in host memory, so that reading it does not synchronise.
 
-    It keeps `value` alive, as does each copy once `entry_of` has seen it (autograd may keep that one alone).
+    It keeps `value` alive, as does each copy passed to `entry_of` (autograd may keep only the copy).
     """
     entry = Entry(next(_numbers), value)
     _entries[entry.number] = entry
     handle = torch.full((1,), entry.number, dtype=torch.int64, device="cpu")
-    handle._axattn_entry = entry  # type: ignore[attr-defined]  # tensors take attributes
+    handle._axattn_entry = entry  # type: ignore[attr-defined]  # tensors accept attributes
     return handle
 
 
 def entry_of(handle: torch.Tensor) -> Entry:
-    """The entry behind a handle or a copy of one, by its number: a buffer may hold another than at the last call.
+    """The entry of a handle or its copy, looked up by number, because a buffer may hold a new number at each call.
 
     Raises:
-        RuntimeError: nothing is left of it: a copy was kept, unseen by any operator, longer than the handle.
+        RuntimeError: the entry is gone: a copy that was never passed here outlived the handle.
     """
     number = int(handle)
     entry: Entry | None = getattr(handle, "_axattn_entry", None)
@@ -55,5 +55,5 @@ def entry_of(handle: torch.Tensor) -> Entry:
         entry = _entries.get(number)
         if entry is None:
             raise RuntimeError("axattn: the attention mask of this call is gone; run the forward again")
-        handle._axattn_entry = entry  # type: ignore[attr-defined]  # tensors take attributes
+        handle._axattn_entry = entry  # type: ignore[attr-defined]  # tensors accept attributes
     return entry

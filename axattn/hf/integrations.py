@@ -1,4 +1,4 @@
-"""What axattn takes from PEFT, accelerate and torchao by private names, each in one function. No decisions here."""
+"""Private names of PEFT, accelerate and torchao that axattn uses, each in one place. No decisions here."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _TUNERS = "peft.tuners.tuners_utils"
 
 
 def adapter_keywords(model: torch.nn.Module) -> dict[str, Any]:
-    """What PEFT's hooks hand to the layers of an adapter in this forward, by keyword (peft 0.21).
+    """The keywords that PEFT's hooks pass to the layers of an adapter in this forward (peft 0.21).
 
-    It puts the same hooks on all of them, for one forward: the first layer tells.
+    All layers get the same hooks for one forward, so only the first layer is read.
     """
     if not adapters_run():
         return {}
@@ -35,8 +35,8 @@ def adapter_keywords(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def adapters_run() -> bool:
-    """Whether a function of PEFT leads to this call: only inside of its own do its hooks exist. Looking for adapters in
-    every module of a model costs more than the frames do."""
+    """Whether PEFT is among the callers; its hooks exist only then. Searching every module of a model for adapters
+    costs more than walking the frames."""
     if _TUNERS not in sys.modules:
         return False
     frame = inspect.currentframe()
@@ -46,18 +46,18 @@ def adapters_run() -> bool:
 
 
 ORIGINAL = ".original_module"
-"""How the name of a module ends of which PEFT's ``modules_to_save`` trains and runs a copy beside it (peft 0.21)."""
+"""Suffix of the name of a module that PEFT's ``modules_to_save`` replaces by a trained copy (peft 0.21)."""
 CONTEXT_PARALLEL_HOOK = "_attach_context_parallel_hooks"
-"""The function of accelerate that makes the hooks which `takes_masks_away` knows."""
+"""The function of accelerate that creates the hooks which `removes_masks` recognises."""
 
 
-def takes_masks_away(hook: Any) -> bool:
-    """Whether a forward pre-hook is one by which ``Accelerator.prepare`` takes masks away (accelerate 1.15)."""
+def removes_masks(hook: Any) -> bool:
+    """Whether a forward pre-hook is the one with which ``Accelerator.prepare`` drops masks (accelerate 1.15)."""
     return CONTEXT_PARALLEL_HOOK in getattr(hook, "__qualname__", "")
 
 
 def fp8_quantiser() -> Callable[..., Any]:
-    """torchao's quantiser of whole rows: ``(q, k, v)``, each ``[B, H, S, D]``, to fp8, and the scales that undo it
+    """torchao's quantiser of whole rows: ``(q, k, v)``, each ``[B, H, S, D]``, to fp8 and dequantisation scales
     (torchao 0.17 and 0.18)."""
     found: Callable[..., Any] = importlib.import_module("torchao.prototype.attention.quantization")._fp8_sdpa_quantize
     return found

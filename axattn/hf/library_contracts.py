@@ -1,4 +1,4 @@
-"""What axattn takes for granted about torch, PEFT, accelerate and torchao, checked on the installed versions."""
+"""Contracts on torch, PEFT, accelerate and torchao, checked against the installed versions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axattn.hf.contracts import Contract
 
 
 def _cpu_flash() -> str:
-    """One small call of the operators that packed rows on a CPU run on, against plain attention."""
+    """Compare the operators of packed rows on a CPU with attention from its definition, on a small call."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(1, 1, 4, 8, generator=generator) for _ in range(4))
     out, logsumexp = torch_internals.cpu_flash_forward(q, k, v, True, None, 0.5)
@@ -27,7 +27,7 @@ def _cpu_flash() -> str:
         (dv, weights.transpose(-1, -2) @ grad),
         (dq, d_scores @ k * 0.5),
     )
-    return "" if all(torch.allclose(x, y, atol=1e-5) for x, y in pairs) else "it gives other values"
+    return "" if all(torch.allclose(x, y, atol=1e-5) for x, y in pairs) else "it returns other values"
 
 
 _FLASH_ARGUMENTS = {
@@ -86,7 +86,7 @@ def _module_calls() -> str:
     found: list[Any] = []
 
     class Inner(torch.nn.Module):
-        def forward(self, x: torch.Tensor, told: int | None = None) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, keyword: int | None = None) -> torch.Tensor:
             return x
 
     class Outer(torch.nn.Module):
@@ -94,14 +94,14 @@ def _module_calls() -> str:
             super().__init__()
             self.inner = Inner()
 
-        def forward(self, x: torch.Tensor, told: int | None = None) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, keyword: int | None = None) -> torch.Tensor:
             return self.inner(x)  # type: ignore[no-any-return]  # a module's call has no type
 
     outer = Outer()
     outer.inner.register_forward_pre_hook(lambda module, args: found.extend(torch_internals.calls_around(module)))
-    outer(torch.zeros(1), told=3)
+    outer(torch.zeros(1), keyword=3)
     own, around = found
-    return "" if own and around and around[0][0] is outer and around[0][2] == {"told": 3} else "they are not found"
+    return "" if own and around and around[0][0] is outer and around[0][2] == {"keyword": 3} else "they are not found"
 
 
 def _hooks() -> str:
@@ -116,12 +116,12 @@ def _hooks() -> str:
     module(1)
     torch_internals.put_pre_hook(module, before, key, with_kwargs)
     module(1)
-    return "" if ran == ["after", "before", "after"] and with_kwargs else "they are kept elsewhere"
+    return "" if ran == ["after", "before", "after"] and with_kwargs else "they are stored elsewhere"
 
 
 def _replicas() -> str:
-    there = callable(getattr(torch.nn.Module, "_replicate_for_data_parallel", None))
-    return "" if there else "nn.DataParallel copies modules in another way"
+    exists = callable(getattr(torch.nn.Module, "_replicate_for_data_parallel", None))
+    return "" if exists else "nn.DataParallel copies modules by another method"
 
 
 def _frames() -> str:
@@ -129,25 +129,31 @@ def _frames() -> str:
         return sys._getframe()
 
     running = torch_internals.is_executing(sys._getframe()) and not torch_internals.is_executing(finished())
-    return "" if running else "a frame does not tell whether it runs"
+    return "" if running else "frame.clear() does not show whether a frame runs"
 
 
 def _tracers() -> str:
-    """Do ``torch.func`` and ``torch.jit.trace`` say that they run (`is_tracing`, `leaves_kernels`)?"""
-    found: list[bool] = [torch_internals.is_tracing(), torch_internals.leaves_kernels(), torch_internals.is_exporting()]
+    """Whether transforms of ``torch.func`` are detected (`is_tracing`, `needs_torch_operators`, `is_mapped`)."""
+    found: list[bool] = [
+        torch_internals.is_tracing(),
+        torch_internals.needs_torch_operators(),
+        torch_internals.is_exporting(),
+    ]
 
     def look(x: torch.Tensor) -> torch.Tensor:
-        found.extend((torch_internals.is_tracing(), torch_internals.leaves_kernels(), torch_internals.is_mapped(x)))
+        found.extend(
+            (torch_internals.is_tracing(), torch_internals.needs_torch_operators(), torch_internals.is_mapped(x))
+        )
         return x.sum()
 
     torch.func.vmap(look)(torch.zeros(1, 1))
     torch.func.grad(look)(torch.zeros(1))
     wanted = [False] * 3 + [True] * 3 + [False, True, False]
-    return "" if found == wanted else "transforms of torch.func do not say that they run"
+    return "" if found == wanted else "transforms of torch.func are not detected"
 
 
 def _adapter_hooks() -> str:
-    """One forward of a layer under LoRA, with an adapter for each row: do the hooks of PEFT say so?"""
+    """Whether PEFT's hooks show the adapter of each row, in one forward of a layer under LoRA."""
     import peft
 
     found: list[dict[str, Any]] = []
@@ -158,8 +164,8 @@ def _adapter_hooks() -> str:
     watched.register_forward_pre_hook(lambda *_: found.append(integrations.adapter_keywords(model)))
     with torch.no_grad():
         model(torch.zeros(1, 2), adapter_names=["__base__"])
-    told = bool(found) and found[0].get("adapter_names") is not None
-    return "" if told else "they do not say which adapter a row has"
+    named = bool(found) and found[0].get("adapter_names") is not None
+    return "" if named else "they do not show which adapter a row has"
 
 
 def _accelerate_hooks() -> str:
@@ -191,6 +197,6 @@ CONTRACTS = (
     Contract("hooks of context parallelism", "accelerate", ("parallel.accelerate",), _accelerate_hooks, ""),
     Contract("the fp8 quantiser", "torchao", ("backends.fp8",), _quantiser, "fp8"),
 )
-"""Where calls of modules can't be found, a model under PEFT without positions is refused when it runs
-(`axattn.documents.wrapper_positions`); where accelerate's hooks can't, masks that they take away are refused when they
-are missed (`axattn.attention.interface`)."""
+"""If calls of modules can't be found, a model under PEFT without position ids is refused when it runs
+(`axattn.documents.wrapper_positions`); if accelerate's hooks can't, a call without its mask is refused
+(`axattn.attention.interface`)."""

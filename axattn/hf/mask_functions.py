@@ -1,6 +1,6 @@
-"""Recognises Transformers' own mask functions by what they are (code object and closure), with no call to them.
+"""Recognises Transformers' mask functions by code object and closure, without calling them.
 
-`recognise` returns a `Pattern` or None; None means "compute the dense mask", which is always right.
+`recognise` returns a `Pattern` or None; None means "compute the dense mask", which is always correct.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Pattern:
     """The compact meaning of a mask function.
 
     Attributes:
-        causal: a query sees no later key.
-        window: how many keys a query sees to the left, itself included (causal); the radius + 1 (bidirectional).
+        causal: a query attends to no later key.
+        window: number of visible keys to the left, the query's own included (causal); the radius + 1 (bidirectional).
         chunk: chunk size of chunked attention.
         left_padding: int ``[B]``: where the chunks of each row start.
         packed: the mask function separates documents that Transformers found in position_ids.
@@ -40,7 +40,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class _Known:
-    """The code objects of the closures in the installed ``transformers.masking_utils``."""
+    """Functions and code objects of the installed ``transformers.masking_utils``."""
 
     and_mask: CodeType
     or_mask: CodeType
@@ -88,13 +88,13 @@ def _remap_code(masking_utils: Any, positions: torch.Tensor) -> CodeType | None:
 
 
 def closure(function: MaskFunction) -> dict[str, Any]:
-    """What a function made inside another has kept of it, by name."""
+    """The closure variables of a function, by name."""
     cells = function.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 
 
 def recognise(function: MaskFunction) -> Pattern | None:
-    """The `Pattern` of a mask function of Transformers, None when any part of it is not one that we know."""
+    """The `Pattern` of a mask function of Transformers, None if any part of it is unknown."""
     k = known()
     if function is k.causal:
         return _CAUSAL
@@ -119,16 +119,16 @@ def recognise(function: MaskFunction) -> Pattern | None:
 def recognise_traced(
     function: MaskFunction, local_size: int | None, config: Any, bidirectional: bool
 ) -> Pattern | None:
-    """The same while ``torch.compile`` traces, where closures can't be opened.
+    """`recognise` while ``torch.compile`` traces, where closures can't be read.
 
-    Transformers marks a user's own overlays with ``use_vmap`` (the caller sorts those out) and puts image blocks on
-    with an "or"; so an "and" is its own rule, with or without documents, and `local_size` the window or the chunk.
+    Transformers marks user overlays with ``use_vmap`` (excluded by the caller) and adds image blocks with an "or". So
+    an "and" is Transformers' own rule, with or without documents, and `local_size` is its window or chunk.
 
     Args:
         function: the mask function.
         local_size: Transformers' keyword of that name: window or chunk size, None on full layers.
-        config: the model's config, which says whether `local_size` is a window or a chunk.
-        bidirectional: which of Transformers' mask builders calls.
+        config: the model's config, which shows whether `local_size` is a window or a chunk.
+        bidirectional: whether Transformers' bidirectional mask builder calls.
     """
     k = known()
     if function is k.causal or function is k.bidirectional:
@@ -151,7 +151,7 @@ def _flatten(function: MaskFunction, k: _Known) -> list[MaskFunction]:
 
 
 def _packed(parts: list[MaskFunction], codes: list[CodeType | None], k: _Known) -> Pattern | None:
-    """``documents and rule``: the rule over positions within documents, or (older Transformers) over the row."""
+    """``documents and rule``, where the rule uses positions in the document or (older Transformers) in the row."""
     if len(parts) != 2:
         return None
     at = codes.index(k.documents)

@@ -1,4 +1,4 @@
-"""The modules of a model, walked once: while `one_walk` is open every reader is given the same tuple."""
+"""The modules of a model, walked once: inside `one_walk` all callers get the same tuple."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _walks: ContextVar[dict[int, tuple[torch.nn.Module, Named]] | None] = ContextVar
 
 @contextlib.contextmanager
 def one_walk() -> Iterator[None]:
-    """While this is open no module is added to a model, or taken from it."""
+    """Context in which no module is added to a model or removed from it."""
     token = _walks.set({}) if _walks.get() is None else None
     try:
         yield

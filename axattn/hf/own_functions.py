@@ -1,4 +1,4 @@
-"""Where axattn's own attention and mask functions come from, so that nothing in `axattn.hf` imports them."""
+"""Access to axattn's attention and mask functions without importing them in `axattn.hf`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Runs functions right after a module's first import. Imports nothing but the standard library's import machinery.
+"""Runs functions right after a module's first import. Imports only the standard library's import machinery.
 
-wrapt has the same (``register_post_import_hook``), but importing wrapt 2.5 costs 58 ms, since it brings asyncio along:
-more than a tenth of ``import transformers``, and all of the budget that ``import axattn`` has. It also calls at once in
-the middle of an import.
+wrapt has the same (``register_post_import_hook``), but importing wrapt 2.5 takes 58 ms because it imports asyncio: more
+than a tenth of ``import transformers``, and the whole budget of ``import axattn``. It also calls the function at once
+in the middle of an import.
 
-The end of an import is seen on the module's spec: importlib sets ``_initializing`` to False there, whoever wraps the
-loader's ``exec_module`` and in whatever order they take themselves out. Loaders, which modules may share, stay as they
-are.
+The end of an import is detected on the module's spec: importlib sets ``_initializing`` to False there, whoever wraps
+the loader's ``exec_module`` and in whatever order the wrappers are removed. Loaders, which modules may share, are not
+changed.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _waiting: dict[str, list[Callable[[], object]]] = {}
 
 
 def is_imported(name: str) -> bool:
-    """Whether a module is imported to the end (and not in the middle of it)."""
+    """Whether the import of a module is complete."""
     module = sys.modules.get(name)
     spec = getattr(module, "__spec__", None)
     return module is not None and not getattr(spec, "_initializing", False)
 
 
 def after_import(name: str, function: Callable[[], object]) -> None:
-    """Call a function once: now if the module `name` is imported, else as soon as an import of it has succeeded.
+    """Call a function once: now if the module `name` is imported, else as soon as its import succeeds.
 
-    Functions for the same module are called in the order they came. What one raises is logged as a warning: it must not
-    break the import of a module that somebody else asked for.
+    Functions for the same module are called in order of registration. Their exceptions are logged as warnings, so that
+    they never break an import of the user's.
     """
     _waiting.setdefault(name, []).append(function)
     if _finder not in sys.meta_path:
@@ -43,7 +43,7 @@ def after_import(name: str, function: Callable[[], object]) -> None:
     spec: Any = getattr(sys.modules.get(name), "__spec__", None)
     if getattr(spec, "_initializing", False):  # too late for the finder
         _watch(spec)
-    if is_imported(name):  # from before, or another thread has just finished it
+    if is_imported(name):  # earlier, or by another thread just now
         _call(name)
 
 
@@ -52,7 +52,7 @@ def _call(name: str) -> None:
         try:
             function()
         except Exception as error:
-            _warn(f"what was to run after the import of {name} failed: {type(error).__name__}: {error}")
+            _warn(f"a function registered for the import of {name} failed: {type(error).__name__}: {error}")
     if not _waiting and _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
 
@@ -64,13 +64,13 @@ def _warn(text: str) -> None:
 
 
 def _watch(spec: ModuleSpec) -> None:
-    """Give a spec a class of its own until its module is imported, or its import has failed."""
+    """Change the class of a spec until its module is imported, or its import fails."""
     kind = type(spec)
     if kind.__setattr__ is not _set:
         try:
             spec.__class__ = type(kind.__name__, (kind,), {"__setattr__": _set, "__slots__": ()})
-        except TypeError as error:  # no Python class: somebody's own finder
-            _warn(f"can't tell when the import of {spec.name} ends: {error}")
+        except TypeError as error:  # not a Python class: a spec of a custom finder
+            _warn(f"can't detect the end of the import of {spec.name}: {error}")
 
 
 def _set(spec: Any, attribute: str, value: Any) -> None:
@@ -78,20 +78,20 @@ def _set(spec: Any, attribute: str, value: Any) -> None:
     kind.__setattr__(spec, attribute, value)
     if attribute == "_initializing" and not value:
         spec.__class__ = kind
-        if is_imported(spec.name):  # importlib has taken the module out if it failed
+        if is_imported(spec.name):  # importlib removes a module whose import fails
             _call(spec.name)
 
 
 class _Finder:
-    """A meta path finder that lets the others find the modules that are waited for, and watches their specs."""
+    """A meta path finder that delegates to the other finders and watches the specs of awaited modules."""
 
     def __init__(self) -> None:
-        self.asking: set[tuple[int, str]] = set()  # by thread: others may look for the same module
+        self.asking: set[tuple[int, str]] = set()  # by thread: another may look for the same module
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that the other finders give, watched."""
+        """The spec from the other finders, watched."""
         asking = (threading.get_ident(), name)
         spec = None
         if name not in _waiting or asking in self.asking:

@@ -1,12 +1,12 @@
-"""What a model's own code does with tokens, found by running it on a few of them. No answer is read in its source here.
+"""Probes: what a model's code does with tokens, found by running it. Source is not read here.
 
-It runs on a `Skeleton`, a copy of the model without layers and weights: six tokens, on the CPU. An answer is None where
-that says nothing: the code wants a layer, a weight or an input that the skeleton has not.
+A probe runs a `Skeleton`, a copy of the model without layers and weights, on six tokens on the CPU. It returns None if
+the code needs a layer, a weight or an input that the skeleton does not have.
 
-These run when a model is put on a kernel, not in its forward; there only code without a source is asked about. Answers
-are kept by what can change them: classes, their plain attributes, values of the config. Measured once, on one core of a
-busy machine: 6 to 9 ms the first time for all three questions (BERT, RoBERTa, OPT, a Llama of 128 256 words), a third
-of it for the loss, of which nobody asks but where rows are unpadded or split; from then on 1 ms.
+Probes run when a model is switched to a backend, not in its forward (except for code without source). Answers are
+cached by what can change them: classes, their simple attributes, config values. Measured on one core of a busy machine:
+6 to 9 ms the first time for all three probes (BERT, RoBERTa, OPT, a Llama with a vocabulary of 128 256), a third of it
+for the loss, which is needed only for unpadded or split rows; later 1 ms.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from axattn.hf.source_inspection import calls_interface
 from axattn.hf.trial import PADDED, Tokens, question, run, takes
 
 Pattern = Literal["first", "last", "first_real", "last_real", "every", "real", "other"]
-"""Which tokens an output of one vector a row depends on: those at a place, whatever stands there, or real ones."""
+"""Which tokens an output with one vector per row depends on: those at a fixed position, or real tokens."""
 
 _GIVEN = (3, 4, 5, 3, 4, 5)
-"""The ``position_ids`` that are given: those of two documents."""
+"""The ``position_ids`` passed to the model: those of two documents."""
 _PLACE = 3
-"""The token of which is asked what it depends on."""
+"""The token whose dependencies are examined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Numbering:
     """How a model numbers its tokens.
 
     Attributes:
-        read: ``position_ids`` reach all that reads positions; nothing else is known where they do not.
-        first: the ``position_ids`` of a row's first token that give what the model does without any.
-        padded: those of the real tokens of the row `ids`.
-        ids: a row padded on the left.
+        read: whether ``position_ids`` reach every module that reads positions; if not, the other fields are unknown.
+        first: the position id of a row's first token that reproduces the model's own numbering.
+        padded: the position ids of the real tokens of the row `ids`.
+        ids: a left-padded row.
         mask: its mask.
     """
 
@@ -56,9 +56,9 @@ class Mixing:
     """Which tokens a model's outputs depend on, without its layers.
 
     Attributes:
-        rows: each output that has one vector a row, by name.
-        tokens: whether what is behind a token depends on other tokens; None where there is no such output.
-        pooled: its ``pooler`` is called once, with whole rows and nothing else.
+        rows: the outputs with one vector per row, by name.
+        tokens: whether the output of a token depends on other tokens; None if there is no such output.
+        pooled: whether its ``pooler`` is called once, with whole rows as the only argument.
     """
 
     rows: tuple[tuple[str, Pattern], ...]
@@ -68,11 +68,11 @@ class Mixing:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a model compares logits with.
+    """What a model's loss compares logits with.
 
     Attributes:
-        next: labels are shifted: each token's is that of the next; else it is its own.
-        shifted: it takes ``shift_labels`` in their place.
+        next: it shifts labels (the target is the next token's label); else the target is the token's own label.
+        shifted: it uses ``shift_labels`` instead, if given.
         counted: it divides the sum by ``num_items_in_batch``.
     """
 
@@ -82,7 +82,7 @@ class Loss:
 
 
 def disagreement(model: Any, source: str, run: str) -> Reason:
-    """Why rows of several sequences are refused: what a model does with them, its source and a run tell differently."""
+    """The reason to refuse packed rows if a model's source and a run of its code disagree."""
     text = f"of {type(model).__name__} the source says that {source}, and a run of its code on a few tokens that {run}"
     return Reason("model", text)
 
@@ -92,7 +92,7 @@ def disagreement(model: Any, source: str, run: str) -> Reason:
 
 @question
 def numbering(skeleton: Skeleton) -> Numbering | None:
-    """Which positions reach the tables and the rotary embeddings of a model: without ``position_ids``, and with."""
+    """Which positions reach the tables and rotary embeddings of a model, without ``position_ids`` and with them."""
     if not takes(skeleton, "position_ids"):
         return None
     tokens = Tokens(skeleton)
@@ -100,13 +100,13 @@ def numbering(skeleton: Skeleton) -> Numbering | None:
     given = {"input_ids": ids, "attention_mask": mask}
     readers = skeleton.readers()
     run(skeleton, **given)
-    own = [[rows for seen in one if (rows := _rows(seen, ids)) and _counts(rows[0])] for one in readers]
+    own = [[rows for seen in one if (rows := _rows(seen, ids)) and _is_consecutive(rows[0])] for one in readers]
     skeleton.forget()
     run(skeleton, **given, position_ids=torch.tensor([_GIVEN] * 2))
     found = set()
     for before, after in zip(own, readers, strict=True):
-        told = [rows[0] for seen in after if (rows := _rows(seen, ids))]
-        offsets = {row[0] - _GIVEN[0] for row in told if [at - row[0] for at in row] == [at - 3 for at in _GIVEN]}
+        first_rows = [rows[0] for seen in after if (rows := _rows(seen, ids))]
+        offsets = {row[0] - _GIVEN[0] for row in first_rows if [at - row[0] for at in row] == [at - 3 for at in _GIVEN]}
         if before and len(offsets) != 1:
             return Numbering(False)
         for whole, padded in before:
@@ -118,14 +118,14 @@ def numbering(skeleton: Skeleton) -> Numbering | None:
 
 
 def _rows(seen: torch.Tensor, ids: torch.Tensor) -> tuple[list[int], list[int]] | None:
-    """What a reader was given for the first row and for the last, None where it is nothing for each token, or ids."""
+    """The input of a reader for the first and the last row; None if it has no value per token, or is the token ids."""
     if not seen.ndim or seen.shape[-1] != ids.shape[-1] or torch.equal(seen, ids):
         return None
     rows = seen.reshape(-1, ids.shape[-1]).tolist()
     return rows[0], rows[-1]
 
 
-def _counts(row: list[int]) -> bool:
+def _is_consecutive(row: list[int]) -> bool:
     return row == list(range(row[0], row[0] + len(row)))
 
 
@@ -134,20 +134,20 @@ def _counts(row: list[int]) -> bool:
 
 @question
 def mixing(skeleton: Skeleton) -> Mixing | None:
-    """Which tokens each output of a model depends on, found by gradients; and by a token that is masked (ESM)."""
+    """Which tokens each output of a model depends on, found by gradients and by a masked token (ESM)."""
     if any(calls_interface(type(module)) for module in skeleton.root.modules()):
-        return None  # attention outside of a list of layers
+        return None  # it has attention outside of its lists of layers
     tokens = Tokens(skeleton)
-    with _watch(skeleton) as (inner, handed):
-        return _mixing(skeleton, tokens, inner, handed)
+    with _watch(skeleton) as (inner, pooler_shapes):
+        return _mixing(skeleton, tokens, inner, pooler_shapes)
 
 
-def _mixing(skeleton: Skeleton, tokens: Tokens, inner: list[torch.Tensor], handed: list[Any]) -> Mixing | None:
+def _mixing(skeleton: Skeleton, tokens: Tokens, inner: list[torch.Tensor], pooler_shapes: list[Any]) -> Mixing | None:
     output = run(skeleton, input_ids=tokens.ids, attention_mask=tokens.mask)
     every = [
         given
         for table in skeleton.tables()
-        for seen, given in zip(table.seen, table.given, strict=True)
+        for seen, given in zip(table.inputs, table.outputs, strict=True)
         if torch.equal(seen, tokens.ids)
     ]
     values = {name: x for name, x in output.items() if isinstance(x, torch.Tensor) and x.requires_grad}
@@ -160,11 +160,11 @@ def _mixing(skeleton: Skeleton, tokens: Tokens, inner: list[torch.Tensor], hande
         if x.shape[:2] == tokens.ids.shape and (reached := _reached(x[0, _PLACE], every)) is not None
         if x.ndim > 2 or reached <= {(0, _PLACE)}
     }
-    # from behind: models set the embeddings of padding to zero, and a pooler reads it all the same
-    behind = [*(values[name] for name in each), *reversed(inner)]
-    behind = [x for x in behind if x.shape[:2] == tokens.ids.shape and x.ndim > 2]
-    rows = [(name, _pattern(x, [*([one] for one in behind), every])) for name, x in values.items() if name not in each]
-    pooled = handed == [tokens.ids.shape]
+    # latest first: models zero the embeddings of padding, and a pooler reads padding all the same
+    hidden = [*(values[name] for name in each), *reversed(inner)]
+    hidden = [x for x in hidden if x.shape[:2] == tokens.ids.shape and x.ndim > 2]
+    rows = [(name, _pattern(x, [*([one] for one in hidden), every])) for name, x in values.items() if name not in each]
+    pooled = pooler_shapes == [tokens.ids.shape]
     mixed = any(reached - {(0, _PLACE)} for reached in each.values()) if each else None
     if mixed is False:
         mixed = _counts_masked(skeleton, tokens, inner)
@@ -173,12 +173,12 @@ def _mixing(skeleton: Skeleton, tokens: Tokens, inner: list[torch.Tensor], hande
 
 @contextlib.contextmanager
 def _watch(skeleton: Skeleton) -> Iterator[tuple[list[torch.Tensor], list[Any]]]:
-    """Lists that fill while the copy runs: what embeddings and the models inside it give, and the shapes ``[B, S]`` of
-    what its pooler gets (None if that is not one tensor)."""
+    """Lists that fill while the skeleton runs: the outputs of embeddings and inner models, and the shapes ``[B, S]`` of
+    the pooler's input (None if that is not a single tensor)."""
     from transformers import PreTrainedModel
 
     inner: list[torch.Tensor] = []
-    handed: list[Any] = []
+    pooler_shapes: list[Any] = []
     handles: list[Any] = []
 
     def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -186,8 +186,8 @@ def _watch(skeleton: Skeleton) -> Iterator[tuple[list[torch.Tensor], list[Any]]]
         inner.extend(x for x in several if isinstance(x, torch.Tensor) and x.requires_grad)
 
     def note(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
-        handed.append(args[0].shape[:2] if alone else None)
+        single = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
+        pooler_shapes.append(args[0].shape[:2] if single else None)
 
     for module in skeleton.root.modules():
         embeds = any(isinstance(child, Table) for child in module.children())
@@ -197,15 +197,15 @@ def _watch(skeleton: Skeleton) -> Iterator[tuple[list[torch.Tensor], list[Any]]]
     if isinstance(pooler, torch.nn.Module):
         handles.append(pooler.register_forward_pre_hook(note, with_kwargs=True))
     try:
-        yield inner, handed
+        yield inner, pooler_shapes
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _counts_masked(skeleton: Skeleton, tokens: Tokens, inner: list[torch.Tensor]) -> bool:
-    """Whether one token is changed by another that is masked: what embeddings and inner models give, `inner`, is
-    compared, for a norm behind them takes a scale away."""
+    """Whether masking one token changes another. Compares `inner`, the outputs of embeddings and inner models, because
+    a later norm would remove a scale."""
     masked = getattr(skeleton.config.get_text_config(), "mask_token_id", None)
     if not isinstance(masked, int):
         return False
@@ -218,7 +218,7 @@ def _counts_masked(skeleton: Skeleton, tokens: Tokens, inner: list[torch.Tensor]
 
 
 def _reached(output: torch.Tensor, inputs: list[torch.Tensor]) -> set[tuple[int, int]] | None:
-    """The tokens (row, place) of ``[B, S, D]`` inputs that an output depends on; None where it is made of none."""
+    """The tokens (row, position) of ``[B, S, D]`` inputs that an output depends on; None if it uses no input."""
     weights = torch.cos(torch.arange(output.numel(), dtype=torch.float32)).view(output.shape)
     found = torch.autograd.grad((output.float() * weights).sum(), inputs, retain_graph=True, allow_unused=True)
     gradients = [gradient for gradient in found if gradient is not None]
@@ -235,11 +235,11 @@ _PLACES: dict[Pattern, tuple[range, range, range]] = {
     "every": (range(6),) * 3,
     "real": (range(6), range(2, 6), range(4)),
 }
-"""Places in each of the rows."""
+"""Positions in each of the rows."""
 
 
 def _pattern(output: torch.Tensor, tries: list[list[torch.Tensor]]) -> Pattern:
-    """The tokens that an output depends on, of the first inputs that it is made of."""
+    """The tokens that an output depends on, in the first inputs that it uses."""
     reached = next((found for inputs in tries if (found := _reached(output, inputs)) is not None), None)
     for name, rows in _PLACES.items():
         if reached == {(row, at) for row, places in enumerate(rows) for at in places}:
@@ -252,7 +252,7 @@ def _pattern(output: torch.Tensor, tries: list[list[torch.Tensor]]) -> Pattern:
 
 @question
 def loss(skeleton: Skeleton) -> Loss | None:
-    """What the loss of a model is the cross-entropy of: its own logits, with labels that it shifts or not."""
+    """Which targets the cross-entropy of a model uses: labels that it shifts or not."""
     if not takes(skeleton, "labels"):
         return None
     ids = Tokens(skeleton).few
@@ -263,7 +263,7 @@ def loss(skeleton: Skeleton) -> Loss | None:
         return None
     nexts, owns = _entropy(logits[:, :-1], ids[:, 1:]), _entropy(logits, ids)
     shifts = _same(found, nexts)
-    if shifts == _same(found, owns):  # it is another loss, or one can't tell
+    if shifts == _same(found, owns):  # another loss, or ambiguous
         return None
     total, targets = nexts * 2 if shifts else owns * 3, ids.roll(1, 1)
     extra = {"shift_labels": targets, "num_items_in_batch": 7}

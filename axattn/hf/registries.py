@@ -1,6 +1,6 @@
-"""Who stands in Transformers' registries of attention and mask functions under our names, looked up as its models do.
+"""Reads Transformers' registries of attention and mask functions, in the same way as its models.
 
-Nothing is written to them here: `axattn.attention.registration` does that.
+`axattn.attention.registration` writes to them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from axattn.hf.model_internals import CONFIG_NAME
 from axattn.hf.source_inspection import origin
 
 KINDS = ("attention", "mask")
-_interfaces: list[Any] = []  # no functools.cache, which torch.compile looks through
-_ours: dict[str, tuple[Any, Any]] = {}  # by name, what axattn registers: an attention function and a mask function
+_interfaces: list[Any] = []  # no functools.cache: torch.compile would trace the cached function
+_axattn_functions: dict[str, tuple[Any, Any]] = {}  # by name: attention function, mask function
 
 
 def interfaces() -> list[Any]:
-    """The instances of ``AttentionInterface`` and ``AttentionMaskInterface`` that models read. Imports Transformers."""
+    """The ``AttentionInterface`` and ``AttentionMaskInterface`` instances of models. Imports Transformers."""
     if not _interfaces:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,45 +32,45 @@ def interfaces() -> list[Any]:
     return _interfaces
 
 
-def ours() -> dict[str, tuple[Any, Any]]:
-    """By name, the attention function and the mask function of axattn's. The same objects on every call."""
-    if not _ours:
-        interfaces()  # before axattn's own modules: nobody who imports Transformers in another thread then waits for us
-        _ours.update(own_functions.load())
-    return _ours
+def axattn_functions() -> dict[str, tuple[Any, Any]]:
+    """axattn's attention function and mask function, by name. The same objects on every call."""
+    if not _axattn_functions:
+        interfaces()  # before axattn's modules, so that another thread importing Transformers does not wait for them
+        _axattn_functions.update(own_functions.load())
+    return _axattn_functions
 
 
 def registered_function(interface: Any, name: str) -> Any:
-    """The function that Transformers takes for a name: an instance's own (``interface[name] = f``) before everybody's.
+    """The function that Transformers uses for a name: the instance's (``interface[name] = f``), else the global one.
 
-    None when there is none.
+    None if there is none.
     """
     local = interface._local_mapping
     return local[name] if name in local else interface._global_mapping.get(name)
 
 
-def is_axattns(name: str) -> bool:
+def holds_axattn(name: str) -> bool:
     """Whether both functions under a name are axattn's."""
     attention, masks = _interfaces or interfaces()
-    function, mask = _ours[name] if _ours else ours()[name]
+    function, mask = _axattn_functions[name] if _axattn_functions else axattn_functions()[name]
     return _is(registered_function(attention, name), function) and registered_function(masks, name) is mask
 
 
 def _is(found: Any, function: functools.partial[Any]) -> bool:
-    """Whether what stands in the registry of attention functions is this one of axattn's."""
+    """Whether a registered attention function is this function of axattn's."""
     if not torch.compiler.is_compiling():
         return found is function
-    # torch.compile can't say whether two partials are the same one, but compares their parts. What is read here guards
-    # the graph, so it is traced anew, and refused, once another package has registered the name.
+    # torch.compile can't compare the identity of partials, only their parts. These reads guard the graph: it is
+    # recompiled, and refused, after another package registers the name.
     return getattr(found, "func", None) is function.func and found.args == function.args and not found.keywords
 
 
 def foreign(name: str, found: Iterable[tuple[str, Any]] = ()) -> list[Reason]:
-    """Which functions under a name of axattn's are another package's, and whose; empty when none is.
+    """The functions under an axattn backend's name that belong to another package; empty if there are none.
 
     Args:
         name: the name.
-        found: kind and function; those of Transformers' shared instances when empty.
+        found: kind and function; those in Transformers' shared instances if empty.
     """
     looked_up = tuple(found) or [
         (kind, registered_function(interface, name)) for kind, interface in zip(KINDS, interfaces(), strict=True)
@@ -83,15 +83,15 @@ def foreign(name: str, found: Iterable[tuple[str, Any]] = ()) -> list[Reason]:
 
 
 def of_axattn(function: Any) -> bool:
-    """Whether axattn made a function, in this import or in an earlier one that is no longer in ``sys.modules``."""
+    """Whether a function is axattn's, of this import or of an earlier one that is no longer in ``sys.modules``."""
     if isinstance(function, functools.partial) and (len(function.args) != 1 or function.keywords):
-        return False  # somebody else's partial of one of ours
+        return False  # another package's partial of an axattn function
     module = getattr(getattr(function, "func", function), "__module__", None) or ""
     return module.partition(".")[0] == "axattn"
 
 
 def described(function: Any) -> str:
-    """Module and qualified name of a function, of what a ``functools.partial`` is made of, or of an object's class."""
+    """Module and qualified name of a function, of the function in a ``functools.partial``, or of an object's class."""
     if isinstance(function, functools.partial):
         return f"functools.partial({described(function.func)})"
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
@@ -99,23 +99,23 @@ def described(function: Any) -> str:
 
 
 def require_free(names: Iterable[str], model: str) -> None:
-    """Raise where a name of axattn's among these is another package's.
+    """Raise if another package has registered the name of one of these axattn backends.
 
     Raises:
-        RegistrationError: who holds it, and what to type instead.
+        RegistrationError: names the function and an alternative.
     """
     for name in names:
-        reasons = foreign(name) if name in ours() else []
+        reasons = foreign(name) if name in axattn_functions() else []
         if reasons:
-            raise _held(name, model, reasons)
+            raise _taken(name, model, reasons)
 
 
 def require_own_file(name: str, layer: str, cls: Any) -> None:
-    """Raise where the file of an attention module has a registry of its own, with another package's function in it.
+    """Raise if the file of an attention module has a separate registry with another package's function.
 
     Args:
-        name: a name of axattn's.
-        layer: for people.
+        name: an axattn backend.
+        layer: for the message.
         cls: the module's class.
 
     Raises:
@@ -126,57 +126,59 @@ def require_own_file(name: str, layer: str, cls: Any) -> None:
     if interface is not interfaces()[0] and hasattr(interface, "_local_mapping"):
         reasons = foreign(name, [(f"in {forward.__module__}, attention", registered_function(interface, name))])
         if reasons:
-            raise _held(name, layer, reasons)
+            raise _taken(name, layer, reasons)
 
 
 def require_registered(module: Any) -> None:
-    """Raise where the model of a forward that begins is on a name of axattn's that is no longer axattn's.
+    """Raise if a model whose forward starts runs on an axattn backend that is no longer registered.
 
     Raises:
-        RegistrationError: another package has registered the name since, or it was taken out.
+        RegistrationError: another package has registered the name since, or it was removed.
     """
     name = name_of(module.config)
-    if name in (_ours or ours()) and not is_axattns(name):
+    if name in (_axattn_functions or axattn_functions()) and not holds_axattn(name):
         model = type(module).__name__
         reasons = foreign(name)
         if reasons:
-            raise _held(name, model, reasons)
-        text = f"{name!r} is not in Transformers' registries as this import of axattn put it there"
+            raise _taken(name, model, reasons)
+        text = f"Transformers' registries no longer hold the {name!r} that this import of axattn registered"
         raise RegistrationError(
             f"{name} can't serve {model}", [Reason("name", text)], "Call axattn.register(), or axattn.restore(model)."
         )
 
 
 def attends(config: Any) -> bool:
-    """Whether no other package's attention function will be given the mask that is made for a config."""
+    """Whether the mask made for a config goes to an attention function of Transformers or axattn."""
     name = name_of(config)
-    return name not in ours() or _is(registered_function(interfaces()[0], name), ours()[name][0])
+    return name not in axattn_functions() or _is(
+        registered_function(interfaces()[0], name), axattn_functions()[name][0]
+    )
 
 
 def require_mask(name: str, layer: str) -> None:
-    """Raise where another package has registered its mask function over axattn's, and not its attention function.
+    """Raise if another package has replaced axattn's mask function but not its attention function.
 
     Raises:
         RegistrationError: as `require_free`.
     """
-    if name in ours() and registered_function(interfaces()[1], name) is not ours()[name][1]:
+    if name in axattn_functions() and registered_function(interfaces()[1], name) is not axattn_functions()[name][1]:
         reasons = foreign(name)
         if reasons:
-            raise _held(name, layer, reasons)
+            raise _taken(name, layer, reasons)
 
 
 def name_of(config: Any) -> Any:
-    """The name that a config runs on; read past its own ``__getattribute__``, which costs as much as all the rest."""
-    if torch.compiler.is_compiling():  # and can't be passed by there
+    """The name in a config, read without the config's slow ``__getattribute__``."""
+    if torch.compiler.is_compiling():  # Dynamo does not support object.__getattribute__
         return config.__dict__.get(CONFIG_NAME)
     return object.__getattribute__(config, "__dict__").get(CONFIG_NAME)
 
 
-def _held(name: str, model: str, reasons: list[Reason]) -> RegistrationError:
-    free = next((one for one in ("auto", *ours()) if one != name and not foreign(one)), "sdpa")
+def _taken(name: str, model: str, reasons: list[Reason]) -> RegistrationError:
+    free = next((one for one in ("auto", *axattn_functions()) if one != name and not foreign(one)), "sdpa")
     return RegistrationError(
         f"axattn's {name} can't serve {model}",
         reasons,
-        f'Use attn_implementation="{free}". {name} is there again once the other registration is gone; the other '
-        "package's function runs through Transformers' own from_pretrained.",
+        f'Use attn_implementation="{free}". {name} is available again once the other registration is removed; the '
+        "other package's function runs through Transformers' own from_pretrained.",
     )

@@ -1,8 +1,8 @@
-"""A copy of a model without its layers and its weights: on a CPU it shows in a millisecond what the code of a head, of
-embeddings or of a pooler does with inputs. What is asked of it is in `axattn.hf.probes`.
+"""`Skeleton`: a copy of a model without layers and weights. Running it on a CPU takes a millisecond and shows what the
+code of the head, embeddings and pooler does with inputs. The questions are in `axattn.hf.probes`.
 
-The model itself may be 70B, sharded, quantised or on ``meta``: of its weights only shapes are read, nothing of it runs
-and nothing of it changes. Lists of layers are empty in the copy, so no layer runs.
+The model may be 70B, sharded, quantised or on ``meta``: only shapes of its weights are read, and it neither runs nor
+changes. Lists of layers are empty in the copy, so no layer runs.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from axattn.hf.source_inspection import code_of
 from axattn.hf.weak_cache import weak_cache
 
 _LARGEST = 1 << 20
-"""Numbers in a parameter up to which it is made; of a larger one there is only the shape."""
+"""Largest parameter (in elements) that gets values; a larger one has only a shape."""
 _FEW = 256
-"""Words of a vocabulary that are left of it where logits are made; embeddings have all."""
+"""Size of the vocabulary for logits; embeddings keep the full size."""
 _WRAPPERS = ("original_module", "_orig_mod", "_checkpoint_wrapped_module", "base_layer")
-"""Where wrappers keep what they are around: PEFT's and torch's."""
+"""Attributes in which PEFT's and torch's wrappers store the wrapped module."""
 _OWN = frozenset({*vars(torch.nn.Module()), "forward", "_replicate_for_data_parallel"})
-"""What a copy has of its own: parameters, children, hooks; and what patches put on an instance."""
-_PLAIN = (bool, int, float, str, type(None), list, tuple, dict, set, torch.dtype)
-"""Types of values whose text says all that there is to know."""
+"""Attributes that are not copied: parameters, children, hooks; and those that patches set on an instance."""
+_COMPARED_BY_REPR = (bool, int, float, str, type(None), list, tuple, dict, set, torch.dtype)
+"""Types whose ``repr`` identifies the value."""
 
 
 class Table(torch.nn.Embedding):
-    """An embedding that needs no weights. It keeps the indices that it is asked for (`seen`), and what it gave for them
-    (`given`, leaves of an autograd graph)."""
+    """An embedding without weights. It records the requested indices (`inputs`) and the returned vectors (`outputs`,
+    leaves of an autograd graph)."""
 
     def __init__(self, rows: int, width: int, padding: int | None) -> None:
         torch.nn.Module.__init__(self)
-        self.become(rows, width, padding)
+        self.resize(rows, width, padding)
 
-    def become(self, rows: int, width: int, padding: int | None) -> None:
+    def resize(self, rows: int, width: int, padding: int | None) -> None:
         """As ``nn.Embedding.__init__``."""
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, width, padding
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.__dict__["weight"] = Shape.of((rows, width), self)
-        self.seen: list[torch.Tensor] = []
-        self.given: list[torch.Tensor] = []
+        self.inputs: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
 
     def rows_of(self, index: torch.Tensor) -> torch.Tensor:
-        """int ``[...]`` → float32 ``[..., D]``, another vector for each index.
+        """int ``[...]`` → float32 ``[..., D]``, a different vector for each index.
 
         Raises:
-            IndexError: an index outside of the table, as of a real one.
+            IndexError: an index outside of the table, as for ``nn.Embedding``.
         """
         if bool(((index < 0) | (index >= self.num_embeddings)).any()):
             raise IndexError("index out of range in self")
-        self.seen.append(index.detach().clone())
+        self.inputs.append(index.detach().clone())
         vector = torch.cos((index[..., None] + 1).float() * torch.arange(1, self.embedding_dim + 1))
-        self.given.append(vector.requires_grad_())
-        return vector * 1.0  # models change it in place, which autograd refuses of a leaf
+        self.outputs.append(vector.requires_grad_())
+        return vector * 1.0  # models change it in place, which autograd forbids for a leaf
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As `rows_of`."""
@@ -66,42 +66,42 @@ class Table(torch.nn.Embedding):
 
 
 class Projection(torch.nn.Module):
-    """A linear layer of a low rank, whatever its size: each output depends on every input."""
+    """A low-rank linear layer of any size in which each output depends on every input."""
 
     def __init__(self, inputs: int, outputs: int, biased: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = inputs, outputs
-        self.down, self.up = _values((4, inputs)), _values((4, outputs))  # of rank one a norm would leave nothing
+        self.down, self.up = _values((4, inputs)), _values((4, outputs))  # a norm would make rank one constant
         self.__dict__["weight"] = Shape.of((outputs, inputs))
         self.__dict__["bias"] = torch.zeros(outputs, dtype=torch.float32) if biased else None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """float ``[..., I]`` → float32 ``[..., O]``."""
-        # no matmul: on a busy machine the threads of BLAS wait for each other longer than all the rest takes; and a
-        # mean, so that no tanh behind it is flat
+        # no matmul: on a busy machine the BLAS threads wait for each other longer than the rest takes; a mean, so that
+        # a tanh after it is not saturated
         inner = [(input.float() * row).mean(-1, keepdim=True) for row in self.down]
         return torch.stack([x * row for x, row in zip(inner, self.up, strict=True)]).sum(0)
 
 
 class Watched:
-    """Keeps the ``position_ids`` that a module is given (`seen`): a base of the copy of a rotary embedding."""
+    """Records the ``position_ids`` of a module (`inputs`); mixed into the copy of a rotary embedding."""
 
-    seen: list[torch.Tensor]
+    inputs: list[torch.Tensor]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Inputs and output as the original's."""
-        forward: Any = super().forward  # type: ignore[misc]  # that of the class it is mixed into
+        """Inputs and output as for the original."""
+        forward: Any = super().forward  # type: ignore[misc]  # of the class that this is mixed into
         found = signature(forward.__func__).bind_partial(self, *args, **kwargs).arguments.get("position_ids")
         if isinstance(found, torch.Tensor):
-            self.seen.append(found.detach().clone())
+            self.inputs.append(found.detach().clone())
         buffers = cast(torch.nn.Module, self).buffers()
-        if any(buffer.is_meta for buffer in buffers):  # no layer is there to be rotated
+        if any(buffer.is_meta for buffer in buffers):  # the values don't matter: there are no layers
             return torch.ones(1, 1, 1), torch.ones(1, 1, 1)
         return forward(*args, **kwargs)
 
 
 class Layers(torch.nn.ModuleList):
-    """No layers: a loop over them ends at once; one asked for by its number hands on what it is given."""
+    """An empty list of layers: loops end at once, and a layer taken by index returns its input."""
 
     def __getitem__(self, index: Any) -> Any:
         return self if isinstance(index, slice) else _Layer()
@@ -113,26 +113,23 @@ class _Layer(torch.nn.Module):
 
 
 class Shape(torch.Tensor):
-    """A weight of which there is only the shape: what a model computes with it can't be shown.
-
-    Of a table's the rows can be read.
-    """
+    """A weight that has only a shape: computing with it raises, except reading rows of a `Table`."""
 
     table: Table | None
 
     @staticmethod
     def of(shape: tuple[int, ...], table: Table | None = None) -> torch.Tensor:
-        """float32 of a shape, one number large."""
+        """A float32 tensor of this shape that stores one number."""
         new = torch.zeros((), dtype=torch.float32, device="cpu").expand(shape).as_subclass(Shape)
         new.table = table
         return new
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs what reads the shape, or rows of a table.
+        """Runs functions that read the shape, or rows of a table.
 
         Raises:
-            TypeError: anything else.
+            TypeError: any other function.
         """
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "size", "dim", "numel", "is_floating_point"):
@@ -143,14 +140,14 @@ class Shape(torch.Tensor):
             first, *rest = args[1] if isinstance(args[1], tuple) else (args[1],)
             found = args[0].table.rows_of(torch.arange(args[0].shape[0])[first])
             return found[(..., *rest)] if rest else found
-        raise TypeError(f"{name} of a weight that has no values here")
+        raise TypeError(f"{name} of a weight that has no values in a skeleton")
 
 
-class _Left:
-    """In the place of an attribute that leads to a real module: a skeleton must not run that.
+class _Omitted:
+    """Replaces an attribute that refers to a real module, which a skeleton must not run.
 
     Raises:
-        TypeError: it is called (as anything without a ``__call__`` does).
+        TypeError: it is called (it has no ``__call__``).
     """
 
 
@@ -159,9 +156,9 @@ class Skeleton:
 
     Attributes:
         root: the copy of the model, in evaluation mode, float32 on the CPU.
-        config: its config, a copy too; of a large vocabulary it names the first words alone.
-        vocabulary: how many words the model has.
-        key: what of the model makes a difference to what the copy does: classes, plain attributes, config values.
+        config: a copy of its config; a large vocabulary is truncated.
+        vocabulary: the model's vocabulary size.
+        key: everything that determines the copy's behaviour: classes, simple attributes, config values.
 
     Raises:
         RuntimeError: a buffer that can't be read.
@@ -170,31 +167,31 @@ class Skeleton:
     def __init__(self, model: torch.nn.Module) -> None:
         self._modules: dict[int, torch.nn.Module] = {}
         self._configs: dict[int, Any] = {}
-        self._noted: list[Any] = []  # hashable
+        self._fingerprints: list[Any] = []  # hashable
         self._vocabularies: set[int] = set()
         self.root = self._module(model)
         self.config: Any = self.root.config
         config: Any = model.config
         self.vocabulary = int(getattr(config.get_text_config(), "vocab_size", None) or _FEW)
-        self.key = tuple(self._noted)
+        self.key = tuple(self._fingerprints)
 
     def tables(self) -> Iterator[Table]:
-        """The embeddings of the copy, each once."""
+        """The unique embeddings of the copy."""
         yield from (module for module in self.root.modules() if isinstance(module, Table))
 
     def readers(self) -> list[list[torch.Tensor]]:
-        """What each embedding and each rotary embedding keeps of what it is asked for: lists that fill in a run."""
-        return [module.seen for module in self.root.modules() if isinstance(module, Table | Watched)]
+        """The recorded inputs of each embedding and rotary embedding: lists that fill during a run."""
+        return [module.inputs for module in self.root.modules() if isinstance(module, Table | Watched)]
 
     def forget(self) -> None:
-        """Empty what they keep."""
-        for seen in self.readers():
-            seen.clear()
+        """Clear all records."""
+        for inputs in self.readers():
+            inputs.clear()
         for table in self.tables():
-            table.given.clear()
+            table.outputs.clear()
 
     def _config(self, config: Any) -> Any:
-        """A config's copy, on eager attention, and so for the configs inside it."""
+        """A copy of a config and its sub-configs, on eager attention."""
         if id(config) not in self._configs:
             new = self._configs[id(config)] = copy.copy(config)
             values = vars(new)
@@ -205,13 +202,13 @@ class Skeleton:
             if isinstance(words, int) and words > _FEW:
                 self._vocabularies.add(words)
                 values["vocab_size"] = _FEW
-                self._noted.append(words)
+                self._fingerprints.append(words)
             for name, value in list(values.items()):
                 if hasattr(value, "sub_configs"):
                     values[name] = self._config(value)
                 elif not name.startswith("_"):
-                    self._noted.append((name, _noted(value)))
-            self._noted.append(type(config))
+                    self._fingerprints.append((name, _fingerprint(value)))
+            self._fingerprints.append(type(config))
         return self._configs[id(config)]
 
     def _module(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -223,19 +220,19 @@ class Skeleton:
     def _copied(self, module: Any) -> torch.nn.Module:
         cls = code_of(module)
         cls = type(module) if cls is torch.nn.Module else cls  # containers have no forward
-        self._noted.append(cls)
+        self._fingerprints.append(cls)
         if isinstance(module, torch.nn.ModuleList) and any(next(one.children(), None) is not None for one in module):
             return Layers()
         embeds = isinstance(module, torch.nn.Embedding)
         sizes = [(one, other) for one, other in _SIZES if hasattr(module, one) and hasattr(module, other)]
         if sizes and not embeds:
             inputs, outputs = (getattr(module, name) for name in sizes[0])
-            self._noted.append((inputs, outputs))
+            self._fingerprints.append((inputs, outputs))
             return Projection(inputs, self._cut(outputs), getattr(module, "bias", None) is not None)
         if embeds:
             cls = type(cls.__name__, (cls, Table), {}) if cls is not torch.nn.Embedding else Table
         elif "position_ids" in signature(cls.forward).parameters and next(module.parameters(), None) is None:
-            cls = type(cls.__name__, (Watched, cls), {"seen": []})
+            cls = type(cls.__name__, (Watched, cls), {"inputs": []})
         new: torch.nn.Module = object.__new__(cls)
         torch.nn.Module.__init__(new)
         self._modules[id(module)] = new
@@ -243,18 +240,18 @@ class Skeleton:
             if name not in _OWN:
                 new.__dict__[name] = self._attribute(name, value)
         if isinstance(new, Table):
-            new.become(module.num_embeddings, module.embedding_dim, module.padding_idx)
-        # what models ask their first parameter for: its dtype, its device
+            new.resize(module.num_embeddings, module.embedding_dim, module.padding_idx)
+        # models read dtype and device from their first parameter
         new._parameters["_"] = torch.nn.Parameter(torch.zeros((), dtype=torch.float32), requires_grad=False)
         for name, value in module._parameters.items():
             if name not in vars(new):
                 new.__dict__[name] = None if value is None else _parameter(tuple(map(self._cut, value.shape)))
-                self._noted.append((name, None if value is None else tuple(value.shape)))
+                self._fingerprints.append((name, None if value is None else tuple(value.shape)))
         for name, value in module._buffers.items():
             new._buffers[name] = None if value is None else self._buffer(value)
-            self._noted.append((name, None if value is None else (tuple(value.shape), value.is_meta)))
+            self._fingerprints.append((name, None if value is None else (tuple(value.shape), value.is_meta)))
         for name, child in module._modules.items():
-            self._noted.append(name)
+            self._fingerprints.append(name)
             new._modules[name] = None if child is None else self._module(child)
         new.training = False
         return new
@@ -263,9 +260,9 @@ class Skeleton:
         if hasattr(value, "sub_configs"):
             return self._config(value)
         if _holds_modules(value):
-            return _Left()
-        # a loss that a user has set is told from another one, and not kept alive
-        self._noted.append((name, weakref.ref(value) if name == "_loss_function" else _noted(value)))
+            return _Omitted()
+        # a user's loss function is part of the key, by weak reference
+        self._fingerprints.append((name, weakref.ref(value) if name == "_loss_function" else _fingerprint(value)))
         return self._cut(value) if name == "vocab_size" else value
 
     def _buffer(self, value: torch.Tensor) -> torch.Tensor:
@@ -273,22 +270,22 @@ class Skeleton:
         return new[..., : self._cut(new.shape[-1])] if new.ndim else new
 
     def _cut(self, size: int) -> int:
-        """A size, where it is not that of a vocabulary."""
+        """The size, truncated if it is a vocabulary's."""
         return _FEW if size in self._vocabularies else size
 
 
 _SIZES = (("in_features", "out_features"), ("nx", "nf"))
-"""What linear layers call their sizes; the second is GPT-2's."""
+"""Attribute names of the sizes of linear layers; the second are GPT-2's."""
 
 
 @weak_cache
 def signature(forward: Any) -> inspect.Signature:
-    """That of a ``forward`` under its decorators, ``self`` included."""
+    """The signature of the undecorated ``forward``, with ``self``."""
     return inspect.signature(inspect.unwrap(forward))
 
 
 def _values(shape: tuple[int, ...]) -> torch.Tensor:
-    """Some values, the same each time, no two rows alike: a view of as many numbers as the sides are long."""
+    """Fixed values, different in each row: a strided view of as few numbers as the sum of the sizes."""
     line = torch.sin(torch.arange(1, sum(shape) + 2, dtype=torch.float32, device="cpu") ** 2)
     return line.as_strided(shape, [1] * len(shape))
 
@@ -297,15 +294,15 @@ def _parameter(shape: tuple[int, ...]) -> torch.Tensor:
     return _values(shape) if torch.Size(shape).numel() <= _LARGEST else Shape.of(shape)
 
 
-def _noted(value: Any) -> Any:
-    """What a value is told apart by, hashable."""
-    if isinstance(value, _PLAIN):
+def _fingerprint(value: Any) -> Any:
+    """A hashable value that distinguishes `value` from others."""
+    if isinstance(value, _COMPARED_BY_REPR):
         return repr(value)
     return weakref.ref(value) if isinstance(value, types.FunctionType) else type(value)
 
 
 def _holds_modules(value: Any) -> bool:
-    """Whether an attribute leads to a real module past the copy: one in a list, one behind a bound method."""
+    """Whether an attribute refers to a real module: directly, in a container, or by a bound method."""
     if isinstance(value, torch.nn.Module | types.MethodType):
         return True
     several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()

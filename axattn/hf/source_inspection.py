@@ -1,17 +1,19 @@
-"""Reads the source of Transformers' models: what a class does that neither its config nor its signature tells.
+"""Reads the source of Transformers' models: behaviour that neither the config nor the signature shows.
 
-A text says other things once somebody writes it anew. So what a part of a model can show in a run (`axattn.hf.probes`:
-losses, numbering, pooling, mixing) is asked there too, and rows of several sequences are refused where the two differ.
-Only the text serves for what a layer would have to run for, or a whole model:
+Source changes. So whatever can be tested by running a part of a model (`axattn.hf.probes`: losses, position ids,
+pooling, token mixing) is tested there too, and packed rows are refused if the two answers differ. Only the source is
+used for answers that would need a layer or a whole model to run:
 
-- that fails closed, a text not understood being a no: ``passes_positions_to_masks``, ``flash_guard``'s keywords of
-  an attention module (packed rows are refused), ``recurrent`` (such a layer then counts as one that mixes tokens),
-  ``input_hooks.hands_on`` (an input hook more), ``input_hooks._planes`` (positions of that shape are refused),
-  ``entrance.wants_cache`` (a batch stays padded);
-- what attention layers do: ``counting_layers``; which mask functions a model calls: ``flash_guard.contradictions``,
-  ``flash_guard.overlays`` (both asked only on names that Transformers serves itself);
-- what is asked before there is a model: ``needs`` (each call is checked again by what it brings), ``classes``;
-- whether a class is one of attention at all (`calls_interface`), or one that only adds to another (`origin`).
+- answers that fail closed (unreadable source means no): `axattn.traits.mask_makers.passes_positions_to_masks` and
+  `axattn.documents.native_flash_guard.passes_keywords` (packed rows are refused), `axattn.traits.recurrent` (the layer
+  counts as a token mixer), `axattn.patches.input_hooks.hands_on` (one more input hook), M-RoPE planes in
+  `axattn.traits.model_traits` (such positions are refused), `axattn.patches.forward_wrapper.wants_cache` (a batch stays
+  padded);
+- what attention layers do (`axattn.traits.position_ids.counting_layers`), and which mask functions a model calls on
+  native names (`axattn.traits.native_names`);
+- answers needed before the model exists: `axattn.traits.layer_needs` (each call is checked again),
+  `axattn.planning.model_classes`;
+- whether a class is an attention class (`calls_interface`), or only extends another (`origin`).
 """
 
 from __future__ import annotations
@@ -28,22 +30,22 @@ from axattn.hf.weak_cache import weak_cache
 
 
 def code_of(module: Any) -> Any:
-    """The class whose source says what a module does (`origin` of its own)."""
+    """The class whose source defines what a module does (`origin` of its class)."""
     own: Any = type(module)
     return origin(own)
 
 
 def origin(cls: Any) -> Any:
-    """What a class is made of: Transformers' own under one that only adds to it, else the class itself.
+    """The class that defines the behaviour: Transformers' class if `cls` only extends it, else `cls` itself.
 
-    A user's subclass adds to it if its ``forward`` calls ``super()``, or if it has none; FSDP2 makes such a class too.
+    A subclass extends it if its ``forward`` calls ``super()``, or if it defines none, as the classes made by FSDP2.
     """
     return cls.__mro__[_origin(cls)]
 
 
 @weak_cache
 def _origin(cls: Any) -> int:
-    """Where the origin of a class stands among its bases (the class itself would be kept alive by its own answer)."""
+    """The index of the origin in the class's MRO (caching the class itself would keep it alive)."""
     for index, one in enumerate(cls.__mro__):
         if one.__module__.startswith("transformers.models."):
             return index
@@ -54,12 +56,12 @@ def _origin(cls: Any) -> int:
 
 
 def is_named(module: Any, endings: tuple[str, ...]) -> bool:
-    """Whether the name of a module's class, or of one that it derives from, ends like this."""
+    """Whether the name of a module's class or of a base class has one of these endings."""
     return any(cls.__name__.endswith(endings) for cls in type(module).__mro__)
 
 
 def signature_of(module: Any) -> inspect.Signature:
-    """That of a module's ``forward``; of the one it hands ``*args`` on to, where it only does that."""
+    """The signature of a module's ``forward``; if that takes ``*args``, of its origin's."""
     signature = inspect.signature(inspect.unwrap(type(module).forward))
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     if inspect.Parameter.VAR_POSITIONAL in kinds:
@@ -69,7 +71,7 @@ def signature_of(module: Any) -> inspect.Signature:
 
 @weak_cache
 def source_of(function: Any) -> str:
-    """The text of a function (of a class's ``forward``), under its decorators; "" where there is none to read."""
+    """The source of a function without its decorators' wrappers; "" if it has none."""
     try:
         return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
     except (OSError, TypeError):
@@ -78,13 +80,13 @@ def source_of(function: Any) -> str:
 
 @weak_cache
 def is_readable(cls: Any) -> bool:
-    """Whether the ``forward`` of a module class has a text to read; a class made by ``exec`` has none."""
+    """Whether the ``forward`` of a module class has source; a class made by ``exec`` has none."""
     return cls.__module__.startswith("torch.") or bool(source_of(cls.forward))
 
 
 @functools.cache
 def file_source(module: str) -> str:
-    """The text of an imported module's file, "" where there is none to read."""
+    """The source of an imported module's file, "" if it has none."""
     try:
         return inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
@@ -93,7 +95,7 @@ def file_source(module: str) -> str:
 
 @weak_cache
 def tree_of(function: Any) -> ast.FunctionDef | None:
-    """A function as a syntax tree, None where it can't be read. It is shared: do not change it."""
+    """The syntax tree of a function, None if it can't be read. It is cached: don't change it."""
     try:
         found = ast.parse(source_of(function)).body
     except SyntaxError:
@@ -102,20 +104,20 @@ def tree_of(function: Any) -> ast.FunctionDef | None:
 
 
 def calls_of(function: Any, name: str | None = None) -> list[ast.Call]:
-    """The calls in a function, of `name` ("self.loss_function") or all; empty where it can't be read."""
+    """The calls in a function, of `name` ("self.loss_function") or all; empty if it can't be read."""
     tree = tree_of(function)
     calls = [] if tree is None else [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return [call for call in calls if name is None or ast.unparse(call.func) == name]
 
 
 def calls_interface(cls: Any) -> bool:
-    """Whether a module class calls Transformers' attention interface in its own ``forward``."""
+    """Whether the ``forward`` of a module class calls Transformers' attention interface."""
     return "ALL_ATTENTION_FUNCTIONS" in used_in_forward(cls)
 
 
 @weak_cache
 def used_in_forward(cls: Any) -> frozenset[str]:
-    """The globals and attributes that the ``forward`` of a class uses by name."""
+    """The names of the globals and attributes that the ``forward`` of a class uses."""
     cls = origin(cls)
     forward = cls.__dict__.get("forward") or getattr(cls, "forward", None)
     code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
@@ -124,7 +126,7 @@ def used_in_forward(cls: Any) -> frozenset[str]:
 
 @weak_cache
 def _inner_code(cls: Any) -> tuple[CodeType | None, tuple[str, ...], str]:
-    """The code of a model class's own ``forward`` below its decorators, its parameters, the name of ``**kwargs``."""
+    """The code of a model class's undecorated ``forward``, its parameters, and the name of its ``**kwargs``."""
     code = getattr(inspect.unwrap(origin(cls).forward), "__code__", None)
     if code is None:
         return None, (), ""
@@ -135,13 +137,13 @@ def _inner_code(cls: Any) -> tuple[CodeType | None, tuple[str, ...], str]:
 
 
 def inputs_in_frame(module: Any) -> dict[str, Any] | None:
-    """The inputs, by name, of a model's ``forward`` that leads to this call, as they are now; None if none is found."""
+    """The current inputs, by name, of the model's ``forward`` among the callers; None if there is none."""
     cls: Any = type(module)
     code, names, spread = _inner_code(cls)
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is code and code is not None and frame.f_locals.get(code.co_varnames[0]) is module:
-            here = frame.f_locals
-            return {name: here[name] for name in names if name in here} | dict(here.get(spread) or {})
+            values = frame.f_locals
+            return {name: values[name] for name in names if name in values} | dict(values.get(spread) or {})
         frame = frame.f_back
     return None

@@ -1,9 +1,9 @@
-"""Snapshots: copies of tensors that nothing changes, and what was read from one for as long as it lives.
+"""Snapshots: immutable copies of tensors, with memos of the values read from them.
 
-An operator of a compiled graph can't tell whether a tensor still holds what another layer read from it: Inductor writes
-new values into buffers that it passes on as the same object and counts no version, and under ``inference_mode`` tensors
-have no version at all (torch 2.13). A copy that an operator of ours has made, and only ever hands to others of ours, is
-never written to while they still read it.
+An operator of a compiled graph can't tell whether a tensor still holds the values that another layer read: Inductor
+writes new values into reused buffers without counting versions, and under ``inference_mode`` tensors have no version
+(torch 2.13). A copy that an axattn operator makes and passes only to other axattn operators is not written to while
+they read it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 READS_ON_HOST = (torch.Tag.cudagraph_unsafe,)
-"""The tags of operators that read values on the host, or hand on an object: no CUDA graph may replay them."""
+"""Tags of operators that read values on the host or pass on objects: no CUDA graph may replay them."""
 
-_memos: Any = WeakTensorKeyDictionary()  # by object, and a new tensor is never taken for a dead one with its id
+_memos: Any = WeakTensorKeyDictionary()  # keyed by object, safe against reused ids
 
 
 @torch.library.custom_op("axattn::snapshot", mutates_args=(), tags=READS_ON_HOST)
@@ -27,7 +27,7 @@ def snapshot(x: torch.Tensor) -> torch.Tensor:
         x: any shape and dtype.
 
     Returns:
-        A contiguous tensor of that shape and dtype, another one each time the graph runs.
+        A contiguous tensor of that shape and dtype, a new one each time the graph runs.
     """
     copy = x.clone(memory_format=torch.contiguous_format)
     _memos[copy] = {}
@@ -40,6 +40,6 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 
 def memo_of(x: torch.Tensor) -> dict[Any, Any] | None:
-    """What has been read from a snapshot, None for any other tensor: nobody knows what happens to it."""
+    """The memo of a snapshot (values read from it); None for any other tensor, which may change."""
     found: dict[Any, Any] | None = _memos.get(x)
     return found

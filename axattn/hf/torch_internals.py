@@ -1,7 +1,7 @@
-"""What axattn takes from torch by private names: operators of attention, frames of module calls, dispatch keys.
+"""Everything that axattn uses of torch by private names: attention operators, frames of module calls, dispatch keys.
 
-One function for each use, so that a new torch is met in this file alone; the contracts that watch them are in
-`axattn.hf.contracts`. No attention is put together here.
+One function per use, so that a new torch needs changes in this file only. The contracts that check them are in
+`axattn.hf.library_contracts`. No attention logic here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def cpu_flash_forward(
     mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flash attention on a CPU with its logsumexp.
+    """Flash attention on a CPU, with the logsumexp.
 
     Args:
         query: ``[B, H, S, D]``.
@@ -74,7 +74,7 @@ def flash_forward(
     scale: float,
     window: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flash attention of packed sequences on a GPU, as torch ships it.
+    """torch's flash attention of packed sequences on a GPU.
 
     Args:
         query: ``[tokens, H, D]``.
@@ -83,7 +83,7 @@ def flash_forward(
         cu_seqlens: int32 ``[N + 1]`` of queries and of keys.
         longest: the longest sequence of queries and of keys.
         scale: factor on the logits.
-        window: keys seen to the left and to the right, bottom-right aligned, -1 for all.
+        window: visible keys to the left and to the right, bottom-right aligned, -1 for all.
 
     Returns:
         Output ``[tokens, H, D]`` and logsumexp, float32 ``[H, tokens]``.
@@ -118,7 +118,7 @@ def flash_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `flash_forward`, arguments as there. `logsumexp` may be that of a quantised forward."""
     none = torch.empty(0, device=query.device)
-    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the dropout there is not
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # unused: no dropout
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.aten._flash_attention_backward(
         grad,
         query,
@@ -140,7 +140,7 @@ def flash_backward(
 
 
 def autograd_in_operator() -> Any:
-    """A context manager: autograd inside a custom operator, where torch has switched its dispatch keys off."""
+    """A context manager that enables autograd inside a custom operator, where torch excludes its dispatch keys."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutogradOther"):
         exclude = exclude.remove(torch._C._dispatch_key_parse(key))
@@ -151,32 +151,32 @@ def autograd_in_operator() -> Any:
 
 
 def is_tracing() -> bool:
-    """Whether values of tensors can't be read now: a graph is recorded (``torch.compile``, ``torch.export``,
+    """Whether tensor values can't be read now: a graph is being traced (``torch.compile``, ``torch.export``,
     ``torch.jit.trace``), or ``torch.func.vmap`` runs many samples as one."""
     return torch.compiler.is_compiling() or torch._C._is_tracing() or _maps_samples()
 
 
-def leaves_kernels() -> bool:
-    """Whether attention has to run in torch's own operators: the graph is for other programs (``torch.export``,
-    ``torch.onnx.export``, ``torch.jit.trace``), or a transform of ``torch.func`` differentiates or maps them."""
+def needs_torch_operators() -> bool:
+    """Whether attention must use torch's operators: the graph is exported (``torch.export``, ``torch.onnx.export``,
+    ``torch.jit.trace``), or a transform of ``torch.func`` differentiates or maps it."""
     if torch.compiler.is_compiling():
-        return torch.compiler._is_exporting_flag  # Dynamo before torch 2.13 says True for is_exporting()
+        return torch.compiler._is_exporting_flag  # Dynamo before torch 2.13 returns True for is_exporting()
     return torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def is_exporting() -> bool:
-    """Whether a graph for other programs is recorded."""
-    # Dynamo knows `torch.jit.is_tracing` and not the private one
-    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch's has no types
+    """Whether a graph is being exported."""
+    # Dynamo supports `torch.jit.is_tracing` but not the private function
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # untyped in torch
     return torch.compiler._is_exporting_flag or traced
 
 
 def require_when_run(condition: torch.Tensor, text: str) -> None:
-    """Assert that a bool tensor ``[]`` is True when the graph that is being recorded runs; under ``torch.func.vmap``
-    at once, for all samples.
+    """Assert that a bool tensor ``[]`` is True: when the traced graph runs, or under ``torch.func.vmap`` at once, for
+    all samples.
 
     Raises:
-        UnsupportedAttentionError: a sample under ``vmap`` for which it is False.
+        UnsupportedAttentionError: it is False for a sample under ``vmap``.
     """
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         torch._assert_async(condition, f"axattn: {text}")
@@ -188,7 +188,7 @@ def require_when_run(condition: torch.Tensor, text: str) -> None:
 
 
 def is_mapped(x: torch.Tensor) -> bool:
-    """Whether a tensor holds another value for each sample of ``torch.func.vmap``."""
+    """Whether a tensor has a value per sample of ``torch.func.vmap``."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
@@ -198,8 +198,7 @@ def is_mapped(x: torch.Tensor) -> bool:
 
 
 def running_max(x: torch.Tensor) -> torch.Tensor:
-    """int ``[B, S]``: the highest value of each row up to here, without ``cummax`` where ONNX, which lacks it, may be
-    the target."""
+    """int ``[B, S]``: cumulative maximum of each row; in exports without ``cummax``, which ONNX lacks."""
     if not is_exporting():
         return x.cummax(-1).values
     size = x.shape[-1]
@@ -216,16 +215,16 @@ def _maps_samples() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.13
 def in_traced_subgraph() -> bool:
-    """Whether Dynamo is tracing the body of a higher-order operator such as a checkpoint's, which may change nothing
-    that outlives it. To be asked while a graph is traced.
+    """Whether Dynamo is tracing the body of a higher-order operator (such as a checkpoint), which must not change state
+    that outlives it. Call it only while a graph is traced.
 
-    Where a newer torch keeps that elsewhere the answer is yes: nothing is then changed where nothing may be.
+    True if a newer torch has moved this information: no state is changed then.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         tracer = InstructionTranslator.current_tx().output.current_tracer
-    except AttributeError:  # not Dynamo: `torch.export` without it
+    except AttributeError:  # `torch.export` without Dynamo
         return True
     return getattr(tracer, "parent", tracer) is not None
 
@@ -238,14 +237,14 @@ _FRAMES = 40
 
 
 def calls_around(module: torch.nn.Module) -> tuple[bool, list[tuple[torch.nn.Module, torch.Tensor | None, Any]]]:
-    """The modules whose calls lead to that of `module`.
+    """The modules whose calls enclose that of `module`.
 
     Args:
-        module: it is being called, and this is one of its forward pre-hooks.
+        module: the module whose forward pre-hook is running.
 
     Returns:
-        Whether the call of `module` itself was found (if not, nothing can be said of others); and of each module
-        around it, innermost first, itself, its first tensor and its keywords.
+        Whether the call of `module` itself was found (if not, the rest is unreliable); and for each enclosing call,
+        innermost first, the module, its first tensor and its keywords.
     """
     own, found = False, []
     frame = inspect.currentframe()
@@ -253,26 +252,26 @@ def calls_around(module: torch.nn.Module) -> tuple[bool, list[tuple[torch.nn.Mod
         if frame is None:
             break
         if frame.f_code is _CALL:
-            here = frame.f_locals
-            if here["self"] is module:
+            call = frame.f_locals
+            if call["self"] is module:
                 own = True
             else:
-                given: dict[str, Any] = here["kwargs"]
-                first = given.get("input_ids", next(iter(here["args"]), None))
-                found.append((here["self"], first if isinstance(first, torch.Tensor) else None, given))
+                given: dict[str, Any] = call["kwargs"]
+                first = given.get("input_ids", next(iter(call["args"]), None))
+                found.append((call["self"], first if isinstance(first, torch.Tensor) else None, given))
         frame = frame.f_back
     return own, found
 
 
 def keywords_of_call(frame: FrameType) -> dict[str, Any] | None:
-    """What a module is called with by keyword, in the frame in which torch calls it; None in any other frame."""
+    """The keywords of a module's call, from the frame in which torch calls it; None for other frames."""
     return frame.f_locals["kwargs"] if frame.f_code is _CALL else None
 
 
 def is_executing(frame: FrameType) -> bool:
-    """Whether a frame still runs: Python clears a frame that does not, and refuses to clear one that does.
+    """Whether a frame still runs: ``frame.clear()`` raises for a running frame and clears a finished one.
 
-    The frame is one of torch's own, whose locals nobody looks for; looking for it on the stack instead takes three
+    Only for frames of torch's module calls, whose locals are not needed later. Searching the stack instead takes three
     times as long and grows with its depth (benchmarks/NOTES.md).
     """
     try:
@@ -288,19 +287,19 @@ def pre_hooks(module: torch.nn.Module) -> list[Any]:
 
 
 def hooks_of(module: torch.nn.Module) -> list[Any]:
-    """Every hook of a module, before and after its forward and its backward."""
+    """All forward and backward hooks of a module."""
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return [hook for kind in kinds for hook in kind.values()]
 
 
 def last_pre_hook(module: torch.nn.Module) -> int:
-    """The key of the forward pre-hook of a module that runs last; it has one."""
+    """The key of a module's last forward pre-hook. It must have one."""
     last: int = next(reversed(module._forward_pre_hooks))
     return last
 
 
 def take_pre_hook(module: torch.nn.Module, hook: Any) -> tuple[int, bool]:
-    """Take a forward pre-hook off a module; returns what `put_pre_hook` needs to put it back in its place."""
+    """Remove a forward pre-hook from a module; returns the arguments for `put_pre_hook`."""
     key = next(key for key, one in module._forward_pre_hooks.items() if one is hook)
     del module._forward_pre_hooks[key]
     return key, module._forward_pre_hooks_with_kwargs.pop(key, False)
@@ -314,7 +313,7 @@ def put_pre_hook(module: torch.nn.Module, hook: Any, key: int, with_kwargs: bool
 
 
 def remove_hooks(module: torch.nn.Module, whose: Callable[[Any], bool]) -> None:
-    """Take forward pre-hooks and forward hooks off a module that `whose` says yes to."""
+    """Remove the forward pre-hooks and forward hooks of a module for which `whose` is true."""
     before: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs]
     after: list[dict[int, Any]] = [module._forward_hooks, module._forward_hooks_with_kwargs]
     for tables in (before, [*after, module._forward_hooks_always_called]):
@@ -327,6 +326,6 @@ def remove_hooks(module: torch.nn.Module, whose: Callable[[Any], bool]) -> None:
 
 
 def in_context_parallel(function: Any) -> bool:
-    """Whether a function that stands in the place of ``F.scaled_dot_product_attention`` is that of torch's
-    ``context_parallel``: known by its name."""
+    """Whether a replacement of ``F.scaled_dot_product_attention`` comes from torch's ``context_parallel``, by its
+    name."""
     return "context_parallel" in f"{getattr(function, '__module__', '')} {getattr(function, '__qualname__', '')}"

@@ -1,6 +1,6 @@
-"""Which kernels ``F.scaled_dot_product_attention`` can run on, and how cuDNN's is kept from a call. No attention here.
+"""Which kernels ``F.scaled_dot_product_attention`` can use, and how to exclude cuDNN's. No attention here.
 
-What torch checks is in ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``; outside of graphs it is asked.
+torch's checks are in ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``; outside of graphs they are called.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from axattn.hf.torch_internals import is_tracing
 
-switches: Any = torch.backends.cuda  # no types
+switches: Any = torch.backends.cuda  # untyped
 
 # ---- grouped heads ---------------------------------------------------------------------------------------------------
 
@@ -23,9 +23,9 @@ switches: Any = torch.backends.cuda  # no types
 def takes_grouped_heads(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float, causal: bool
 ) -> bool:
-    """Whether a fused kernel takes a call with fewer KV heads under ``enable_gqa=True``; if not, MATH would run it.
+    """Whether a fused kernel serves a call with fewer KV heads under ``enable_gqa=True``; if not, MATH would run it.
 
-    On a GPU torch itself is asked; in a graph, where it can't be, only what FlashAttention 2 takes is said to be taken.
+    On a GPU torch's checks decide; in a graph, where they can't run, only what FlashAttention 2 serves is accepted.
 
     Args:
         query: ``[B, H, S, D]``.
@@ -41,17 +41,17 @@ def takes_grouped_heads(
     if kind == "mps":
         return _since_2_13()
     if kind == "cuda" and not is_tracing():
-        return _asked(query, key, value, mask, dropout, causal)
+        return _torch_accepts(query, key, value, mask, dropout, causal)
     fits = mask is None and query.shape[-1] == value.shape[-1] <= 256
     if kind != "cuda":
         return fits
     return fits and query.dtype in (torch.float16, torch.bfloat16) and (sm(query.device) or 80) >= 80
 
 
-def _asked(*call: Any) -> bool:
+def _torch_accepts(*call: Any) -> bool:
     params = switches.SDPAParams(*call, True)
     checks = (switches.can_use_flash_attention, switches.can_use_efficient_attention)
-    # cuDNN's takes grouped heads under a mask too, and is kept from such calls
+    # cuDNN serves grouped heads under a mask too, but is excluded from such calls
     return any(check(params) for check in checks) or (call[3] is None and switches.can_use_cudnn_attention(params))
 
 
@@ -72,23 +72,23 @@ def sm(device: torch.device) -> int | None:
 
 
 def avoids_cudnn(device: torch.device, keys: int, *, masked: bool, single: bool, causal: bool, training: bool) -> bool:
-    """Whether a call is kept from cuDNN's kernel on a GPU on which torch 2.11 prefers it (sm90, sm100 and kin).
+    """Whether a call must not run on cuDNN's kernel, on GPUs where torch 2.11 prefers it (sm90, sm100 and kin).
 
-    - Under a mask, and with a single query: it builds a plan for every shape that it has not met, 0.15 s (unsloth) to
-      0.5 s (FunASR#3704) in each direction, and the keys of such calls grow by one a step.
-    - In training on Hopper, bidirectional calls over T keys with ``T % 128 == 64``: the last 64 keys of its tile of 128
-      are not there and not masked, so dq is NaN for a query whose logsumexp is below -88.7 (pytorch#196678 under a
-      mask, trl#7181; the cause: cudnn-frontend#628, which has a fix in 9.26). With a single query dk and dv are NaN,
-      in 9.26 too (cudnn-frontend#1072). A causal mask hides those keys. No newest version is named here: none has run
-      the test that tells, tests/e2e/test_gpu_sdpa.py.
+    - With a mask or a single query: cuDNN builds a plan for every new shape, 0.15 s (unsloth) to 0.5 s (FunASR#3704)
+      per direction, and the keys of such calls grow by one per step.
+    - In training on Hopper, bidirectional calls over T keys with ``T % 128 == 64``: the last 64 keys of the 128-key
+      tile don't exist and are not masked, so dq is NaN for a query whose logsumexp is below -88.7 (pytorch#196678 under
+      a mask, trl#7181; cause: cudnn-frontend#628, fixed in 9.26). With a single query dk and dv are NaN, in 9.26 too
+      (cudnn-frontend#1072). A causal mask hides those keys. There is no upper version bound: the test that would
+      justify one, tests/e2e/test_gpu_sdpa.py, has not run on a fixed version.
 
     Args:
         device: of the call.
         keys: T.
-        masked: it has a mask.
-        single: S is 1.
+        masked: whether it has a mask.
+        single: whether S is 1.
         causal: ``is_causal``.
-        training: gradients are on.
+        training: whether gradients are on.
     """
     if device.type != "cuda":
         return False
@@ -101,24 +101,24 @@ def avoids_cudnn(device: torch.device, keys: int, *, masked: bool, single: bool,
 
 
 def without_cudnn() -> contextlib.AbstractContextManager[Any]:
-    """A context for one call of ``F.scaled_dot_product_attention`` that may not run on cuDNN's kernel.
+    """A context for one call of ``F.scaled_dot_product_attention`` that must not run on cuDNN's kernel.
 
-    torch's switches belong to the process, not to a thread: ``sdpa_kernel`` in two threads at once
-    (``nn.DataParallel``, checkpoints that run again in threads of autograd) can leave cuDNN off for good. So all such
-    calls share one count: the first turns it off, the last turns it on again if it was. A call of another thread
-    meanwhile runs on FlashAttention, which is right. The order of priority and the other switches stay as the user has
-    them, and cuDNN stays on where no other kernel that takes masks is on. In a graph, whose kernels are chosen while it
-    is recorded, it is ``sdpa_kernel``, the form that Dynamo knows.
+    torch's switches are per process, not per thread: ``sdpa_kernel`` in two threads at once (``nn.DataParallel``,
+    checkpoints recomputed in autograd threads) can leave cuDNN off permanently. So all such calls share one counter:
+    the first turns cuDNN off, the last turns it on again if it was on. A concurrent call of another thread runs on
+    FlashAttention, which is correct. The priority order and the other switches stay as the user set them, and cuDNN
+    stays on if no other kernel that supports masks is on. In a graph, whose kernels are chosen during tracing, this is
+    ``sdpa_kernel``, which Dynamo supports.
     """
     if not torch.compiler.is_compiling():
         return _WITHOUT
-    others = _others()
+    others = _remaining_kernels()
     return sdpa_kernel([getattr(SDPBackend, name) for name in others]) if others else contextlib.nullcontext()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.13
-def _others() -> tuple[str, ...]:
-    """The kernels that may run in cuDNN's place; none where it is off already, or none is on that takes masks."""
+def _remaining_kernels() -> tuple[str, ...]:
+    """The kernels that may replace cuDNN's; none if cuDNN is off already, or if no kernel that supports masks is on."""
     on = {
         "FLASH_ATTENTION": switches.flash_sdp_enabled(),
         "EFFICIENT_ATTENTION": switches.mem_efficient_sdp_enabled(),
@@ -134,21 +134,21 @@ class _Without(contextlib.AbstractContextManager[None]):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._inside = 0
+        self._active_calls = 0
         self._turned_off = False
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._inside:
-                self._turned_off = bool(_others())
+            if not self._active_calls:
+                self._turned_off = bool(_remaining_kernels())
                 if self._turned_off:
                     switches.enable_cudnn_sdp(False)
-            self._inside += 1
+            self._active_calls += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
-            self._inside -= 1
-            if not self._inside and self._turned_off:
+            self._active_calls -= 1
+            if not self._active_calls and self._turned_off:
                 switches.enable_cudnn_sdp(True)
 
 

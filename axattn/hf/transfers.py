@@ -1,22 +1,22 @@
-"""Tensors of the host on a device, without waiting for it; and whether they may be kept: a CUDA graph is captured."""
+"""Copies host tensors to a device without synchronising, and detects CUDA graph capture."""
 
 from __future__ import annotations
 
 import torch
 
 
-def on_device(made: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on `device`.
+def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`.
 
-    ``.to`` alone, from memory that is not pinned, waits until the GPU has done all that it was given before.
+    ``.to`` from unpinned memory would wait for all queued work of the GPU.
     """
     if device.type != "cuda" or captures_graph():
-        return made.to(device)  # a graph would replay the copy from pinned memory that others use by then: this raises
-    return made.pin_memory().to(device, non_blocking=True)
+        return x.to(device)  # raises in a capture: a replay would copy from pinned memory that has been reused
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def captures_graph() -> bool:
-    """Whether a CUDA graph is being captured in this thread. It holds addresses: no tensor that it reads may come from
-    a cache that forgets."""
-    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's has no types
-    return begun and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured in this thread. It records addresses: tensors that it reads must not come
+    from a cache that evicts."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped in torch
+    return initialized and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""What axattn takes for granted about Transformers, checked by what its functions do where that can be seen."""
+"""Contracts on Transformers, checked by running its functions where possible."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MASK_KEYWORDS = frozenset(
     {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "device"}
     | {"allow_is_causal_skip", "allow_is_bidirectional_skip", "local_size", "dtype", "config", "use_vmap"}
 )
-"""What Transformers passes to a mask function."""
+"""The keywords that Transformers passes to a mask function."""
 _PROBE = "axattn_contract"
 
 
@@ -32,11 +32,11 @@ def _registries() -> str:
     from transformers.modeling_utils import AttentionInterface
 
     tables: list[Any] = [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
-    return "" if all(isinstance(table, dict) and "sdpa" in table for table in tables) else "they hold no sdpa"
+    return "" if all(isinstance(table, dict) and "sdpa" in table for table in tables) else "they have no sdpa"
 
 
 def _mask_builders() -> str:
-    """Build every kind of mask with a mask function that only records what it is given."""
+    """Build every kind of mask with a mask function that only records its keywords."""
     from transformers import LlamaConfig
     from transformers import masking_utils as mu
 
@@ -53,7 +53,7 @@ def _mask_builders() -> str:
     table: Any = mu.AttentionMaskInterface._global_mapping
     table[_PROBE] = record
     try:
-        cache = forward_inputs.cache_word(inspect.signature(mu.create_causal_mask))
+        cache = forward_inputs.cache_parameter(inspect.signature(mu.create_causal_mask))
         rest = {"attention_mask": None, cache: None}
         mu.create_causal_mask(config, embeds, **rest)
         mu.create_causal_mask(config, embeds, **rest, position_ids=packed)
@@ -67,21 +67,21 @@ def _mask_builders() -> str:
         return f"{len(calls)} of {len(names)} mask builders call the registered mask function"
     unknown = {keyword for call in calls for keyword in call} - MASK_KEYWORDS
     if unknown:
-        return f"mask functions are given {', '.join(sorted(unknown))}, which are not known"
-    seen = [mask_functions.recognise(call["mask_function"]) for call in calls]
-    lost = [name for name, pattern in zip(names, seen, strict=True) if pattern is None]
+        return f"mask functions get unknown keywords: {', '.join(sorted(unknown))}"
+    patterns = [mask_functions.recognise(call["mask_function"]) for call in calls]
+    lost = [name for name, pattern in zip(names, patterns, strict=True) if pattern is None]
     if lost:
         return f"the mask functions of {', '.join(lost)} masks are not recognised"
-    said = [(p.causal, p.window, p.chunk, p.document_ids is not None) for p in seen if p is not None]
-    wanted = [
+    recognised = [(p.causal, p.window, p.chunk, p.document_ids is not None) for p in patterns if p is not None]
+    expected = [
         (True, None, None, False),
         (True, None, None, True),
         (True, 2, None, False),
         (True, None, 2, False),
         (False, None, None, False),
     ]
-    wrong = [name for name, found, right in zip(names, said, wanted, strict=True) if found != right]
-    return f"the mask functions of {', '.join(wrong)} masks are read as something else" if wrong else ""
+    wrong = [name for name, found, right in zip(names, recognised, expected, strict=True) if found != right]
+    return f"the mask functions of {', '.join(wrong)} masks are misread" if wrong else ""
 
 
 def _dense_masks() -> str:
@@ -101,7 +101,7 @@ def _dense_masks() -> str:
         device=torch.device("cpu"),
     )
     right = isinstance(found, torch.Tensor) and torch.equal(found[0, 0], torch.ones(3, 3, dtype=torch.bool).tril())
-    return "" if right else "sdpa_mask gives no causal mask"
+    return "" if right else "sdpa_mask returns no causal mask"
 
 
 def _lengths() -> str:
@@ -117,7 +117,7 @@ def _names() -> str:
     config = LlamaConfig()
     setattr(config, CONFIG_NAME, "varlen")
     if config._attn_implementation != "varlen":
-        return "the name of a config is kept elsewhere"
+        return "configs store the name elsewhere"
     needed = ("set_attn_implementation", "_can_set_attn_implementation", "loss_function", *SUPPORT.values())
     absent = [name for name in needed if not hasattr(PreTrainedModel, name)]
     return f"PreTrainedModel has no {', '.join(absent)}" if absent else ""
@@ -137,8 +137,8 @@ def _eager() -> str:
     return "" if hasattr(modeling_llama, "eager_attention_forward") else "models have no eager_attention_forward"
 
 
-def _input_words() -> str:
-    """The inputs of Llama's forward, by the words of `axattn.hf.forward_inputs`."""
+def _input_keywords() -> str:
+    """Whether `axattn.hf.forward_inputs` knows the keywords of Llama's forward."""
     from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
     for cls in (LlamaForCausalLM, LlamaModel):
@@ -146,7 +146,7 @@ def _input_words() -> str:
         every = [p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind not in kinds][1:]
         unknown = [name for name in every if name not in forward_inputs.INPUTS]
         if unknown:
-            return f"{cls.__name__} takes {', '.join(unknown)}, which are not known"
+            return f"{cls.__name__} takes unknown keywords: {', '.join(unknown)}"
         roles = {forward_inputs.INPUTS[name].role for name in every}
         lacking = {Role.IDS, Role.EMBEDDINGS, Role.POSITIONS, Role.MASK, Role.CACHE} - roles
         if lacking:
@@ -162,7 +162,7 @@ def _caches() -> str:
     if not all(map(is_cache, every)):
         return "its caches are not recognised"
     cache.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), 0)
-    return "" if int(cache.get_seq_length()) == 3 else "get_seq_length() is not the number of tokens held"
+    return "" if int(cache.get_seq_length()) == 3 else "get_seq_length() is not the number of cached tokens"
 
 
 def _outputs() -> str:
@@ -179,7 +179,7 @@ def _flash_slot() -> str:
 
 
 def _stand_ins() -> str:
-    """Which hub kernel runs where a flash library is absent, at which version, and the ``kernels`` that are taken."""
+    """The hub kernel that replaces a missing flash library, its version, and the accepted ``kernels`` versions."""
     from transformers.integrations.hub_kernels import get_attn_kernel_version
     from transformers.utils import is_rocm_platform
     from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
@@ -190,7 +190,7 @@ def _stand_ins() -> str:
     for name, repository in table.items():
         found = flash_stand_ins.stand_in(name, machine)
         if found is None or found.repository != repository:
-            return f"{name} is {repository} where its library is absent"
+            return f"{name} runs {repository} if its library is missing"
     for repository in HUB_FLASH_REPOSITORIES:
         number = get_attn_kernel_version(repository)
         if flash_stand_ins.version(repository, machine) != f"v{number}":
@@ -198,11 +198,11 @@ def _stand_ins() -> str:
     window = flash_stand_ins.kernels_window(machine)
     edges = {KERNELS_MIN_VERSION: True, KERNELS_MAX_VERSION: False}
     wrong = [text for text, inside in edges.items() if (text in SpecifierSet(window, prereleases=True)) is not inside]
-    return f"it takes kernels from {KERNELS_MIN_VERSION} to before {KERNELS_MAX_VERSION}" if wrong else ""
+    return f"it accepts kernels from {KERNELS_MIN_VERSION} to before {KERNELS_MAX_VERSION}" if wrong else ""
 
 
 def _settings() -> str:
-    """Gradient checkpointing and ``output_attentions``, as a model and its config keep them."""
+    """How a model and its config store gradient checkpointing and ``output_attentions``."""
     from transformers import LlamaConfig, LlamaModel
 
     sizes = {
@@ -214,13 +214,13 @@ def _settings() -> str:
     }
     model = LlamaModel(LlamaConfig(**sizes, output_attentions=True))
     if not wants_weights(model.config):
-        return "configs keep output_attentions elsewhere"
+        return "configs store output_attentions elsewhere"
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    told = []
+    found = []
     for reentrant in (True, False):
         enable({"use_reentrant": reentrant})
-        told.append(checkpoints_reentrantly(model))
-    return "" if told == [True, False] else "models do not tell how they checkpoint"
+        found.append(checkpoints_reentrantly(model))
+    return "" if found == [True, False] else "models do not show how they checkpoint"
 
 
 def _sources() -> str:
@@ -236,7 +236,7 @@ def _layers() -> str:
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    return "" if issubclass(LlamaDecoderLayer, GradientCheckpointingLayer) else "decoder layers derive from another"
+    return "" if issubclass(LlamaDecoderLayer, GradientCheckpointingLayer) else "decoder layers have another base class"
 
 
 CONTRACTS = (
@@ -258,7 +258,7 @@ CONTRACTS = (
     Contract("names in configs", "transformers", ("patches.routes", "loading"), _names, "models"),
     Contract("calls of attention functions", "transformers", ("attention.interface",), _attention_call, "models"),
     Contract("eager functions of models", "transformers", ("backends.eager",), _eager, ""),
-    Contract("words of a forward's inputs", "transformers", ("hf.forward_inputs",), _input_words, ""),
+    Contract("keywords of forwards", "transformers", ("hf.forward_inputs",), _input_keywords, ""),
     Contract("caches", "transformers", ("hf.caches", "documents.input_hook"), _caches, "packed rows"),
     Contract(
         "outputs of models",
@@ -286,5 +286,5 @@ CONTRACTS = (
     Contract("sources of models", "transformers", ("hf.source_inspection",), _sources, "packed rows"),
     Contract("decoder layers", "transformers", ("traits.recurrent",), _layers, "packed rows"),
 )
-"""In the order in which a load meets them. Where models have no eager function, the kernel named eager refuses by
-itself; words that are not known are refused where they come (`axattn.documents.inputs`)."""
+"""In the order in which a load needs them. If models have no eager function, the `eager` backend refuses; unknown
+keywords are refused when they are passed (`axattn.documents.inputs`)."""

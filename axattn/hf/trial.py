@@ -1,4 +1,4 @@
-"""Runs a `Skeleton` on a few tokens: which tokens, what a failure means, which answers are kept. What is asked is in
+"""Runs a `Skeleton` on a few tokens: the tokens, the meaning of a failure, and the cached answers. The questions are in
 `axattn.hf.probes`.
 """
 
@@ -19,33 +19,33 @@ _FAILURES = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError),
     *(RuntimeError, StopIteration, TypeError, ValueError),
 )
-"""What model code raises on a skeleton that lacks what it wants: a layer (AttributeError, IndexError; NameError where a
-loop would have set it), a weight (TypeError, StopIteration), an input (TypeError, ValueError, AssertionError), tensors
-that lie on ``meta`` or have shapes that do not fit (RuntimeError), a library (ImportError, OSError)."""
+"""What model code raises if a skeleton lacks a layer (AttributeError, IndexError; NameError if a loop would have set
+it), a weight (TypeError, StopIteration), an input (TypeError, ValueError, AssertionError) or a library (ImportError,
+OSError), or if tensors are on ``meta`` or their shapes don't fit (RuntimeError)."""
 _LENGTH = 6
 PADDED = 2
-"""How many tokens of a padded row are padding."""
+"""Number of padding tokens in a padded row."""
 
 Answer = TypeVar("Answer")
 
 KEPT: dict[Any, Any] = {}
-"""Answers, by question and what tells models apart."""
-_open: ContextVar[dict[int, Skeleton] | None] = ContextVar("skeletons", default=None)
+"""Answers, by question and `Skeleton.key`."""
+_shared: ContextVar[dict[int, Skeleton] | None] = ContextVar("skeletons", default=None)
 
 
 @contextlib.contextmanager
 def shared_skeletons() -> Iterator[None]:
-    """While this is open models stay as they are, and one skeleton of each serves for all questions."""
-    token = _open.set({}) if _open.get() is None else None
+    """A context in which models don't change, so that one skeleton per model serves all questions."""
+    token = _shared.set({}) if _shared.get() is None else None
     try:
         yield
     finally:
         if token is not None:
-            _open.reset(token)
+            _shared.reset(token)
 
 
 def _skeleton(model: torch.nn.Module) -> Skeleton:
-    held = _open.get()
+    held = _shared.get()
     if held is None:
         return Skeleton(model)
     if id(model) not in held:
@@ -53,23 +53,24 @@ def _skeleton(model: torch.nn.Module) -> Skeleton:
     return held[id(model)]
 
 
-def question(asked: Callable[[Skeleton], Answer | None]) -> Callable[[torch.nn.Module], Answer | None]:
-    """A question about a model, put to its skeleton: once for all models that are alike. None where it can't be."""
+def question(probe: Callable[[Skeleton], Answer | None]) -> Callable[[torch.nn.Module], Answer | None]:
+    """Decorator: a probe of a skeleton becomes a function of a model, run once for all models with the same key. It
+    returns None if the probe can't run."""
 
-    @functools.wraps(asked)
+    @functools.wraps(probe)
     def ask(model: Any) -> Answer | None:
-        if getattr(model.config, "is_encoder_decoder", False):  # its two sides are fed in other ways
+        if getattr(model.config, "is_encoder_decoder", False):  # its encoder and decoder take different inputs
             return None
-        with _alone():
+        with _isolated():
             try:
                 skeleton = _skeleton(model)
             except _FAILURES:
                 return None
-            key = (asked, skeleton.key)
+            key = (probe, skeleton.key)
             if key not in KEPT:
                 skeleton.forget()
                 try:
-                    KEPT[key] = asked(skeleton)
+                    KEPT[key] = probe(skeleton)
                 except _FAILURES:
                     KEPT[key] = None
         found: Answer | None = KEPT[key]
@@ -79,8 +80,8 @@ def question(asked: Callable[[Skeleton], Answer | None]) -> Callable[[torch.nn.M
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Nothing of the caller's goes in (autocast, inference mode, a default device), no random number is used up."""
+def _isolated() -> Iterator[None]:
+    """A context isolated from the caller's autocast, inference mode, default device and random state."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.inference_mode(False))
@@ -92,15 +93,15 @@ def _alone() -> Iterator[None]:
 
 
 class Tokens:
-    """A batch of three rows of six tokens: whole, padded on the left, padded on the right.
+    """A batch of three rows of six tokens: full, left-padded, right-padded.
 
-    The second real token of each row has the largest id but for the third, which ends a text: models that look for
-    either (CLIP) find it in no fixed place. Where the config names no padding token, it does here.
+    In each row the third real token is EOS and the second has the largest other id, so that models which search for
+    either (CLIP) find it at no fixed position. A config without a padding token gets one.
 
     Attributes:
         ids: int64 ``[3, 6]``.
-        mask: as `ids`.
-        few: int64 ``[1, 3]``, tokens of which none is special.
+        mask: shaped as `ids`.
+        few: int64 ``[1, 3]``, without special tokens.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
@@ -127,13 +128,13 @@ def _is_id(name: str, value: Any) -> bool:
 
 
 def takes(skeleton: Skeleton, name: str) -> bool:
-    """Whether the copy's ``forward`` takes a keyword."""
+    """Whether the skeleton's ``forward`` accepts a keyword."""
     parameters = signature(type(skeleton.root).forward).parameters
     return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
 def run(skeleton: Skeleton, **inputs: Any) -> Any:
-    """The output of a forward of the copy."""
-    steady = {"use_cache": False, "return_dict": True}
-    inputs |= {name: value for name, value in steady.items() if takes(skeleton, name)}
+    """The output of a forward of the skeleton."""
+    settings = {"use_cache": False, "return_dict": True}
+    inputs |= {name: value for name, value in settings.items() if takes(skeleton, name)}
     return skeleton.root(**inputs)

@@ -1,6 +1,6 @@
-"""`weak_cache`: what is found out once about a class or a function, for as long as that lives.
+"""`weak_cache`: caches results about a class or a function for as long as it lives.
 
-``functools.cache`` would keep every class alive that axattn ever read: trials, FSDP2 and PEFT make theirs at run time.
+``functools.cache`` would keep every inspected class alive; trials, FSDP2 and PEFT create classes at run time.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def weak_cache(function: _Function) -> _Function:
     """Like ``functools.cache``, but the first argument is not kept alive.
 
     Args:
-        function: takes positional arguments: a class or a function, then values (names, numbers). What it returns must
-            not refer to its first argument, which would live on through it.
+        function: takes positional arguments: a class or a function, then values (names, numbers). Its result must not
+            refer to the first argument, or that stays alive.
     """
     results: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
@@ -26,7 +26,7 @@ def weak_cache(function: _Function) -> _Function:
     def cached(first: Any, *others: Any) -> Any:
         try:
             known = results.setdefault(first, {})
-        except TypeError:  # a callable that takes no weak references
+        except TypeError:  # a callable without weak references
             return function(first, *others)
         if others not in known:
             known[others] = function(first, *others)

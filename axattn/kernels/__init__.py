@@ -1,1 +1,1 @@
-"""Triton kernels of our own, where no library has them. Imported where they are used; triton is optional."""
+"""axattn's Triton kernels, where no library has one. Imported on use; triton is optional."""

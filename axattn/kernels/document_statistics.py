@@ -1,4 +1,4 @@
-"""`Documents`: statistics of each packed document, which quantised kernels need so that no document sees another."""
+"""`Documents`: statistics per packed document, so that quantised kernels keep documents independent."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 from axattn.hf.transfers import on_device
 
-_BLOCK = 256  # tokens reduced by one thread at a time: a long document is many blocks, reduced again
-_CHUNK = 128  # tokens that a chunk is a multiple of
-_MOST = 64  # chunks of a document at most: each reads what all of them found
+_BLOCK = 256  # tokens that one thread reduces; the blocks of a long document are reduced again
+_CHUNK = 128  # chunk lengths are a multiple of this
+_MAX_CHUNKS = 64  # per document: each chunk reads the statistics of all of them
 
 
 class Documents:
-    """Packed documents of some lengths, none of them empty.
+    """Non-empty packed documents.
 
     Attributes:
         lengths: tokens of each document.
-        device: where the statistics are made.
+        device: where the statistics are computed.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
@@ -28,7 +28,7 @@ class Documents:
 
     @cached_property
     def _blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of each block, and blocks of each document."""
+        """Tokens per block, and blocks per document."""
         counts = [-(-length // _BLOCK) for length in self.lengths]
         sizes = [min(_BLOCK, length - start) for length in self.lengths for start in range(0, length, _BLOCK)]
         return on_device(torch.tensor(sizes), self.device), on_device(torch.tensor(counts), self.device)
@@ -39,19 +39,19 @@ class Documents:
 
     @cached_property
     def numbers(self) -> torch.Tensor:
-        """int32 ``[tokens]``: the number of each token's document."""
+        """int32 ``[tokens]``: each token's document index."""
         return self.spread(torch.arange(len(self.lengths), dtype=torch.int32, device=self.device))
 
     @cached_property
     def chunks(self) -> torch.Tensor:
         """Int32 ``[chunks, 5]``: document, first token and end of each chunk, and its document's first chunk and end.
 
-        A document is cut alike whatever lies beside it, so that nothing computed from its chunks depends on that.
+        The chunks of a document depend on its length only, so results don't depend on its neighbours.
         """
         table: list[tuple[int, ...]] = []
         start = 0
         for document, length in enumerate(self.lengths):
-            step = _CHUNK * -(-length // (_CHUNK * _MOST))
+            step = _CHUNK * -(-length // (_CHUNK * _MAX_CHUNKS))
             own = (len(table), len(table) + -(-length // step))
             table += [(document, start + a, start + min(a + step, length), *own) for a in range(0, length, step)]
             start += length
@@ -72,5 +72,5 @@ class Documents:
 
 
 def smoothed(key: torch.Tensor, keys: Documents) -> torch.Tensor:
-    """``[tokens, Hkv, D]`` less its mean over each document: softmax is the same, and what is left needs fewer bits."""
+    """``[tokens, Hkv, D]`` minus its mean per document: softmax is unchanged, and the rest needs fewer bits."""
     return (key.float() - keys.spread(keys.mean(key))).to(key.dtype)

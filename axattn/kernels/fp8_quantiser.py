@@ -1,13 +1,13 @@
-"""FP8 (e4m3) of packed documents, with a scale per document and KV head; keys lose their document's mean first.
+"""Quantises packed documents to FP8 (e4m3), with a scale per document and KV head; keys lose their document's mean.
 
-Two launches a tensor, which read it once each; what is written once is the result. Statistics of chunks of a document
-come first: the largest absolute value, or, for keys, sum, least and largest of each channel, from which follows what
-the largest absolute value will be once the mean is gone (rounding keeps order, so it is exact). The second launch joins
-the statistics of a document's chunks in a fixed order, scales and rounds.
+Two launches per tensor read it once each, and the result is written once. The first computes statistics per chunk of a
+document: the largest absolute value, or, for keys, sum, minimum and maximum of each channel. These give the largest
+absolute value after the mean is subtracted (rounding keeps order, so it is exact). The second launch joins the
+statistics of a document's chunks in a fixed order, scales and rounds.
 
-The e4m3 bits are made in integer arithmetic, to nearest and ties to even, so that the interpreter, whose casts
-truncate, runs what the chip runs; torch's own cast gives the same bits (tests/kernels/test_fp8_quantiser.py). 14
-instructions an element instead of 4 (sm90): the second launch is still bound by memory. Launches are on the current GPU
+The e4m3 bits are computed in integer arithmetic, to nearest, ties to even, because the interpreter's casts truncate;
+torch's cast gives the same bits (tests/kernels/test_fp8_quantiser.py). That takes 14 instructions per element instead
+of 4 (sm90), and the second launch is still memory-bound. Launches are on the current GPU
 (`axattn.backends.base.on_gpu_of`).
 """
 
@@ -26,16 +26,14 @@ WARPS = 4
 
 @triton.jit
 def _e4m3(x):
-    """Float32 to the bits of e4m3fn, uint8: to nearest, ties to even; beyond 448 is 448, NaN stays."""
+    """Float32 to the bits of e4m3fn, uint8: to nearest, ties to even; saturates at 448, keeps NaN."""
     bits = x.to(tl.int32, bitcast=True)
     size = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)  # 448
-    power = tl.maximum(size & 0x7F800000, 0x3C800000)  # the power of two below, from 2**-6 on: lower ones are subnormal
-    shifter = power + (
-        20 << 23
-    )  # adding 2**20 of them leaves three bits behind the leading one, rounded by the addition
+    power = tl.maximum(size & 0x7F800000, 0x3C800000)  # the power of two below, at least 2**-6: lower are subnormal
+    shifter = power + (20 << 23)  # adding power * 2**20 rounds to three bits after the leading one
     rounded = size.to(tl.float32, bitcast=True) + shifter.to(tl.float32, bitcast=True)
     code = rounded.to(tl.int32, bitcast=True) - shifter + (power >> 20) - ((127 - 7 + 1) << 3)
-    return (tl.where(x == x, code, 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)  # noqa: PLR0124  # not so for NaN
+    return (tl.where(x == x, code, 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)  # noqa: PLR0124  # False for NaN
 
 
 @triton.jit
@@ -54,7 +52,7 @@ def _statistics_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of one head: ``PEAK [chunks, heads]``, or ``SUM``, ``LOW`` and ``HIGH`` ``[chunks, heads, size]``."""
+    """One chunk of one head: writes ``PEAK [chunks, heads]`` or ``SUM``, ``LOW``, ``HIGH [chunks, heads, size]``."""
     at = tl.program_id(0).to(tl.int64)  # chunk and head
     h = at % heads
     start = tl.load(CHUNKS + 5 * (at // heads) + 1)
@@ -106,8 +104,8 @@ def _round_kernel(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of one head: ``ROUNDED [tokens, heads, size]`` (ROUND) and ``SMOOTH`` likewise (MEAN), once; by the
-    first chunk of a document and the first head of a group ``UNDO [documents, heads / group]``."""
+    """One chunk of one head: writes ``ROUNDED [tokens, heads, size]`` (if ROUND) and ``SMOOTH``, alike (if MEAN). The
+    first chunk of a document and first head of a group write ``UNDO [documents, heads / group]``."""
     at = tl.program_id(0).to(tl.int64)
     chunk = at // heads
     h = at % heads
@@ -164,13 +162,13 @@ def _round_kernel(
 
 
 def cut(head_dim: int) -> dict[str, int]:
-    """The sizes that the kernels are compiled for."""
+    """The block sizes that the kernels are compiled for."""
     size = triton.next_power_of_2(head_dim)
-    return {"SIZE": size, "BLOCK": max(1, 32 * 32 * WARPS // size)}  # 32 elements a thread fit into registers, thrice
+    return {"SIZE": size, "BLOCK": max(1, 32 * 32 * WARPS // size)}  # 3 x 32 elements per thread fit into registers
 
 
 SMALLEST = 1e-12
-"""A peak below it is zero, as torchao has it: its scale would not be finite."""
+"""A smaller peak counts as zero, as in torchao: its scale would not be finite."""
 
 
 class Fp8(NamedTuple):
@@ -178,7 +176,7 @@ class Fp8(NamedTuple):
 
     Attributes:
         values: float8_e4m3fn ``[tokens, H, D]``.
-        undo: float32 ``[documents, Hkv]``, what to multiply them with.
+        undo: float32 ``[documents, Hkv]``, the dequantisation scale.
     """
 
     values: torch.Tensor
@@ -186,10 +184,10 @@ class Fp8(NamedTuple):
 
 
 def quantise(x: torch.Tensor, documents: Documents, kv_heads: int) -> Fp8:
-    """Per document and KV head: the largest absolute value becomes fp8's largest.
+    """Quantise per document and KV head: the largest absolute value becomes the largest of fp8.
 
     Args:
-        x: ``[tokens, H, D]``, the heads of a group beside each other.
+        x: ``[tokens, H, D]``, the heads of a group adjacent.
         documents: its documents.
         kv_heads: divides H.
     """
@@ -198,20 +196,20 @@ def quantise(x: torch.Tensor, documents: Documents, kv_heads: int) -> Fp8:
 
 
 def quantise_smoothed(key: torch.Tensor, keys: Documents) -> tuple[Fp8, torch.Tensor]:
-    """`smoothed` keys ``[tokens, Hkv, D]`` in fp8, and as they were before they were rounded."""
+    """`smoothed` keys ``[tokens, Hkv, D]``, in fp8 and before rounding."""
     values, undo, smooth = _run(key, keys, key.shape[1], mean=True, round=True)
     return Fp8(values, undo), smooth
 
 
 def smoothed(key: torch.Tensor, keys: Documents) -> torch.Tensor:
-    """``[tokens, Hkv, D]`` less its mean over each document, in its dtype."""
+    """``[tokens, Hkv, D]`` minus its mean per document, in its dtype."""
     return _run(key, keys, key.shape[1], mean=True, round=False)[2]
 
 
 def _run(
     x: torch.Tensor, documents: Documents, kv_heads: int, *, mean: bool, round: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values, undo, smooth; empty where they were not asked for."""
+    """Values, undo, smooth; empty if not requested."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     tokens, heads, size = x.shape
@@ -219,8 +217,8 @@ def _run(
     programs = table.shape[0] * heads
     sizes = cut(size)
 
-    def empty(there: bool, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape if there else (0,), dtype=dtype, device=x.device)
+    def empty(needed: bool, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape if needed else (0,), dtype=dtype, device=x.device)
 
     peak = empty(not mean, programs)
     total, low, high = (empty(mean, programs, size) for _ in range(3))

@@ -1,17 +1,17 @@
 """INT8 attention over packed documents: Q.K^T in INT8, P.V in 16 bit, softmax and logsumexp in fp32.
 
-The method is SageAttention's (arXiv:2410.02367, arXiv:2411.10958): K loses its mean, which softmax does not see, and Q
-and K are rounded to 8 bit with a scale each. Here, beyond the papers:
+The method is SageAttention's (arXiv:2410.02367, arXiv:2411.10958): K loses its mean, which does not change softmax, and
+Q and K are rounded to 8 bit with scales. Beyond the papers:
 
-- The mean is that of each document, so no document's values change another's.
-- Scales are per token, for Q and for K, and both are turned by a Hadamard matrix before they are rounded: q.k is the
-  same (the matrix is orthogonal), and an outlier channel is spread over 64.
-- Packed documents, causal (aligned bottom-right), windows, softcap, grouped heads, tails masked exactly.
-- The logsumexp of the smoothed problem comes out in fp32, which the backward needs
+- The mean is taken per document, so no document changes another.
+- Scales are per token, for Q and K, and both are rotated by a Hadamard matrix before rounding: q.k is unchanged (the
+  matrix is orthogonal), and an outlier channel is spread over 64.
+- Packed documents, causal masks (aligned bottom-right), windows, softcap, grouped heads; tails are masked exactly.
+- The logsumexp of the smoothed problem is returned in fp32 for the backward
   (`axattn.backends.varlen_engine.flash_backward`; SageBwd, arXiv:2603.02170: smoothing K is essential and dP stays in
-  16 bit, as flash attention's backward has it).
+  16 bit, as in flash attention's backward).
 
-Under a softcap K keeps its mean: ``tanh`` sees a shift.
+With a softcap K keeps its mean, because ``tanh`` is not shift-invariant.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def _quantise_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of tokens of one head: smooth, turn, round. ``X [tokens, heads, size]`` → ``[tokens, heads, SIZE]``.
+    """One block of tokens of one head: smooth, rotate, round. ``X [tokens, heads, size]`` → ``[tokens, heads, SIZE]``.
 
-    `size` and the strides are counted in eights (`require_eights`).
+    `size` and the strides are in units of 8 values (`require_aligned_to_8`).
     """
     size = size * 8
     stride_t = stride_t * 8
@@ -75,7 +75,7 @@ def _quantise_kernel(
     else:
         turned = x.to(tl.float32)
     peak = tl.max(tl.abs(turned), 1)
-    # a maximum passes over NaN: what is not a number must not round to one
+    # a maximum ignores NaN; adding 0 * turned keeps NaN from being rounded to a number
     scale = tl.where(peak > 1e-30, peak / 127.0, 1.0) + tl.sum(turned * 0.0, 1)
     rounded = tl.floor(turned / scale[:, None] + 0.5)
     tl.store(ROUNDED + (wide * heads + h)[:, None] * SIZE + d[None, :], rounded.to(tl.int8), mask=(t < tokens)[:, None])
@@ -109,7 +109,7 @@ def _attend(
     SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Blocks of keys ``[low, high)`` for one block of queries; `rows` are the queries' positions among the keys."""
+    """Blocks of keys ``[low, high)`` for one block of queries; `rows` are the queries' positions in the keys."""
     d = tl.arange(0, SIZE)
     for start in tl.range(low, high, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -182,9 +182,9 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of one head. ``BLOCKS``: int32 ``[blocks, 2]``, the document and the first query in it.
+    """One block of queries of one head. ``BLOCKS``: int32 ``[blocks, 2]``, the document and its first query.
 
-    `size` and the strides are counted in eights (`require_eights`).
+    `size` and the strides are in units of 8 values (`require_aligned_to_8`).
     """
     size = size * 8
     stride_vt = stride_vt * 8
@@ -210,8 +210,8 @@ def _forward_kernel(
     K += (keys * kv_heads + kv) * SIZE
     K_SCALE += kv.to(tl.int64) * k_tokens + keys
     V += keys * stride_vt + kv * stride_vh
-    last = tl.minimum(first + BLOCK_M, q_length) - 1 + offset  # the last query's own key
-    # keys that some query here sees: [low, high); those that every query sees whole: [whole_low, whole_high)
+    last = tl.minimum(first + BLOCK_M, q_length) - 1 + offset  # key position of the last query
+    # keys visible to some query of the block: [low, high); to every query: [whole_low, whole_high)
     low = 0
     whole_low = 0
     high = k_length
@@ -255,7 +255,7 @@ def _forward_kernel(
 
 
 class Tuning(NamedTuple):
-    """How the forward kernel is cut."""
+    """Block sizes and launch parameters of the forward kernel."""
 
     block_m: int
     block_n: int
@@ -264,10 +264,10 @@ class Tuning(NamedTuple):
 
 
 def tuning(size: int, sm: int | None) -> Tuning:
-    """Blocks for a padded head dim and an architecture (None: the interpreter).
+    """The `Tuning` for a padded head dim and an architecture (None: the interpreter).
 
-    They fit the shared memory of a block (`shared_memory`) and spill no register: tests/real/int8_kernels.py compiles
-    them for every chip.
+    It fits the shared memory of a block (`shared_memory`) and spills no registers: tests/real/int8_kernels.py compiles
+    it for every chip.
     """
     if sm is None:
         return Tuning(64, 64, 4, 1)
@@ -279,7 +279,7 @@ def tuning(size: int, sm: int | None) -> Tuning:
 
 
 def shared_memory(sm: int) -> int:
-    """KiB that a block may have (CUDA's programming guide, "Compute Capabilities")."""
+    """KiB of shared memory per block (CUDA programming guide, "Compute Capabilities")."""
     if sm < 80:
         return 64
     if sm in (80, 87):
@@ -288,28 +288,29 @@ def shared_memory(sm: int) -> int:
 
 
 def padded_size(head_dim: int) -> int:
-    """A power of two that INT8 tensor cores take: at least 32."""
+    """The next power of two that INT8 tensor cores support: at least 32."""
     return max(32, 1 << (head_dim - 1).bit_length())
 
 
-def in_eights(x: torch.Tensor) -> torch.Tensor:
-    """``[tokens, H, D]`` as the kernels read it, eight values at a time: copied where its strides do not allow that."""
-    return x.contiguous() if x.stride(-1) != 1 or _odd_strides(x) else x
+def aligned_to_8(x: torch.Tensor) -> torch.Tensor:
+    """``[tokens, H, D]`` as the kernels read it, eight values at a time: copied if its strides don't allow that."""
+    return x.contiguous() if x.stride(-1) != 1 or _unaligned_strides(x) else x
 
 
-def require_eights(x: torch.Tensor) -> None:
-    """The kernels count head dims and strides in eights, so that the compiler knows that eight values lie together.
+def require_aligned_to_8(x: torch.Tensor) -> None:
+    """Raise unless the kernels can read `x` eight values at a time.
 
-    It reads them one by one otherwise, and the pointers of a head dim that is no multiple of 16 spill registers.
+    Head dims and strides are passed in units of 8, which lets the compiler load 8 adjacent values at once. Otherwise it
+    loads single values, and the pointers of a head dim that is not a multiple of 16 spill registers.
 
     Raises:
-        ValueError: one is no multiple of 8, or the last dimension is not contiguous.
+        ValueError: a size or stride is not a multiple of 8, or the last dimension is not contiguous.
     """
-    if x.shape[-1] % 8 or x.stride(-1) != 1 or _odd_strides(x):
+    if x.shape[-1] % 8 or x.stride(-1) != 1 or _unaligned_strides(x):
         raise ValueError(f"INT8 kernels read eight values at a time: shape {list(x.shape)}, strides {x.stride()}")
 
 
-def _odd_strides(x: torch.Tensor) -> bool:
+def _unaligned_strides(x: torch.Tensor) -> bool:
     return any(x.stride(dim) % 8 for dim in (0, 1) if x.shape[dim] > 1)
 
 
@@ -319,7 +320,7 @@ class Rounded(NamedTuple):
     Attributes:
         values: int8 ``[tokens, H, padded size]``.
         scales: float32 ``[H, tokens]``.
-        smooth: what was rounded, ``[tokens, H, D]``, before it was turned.
+        smooth: the values before rotation and rounding, ``[tokens, H, D]``.
     """
 
     values: torch.Tensor
@@ -331,18 +332,18 @@ def quantise(x: torch.Tensor, mean: torch.Tensor | None = None, document: torch.
     """Round ``[tokens, H, D]`` to INT8 per token and head.
 
     Args:
-        x: as `in_eights` gives it.
-        mean: float32 ``[documents, H, D]`` to take away, or None.
+        x: from `aligned_to_8`.
+        mean: float32 ``[documents, H, D]`` to subtract, or None.
         document: int32 ``[tokens]``, the document of each token (with `mean`).
     """
-    require_eights(x)
+    require_aligned_to_8(x)
     tokens, heads, head_dim = x.shape
     size = padded_size(head_dim)
     turn = min(64, head_dim & -head_dim)  # the largest power of two that divides the head dim, at most 64
     values = torch.empty(tokens, heads, size, dtype=torch.int8, device=x.device)
     scales = torch.empty(heads, tokens, dtype=torch.float32, device=x.device)
     smooth = x if mean is None else torch.empty(tokens, heads, head_dim, dtype=x.dtype, device=x.device)
-    block = max(16, 4096 // size)  # more would not fit into the registers
+    block = max(16, 4096 // size)  # more would spill registers
     _quantise_kernel[(triton.cdiv(tokens, block), heads)](
         x,
         x if mean is None else mean,
@@ -368,7 +369,7 @@ def quantise(x: torch.Tensor, mean: torch.Tensor | None = None, document: torch.
 
 
 def query_blocks(lengths: tuple[int, ...], block: int, device: torch.device) -> torch.Tensor:
-    """int32 ``[blocks, 2]``: document and first query of each block, those with the most keys before them first."""
+    """int32 ``[blocks, 2]``: document and first query of each block, sorted from most to fewest preceding keys."""
     found = [(document, first) for document, length in enumerate(lengths) for first in range(0, length, block)]
     found.sort(key=lambda entry: -entry[1])
     return on_device(torch.tensor(found, dtype=torch.int32).reshape(-1, 2), device)
@@ -393,20 +394,20 @@ def forward(
     Args:
         q: queries ``[tokens, H, D]``, rounded.
         k: keys ``[tokens, Hkv, D]``, rounded.
-        value: ``[tokens, Hkv, D]``, as `in_eights` gives it.
-        cu_q: int32 ``[documents + 1]``.
-        cu_k: int32 ``[documents + 1]``.
-        blocks: of `query_blocks`.
-        cut: of `tuning`; its ``block_m`` is that of `blocks`.
+        value: ``[tokens, Hkv, D]``, from `aligned_to_8`.
+        cu_q: cu_seqlens of the queries, int32 ``[documents + 1]``.
+        cu_k: cu_seqlens of the keys, int32 ``[documents + 1]``.
+        blocks: from `query_blocks`.
+        cut: from `tuning`; its ``block_m`` must be that of `blocks`.
         causal: aligned bottom-right.
-        window: keys seen to the left, the query's own included (and to the right, if not causal); None for all.
+        window: visible keys to the left, the query's own included (and to the right if not causal); None for all.
         softcap: 0 for none.
         scale: factor on the logits.
 
     Returns:
         Output ``[tokens, H, D]`` in the dtype of `value`, and the logsumexp, float32 ``[H, tokens]``.
     """
-    require_eights(value)
+    require_aligned_to_8(value)
     q_tokens, heads, size = q.values.shape
     k_tokens, kv_heads, head_dim = value.shape
     out = torch.empty(q_tokens, heads, head_dim, dtype=value.dtype, device=value.device)

@@ -1,1 +1,1 @@
-"""What a machine has: GPUs, libraries, the hub's cache. No kernel is chosen here (`axattn.planning`)."""
+"""Describes a machine: GPUs, libraries, the hub cache. Kernels are chosen in `axattn.planning`."""

@@ -1,4 +1,4 @@
-"""What a machine has: torch, CUDA or ROCm, GPU architecture, library versions. Probed once, frozen, injectable."""
+"""`Environment`: torch, CUDA or ROCm, GPU architecture, library versions. Probed once, frozen, injectable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 _DISTRIBUTIONS: dict[str, str] = {
-    # key → distribution on the package registry
+    # key → distribution on PyPI
     "torch": "torch",
     "transformers": "transformers",
     "flash_attn": "flash-attn",
@@ -34,31 +34,32 @@ _DISTRIBUTIONS: dict[str, str] = {
     "cuda_runtime_12": "nvidia-cuda-runtime-cu12",
     "cuda_runtime_13": "nvidia-cuda-runtime",
 }
+_CUTE = "flash_attn/cute/__init__.py"  # flash-attn (FlashAttention 2) ships a file of that name too
 _EXTRA_MODULES: dict[str, str] = {"flash_attn_3": "flash_attn_interface"}
-"""Libraries that some builds ship as a bare module, with no distribution under the usual name."""
+"""Libraries that some builds ship as a bare module, without a distribution of the usual name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """A machine, as far as attention kernels care.
+    """The properties of a machine that decide which attention kernels run.
 
     Attributes:
         device: ``"cuda"``, ``"rocm"``, ``"npu"``, ``"xpu"``, ``"mps"`` or ``"cpu"``.
         architecture: (major, minor) compute capability of the first NVIDIA GPU, else None.
         gpu: the GPU's marketing name, else None.
-        gpus: how many GPUs are visible.
+        gpus: number of visible GPUs.
         cuda: CUDA version torch was built with, else None.
         rocm: ROCm version torch was built with, else None.
         python: Python version.
         libraries: version by key (``"torch"``, ``"transformers"``, ``"flash_attn"``, ...); absent when not installed.
         triton_interpret: ``TRITON_INTERPRET=1`` is set.
-        flash_attn_4_shadowed: another package's files lie over ``flash_attn/cute`` of flash-attn-4.
-        hub_offline: the hub is not to be asked (``HF_HUB_OFFLINE``).
+        flash_attn_4_shadowed: another package has overwritten ``flash_attn/cute`` of flash-attn-4.
+        hub_offline: the hub must not be queried (``HF_HUB_OFFLINE``).
         hub_cached: the known hub kernels that are cached, as ``org/name@revision``; ``org/name@*`` for local folders.
         flash_attn_triton: flash-attn runs its Triton backend (``FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE``).
         gfx: architecture of the first AMD GPU (``"gfx942"``), else None.
-        torch_flash: whether torch's own flash kernels take calls on an AMD GPU; None elsewhere, or where not known.
-        flash_impl: what this process has put in the place of torch's flash kernels (``"FA3"``, ``"FA4"``), else None.
+        torch_flash: whether torch's flash kernels run on this AMD GPU; None elsewhere or when unknown.
+        flash_impl: what replaces torch's flash kernels in this process (``"FA3"``, ``"FA4"``), else None.
     """
 
     device: str = "cpu"
@@ -97,7 +98,7 @@ class Environment:
 
     @property
     def torch_device(self) -> str:
-        """The torch device type that models run on here (ROCm builds of torch call it ``"cuda"``)."""
+        """The torch device type of this machine (``"cuda"`` on ROCm too)."""
         return "cuda" if self.device == "rocm" else self.device
 
     @property
@@ -106,7 +107,7 @@ class Environment:
         return None if self.architecture is None else self.architecture[0] * 10 + self.architecture[1]
 
     def describe(self) -> str:
-        """One line for people."""
+        """A one-line summary."""
         if self.device == "cuda":
             return f"{self.gpu or 'NVIDIA GPU'} (sm{self.sm}, CUDA {self.cuda})"
         if self.device == "rocm":
@@ -114,7 +115,7 @@ class Environment:
         return {"cpu": "CPU, no GPU"}.get(self.device, self.device.upper())
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; it holds no paths and no environment variables."""
+        """A JSON-ready description, without paths or environment variables."""
         return {
             "device": self.device,
             "architecture": None if self.sm is None else f"sm{self.sm}",
@@ -136,11 +137,11 @@ class Environment:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Environment:
-        """The machine that `to_dict` described.
+        """Inverse of `to_dict`.
 
         Raises:
             KeyError: no ``device``.
-            ValueError: an ``architecture`` that is none.
+            ValueError: an invalid ``architecture``.
         """
         text = value.get("architecture")
         architecture = None if text is None else divmod(int(str(text).removeprefix("sm")), 10)
@@ -165,8 +166,8 @@ class Environment:
 
     @classmethod
     def current(cls) -> Environment:
-        """This machine, probed on the first call; what may change after it, `flash_impl`, on each. Imports torch when
-        it is installed, no other library."""
+        """This machine, probed on the first call (`flash_impl`, which may change, on every call). Imports torch if it
+        is installed, and no other library."""
         found = _probe()
         active = _flash_impl() if found.device == "cuda" else None
         return found if active is None else replace(found, flash_impl=active)
@@ -197,9 +198,8 @@ def _probe() -> Environment:
         rocm=rocm,
         libraries=libraries,
         triton_interpret=os.environ.get("TRITON_INTERPRET") == "1",
-        flash_attn_4_shadowed="flash_attn_4" in libraries
-        and files_differ("flash-attn-4", "flash_attn/cute/__init__.py"),
-        flash_attn_triton=os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE") == "TRUE",  # read by flash-attn, so spelt
+        flash_attn_4_shadowed="flash_attn_4" in libraries and files_differ("flash-attn-4", _CUTE),
+        flash_attn_triton=os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE") == "TRUE",  # flash-attn's exact spelling
         gfx=gfx,
         torch_flash=torch_flash,
         **_hub(libraries),
@@ -207,22 +207,22 @@ def _probe() -> Environment:
 
 
 def _torch_flash() -> bool | None:
-    """Whether ``F.scaled_dot_product_attention`` takes its flash kernel on this GPU, asked of torch; None where the
-    user has switched that kernel off.
+    """Whether torch would run ``F.scaled_dot_product_attention`` on its flash kernel on this GPU; None if the user has
+    switched that kernel off.
 
-    On AMD GPUs that AOTriton serves experimentally it does not, unless ``TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1``.
+    AMD GPUs with experimental AOTriton support need ``TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1``.
     """
     import torch
     from torch.backends import cuda
 
-    if not cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]  # torch's has no types
+    if not cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]  # untyped in torch
         return None
     x = torch.empty(1, 1, 16, 64, dtype=torch.float16, device="cuda")
     return bool(cuda.can_use_flash_attention(cuda.SDPAParams(x, x, x, None, 0.0, False, False)))
 
 
 def _hub(libraries: Mapping[str, str]) -> dict[str, Any]:
-    """What is known of the hub where its kernels can be loaded."""
+    """The hub fields of `Environment`; empty without ``kernels``."""
     if "kernels" not in libraries:
         return {}
     from axattn.machine import hub_cache
@@ -232,11 +232,8 @@ def _hub(libraries: Mapping[str, str]) -> dict[str, Any]:
     return {"hub_offline": hub_cache.is_offline(), "hub_cached": cached}
 
 
-_CUTE = "flash_attn/cute/__init__.py"  # flash-attn (FlashAttention 2) brings a file of that name too
-
-
 def files_differ(distribution: str, name: str) -> bool:
-    """Whether a file of an installed distribution is not the one that it brought (its RECORD has the hash)."""
+    """Whether a file of an installed distribution differs from the hash in its RECORD."""
     for file in importlib.metadata.files(distribution) or ():
         if str(file) == name and file.hash is not None and (path := Path(str(file.locate()))).exists():
             digest = hashlib.new(file.hash.mode, path.read_bytes()).digest()

@@ -1,4 +1,4 @@
-"""What this machine has of the hub: whether it may be asked, and which kernels are in its cache."""
+"""The hub as this machine sees it: offline mode, and the kernels in its cache."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 
 def is_offline() -> bool:
-    """Whether the hub is not to be asked (``HF_HUB_OFFLINE``, read once by huggingface_hub)."""
+    """Whether the hub must not be queried (``HF_HUB_OFFLINE``, read once by huggingface_hub)."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def cached(repositories: Iterable[str]) -> frozenset[str]:
-    """``org/name@revision`` of what ``kernels`` finds without the hub: branches and commits in its cache, and
-    ``org/name@*`` for a folder of the user's own (``LOCAL_KERNELS``).
+    """The kernels that ``kernels`` finds without the hub: ``org/name@revision`` for branches and commits in its cache,
+    ``org/name@*`` for a local folder (``LOCAL_KERNELS``).
 
-    A kernel that was loaded by its version is cached under its commit alone: ``kernels`` (0.16 to 0.17) then knows the
-    branch no more, and finds it by the commit only.
+    A kernel loaded by version is cached under its commit only: ``kernels`` (0.16 to 0.17) then finds it by the commit,
+    not by the branch.
     """
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""Machines by name, for plans made elsewhere: ``sm90`` is a Hopper GPU with every library of the table."""
+"""Machines by name, to plan for another machine: ``sm90`` is a Hopper GPU with every library of the table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVERY_LIBRARY: dict[str, str] = {
     "kernels": "0.18.3",
     "triton": "3.7.1",
 }
-"""The versions that axattn was last read or run against."""
+"""The versions that axattn was last checked against."""
 
 _NVIDIA = {
     "sm75": ("Turing, such as a T4", (7, 5)),
@@ -43,7 +43,7 @@ def machine(name: str) -> Environment:
     """A machine by name (`NAMES`), or from a file that ``axattn doctor --json`` wrote on it.
 
     Raises:
-        InvalidConfigError: no such name, and no such file, or nothing readable in it.
+        InvalidConfigError: neither a known name nor a readable file.
     """
     if name in _NVIDIA:
         gpu, architecture = _NVIDIA[name]
@@ -55,20 +55,20 @@ def machine(name: str) -> Environment:
     path = Path(name)
     advice = f"Machines: {', '.join(NAMES)}, or a file that `axattn doctor --json` wrote."
     if not path.is_file():
-        raise InvalidConfigError(f"{name!r} is no machine that axattn knows", advice=advice)
+        raise InvalidConfigError(f"{name!r} is not a known machine", advice=advice)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return Environment.from_dict(found.get("environment", found))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = Reason("environment", f"{type(error).__name__}: {error}")
-        raise InvalidConfigError(f"{path.name} describes no machine", [reason], advice) from error
+        raise InvalidConfigError(f"{path.name} does not describe a machine", [reason], advice) from error
 
 
 def as_environment(value: Environment | str | None) -> Environment | None:
-    """The machine that is meant: one by name as for `machine`; None stays None, which is this one.
+    """An `Environment` from a name (see `machine`); None, for this machine, stays None.
 
     Raises:
-        InvalidConfigError: as for `machine`, or `value` is something else.
+        InvalidConfigError: as for `machine`, or `value` has another type.
     """
     if value is None or isinstance(value, Environment):
         return value

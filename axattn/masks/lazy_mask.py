@@ -15,7 +15,7 @@ from axattn.documents.traced import TracedSegments
 from axattn.hf.graph_handles import entry_of, new_handle
 from axattn.hf.mask_functions import Pattern
 from axattn.hf.tensor_snapshots import READS_ON_HOST, snapshot
-from axattn.hf.torch_internals import in_traced_subgraph, is_tracing, leaves_kernels
+from axattn.hf.torch_internals import in_traced_subgraph, is_tracing, needs_torch_operators
 from axattn.masks.tensor_like import TensorLike
 from axattn.masks.varlen_layout import Layout, build_layout
 
@@ -81,7 +81,7 @@ class LazyMask(TensorLike):
         ready: torch.Tensor | None = None,
         padding_on_host: torch.Tensor | None = None,
     ) -> None:
-        if is_tracing() and not leaves_kernels() and not dense_in_graphs:
+        if is_tracing() and not needs_torch_operators() and not dense_in_graphs:
             # operators of the graph read these on the host, once for all layers
             padding = None if padding is None else snapshot(padding)
             segments = segments.snapshot() if isinstance(segments, TracedSegments) else segments
@@ -142,7 +142,7 @@ class LazyMask(TensorLike):
 
     def dense(self) -> torch.Tensor:
         """The bool tensor ``[B, 1, S, T]``, built on the first call."""
-        if is_tracing() and not leaves_kernels():
+        if is_tracing() and not needs_torch_operators():
             return self._traced_dense()
         if self._dense is None:
             self._dense = self._materialise() if self.ready is None else self.ready

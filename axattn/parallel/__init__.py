@@ -1,7 +1,7 @@
-"""Sequence parallelism around any kernel: rows split over ranks, heads exchanged for tokens inside attention.
+"""Sequence parallelism around any kernel (Ulysses): rows are split over ranks; attention exchanges tokens for heads.
 
-`sequence_parallel` turns it on for a model; `accelerate_config` builds the ``ParallelismConfig`` of accelerate for it;
-`estimate` tells what a rank holds and sends.
+`sequence_parallel` turns it on for a model; `accelerate_config` builds accelerate's ``ParallelismConfig`` for it;
+`estimate` computes memory and traffic per rank.
 """
 
 from axattn.parallel.accelerate import accelerate_config

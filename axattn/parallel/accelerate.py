@@ -1,4 +1,4 @@
-"""Sequence parallelism through accelerate's own ``ParallelismConfig``: its mesh, its data loader, its FSDP2."""
+"""Sequence parallelism through accelerate's ``ParallelismConfig``: its mesh, data loader and FSDP2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from axattn.errors import InvalidInputError, Reason
-from axattn.hf.integrations import takes_masks_away
+from axattn.hf.integrations import removes_masks
 from axattn.hf.torch_internals import pre_hooks, put_pre_hook, take_pre_hook
 from axattn.parallel.estimates import require_counts
 from axattn.patches.patchset import PatchSet
@@ -19,19 +19,19 @@ def accelerate_config(size: int, **sizes: Any) -> Any:
     """A ``ParallelismConfig`` whose context-parallel dimension axattn serves.
 
     Accelerate builds the mesh from it, gives the ranks of a row the same batch and shards weights over all ranks
-    (FSDP2, which it asks for). Pass it as ``Accelerator(parallelism_config=...)`` or
+    (it requires FSDP2). Pass it as ``Accelerator(parallelism_config=...)`` or
     ``TrainingArguments(parallelism_config=...)``, then call ``axattn.sequence_parallel(model, accelerator)``.
 
-    Its own backend (ring attention) runs on ``sdpa`` only and drops masks; this config names another backend, for
-    which accelerate and Trainer leave inputs and attention alone (accelerate 1.15, transformers 5.23).
+    Accelerate's own backend (ring attention) runs on ``sdpa`` only and drops masks. This config names another backend,
+    for which accelerate and Trainer don't change inputs and attention (accelerate 1.15, transformers 5.23).
 
     Args:
         size: ranks that share a row (``cp_size``).
         **sizes: further keywords of ``ParallelismConfig``, such as ``dp_shard_size``.
 
     Raises:
-        InvalidInputError: sizes that are no whole numbers of 1 or more, or keywords that mean another kind of sequence
-            parallelism or that accelerate does not take.
+        InvalidInputError: a size is not a positive integer, or a keyword means another kind of sequence parallelism or
+            is unknown to accelerate.
     """
     from accelerate import ParallelismConfig
 
@@ -46,21 +46,21 @@ def accelerate_config(size: int, **sizes: Any) -> Any:
     try:
         config = ParallelismConfig(cp_size=size, **sizes)
     except (TypeError, ValueError) as error:
-        raise InvalidInputError("accelerate takes no such sizes", [Reason("size", str(error))]) from error
-    config.cp_backend = BACKEND  # after its own checks, which know one name
+        raise InvalidInputError("accelerate rejects these sizes", [Reason("size", str(error))]) from error
+    config.cp_backend = BACKEND  # set after accelerate's checks, which accept one name only
     return config
 
 
 def mesh_of(accelerator: Any) -> Any:
-    """The mesh dimension of an ``Accelerator`` that shares rows.
+    """The mesh dimension of an ``Accelerator`` whose ranks share rows.
 
     Raises:
-        InvalidInputError: its ``ParallelismConfig`` is not ours.
+        InvalidInputError: its ``ParallelismConfig`` was not built by `accelerate_config`.
     """
     config = accelerator.parallelism_config
     advice = "Build it with axattn.parallel.accelerate_config(size, ...)."
     if config is None or not config.cp_enabled:
-        raise InvalidInputError("this Accelerator's ParallelismConfig shares no rows", advice=advice)
+        raise InvalidInputError("this Accelerator's ParallelismConfig has no context parallelism", advice=advice)
     if config.cp_backend != BACKEND:
         text = f"this Accelerator's ParallelismConfig has cp_backend={config.cp_backend!r}, which runs on sdpa alone"
         raise InvalidInputError(text, advice=advice)
@@ -68,12 +68,12 @@ def mesh_of(accelerator: Any) -> Any:
 
 
 def drop_context_parallel_hooks(patches: PatchSet, model: torch.nn.Module) -> None:
-    """Take off the hooks by which ``Accelerator.prepare`` takes masks away from every attention module.
+    """Remove the hooks with which ``Accelerator.prepare`` drops the masks of every attention module.
 
-    Accelerate puts them on for every context-parallel config, whatever the backend (1.15); restoring the model puts
-    them back.
+    Accelerate adds them for every context-parallel config, whatever the backend (1.15). Restoring the model restores
+    them.
     """
     for module in model.modules():
         for hook in pre_hooks(module):
-            if takes_masks_away(hook):
+            if removes_masks(hook):
                 patches.add_undo(put_pre_hook, module, hook, *take_pre_hook(module, hook))

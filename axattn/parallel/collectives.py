@@ -1,6 +1,6 @@
-"""Collectives with gradients on ``torch.distributed``: exchange, sum, gather; on gloo and NCCL alike.
+"""Differentiable collectives on ``torch.distributed``: exchange, sum, gather; for gloo and NCCL.
 
-They are never traced: torch 2.11 loses the gradient of a sum that is (its all-reduce works in place).
+They are never traced: torch 2.11 loses the gradient of a traced sum (its all-reduce works in place).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch.distributed as dist
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def exchange(x: torch.Tensor, group: Any) -> torch.Tensor:
-    """All-to-all: block p of `x` goes to rank p, whose block for this rank comes back in its place.
+    """All-to-all: block p of `x` goes to rank p and is replaced by rank p's block for this rank.
 
     Args:
         x: ``[P, ...]``.
         group: process group of P ranks.
 
     Returns:
-        ``[P, ...]``; its gradient takes the same way back.
+        ``[P, ...]``; its gradient is exchanged in the same way.
     """
     result: torch.Tensor = _Exchange.apply(x, group)  # type: ignore[no-untyped-call]  # torch declares no types here
     return result
@@ -49,7 +49,7 @@ def total(x: torch.Tensor, group: Any) -> torch.Tensor:
     """The sum of `x` over the ranks, on every rank.
 
     Its gradient is the sum of the ranks' gradients: with a loss that every rank holds, the *average* of the weights'
-    gradients over the ranks (what DDP and FSDP take) is then the gradient of that loss.
+    gradients over the ranks (as DDP and FSDP compute it) is the gradient of that loss.
     """
     result: torch.Tensor = _Total.apply(x, group)  # type: ignore[no-untyped-call]  # torch declares no types here
     return result
@@ -70,7 +70,7 @@ class _Total(torch.autograd.Function):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def gather(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
-    """The ranks' tensors side by side along `dim`, on every rank; gradients as for `total`."""
+    """The ranks' tensors concatenated along `dim`, on every rank; gradients as for `total`."""
     result: torch.Tensor = _Gather.apply(x, dim, group)  # type: ignore[no-untyped-call]  # torch declares no types here
     return result
 
@@ -91,7 +91,7 @@ class _Gather(torch.autograd.Function):
 
 
 def average_gradients(model: torch.nn.Module, group: Any) -> None:
-    """Average the gradients of a model over a group, for loops that use neither DDP nor FSDP.
+    """Average the gradients of a model over a group, for training loops without DDP and FSDP.
 
     Args:
         model: after its backward, the same weights on every rank.
@@ -101,7 +101,7 @@ def average_gradients(model: torch.nn.Module, group: Any) -> None:
     ranks = dist.get_world_size(group)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            if parameter.grad is None:  # its rank had no token for it (an expert, say); the others may
+            if parameter.grad is None:  # this rank had no token for it (such as an expert); others may have
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad, group=group)
             parameter.grad /= ranks

@@ -1,4 +1,4 @@
-"""What a rank holds and sends in sequence-parallel training, from a model's config: formulas, no measurement."""
+"""Memory and traffic per rank in sequence-parallel training, computed from a model's config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from axattn.errors import InvalidConfigError, InvalidInputError
 from axattn.parallel.ulysses import repeats
 
 ADAM_BYTES = 16
-"""A weight in mixed-precision Adam: 2 (bf16), 2 (gradient), 12 (fp32 copy, two moments): ZeRO, arXiv:1910.02054."""
+"""Per weight in mixed-precision Adam: 2 (bf16), 2 (gradient), 12 (fp32 copy, two moments): ZeRO, arXiv:1910.02054."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +20,14 @@ class Estimate:
 
     Attributes:
         tokens: S.
-        ranks: P: they share a row.
+        ranks: P, the ranks that share a row.
         shards: ranks over which weights, gradients and optimizer states are split (FSDP), a multiple of P.
         states: weights, gradients and Adam's states.
         checkpoints: the inputs of all layers, kept for the backward.
-        layer: what one layer holds while it runs (hidden states, MLP, q, k, v and output on both sides).
+        layer: the activations of one layer (hidden states, MLP, q, k, v and output before and after the exchange).
         logits: of this rank's tokens in fp32, with their gradient.
-        sent: what attention sends in one step (forward, its recomputation, backward).
-        mask: a dense bool mask of the row, which is not built: for comparison.
+        sent: bytes that attention sends in one step (forward, recomputation, backward).
+        mask: a dense bool mask of the row, for comparison; it is not built.
     """
 
     tokens: int
@@ -47,21 +47,21 @@ class Estimate:
 
 
 def require_counts(given: Mapping[str, Any]) -> None:
-    """Raise unless all are whole numbers of 1 or more.
+    """Raise unless all values are positive integers.
 
     Raises:
-        InvalidInputError: with those that are not.
+        InvalidInputError: lists those that are not.
     """
     wrong = [f"{k}={v!r}" for k, v in given.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]
     if wrong:
-        raise InvalidInputError(f"{', '.join(wrong)}: give whole numbers of 1 or more")
+        raise InvalidInputError(f"{', '.join(wrong)}: give integers of 1 or more")
 
 
 def estimate(config: Any, tokens: int, ranks: int, shards: int | None = None) -> Estimate:
     """The `Estimate` of a decoder.
 
-    An all-to-all moves ``(P - 1) / P`` of what a rank holds. A layer exchanges q, k, v and the output in the forward;
-    with checkpointing the same again, and their gradients in the backward: three times in all.
+    An all-to-all moves ``(P - 1) / P`` of a rank's tensor. A layer exchanges q, k, v and the output three times: in the
+    forward, in its recomputation, and as gradients in the backward.
 
     Args:
         config: a decoder's config.
@@ -70,8 +70,8 @@ def estimate(config: Any, tokens: int, ranks: int, shards: int | None = None) ->
         shards: as in `Estimate`; P when None.
 
     Raises:
-        InvalidInputError: no config of a decoder; tokens, ranks or shards that are no whole numbers of 1 or more.
-        InvalidConfigError: the heads can't be shared out.
+        InvalidInputError: not the config of a decoder; tokens, ranks or shards that are not positive integers.
+        InvalidConfigError: the heads can't be divided among the ranks.
     """
     require_counts({"tokens": tokens, "ranks": ranks, "shards": ranks if shards is None else shards})
     if not isinstance(getattr(config, "num_attention_heads", None), int):
@@ -79,7 +79,7 @@ def estimate(config: Any, tokens: int, ranks: int, shards: int | None = None) ->
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % ranks:
-        raise InvalidConfigError(f"{heads} heads can't be shared out to {ranks} ranks")
+        raise InvalidConfigError(f"{heads} heads can't be divided among {ranks} ranks")
     width, inner, layers, vocabulary = (
         config.hidden_size,
         config.intermediate_size,
@@ -105,11 +105,11 @@ def estimate(config: Any, tokens: int, ranks: int, shards: int | None = None) ->
 
 
 def table(config: Any, lengths: tuple[int, ...], machines: tuple[int, ...]) -> str:
-    """A Markdown table of estimates: rows shared by as many ranks as the heads allow, weights split over all.
+    """A Markdown table of estimates: each row on as many ranks as the heads allow, weights split over all GPUs.
 
     Args:
         config: a decoder's config.
-        lengths: tokens of a row.
+        lengths: tokens per row.
         machines: numbers of GPUs.
     """
     head = (

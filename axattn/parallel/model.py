@@ -23,56 +23,56 @@ Gather = bool | Literal["auto"]
 
 
 def sequence_parallel(model: Model, group: Any, *, gather: Gather = "auto") -> Model:
-    """Split the rows of every batch over the ranks of a group, S / P tokens each, around the kernels the plan chose.
+    """Split the rows of every batch over the ranks of a group, S / P tokens each, around the planned kernels.
 
-    Every rank of the group is given the same, whole batch and works on its part of each row; inside attention, heads
-    are exchanged for tokens (DeepSpeed Ulysses, arXiv:2309.14509). Packed rows, windows, padding and lengths that P
-    does not divide are served; KV heads fewer than P are repeated.
+    Pass the same whole batch to every rank of the group; each works on its part of each row, and attention exchanges
+    tokens for heads (DeepSpeed Ulysses, arXiv:2309.14509). Packed rows, windows, padding and lengths that P does not
+    divide are supported; KV heads fewer than P are repeated.
 
-    The loss is that of the whole batch, on every rank; the average of the gradients over the ranks (which DDP and FSDP
-    take; else `axattn.parallel.average_gradients`) is its gradient. With a cache (``generate``; ``use_cache=False``
-    turns it off) each rank runs the whole rows by itself.
+    Every rank returns the loss of the whole batch; its gradient is the average of the gradients over the ranks (which
+    DDP and FSDP compute, else `axattn.parallel.average_gradients`). With a cache (``generate``; ``use_cache=False``
+    turns it off) each rank runs the whole rows.
 
     Args:
         model: runs on axattn backends (`axattn.apply`); it may be wrapped before or after.
         group: a process group, a one-dimensional ``DeviceMesh``, or an accelerate ``Accelerator`` whose
             ``ParallelismConfig`` comes from `axattn.parallel.accelerate_config`.
-        gather: put the ranks' logits and hidden states together: always, never, or ``"auto"``: except in training
-            with labels, where the loss is all that is needed.
+        gather: gather the ranks' logits and hidden states: always, never, or ``"auto"``: except in training with
+            labels, which needs only the loss.
 
     Returns:
         `model`, changed in place; `axattn.restore` undoes it.
 
     Raises:
-        UnsupportedAttentionError: the model mixes tokens elsewhere than in attention, its heads can't be shared out,
-            or it runs on a name that Transformers serves; with every reason.
-        InvalidInputError: `group` is no group, `model` no model, or `gather` none of these.
+        UnsupportedAttentionError: the model mixes tokens outside of attention, its heads can't be divided, or it runs
+            on a native name; lists every reason.
+        InvalidInputError: `group`, `model` or `gather` is invalid.
     """
     if gather not in (True, False, "auto"):
-        raise InvalidInputError(f'gather={gather!r} is none of True, False, "auto"')
+        raise InvalidInputError(f'gather={gather!r} is not one of True, False, "auto"')
     mean = hasattr(group, "parallelism_config")
     _split(transformers_model(model), group=Group(process_group(group)), gather=gather, mean=mean)
     return model
 
 
-def _split(model: torch.nn.Module, *, group: Group, gather: Gather, mean: bool, again: bool = False) -> None:
-    """Put a `Split` around a model, now and after every later `axattn.apply`."""
+def _split(model: torch.nn.Module, *, group: Group, gather: Gather, mean: bool, reapplied: bool = False) -> None:
+    """Wrap a model in a `Split`, now and after every later `axattn.apply`."""
     reasons = reasons_against(model, group.ranks)
     if any(isinstance(change.change, Split) for change in changes_around(model) if isinstance(change, OncePerCall)):
         reasons.append(Reason("model", "it is sequence-parallel already"))
     state = state_of(model)
     if state is None or reasons:
-        advice = "axattn.restore(model) takes the split off that it has." if again else ""
+        advice = "axattn.restore(model) removes its sequence parallelism." if reapplied else ""
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run over {group.ranks} ranks", reasons, advice)
     add_model_wrappers(state.patches, model, Split(group, gather, state.patches, mean), at_head=True)
-    state.later.append(functools.partial(_split, group=group, gather=gather, mean=mean, again=True))
+    state.later.append(functools.partial(_split, group=group, gather=gather, mean=mean, reapplied=True))
 
 
 def process_group(group: Any) -> Any:
-    """The process group of what a user calls a group.
+    """The process group of the `group` argument of `sequence_parallel`.
 
     Raises:
-        InvalidInputError: it is none.
+        InvalidInputError: it has none.
     """
     import torch.distributed as dist
 
@@ -93,14 +93,14 @@ def process_group(group: Any) -> Any:
 
 
 class Split:
-    """The change around a model's ``forward``: this rank's part of the rows in, the loss of the whole batch out.
+    """Wraps a model's ``forward``: it runs on this rank's part of the rows and returns the loss of the whole batch.
 
     Args:
         group: the ranks.
         gather: as for `sequence_parallel`.
         patches: of the model.
-        mean: who gives ``num_items_in_batch`` expects a rank's own loss: Transformers' Trainer multiplies it by all
-            processes, those that share a row included (``Trainer.compute_loss``, transformers 5.17 and 5.23).
+        mean: with ``num_items_in_batch``, return a rank's share of the loss: Transformers' Trainer multiplies it by the
+            number of processes, including those that share a row (``Trainer.compute_loss``, transformers 5.17, 5.23).
     """
 
     def __init__(self, group: Group, gather: Gather, patches: Any, mean: bool) -> None:
@@ -112,8 +112,8 @@ class Split:
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
-        """Run one forward; returns the model's output. Of a compiled model this part is not traced: documents and
-        lengths are read, and agreed on between the ranks, when it runs."""
+        """Run one forward and return the model's output. ``torch.compile`` does not trace this part: it reads documents
+        and lengths and compares them between the ranks at run time."""
         if wants_cache(model, inputs):
             return forward(inputs)  # a cache holds whole rows
         require_axattn_backend(self.traits, model)
@@ -126,7 +126,7 @@ class Split:
         with (
             assume(shard=shard),
             reading(own),
-        ):  # input hooks inside take the share; a model without one inside reads its own
+        ):  # input hooks of inner models use the shard; an inner model without a hook reads this context
             output = forward({**part, "return_dict": True})
         if output.get("loss") is not None:
             loss = total(output["loss"], shard.group)
@@ -140,25 +140,25 @@ class Split:
 
     def missed(self, context: Context) -> str:
         """See `axattn.patches.forward_wrapper.WholeModel`."""
-        return "this batch would not be split over ranks, as axattn.sequence_parallel says"
+        return "this batch would not be split over ranks, as axattn.sequence_parallel requires"
 
 
 def _require_own_loss(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-    """Raise where Trainer will compute the loss of a training step outside of the model: it takes the labels away, and
-    leaves ``num_items_in_batch`` (transformers 5.17 and 5.23); or a forward in the place of the model's does.
+    """Raise if the loss of a training step is computed outside of the model: Trainer removes the labels and keeps
+    ``num_items_in_batch`` (transformers 5.17 and 5.23), or another package has replaced the model's forward.
 
     Raises:
-        UnsupportedAttentionError: it will. Every rank would hold the whole loss, which Trainer multiplies by all ranks.
+        UnsupportedAttentionError: every rank would hold the whole loss, which Trainer multiplies by all ranks.
     """
     training = model.training and torch.is_grad_enabled()
-    head = ATTRIBUTE not in vars(model)  # a model inside of it was called: something stands in the place of its forward
+    head = ATTRIBUTE not in vars(model)  # an inner model was called: the outer forward has been replaced
     if training and inputs.get("labels") is None and (head or inputs.get("num_items_in_batch") is not None):
         text = (
             "a loss computed outside of the model (label smoothing, compute_loss_func, TRL's fused head) would count "
-            "once for each rank"
+            "once per rank"
         )
         raise UnsupportedAttentionError(
             f"{type(model).__name__} can't train in Trainer with its rows split over ranks",
             [Reason("labels", text)],
-            "Leave label_smoothing_factor and compute_loss_func out.",
+            "Don't use label_smoothing_factor or compute_loss_func.",
         )

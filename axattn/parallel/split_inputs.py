@@ -1,4 +1,4 @@
-"""Splits the inputs of a forward over ranks and puts its outputs together again. No attention here."""
+"""Splits the inputs of a forward over ranks and gathers its outputs. No attention here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from axattn.traits.position_ids import own_positions
 
 @dataclass(frozen=True)
 class Group:
-    """A process group and this rank in it. Copies of a model share it; it can't be pickled.
+    """A process group and this process's rank. Copies of a model share it; it can't be pickled.
 
     Attributes:
         handle: the ``torch.distributed`` process group.
@@ -51,27 +51,27 @@ class Group:
         )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads values, and asks the other ranks
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads values and communicates with other ranks
 def split(
     model: torch.nn.Module, group: Group, inputs: dict[str, Any], traits: ModelTraits
 ) -> tuple[SequenceShard, dict[str, Any], int]:
     """This rank's part of a batch that every rank of the group holds whole.
 
-    Rows are padded to a multiple of P behind their end; labels are shifted before they are cut, so that no target is
-    lost between two ranks.
+    Rows are padded on the right to a multiple of P; labels are shifted before the split, so that no target is lost
+    between two ranks.
 
     Args:
         model: the model.
         group: of the ranks.
         inputs: of its forward, by name.
-        traits: about the model.
+        traits: of the model.
 
     Returns:
-        The share, the inputs of this rank, and S before padding.
+        The shard, the inputs of this rank, and S before padding.
 
     Raises:
         InvalidInputError: the ranks' batches differ.
-        UnsupportedAttentionError: an input whose part nobody knows.
+        UnsupportedAttentionError: an input that can't be split.
     """
     _require_known(model, inputs)
     tokens = tokens_of(inputs)
@@ -94,12 +94,12 @@ def split(
     given = split_as(inputs, "copy") | {"use_cache": False}
     for key, value in whole.items():
         fill = IGNORE_INDEX if INPUTS[key].role in (Role.LABELS, Role.TARGETS) else 0
-        given[key] = _behind(value, extra, fill)[:, start : start + part].contiguous()
+        given[key] = _pad_end(value, extra, fill)[:, start : start + part].contiguous()
     targets = whole.get("shift_labels", whole.get("labels"))
     if targets is not None and given.get("num_items_in_batch") is None:
         given["num_items_in_batch"] = (targets != IGNORE_INDEX).sum()
-    padding = None if mask is None else _behind(mask.to(torch.bool), extra, False)
-    if extra and segments is not None:  # the padding is a document of its own
+    padding = None if mask is None else _pad_end(mask.to(torch.bool), extra, False)
+    if extra and segments is not None:  # the padding becomes a separate document
         segments = Segments(tuple((*row, length + extra) for row in segments.boundaries), segments.device)
     elif extra and padding is None:
         padding = torch.arange(length + extra, device=tokens.device).expand(rows, -1) < length
@@ -109,10 +109,10 @@ def split(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def join(output: Any, shard: SequenceShard, length: int) -> None:
-    """Whole rows in an output that holds this rank's.
+    """Replace this rank's part of the rows in an output by the whole rows.
 
     Raises:
-        UnsupportedAttentionError: an output that is not known may hold a value for each of this rank's tokens.
+        UnsupportedAttentionError: an unknown output may hold a value for each of this rank's tokens.
     """
     reasons = []
     for key, holds, value in tensors_of(output):
@@ -123,12 +123,12 @@ def join(output: Any, shard: SequenceShard, length: int) -> None:
         elif holds is None:
             parts = value if isinstance(value, tuple) else (value,)
             if any(isinstance(x, torch.Tensor) and shard.part in x.shape[:2] for x in parts):
-                reasons.append(Reason("model", f"how to put its output {key} together is not known"))
+                reasons.append(Reason("model", f"its output {key} is unknown and can't be gathered"))
     if reasons:
-        raise UnsupportedAttentionError("this model can't run in parts", reasons, "Give gather=False.")
+        raise UnsupportedAttentionError("this model's outputs can't be gathered", reasons, "Use gather=False.")
 
 
-def _behind(x: torch.Tensor, extra: int, fill: float) -> torch.Tensor:
+def _pad_end(x: torch.Tensor, extra: int, fill: float) -> torch.Tensor:
     if not extra:
         return x
     shape = (x.shape[0], extra, *x.shape[2:])
@@ -141,23 +141,23 @@ def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         one = INPUTS.get(key)
         if is_given(value) and (one is None or one.splits == "refuse"):
             why = one.why_not if one is not None else ""
-            reasons.append(Reason(key, f"{key}: {why or 'how to split it is not known'}"))
+            reasons.append(Reason(key, f"{key}: {why or 'there is no known way to split it'}"))
     reasons += reasons_by_row(model, rows_stay=True)
     keep = inputs.get("logits_to_keep")
     if isinstance(keep, torch.Tensor) or keep:
         reasons.append(Reason("logits_to_keep", "logits_to_keep counts from the end of the whole row"))
     mask = inputs.get("attention_mask")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        reasons.append(Reason("attention_mask", "a mask that is not [B, S]"))
+        reasons.append(Reason("attention_mask", "the mask is not [B, S]"))
     positions = inputs.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.ndim != 2:
         reasons.append(Reason("position_ids", f"position_ids of shape {list(positions.shape)}"))
     if reasons:
-        raise UnsupportedAttentionError(f"{type(model).__name__} can't take this batch in parts", reasons)
+        raise UnsupportedAttentionError(f"{type(model).__name__} can't run this batch split over ranks", reasons)
 
 
 def _require_same(group: Group, inputs: dict[str, Any], rows: int, length: int) -> None:
-    """One small collective a forward: ranks with other batches would mix their rows in silence, or hang."""
+    """Compare the batch across ranks with one small collective: different batches would mix rows silently, or hang."""
     device = next(x.device for x in inputs.values() if isinstance(x, torch.Tensor))
     sums = [torch.tensor(0, device=device)] * len(COMPARED)
     for at, key in enumerate(COMPARED):
@@ -165,15 +165,15 @@ def _require_same(group: Group, inputs: dict[str, Any], rows: int, length: int) 
         if isinstance(given, torch.Tensor):
             flat = given.to(device, torch.int64).flatten()
             sums[at] = (flat * torch.arange(1, flat.numel() + 1, device=device)).sum() + 1
-    print_of = torch.stack([*(torch.tensor(n, device=device) for n in (rows, length)), *sums])
-    found = [torch.empty_like(print_of) for _ in range(group.ranks)]
-    dist.all_gather(found, print_of, group=group.handle)
-    seen = [one.tolist() for one in found]
-    if any(one != seen[0] for one in seen):
-        shown = ", ".join(f"rank {at}: {one[0]} x {one[1]}" for at, one in enumerate(seen))
-        other = [key for at, key in enumerate(COMPARED) if len({one[2 + at] for one in seen}) > 1]
+    fingerprint = torch.stack([*(torch.tensor(n, device=device) for n in (rows, length)), *sums])
+    gathered = [torch.empty_like(fingerprint) for _ in range(group.ranks)]
+    dist.all_gather(gathered, fingerprint, group=group.handle)
+    by_rank = [one.tolist() for one in gathered]
+    if any(one != by_rank[0] for one in by_rank):
+        shown = ", ".join(f"rank {at}: {one[0]} x {one[1]}" for at, one in enumerate(by_rank))
+        other = [key for at, key in enumerate(COMPARED) if len({one[2 + at] for one in by_rank}) > 1]
         raise InvalidInputError(
             "the ranks of a sequence-parallel group hold different batches",
             [Reason("input_ids", f"rows x tokens by rank: {shown}; they differ in {', '.join(other)}")],
-            "Give every rank of the group the same batch: shard the data set over the other mesh dimension only.",
+            "Pass the same batch to every rank of the group: shard the data set over the other mesh dimension only.",
         )

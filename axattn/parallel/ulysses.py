@@ -1,7 +1,7 @@
-"""Attention of rows that are split over ranks: heads for tokens, any kernel, tokens for heads.
+"""DeepSpeed Ulysses (arXiv:2309.14509): attention of rows that are split over ranks, around any kernel.
 
-The all-to-all of DeepSpeed Ulysses (arXiv:2309.14509): every rank sends each other rank its tokens of that rank's
-heads, runs the kernel on whole rows of its own heads, and sends the output back.
+Two all-to-alls: every rank sends each other rank its tokens of that rank's heads, runs the kernel on whole rows of its
+own heads, and sends the output back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _REFUSED = {
 
 
 def repeats(heads: int, kv_heads: int, ranks: int) -> int:
-    """How often each KV head is repeated so that the ranks get as many each, and next to their query heads.
+    """How often to repeat each KV head so that every rank gets the same number, with the matching query heads.
 
     The smallest r such that r x kv_heads is a multiple of `ranks` and a divisor of `heads` (a multiple of `ranks`).
     """
@@ -54,13 +54,13 @@ def over_ranks(
         key: ``[B, Hkv, S / P, D]``.
         value: ``[B, Hkv, S / P, Dv]``.
         mask: of the call.
-        kwargs: the call's keywords.
+        kwargs: keywords of the call.
 
     Returns:
         ``[B, S / P, H, Dv]`` and None.
 
     Raises:
-        UnsupportedAttentionError: the heads can't be shared out, or the call has what only whole rows have.
+        UnsupportedAttentionError: the heads can't be divided, or the call has an input that needs whole rows.
     """
     shard = mask.shard
     P = shard.ranks
@@ -69,14 +69,14 @@ def over_ranks(
     if kwargs.get("output_attentions"):
         reasons.append(Reason("weights", "output_attentions=True (the weights of a row are on several ranks)"))
     if key.shape[2] != part or part != shard.part or shard.rows != B:
-        reasons.append(Reason("cross_lengths", "queries and keys are not this rank's share of the same rows"))
+        reasons.append(Reason("cross_lengths", "queries and keys are not this rank's part of the same rows"))
     if H % P:
-        reasons.append(Reason("heads", f"{H} heads can't be shared out to {P} ranks"))
+        reasons.append(Reason("heads", f"{H} heads can't be divided among {P} ranks"))
     if reasons:
         raise UnsupportedAttentionError(f"{type(module).__name__} can't run over {P} ranks", reasons)
-    again = repeats(H, key.shape[1], P)
-    if again > 1:
-        key, value = key.repeat_interleave(again, 1), value.repeat_interleave(again, 1)
+    repeat = repeats(H, key.shape[1], P)
+    if repeat > 1:
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     sizes = [x.shape[1] // P * x.shape[3] for x in (query, key, value)]
     packed = torch.cat([_by_rank(x, P) for x in (query, key, value)], -1)
     received = exchange(packed, shard.group)  # [P, B, S / P, heads x dims of this rank]
@@ -88,10 +88,10 @@ def over_ranks(
     )
     own = slice(shard.rank * (H // P), (shard.rank + 1) * (H // P))
     given = {word: x[own] if word in _PER_HEAD and x is not None else x for word, x in kwargs.items()}
-    out, _ = attend(name, _stand_in(module, again, own), q, k, v, mask.as_flag, **given)  # [B, S, H / P, Dv]
+    out, _ = attend(name, _stand_in(module, repeat, own), q, k, v, mask.whole_rows, **given)  # [B, S, H / P, Dv]
     back = out.reshape(B, P, part, -1).transpose(0, 1)
-    mine = exchange(back, shard.group)  # [P, B, S / P, H / P x Dv], by the rank that had the heads
-    return mine.permute(1, 2, 0, 3).reshape(B, part, H, -1), None
+    own_tokens = exchange(back, shard.group)  # [P, B, S / P, H / P x Dv], by the rank that had the heads
+    return own_tokens.permute(1, 2, 0, 3).reshape(B, part, H, -1), None
 
 
 def _by_rank(x: torch.Tensor, ranks: int) -> torch.Tensor:
@@ -100,12 +100,12 @@ def _by_rank(x: torch.Tensor, ranks: int) -> torch.Tensor:
     return x.reshape(B, ranks, heads // ranks, S, D).permute(1, 0, 3, 2, 4).reshape(ranks, B, S, -1)
 
 
-def _stand_in(module: torch.nn.Module, again: int, own: slice) -> torch.nn.Module:
-    """The module as its own eager function must see it: with this rank's sinks, and the groups of repeated KV heads."""
+def _stand_in(module: torch.nn.Module, repeat: int, own: slice) -> torch.nn.Module:
+    """The module as its eager function needs it: with this rank's sinks and the group size after repeating KV heads."""
     changed: dict[str, Any] = {}
     groups, sinks = getattr(module, "num_key_value_groups", None), getattr(module, "sinks", None)
-    if again > 1 and isinstance(groups, int):
-        changed["num_key_value_groups"] = groups // again
+    if repeat > 1 and isinstance(groups, int):
+        changed["num_key_value_groups"] = groups // repeat
     if isinstance(sinks, torch.Tensor):
         changed["sinks"] = sinks[own]
     if not changed:

@@ -14,7 +14,7 @@ import torch
 from axattn import backends
 from axattn.documents.input_hook import InputHook
 from axattn.errors import Reason, UnsupportedAttentionError
-from axattn.hf.forward_inputs import READ
+from axattn.hf.forward_inputs import HOOK_INPUTS
 from axattn.hf.integrations import ORIGINAL
 from axattn.hf.module_walk import named_modules
 from axattn.hf.source_inspection import code_of, tree_of
@@ -100,7 +100,7 @@ def require_first_gradients(
 def native_name(name: str | None, default: str | None) -> str | None:
     """The native name that serves a config, None when one of our names does."""
     running = name or default
-    return running if running is not None and running not in names.ours() else None
+    return running if running is not None and running not in names.axattn_backends() else None
 
 
 def _nondeterministic(native: str) -> tuple[Reason, ...]:
@@ -123,7 +123,7 @@ def hands_on(forward: Any, child: str) -> bool:
         return False
     parameters = inspect.signature(inspect.unwrap(forward)).parameters
     spread = [name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
-    read = [name for name in parameters if name in READ]
+    read = [name for name in parameters if name in HOOK_INPUTS]
     nodes = list(ast.walk(function))
     stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{child}"]

@@ -50,7 +50,7 @@ class _Start:
         configs |= {id(copy.config): copy.config for copy in copies(model)}
         before = [(config, getattr(config, CONFIG_NAME, None)) for config in configs.values()]
         for config, name in before:
-            if name in names.ours():
+            if name in names.axattn_backends():
                 setattr(config, CONFIG_NAME, "sdpa" if self.by_sdpa else "eager")
         try:
             manager = getattr(type(model), METHOD)(model, *args, **kwargs)

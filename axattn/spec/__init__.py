@@ -1,1 +1,1 @@
-"""Values that everything shares: names, `Capability` and `Need`, options. Pure: neither torch nor Transformers."""
+"""Names, `Capability` and `Need`, options: pure values, without torch or Transformers."""

@@ -1,4 +1,4 @@
-"""What a kernel serves (`Capability`), what a layer or a call asks for (`Need`), and every reason why they don't meet.
+"""What a kernel serves (`Capability`), what a layer or a call needs (`Need`), and every mismatch (`missing`).
 
 Pure value types and one pure function; nothing here imports torch or Transformers.
 """
@@ -14,16 +14,16 @@ from axattn.errors import Reason
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one attention layer (at load) or one attention call asks of a kernel.
+    """What one attention layer (at load) or one attention call needs from a kernel.
 
-    A field at its default asks for nothing. `None` for a size means "not known before the call".
+    A field at its default needs nothing. `None` for a size means "unknown before the call".
 
     Attributes:
         head_dim: size of a query and key head, D.
         value_dim: size of a value head, Dv (differs from D in multi-head latent attention).
         heads: query heads, H.
         kv_heads: key and value heads, Hkv.
-        causal: a query sees no later key.
+        causal: a query attends to no later key.
         window: sliding window in tokens, None for full attention.
         chunk: chunked attention (Llama 4), chunk size in tokens.
         softcap: logits are ``softcap * tanh(logits / softcap)``.
@@ -33,15 +33,15 @@ class Need:
         dropout: probability of attention dropout in training.
         dense_mask: an arbitrary 4-D mask that has no compact description.
         padding: rows padded to one length (a 2-D mask with zeros).
-        non_contiguous_padding: a known rule that has no spans: padding between real tokens, chunks over a cache.
+        non_contiguous_padding: a known rule without contiguous spans: padding between real tokens, chunks over a cache.
         segments: several documents in one row.
         cross_lengths: q_len differs from kv_len (decoding, cross attention).
-        gradient: gradients of q, k and v are asked for.
-        deterministic: gradients that are the same to the bit each time are asked for (`axattn.hf.determinism`).
-        weights: the attention probabilities are asked for (``output_attentions``).
-        traced: the call is inside a graph that ``torch.compile`` traces, with a mask that only a tensor describes.
-        dtype: ``"float32"``, ``"bfloat16"``, ...; None when not known.
-        device: ``"cpu"``, ``"cuda"``, ...; None when not known.
+        gradient: gradients of q, k and v.
+        deterministic: bitwise reproducible gradients (`axattn.hf.determinism`).
+        weights: the attention probabilities (``output_attentions``).
+        traced: the call is traced by ``torch.compile``, with a mask that only a tensor describes.
+        dtype: ``"float32"``, ``"bfloat16"``, ...; None when unknown.
+        device: ``"cpu"``, ``"cuda"``, ...; None when unknown.
     """
 
     head_dim: int | None = None
@@ -74,17 +74,17 @@ Exactness = Literal["exact", "lossy"]
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """What a kernel does not serve together, although its record serves each part: all that is given must hold.
+    """A combination that a kernel does not serve, although it serves each part. All given conditions must hold.
 
-    A size or a dtype that a `Need` does not know meets no condition, as elsewhere in `missing`.
+    A size or a dtype that is unknown in a `Need` meets no condition, as elsewhere in `missing`.
 
     Attributes:
-        why: what goes on after the kernel's name: ``"serves it in inference only"``.
-        asks: features of `Capability`, all asked for: ``("window", "gradient")``; also ``"causal"``,
+        why: continues the sentence after the kernel's name: ``"serves it in inference only"``.
+        asks: features of `Capability` that are all needed: ``("window", "gradient")``; also ``"causal"``,
             ``"bidirectional"``, ``"grouped_heads"`` and ``"value_dim_differs"``.
-        dtypes: for these only; empty for any.
-        head_dims: where the larger of the query's and the value's head dim (kernels widen the other to it) is from the
-            first to the second of these, which may be None for no end; None for any.
+        dtypes: only for these dtypes; empty for any.
+        head_dims: smallest and largest value of the larger of the query and value head dims (kernels pad the other one
+            to it); None as the largest for no limit, None for any.
         fix: what to type instead, or ``""``.
     """
 
@@ -95,7 +95,7 @@ class Refused:
     fix: str = ""
 
     def meets(self, need: Need) -> bool:
-        """Whether a need is of this kind."""
+        """Whether a need is such a combination."""
         return (
             (not self.dtypes or need.dtype in self.dtypes)
             and all(_asks(need, feature) for feature in self.asks)
@@ -103,7 +103,7 @@ class Refused:
         )
 
     def together(self, need: Need | None = None, shown: Callable[[object], str] = str) -> str:
-        """The combination in words, with the sizes and the dtype of a need: ``window in training, float32``."""
+        """The combination as text, with the sizes and the dtype of a need: ``window in training, float32``."""
         parts = " with ".join(_WORDS.get(feature, feature) for feature in self.asks if feature != "gradient")
         training = "in training" if "gradient" in self.asks else ""
         found = [" ".join(part for part in (parts, training) if part)]
@@ -136,7 +136,7 @@ def _within(size: int | None, ends: tuple[int, int | None]) -> bool:
 
 
 def _asks(need: Need, feature: str) -> bool:
-    """Whether a need asks for a feature of `Capability`."""
+    """Whether a need includes a feature of `Capability`."""
     if feature == "bidirectional":
         return not need.causal
     if feature == "grouped_heads":
@@ -149,22 +149,21 @@ def _asks(need: Need, feature: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """What a kernel serves. Every field says no unless a backend says yes.
+    """What a kernel serves. Every feature is off unless a backend turns it on.
 
     Attributes:
-        exactness: ``"lossy"`` kernels (int8, fp8) are never chosen by ``auto``.
-        devices: device types served.
-        dtypes: dtypes served.
-        head_dims: the only head dims served, or None for any up to `max_head_dim`.
+        exactness: ``auto`` never chooses ``"lossy"`` kernels (int8, fp8).
+        devices: supported device types.
+        dtypes: supported dtypes.
+        head_dims: the only supported head dims, or None for any up to `max_head_dim`.
         max_head_dim: largest head dim, None for no limit.
         head_dim_multiple: head dims must be a multiple of this.
-        head_dim_pairs: (query, value) head dims served although they are above `max_head_dim`.
-        value_dim_differs: value heads may have another size than query heads.
-        value_dim_padded: smaller value heads are widened to the query heads' size, so only that is checked.
-        second_gradient: its gradient can be differentiated again; asked for in backward only
-            (`axattn.patches.double_backward`).
-        refuses: combinations of what it serves that it does not serve together.
-        (others): True when the kernel honours the field of `Need` of that name.
+        head_dim_pairs: (query, value) head dims that are supported above `max_head_dim`.
+        value_dim_differs: value and query heads may differ in size.
+        value_dim_padded: smaller value heads are padded to the query heads' size, so only that size is checked.
+        second_gradient: supports double backward; checked in the backward only (`axattn.patches.double_backward`).
+        refuses: combinations of supported features that the kernel does not serve.
+        (others): True when the kernel supports the field of `Need` of that name.
     """
 
     exactness: Exactness = "exact"
@@ -200,7 +199,7 @@ class Capability:
     notes: dict[str, str] = field(default_factory=dict, hash=False)
 
     def features(self) -> dict[str, bool]:
-        """The yes/no features by name, in the order of declaration (for the docs' tables)."""
+        """The boolean features by name, in the order of declaration (for the docs' tables)."""
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), bool)}
 
 
@@ -216,11 +215,11 @@ _FLAGS: dict[str, str] = {
     "padding": "no padding mask",
     "non_contiguous_padding": "no padding between real tokens",
     "segments": "no packed documents",
-    "cross_lengths": "no q_len different from kv_len",
+    "cross_lengths": "no support for q_len different from kv_len",
     "gradient": "no gradient",
     "deterministic": "no deterministic gradient",
     "weights": "no attention weights to return",
-    "traced": "no form for compiled graphs",
+    "traced": "no support for compiled graphs",
 }
 
 
@@ -233,32 +232,32 @@ def missing(
         need: of a call or a layer.
         capability: of a kernel.
         name: the kernel's.
-        shown: a number as text; a symbol of a compiled graph has none.
+        shown: formats a number; the symbols of a compiled graph need a formatter of their own.
     """
     reasons: list[Reason] = []
 
-    def say(feature: str, text: str, fix: str = "") -> None:
+    def add(feature: str, text: str, fix: str = "") -> None:
         reasons.append(Reason(feature, text, fix))
 
     for flag, clause in _FLAGS.items():
         if not getattr(capability, flag) and _asks(need, flag):
             asked = getattr(need, flag)
-            said = flag if asked is True else f"{flag}={shown(asked)}"
-            say(flag, f"{said} ({name} has {clause})")
+            text = flag if asked is True else f"{flag}={shown(asked)}"
+            add(flag, f"{text} ({name} has {clause})")
     if need.causal and not capability.causal:
-        say("causal", f"causal attention ({name} is bidirectional only)")
+        add("causal", f"causal attention ({name} is bidirectional only)")
     if not need.causal and not capability.bidirectional:
-        say("causal", f"bidirectional attention ({name} is causal only)")
+        add("causal", f"bidirectional attention ({name} is causal only)")
     reasons += _missing_head_dims(need, capability, name, shown)
     if need.dtype is not None and need.dtype not in capability.dtypes:
         fix = "dtype=torch.bfloat16, or bf16 autocast" if "bfloat16" in capability.dtypes else ""
-        say("dtype", f"{need.dtype} ({name} serves {', '.join(sorted(capability.dtypes))})", fix)
+        add("dtype", f"{need.dtype} ({name} serves {', '.join(sorted(capability.dtypes))})", fix)
     if need.device is not None and need.device not in capability.devices:
-        say("device", f"device {need.device} ({name} runs on {', '.join(sorted(capability.devices))})")
+        add("device", f"device {need.device} ({name} runs on {', '.join(sorted(capability.devices))})")
     for refused in capability.refuses:
         if refused.meets(need):
             feature = (*refused.asks, *(["dtype"] if refused.dtypes else []), "head_dim")[0]
-            say(feature, f"{refused.together(need, shown)} ({name} {refused.why})", refused.fix)
+            add(feature, f"{refused.together(need, shown)} ({name} {refused.why})", refused.fix)
     return reasons
 
 

@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from axattn.errors import Reason, UnknownAttentionError
@@ -20,27 +20,62 @@ NATIVE: tuple[str, ...] = (
     "flash_attention_4",
     "flex_attention",
 )
-"""Names that Transformers serves itself; axattn checks them and hands them on verbatim."""
+"""Native names: Transformers serves them itself; axattn checks them and passes them through."""
 
-OURS: tuple[str, ...] = ("varlen", "xformers", "sage", "s2", "fp8", "auto")
-"""Names that axattn registers with Transformers. ``auto`` is a policy over exact kernels."""
 
-CANONICAL: tuple[str, ...] = NATIVE + OURS
+@dataclass(frozen=True, slots=True)
+class NameFlags:
+    """What is known of a name before its backend is imported.
+
+    Attributes:
+        packing: `AttentionConfig.attn_supports_packing`; `packs` has the condition for packing.
+        flash_lib: `AttentionConfig.attn_uses_flash_lib`.
+        dtype_cast: `AttentionConfig.attn_needs_dtype_cast`.
+        module: of its backend, in `axattn.backends`; ``""`` for ``auto``, which chooses among them.
+    """
+
+    packing: bool
+    flash_lib: bool
+    dtype_cast: bool
+    module: str = field(default="", compare=False)
+
+
+TABLE: dict[str, NameFlags] = {
+    #                      packing, flash library, dtype cast, module
+    "eager": NameFlags(False, False, False, "eager"),
+    "sdpa": NameFlags(False, False, False, "sdpa"),
+    "flash_attention_2": NameFlags(True, True, True, "flash"),
+    "flash_attention_3": NameFlags(True, True, True, "flash"),
+    "flash_attention_4": NameFlags(True, True, True, "flash"),
+    "flex_attention": NameFlags(True, False, True, "flex"),
+    "varlen": NameFlags(True, False, True, "varlen"),
+    "xformers": NameFlags(True, False, True, "xformers"),
+    "sage": NameFlags(True, False, True, "sage"),
+    "s2": NameFlags(False, True, True, "s2"),
+    "fp8": NameFlags(True, False, True, "fp8"),
+    "auto": NameFlags(True, False, False),
+}
+"""Every name, native ones first. A new backend is a line here, its file, and its rank (`axattn.planning.ranking`)."""
+
+AXATTN_BACKENDS: tuple[str, ...] = tuple(name for name in TABLE if name not in NATIVE)
+"""Names that axattn registers with Transformers. ``auto`` chooses among exact kernels."""
+
+CANONICAL: tuple[str, ...] = NATIVE + AXATTN_BACKENDS
 
 ENTRY_POINT_GROUP = "axattn.backends"
-_FITTING = re.compile(r"^(?!.*(flash|sdpa|flex_attention))[a-z][a-z0-9_]*$")  # others mean something to Transformers
+_VALID_NAME = re.compile(r"^(?!.*(flash|sdpa|flex_attention))[a-z][a-z0-9_]*$")  # Transformers interprets these words
 
 
 @functools.cache
 def installed() -> tuple[str, ...]:
-    """Names of installed third-party backends, read from the metadata of packages; none is imported."""
+    """Names of installed third-party backends, read from package metadata without importing them."""
     entries = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    return tuple(sorted({entry.name for entry in entries if _FITTING.match(entry.name)} - set(CANONICAL)))
+    return tuple(sorted({entry.name for entry in entries if _VALID_NAME.match(entry.name)} - set(CANONICAL)))
 
 
-def ours() -> tuple[str, ...]:
-    """Every name that axattn registers with Transformers: its own, and those of third-party backends."""
-    return (*OURS, *installed())
+def axattn_backends() -> tuple[str, ...]:
+    """Every name that axattn registers with Transformers: built-in and third-party backends."""
+    return (*AXATTN_BACKENDS, *installed())
 
 
 FLASH: tuple[str, ...] = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -90,10 +125,10 @@ SHORT_FORMS: dict[str, str] = {
     "varlen_attention": "varlen",
     "automatic": "auto",
 }
-"""Short forms that are refused, and the canonical name that the message gives."""
+"""Refused short forms, and the canonical name that the error message suggests."""
 
-ELSEWHERE: frozenset[str] = frozenset({"flash_attention_torch"})
-"""Names that axolotl takes and axattn does not: unknown here, and no misspelling of ours."""
+AXOLOTL_ONLY: frozenset[str] = frozenset({"flash_attention_torch"})
+"""Names that axolotl accepts and axattn does not: no similar name is suggested for them."""
 
 LEGACY_FLAGS: dict[str, str] = {
     "s2_attention": "s2",
@@ -121,7 +156,7 @@ HUB_SAGE_REPOSITORIES: frozenset[str] = frozenset(
     {"kernels-community/sage-attention", "SageAttention/sage-attention", "kernels-community/sage-blackwell"}
 )
 TRUSTED_PUBLISHERS: frozenset[str] = frozenset({"kernels-community"})
-"""Publishers on the hub whose kernels run without a word; of others the hub is asked (`axattn.hf.hub_kernels`)."""
+"""Hub publishers that are always trusted; for others the hub is queried (`axattn.hf.hub_kernels`)."""
 
 _HUB_PATH = re.compile(
     r"^(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^:@\s]+))?(?::(?P<function>[A-Za-z_]\w*))?$"
@@ -147,47 +182,23 @@ class HubPath:
 
 Packs = Literal["yes", "without a cache", "no"]
 WITHOUT_A_CACHE = (
-    "rows told by position_ids, with use_cache=False and no attention_mask, in models that hand position_ids to "
+    "rows described by position_ids, with use_cache=False and no attention_mask, in models that pass position_ids to "
     "Transformers' masks; axattn refuses other packed rows there"
 )
-"""When documents stay apart under a name whose masks Transformers makes."""
+"""When a name whose masks Transformers makes keeps documents apart."""
 
 
-@dataclass(frozen=True, slots=True)
-class NameFlags:
-    """The three capability flags of a name (see `AttentionConfig`); on what condition it packs: `packs`."""
-
-    packing: bool
-    flash_lib: bool
-    dtype_cast: bool
-
-
-_FLAGS: dict[str, NameFlags] = {
-    #                      packing, flash library, dtype cast
-    "eager": NameFlags(False, False, False),
-    "sdpa": NameFlags(False, False, False),
-    "flash_attention_2": NameFlags(True, True, True),
-    "flash_attention_3": NameFlags(True, True, True),
-    "flash_attention_4": NameFlags(True, True, True),
-    "flex_attention": NameFlags(True, False, True),
-    "varlen": NameFlags(True, False, True),
-    "xformers": NameFlags(True, False, True),
-    "sage": NameFlags(True, False, True),
-    "s2": NameFlags(False, True, True),
-    "fp8": NameFlags(True, False, True),
-    "auto": NameFlags(True, False, False),
-}
 _HUB_FLASH_FLAGS = NameFlags(True, True, True)
 _HUB_SAGE_FLAGS = NameFlags(True, False, True)
 _HUB_UNKNOWN_FLAGS = NameFlags(False, False, True)
-_INSTALLED_FLAGS = NameFlags(False, False, True)  # whether it packs is in its record: see `axattn.backends.packs`
+_INSTALLED_FLAGS = NameFlags(False, False, True)  # its `Capability` says whether it packs: see `axattn.backends.packs`
 
 
 def parse_hub_path(name: str) -> HubPath | None:
     """``org/name[@revision][:function]`` as a `HubPath`, or None when `name` has no slash.
 
     Raises:
-        UnknownAttentionError: there is a slash, but the rest is no hub path.
+        UnknownAttentionError: `name` has a slash but is not a valid hub path.
     """
     if "/" not in name:
         return None
@@ -195,20 +206,20 @@ def parse_hub_path(name: str) -> HubPath | None:
     if match is None:
         raise UnknownAttentionError(
             f"{name!r} is not a hub kernel path",
-            [Reason("name", "a hub kernel is written org/name, org/name@revision or org/name@revision:function")],
+            [Reason("name", "write a hub kernel as org/name, org/name@revision or org/name@revision:function")],
             'For example "kernels-community/flash-attn2@v0.1.0".',
         )
     return HubPath(match["repository"], match["revision"], match["function"])
 
 
 def is_known_hub_repository(name: str) -> bool:
-    """Whether `name` is a hub path whose repository axattn can classify, whatever its revision and function."""
+    """Whether `name` is a hub path of a repository that axattn knows, with any revision and function."""
     path = parse_hub_path(name)
     return path is not None and path.repository in HUB_FLASH_REPOSITORIES | HUB_SAGE_REPOSITORIES
 
 
 def is_native(name: str) -> bool:
-    """Whether Transformers serves `name` itself (``paged|`` names and hub paths included, but for sage kernels)."""
+    """Whether Transformers serves `name` itself (``paged|`` names and hub paths included, except sage kernels)."""
     return name in NATIVE or name.startswith("paged|") or ("/" in name and not is_hub_sage(name))
 
 
@@ -229,23 +240,23 @@ def flags(name: str) -> NameFlags:
     bare = name.removeprefix("paged|")
     path = parse_hub_path(bare)
     if path is None:
-        return _INSTALLED_FLAGS if bare in installed() else _FLAGS[bare]
+        return _INSTALLED_FLAGS if bare in installed() else TABLE[bare]
     if path.repository in HUB_FLASH_REPOSITORIES:
         return _HUB_FLASH_FLAGS
     return _HUB_SAGE_FLAGS if path.repository in HUB_SAGE_REPOSITORIES else _HUB_UNKNOWN_FLAGS
 
 
 def packs(name: str) -> Packs:
-    """Whether the documents of a row stay apart on a canonical name or hub path, and on what condition."""
+    """Whether a canonical name or hub path keeps the documents of a row apart, and under which condition."""
     if name.removeprefix("paged|") in ("eager", "sdpa", "flex_attention"):
         return "without a cache"
     return "yes" if flags(name).packing else "no"
 
 
 def canonicalise(name: str) -> str:
-    """Return `name` when it is canonical or a hub path; refuse everything else with what to type instead.
+    """Return `name` if it is canonical or a hub path; refuse everything else and suggest the right name.
 
-    ``paged|name`` passes here when ``name`` does: whether the installed Transformers still takes it is checked at load.
+    ``paged|name`` is accepted if ``name`` is; the load checks whether the installed Transformers supports it.
 
     Raises:
         UnknownAttentionError: short form, misspelling, unknown name, or not a string.
@@ -259,9 +270,9 @@ def canonicalise(name: str) -> str:
         return name
     if name.startswith("paged|"):
         inner = canonicalise(name.removeprefix("paged|"))
-        if inner in ours():
+        if inner in axattn_backends():
             raise UnknownAttentionError(
-                f"{name!r} can't be used", [Reason("paged", f"axattn's own {inner!r} has no paged cache")]
+                f"{name!r} can't be used", [Reason("paged", f"the axattn backend {inner!r} has no paged cache")]
             )
         return name
     if parse_hub_path(name) is not None:
@@ -273,7 +284,7 @@ def canonicalise(name: str) -> str:
             f"attn_implementation={name!r} is not accepted", advice=f'Write attn_implementation="{canonical}".'
         )
     near = difflib.get_close_matches(key, [*CANONICAL, *SHORT_FORMS], n=1, cutoff=0.6)
-    close = [] if key in ELSEWHERE else near
+    close = [] if key in AXOLOTL_ONLY else near
     advice = f"Names: {', '.join((*CANONICAL, *installed()))}, or a hub kernel path org/name."
     if close:
         advice = f'Did you mean "{SHORT_FORMS.get(close[0], close[0])}"? ' + advice
@@ -284,7 +295,7 @@ def canonicalise_all(value: str | Mapping[str, Any]) -> AttentionNames:
     """`canonicalise` for a name or a (nested) dict per sub-config; every bad entry is reported at once.
 
     Raises:
-        UnknownAttentionError: a value is no name, or a dict is empty.
+        UnknownAttentionError: a value is not a name, or a dict is empty.
     """
     if not isinstance(value, Mapping):
         return canonicalise(value)
@@ -314,7 +325,7 @@ def _canonicalise_mapping(value: Mapping[str, Any], path: str, reasons: list[Rea
 
 
 def names_in(value: AttentionNames) -> list[str]:
-    """Every name in a name or a nested dict of names, without repeats, in order."""
+    """The unique names in a name or a nested dict of names, in order."""
     if isinstance(value, str):
         return [value]
     found: list[str] = []

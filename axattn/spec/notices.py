@@ -1,4 +1,4 @@
-"""`warn_once`: what a user is told once in a process, through the logger ``axattn``."""
+"""`warn_once`: warnings that are logged once per process, through the logger ``axattn``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def warn_once(text: str, key: Hashable = None) -> None:
 
     Args:
         text: the message, without axattn's name.
-        key: warnings with the same key are one; the text where None.
+        key: warnings with the same key are logged once; None for the text.
     """
     if (key or text) not in _given:
         _given.add(key or text)

@@ -1,4 +1,4 @@
-"""`Option`: what a kernel lets its user choose (``kernel_options={"group_size": 512}``), and the check of it. Pure."""
+"""`Option`: a setting of a kernel (``kernel_options={"group_size": 512}``), and its checks. Pure."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from axattn.errors import InvalidConfigError, Reason
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One choice that a kernel offers.
+    """One option of a kernel.
 
     Attributes:
         name: key in ``kernel_options``.
         default: value when it is not given.
         meaning: one line for the docs, without a full stop.
-        wrong: why a value can't be used, ``""`` when it can.
+        wrong: returns why a value is invalid, ``""`` when it is valid.
         backends: the backend that serves the call, by value of the option, in the order of ``"auto"``.
     """
 
@@ -29,21 +29,21 @@ class Option:
 
 
 def one_of(*values: Any) -> Callable[[Any], str]:
-    """A check for `Option.wrong`: one of a few values."""
+    """A check for `Option.wrong` that accepts these values."""
     shown = ", ".join(repr(value) for value in values)
     kinds = tuple({type(value) for value in values})
-    return lambda given: "" if isinstance(given, kinds) and given in values else f"is none of {shown}"
+    return lambda given: "" if isinstance(given, kinds) and given in values else f"is not one of {shown}"
 
 
 def require_options(given: Mapping[str, Any], offered: Mapping[str, Sequence[Option]]) -> None:
-    """Raise unless some kernel offers each option and each value can be used.
+    """Raise unless every option belongs to a kernel and every value is valid.
 
     Args:
         given: ``kernel_options`` as the user wrote it.
-        offered: the options of each kernel named.
+        offered: the options of each named kernel.
 
     Raises:
-        InvalidConfigError: with every reason and what the kernels do offer.
+        InvalidConfigError: lists every reason and the options that the kernels have.
     """
     reasons: list[Reason] = []
     require_mapping(given)
@@ -62,8 +62,8 @@ def require_mapping(given: Any) -> None:
     """Raise unless ``kernel_options`` is a dict or None.
 
     Raises:
-        InvalidConfigError: it is something else.
+        InvalidConfigError: it is not.
     """
     if given is not None and not isinstance(given, Mapping):
-        advice = 'Such as {"group_size": 512}; docs/attention.md lists them.'
+        advice = 'For example {"group_size": 512}; docs/attention.md lists the options.'
         raise InvalidConfigError(f"kernel_options must be a dict, not {type(given).__name__}", advice=advice)

@@ -1,4 +1,4 @@
-"""Names by config path: from what a user gives (a name, or a dict per sub-config) to one name a path, and back."""
+"""Names by config path: converts a name or a dict per sub-config to one name per path, and back."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from axattn.spec import names
 
 
 def resolve_names(value: names.AttentionNames, paths: tuple[str, ...]) -> dict[str, str | None]:
-    """Name by config path from a name or a (nested) dict; a path that no dict mentions keeps Transformers' default.
+    """Name by config path from a name or a (nested) dict; a path without an entry keeps Transformers' default.
 
     Raises:
-        UnknownAttentionError: a key is no sub-config of this model.
+        UnknownAttentionError: a key is not a sub-config of this model.
     """
     if isinstance(value, str):
         return dict.fromkeys(paths, value)
@@ -43,7 +43,7 @@ def resolve_names(value: names.AttentionNames, paths: tuple[str, ...]) -> dict[s
 
 
 def nested(by_path: Mapping[str, str | None]) -> dict[str, Any]:
-    """``{"": a, "x": b, "x.y": c}`` in the nested form that Transformers takes; None is left out."""
+    """``{"": a, "x": b, "x.y": c}`` in the nested form that Transformers accepts, without None values."""
     result: dict[str, Any] = {}
     for path, name in by_path.items():
         if name is None:

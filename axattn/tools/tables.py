@@ -1,4 +1,4 @@
-"""Tables for people, made with rich."""
+"""Terminal tables of plans, with rich."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from axattn.tools.axolotl.config import COMPUTED, AttentionConfig
 
 
 def plan_table(plan: Plan, seq_len: int = 0) -> Table:
-    """Groups of equal layers → kernel, and for each kernel not taken, the reason; with a length, each layer's cost."""
-    cost = [f"a layer at {seq_len:,}"] if seq_len else []
-    columns = ["layers", "kind", "needs", "asked", "kernel", *cost, "not taken, because"]
+    """A row per group of equal layers: its kernel, the reasons against the others, and with a length a layer's cost."""
+    cost = [f"per layer at {seq_len:,}"] if seq_len else []
+    columns = ["layers", "kind", "needs", "requested", "kernel", *cost, "why not the others"]
     table = Table(title=f"Plan for {plan.model} on {plan.environment.describe()}")
     for column in columns:
         table.add_column(column, no_wrap=column == "kernel")
@@ -53,7 +53,7 @@ def print_plan(
     flags: AttentionConfig | None = None,
     assumed: bool = False,
 ) -> None:
-    """Print a plan with its notes, the cost at a length, the capability flags, and what was assumed."""
+    """Print a plan with its notes, the cost at a length, the capability flags, and the assumed libraries."""
     console = console or Console()
     console.print(plan_table(plan, seq_len))
     if seq_len:
@@ -62,9 +62,9 @@ def print_plan(
         console.print(", ".join(f"{name}: {str(getattr(flags, name)).lower()}" for name in COMPUTED))
     if assumed:
         libraries = ", ".join(f"{name} {version}" for name, version in plan.environment.libraries.items())
-        console.print(f"Assumed there: {libraries}.")
+        console.print(f"Assumed on that machine: {libraries}.")
     for path in plan.unknown:
-        console.print(f"{path or 'The model'}: its config tells nothing about attention; checked call by call.")
+        console.print(f"{path or 'The model'}: its config does not describe attention; each call is checked.")
     for note in (*plan.notes, *plan.sources):
         console.print(note)
 

@@ -16,7 +16,7 @@ import torch
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.model_internals import CONFIG_NAME, supports
 from axattn.hf.module_walk import named_modules
-from axattn.hf.registries import name_of, ours
+from axattn.hf.registries import axattn_functions, name_of
 from axattn.hf.source_inspection import calls_interface
 from axattn.spec import names
 from axattn.traits.layer_needs import sub_configs
@@ -114,9 +114,9 @@ def reads_masks_of(name: str | None, masks: str | None, model: Any) -> bool:
         model: the model.
     """
     name, masks = ((one or "eager").removeprefix("paged|") for one in (name, masks))
-    if name == masks or name in ours():  # axattn's attention function reads every kind of mask
+    if name == masks or name in axattn_functions():  # axattn's attention function reads every kind of mask
         return True
-    if name == "sdpa" and (masks == "eager" or masks in ours()):
+    if name == "sdpa" and (masks == "eager" or masks in axattn_functions()):
         return supports(type(model), "sdpa") and not getattr(model.config, "attn_logit_softcapping", None)
     return names.is_flash(name) and names.is_flash(masks)
 

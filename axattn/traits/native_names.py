@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from axattn.errors import Reason
-from axattn.hf.forward_inputs import KINDS, LENGTHS
+from axattn.hf.forward_inputs import LENGTHS, TOKEN_TYPES
 from axattn.hf.module_walk import modules_of
 from axattn.hf.source_inspection import calls_interface, calls_of, code_of, file_source, signature_of, source_of
 from axattn.traits.mask_makers import passes_positions_to_masks
@@ -23,7 +23,7 @@ def image_blocks(module: torch.nn.Module) -> bool:
     """Whether a model adds image blocks to its mask where ``token_type_ids`` mark them."""
     source = sys.modules.get(code_of(module).__module__)
     mentions = source is not None and "block_sequence_ids" in file_source(source.__name__)
-    return mentions and bool(set(signature_of(module).parameters) & set(KINDS))
+    return mentions and bool(set(signature_of(module).parameters) & set(TOKEN_TYPES))
 
 
 def takes_lengths(module: torch.nn.Module) -> bool:

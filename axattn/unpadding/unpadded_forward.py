@@ -41,7 +41,9 @@ def reasons_against(model: torch.nn.Module, decided: Plan) -> list[Reason]:
     """Every reason why a model's batches can't be unpadded; empty when they can."""
     needs = [entry.layer.need for entry in decided.layers]
     reasons = row_forms.reasons_against(model, "unpadded", needs, tuple(decided.running.values()))
-    ours = dict.fromkeys(name for name in decided.running.values() if name in names.ours() and name != "auto")
+    ours = dict.fromkeys(
+        name for name in decided.running.values() if name in names.axattn_backends() and name != "auto"
+    )
     return [
         *reasons,
         *(Reason("segments", f"{name} does not pack") for name in ours if not backends.get(name).capability.segments),

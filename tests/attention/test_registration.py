@@ -42,12 +42,14 @@ FOREIGN: dict[str, Callable[[str], None]] = {
     "attention": lambda name: INTERFACES[0].register(name, foreign),
     "mask": lambda name: INTERFACES[1].register(name, foreign_mask),
     "a partial": lambda name: INTERFACES[0].register(name, functools.partial(foreign)),
-    "a partial of ours": lambda name: INTERFACES[0].register(name, functools.partial(registries.ours()["s2"][0], x=1)),
+    "a partial of ours": lambda name: INTERFACES[0].register(
+        name, functools.partial(registries.axattn_functions()["s2"][0], x=1)
+    ),
     "local attention": lambda name: INTERFACES[0].__setitem__(name, foreign),
     "local mask": lambda name: INTERFACES[1].__setitem__(name, foreign_mask),
 }
 """How another package takes a name."""
-WHOSE = r"held by (functools\.partial\()?(tests\.test_registration\.foreign|axattn\.interface\.attend)"
+WHOSE = r"held by (functools\.partial\()?(tests\.attention\.test_registration\.foreign|axattn\.attention\.\w+\.attend)"
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,9 @@ def gone() -> None:
     for interface in INTERFACES:
         interface._local_mapping.clear()
         table = interface._global_mapping
-        for name in [name for name in names.ours() if name in table and not registries.of_axattn(table[name])]:
+        for name in [
+            name for name in names.axattn_backends() if name in table and not registries.of_axattn(table[name])
+        ]:
             del table[name]
 
 
@@ -85,7 +89,7 @@ def python(code: str, **environment: str) -> str:
 
 def test_all_our_names_are_in_both_registries_and_none_of_transformers_is_replaced() -> None:
     for table in TABLES:
-        assert set(names.OURS) <= set(table)
+        assert set(names.AXATTN_BACKENDS) <= set(table)
     natives = {name: TABLES[0][name] for name in names.NATIVE if name in TABLES[0]}
     assert all(function.__module__.startswith("transformers.") for function in natives.values())
 
@@ -100,7 +104,7 @@ def test_unregister_restores_exactly() -> None:
     axattn.unregister()
     assert not axattn.registered()
     for table in TABLES:
-        assert not set(names.OURS) & set(table)
+        assert not set(names.AXATTN_BACKENDS) & set(table)
     axattn.unregister()
     axattn.register()
     assert axattn.registered()
@@ -117,14 +121,14 @@ def test_a_name_that_another_package_holds_stays_its_as_a_whole_and_all_others_a
     assert {reason.text.split()[1] for reason in raised.value.reasons} == {"'sage'"}
     found = [registries.registered_function(interface, "sage") for interface in INTERFACES]
     assert not any(registries.of_axattn(function) for function in found)
-    assert all(set(names.OURS) - {"sage"} <= set(table) for table in TABLES)
+    assert all(set(names.AXATTN_BACKENDS) - {"sage"} <= set(table) for table in TABLES)
     assert axattn.registered()
     axattn.unregister()
     assert [registries.registered_function(interface, "sage") for interface in INTERFACES] == found
-    assert all(set(names.OURS) & set(table) <= {"sage"} for table in TABLES)
+    assert all(set(names.AXATTN_BACKENDS) & set(table) <= {"sage"} for table in TABLES)
     gone()
     axattn.register()
-    assert registries.is_axattns("sage")
+    assert registries.holds_axattn("sage")
 
 
 @pytest.mark.parametrize("how", FOREIGN)
@@ -179,7 +183,7 @@ def test_a_model_on_a_name_that_is_taken_later_raises_at_its_next_forward_and_st
         packed(model)
     with refused:
         model.generate(tokens(1, 5), max_new_tokens=2)
-    assert "model: varlen, and not axattn's: " in str(axattn.status(model))
+    assert "model: varlen, replaced by another package: " in str(axattn.status(model))
     assert not calls
     gone()
     axattn.register()
@@ -206,7 +210,9 @@ def test_a_compiled_model_is_traced_anew_and_refused() -> None:
 def test_a_model_on_a_name_that_was_taken_out_says_so() -> None:
     model = axattn.apply(build("llama"), "varlen")
     axattn.unregister()
-    with pytest.raises(RegistrationError, match=r"varlen can't serve LlamaModel: .*not in.*axattn\.register\(\)"):
+    with pytest.raises(
+        RegistrationError, match=r"varlen can't serve LlamaModel: .*no longer hold.*axattn\.register\(\)"
+    ):
         packed(model)
     axattn.register()
     packed(model)
@@ -250,10 +256,10 @@ def test_what_an_earlier_import_of_axattn_has_left_is_no_other_packages() -> Non
     attend.__module__ = "axattn.attention.interface"
     model = axattn.apply(build("llama"), "varlen")
     TABLES[0]["varlen"] = functools.partial(attend, "varlen")
-    with pytest.raises(RegistrationError, match="not in Transformers' registries as this import"):
+    with pytest.raises(RegistrationError, match="Transformers' registries no longer hold the"):
         packed(model)
     axattn.register()
-    assert registries.is_axattns("varlen")
+    assert registries.holds_axattn("varlen")
 
 
 @pytest.mark.parametrize("value", ["0", "false"])

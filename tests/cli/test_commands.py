@@ -91,7 +91,7 @@ def test_a_plan_for_another_machine_with_its_costs_and_flags(folder: Path, tmp_p
     assert "flash_attention_3" in done.output
     assert "TFLOP forward" in done.output
     assert "attn_supports_packing: true" in done.output
-    assert "Assumed there: torch" in done.output
+    assert "Assumed on that machine: torch" in done.output
     arguments = ["plan", str(folder), "--environment", "sm90", "--seq-len", "4096", "--json"]
     found = json.loads(runner.invoke(app, arguments).output)
     assert found["flags"]["attn_supports_packing"] is True
@@ -107,7 +107,7 @@ def test_a_file_that_describes_no_machine_is_one_line_on_stderr(folder: Path, tm
     (tmp_path / "machine.json").write_text(text)
     done = runner.invoke(app, ["plan", str(folder), "--environment", str(tmp_path / "machine.json")])
     assert done.exit_code == 1
-    assert "machine.json describes no machine" in done.stderr
+    assert "machine.json does not describe a machine" in done.stderr
     assert runner.invoke(app, ["plan", str(folder), "--environment", "h100"]).exit_code == 1
 
 

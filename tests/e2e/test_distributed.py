@@ -40,7 +40,7 @@ def test_accumulation_over_split_rows_follows_one_process(tmp_path: Path) -> Non
 
 def test_a_loss_outside_of_the_model_is_refused_over_split_rows(tmp_path: Path) -> None:
     """It would be as many times too large as there are ranks: 9.14 for 4.57."""
-    with pytest.raises(AssertionError, match="would count once for each rank"):
+    with pytest.raises(AssertionError, match="would count once per rank"):
         run(2, jobs.trained, str(tmp_path), "rows", {"label_smoothing_factor": 0.1, "max_steps": 1})
 
 

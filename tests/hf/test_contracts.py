@@ -30,7 +30,7 @@ NAMES = [contract.name for contract in every_contract()]
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing checked, nothing seen wrong, nothing kept."""
     monkeypatch.setattr(canary, "_checked", False)
-    monkeypatch.setattr(contracts, "_seen_wrong", [])
+    monkeypatch.setattr(contracts, "_found_wrong", [])
     monkeypatch.setattr(canary, "_file", lambda: tmp_path / "axattn" / "canary.json")
     contracts._broken.cache_clear()
     yield
@@ -112,7 +112,7 @@ BREAKS = {
     "dense masks": [another_dense_mask],
     "names in configs": [another_name],
     "calls of attention functions": [another_call],
-    "words of a forward's inputs": [another_word],
+    "keywords of forwards": [another_word],
     "caches": [another_cache],
     "flash attention on a CPU": [another_flash],
     "calls of modules": [another_call_of_modules],
@@ -239,7 +239,7 @@ def test_a_newer_version_is_tried_once_and_what_came_is_said(
     assert "newer" not in said(caplog)  # once a process
     monkeypatch.setattr(canary, "_checked", False)
     monkeypatch.setattr(canary, "run", None)  # kept on disk
-    assert "(kept from an earlier run): right: packed" in said(caplog)
+    assert "(from an earlier run): right: packed" in said(caplog)
 
 
 def test_the_canary_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

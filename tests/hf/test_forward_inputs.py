@@ -14,7 +14,7 @@ import axattn
 from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionError
 from axattn.hf import forward_inputs
 from axattn.hf.caches import caches_in, is_cache, is_packed, mark_packed
-from axattn.hf.forward_inputs import may_tell_documents, token_shape, unknown_tensors
+from axattn.hf.forward_inputs import may_describe_documents, token_shape, unknown_tensors
 from axattn.parallel.split_inputs import _require_known
 from tests.models import build, positions, tokens
 from tests.renamed import renamed
@@ -123,7 +123,7 @@ def test_tokens_under_an_unknown_keyword_are_refused_in_packed_rows(folder: Path
 @pytest.mark.parametrize("word", ["attention_mask", "position_ids"])
 def test_rows_are_not_split_with_an_unknown_keyword(folder: Path, word: str) -> None:
     given = {"input_ids": tokens(1, 10), NEW[word]: torch.ones(1, 10, dtype=torch.long)}
-    with pytest.raises(UnsupportedAttentionError, match=f"{NEW[word]}: how to split it is not known"):
+    with pytest.raises(UnsupportedAttentionError, match=f"{NEW[word]}: there is no known way to split it"):
         _require_known(copy_of(folder, word), given)
 
 
@@ -176,14 +176,14 @@ def row(*values: int) -> torch.Tensor:
     ],
 )
 def test_values_that_may_describe_documents(x: torch.Tensor, told: bool | None) -> None:
-    found = may_tell_documents(x, None, 1, 6)
+    found = may_describe_documents(x, None, 1, 6)
     assert found is None if told is None else (found is not None and bool(found) is told)
 
 
 def test_positions_of_padding_describe_no_document() -> None:
     where, mask = row(0, 1, 2, 3, 1, 1), row(1, 1, 1, 1, 0, 0)
-    assert may_tell_documents(where, mask, 1, 6) is not None
-    assert not may_tell_documents(where, mask, 1, 6)
+    assert may_describe_documents(where, mask, 1, 6) is not None
+    assert not may_describe_documents(where, mask, 1, 6)
 
 
 def test_what_an_unknown_keyword_holds_for_tokens() -> None:

@@ -71,7 +71,7 @@ def test_many_functions_run_in_order_and_one_that_fails_breaks_neither_the_impor
     with caplog.at_level(logging.WARNING, "axattn"):
         assert importlib.import_module("late").value == 1
     assert seen == [1, 2, 3]
-    assert "after the import of late failed: ZeroDivisionError" in caplog.text
+    assert "for the import of late failed: ZeroDivisionError" in caplog.text
 
 
 def test_a_function_that_comes_in_the_middle_of_the_import_runs_at_its_end(make: Make) -> None:
@@ -185,4 +185,4 @@ def test_a_spec_that_cant_be_watched_is_said_and_imported(make: Make, caplog: py
     after_import("late", lambda: None)
     with caplog.at_level(logging.WARNING, "axattn"):
         assert importlib.import_module("late").value == 1
-    assert "can't tell when the import of late ends" in caplog.text
+    assert "can't detect the end of the import of late" in caplog.text

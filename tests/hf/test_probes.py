@@ -482,7 +482,7 @@ def test_a_weight_of_which_there_is_only_the_shape_computes_nothing() -> None:
     weight = Projection(4, 6, False).weight
     assert isinstance(weight, Shape)
     assert (weight.shape, weight.dtype, weight.ndim) == ((6, 4), torch.float32, 2)
-    with pytest.raises(TypeError, match="matmul of a weight that has no values here"):
+    with pytest.raises(TypeError, match="matmul of a weight that has no values in a skeleton"):
         torch.matmul(torch.ones(2, 6), weight)
 
 

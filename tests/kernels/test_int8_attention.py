@@ -219,7 +219,7 @@ def test_inputs_whose_rows_are_not_eight_values_apart() -> None:
     assert odd[0].stride() == (134, 67, 1)
     assert torch.equal(ours(*odd, packed), ours(*inputs, packed))
     wide = [torch.cat([x, x], -1)[..., 64:] for x in inputs]  # as a fused projection gives them: read where they lie
-    assert int8_attention.in_eights(wide[0]) is wide[0]
+    assert int8_attention.aligned_to_8(wide[0]) is wide[0]
     assert torch.equal(ours(*wide, packed), ours(*inputs, packed))
     for x in (odd[0], torch.zeros(5, 2, 12), inputs[0].transpose(1, 2)):
         with pytest.raises(ValueError, match="eight values at a time"):

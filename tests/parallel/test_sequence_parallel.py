@@ -67,8 +67,8 @@ def test_what_comes_back() -> None:
         assert found.pop("training") == [1, 12, 97]  # this rank's part: the loss is all that training needs
         *shapes, refusal = found.pop("switched")
         assert shapes == [[1, 12, 97]] * 4
-        assert "it runs on eager" in refusal
-        assert "axattn.restore(model) takes the split off" in refusal
+        assert "eager is called by Transformers" in refusal
+        assert "axattn.restore(model) removes its sequence parallelism" in refusal
         assert found.pop("generate")
         assert not found.pop("restored")
         assert all(value < BUDGET for value in found.values()), found
@@ -84,8 +84,8 @@ def test_a_forward_in_the_place_of_the_models_own_is_split_where_it_calls_the_mo
 
 REFUSED = {
     "native name": "sdpa is called by Transformers",
-    "not applied": "axattn does not run it yet",
-    "heads": "3 heads can't be shared out to 2 ranks",
+    "not applied": "it does not run on axattn yet",
+    "heads": "3 heads can't be divided among 2 ranks",
     "s2": "s2 treats the halves of the heads differently",
     "rope": "depends on the longest position on a rank",
     "temperature": "counts positions among the tokens that it sees",
@@ -100,8 +100,8 @@ REFUSED = {
     "other labels": "they differ in labels",
     "other length": "rank 0: 1 x 24, rank 1: 1 x 25",
     "weights": "the weights of a row are on several ranks",
-    "unknown input": "pixel_values: how to split it is not known",
-    "mask": "a mask that is not [B, S]",
+    "unknown input": "pixel_values: there is no known way to split it",
+    "mask": "the mask is not [B, S]",
     "keep": "logits_to_keep counts from the end",
     "pickle": "it holds a process group",
     "after all that": "accepted",
@@ -176,7 +176,7 @@ def test_the_arithmetic_counts_weights_and_halves_with_twice_the_ranks() -> None
     assert two.checkpoints * 2 == one.checkpoints
     q, kv = 32, 16  # heads x head_dim
     assert two.sent == 2 * 3 * 512 * (2 * q + 2 * kv) * 2 // 2
-    with pytest.raises(ValueError, match="can't be shared out"):
+    with pytest.raises(ValueError, match="can't be divided"):
         estimate(config, 1024, 3)
 
 
@@ -195,5 +195,5 @@ def test_an_output_that_may_hold_a_value_for_each_token_of_a_rank_is_not_taken_f
     share = SequenceShard(None, 2, 0, 1, 10, None, None)
     join(ModelOutput(score=torch.zeros(1, 3), loss=torch.zeros(())), share, 9)
     for part in (torch.zeros(1, 5, 3), (torch.zeros(1, 5),)):
-        with pytest.raises(UnsupportedAttentionError, match="its output score together is not known"):
+        with pytest.raises(UnsupportedAttentionError, match="its output score is unknown and can't be gathered"):
             join(ModelOutput(score=part), share, 9)

@@ -22,7 +22,7 @@ def test_what_a_kernel_offers_is_taken() -> None:
     ("given", "text"),
     [
         ({"sise": 2}, "a has no option 'sise'. Options: a: size \\(how big\\)"),
-        ({"size": 3}, "size=3 is none of 1, 2, None"),
+        ({"size": 3}, "size=3 is not one of 1, 2, None"),
         ([("size", 2)], "must be a dict, not list"),
     ],
 )

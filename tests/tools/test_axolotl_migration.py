@@ -150,24 +150,24 @@ def test_rewriting(before: str, after: str) -> None:
         ("x: 1\nflash_attention: true\nattn_implementation: sdpa\n", 2, "both given; keep one"),
         ("flash_attention: maybe\n", 1, "not true or false"),
         ("x: 1\nattn_implementation: nonsense\n", 2, "is unknown"),
-        ("base: &b\n  flash_attention: true\n<<: *b\n", 3, "through a merge key"),
-        ("base: &b\n  flash_attention: true\n<<: [*b]\nflash_attention: false\n", 3, "through a merge key"),
+        ("base: &b\n  flash_attention: true\n<<: *b\n", 3, "from a merge key"),
+        ("base: &b\n  flash_attention: true\n<<: [*b]\nflash_attention: false\n", 3, "from a merge key"),
         ("base: &b\n  attn_implementation: sdpa\n<<: *b\nflash_attention: true\n", 4, "both given; keep one"),
         ("base: &b\n  attn_implementation: flash\n<<: *b\n", 2, "write attn_implementation: flash_attention_2 there"),
         ("attn_implementation: flash_attention_2\nflash_attention: true\n", 2, "both given; keep one"),
         ("attn_implementation: flash_attention_torch\n", 1, "is unknown. Names:"),
         ("attn_implementation: [fa2]\n", 1, "is a list; write one name"),
-        ("attn_implementation: |\n  fa2\n", 1, "in block form; change it by hand"),
+        ("attn_implementation: |\n  fa2\n", 1, "block scalar; change it by hand"),
         ("m: &m {'': fa2}\nattn_implementation: *m\n", 1, "change it by hand"),
         ("? flash_attention\n: true\n", 1, "change it by hand"),
         ("k: &k flash_attention\n*k : true\n", 1, "change it by hand"),
-        ("flash_atention: true\n", 1, "flash_atention is no setting; did you mean flash_attention?"),
+        ("flash_atention: true\n", 1, "flash_atention is not a setting; did you mean flash_attention?"),
         ("Flash-Attention: no\n", 1, "did you mean flash_attention?"),
         ("x: 1\nattn_implementaion: sdpa\n", 2, "did you mean attn_implementation?"),
-        ("flash_attention: true\nd: 2024-13-45\n", 2, "2024-13-45 is no date; write it in quotes"),
-        ("flash_attention: true\nx: {d: !!bool maybe}\n", 2, "maybe is no bool"),
-        ("flash_attention:\ttrue\n", 1, "write spaces in the place of tabs"),
-        ("x:\n\ty: 1\nflash_attention: true\n", 2, "write spaces in the place of tabs"),
+        ("flash_attention: true\nd: 2024-13-45\n", 2, "2024-13-45 is not a valid date; quote it"),
+        ("flash_attention: true\nx: {d: !!bool maybe}\n", 2, "maybe is not a valid bool"),
+        ("flash_attention:\ttrue\n", 1, "use spaces instead of tabs"),
+        ("x:\n\ty: 1\nflash_attention: true\n", 2, "use spaces instead of tabs"),
         ("flash_attention: true\nx: " + "[" * 1000 + "]" * 1000, 1, "nested too deeply"),
         ("flash_attention: true\nx: *none\n", 2, "found undefined alias 'none'"),
         ("x: \x07\nflash_attention: true\n", 1, "U+0007 is not allowed in YAML"),
@@ -212,7 +212,7 @@ def test_what_axolotl_reads_itself_stays_and_is_said(line: str) -> None:
     key = line.partition(":")[0]
     done = migrate(f"{line}  # c\nflash_attention: true\n")
     assert done.after == f"{line}  # c\nattn_implementation: flash_attention_2\n"
-    assert done.notes[0] == f"left as they are, for axolotl to read: {key}"
+    assert done.notes[0] == f"left unchanged, because axolotl reads them: {key}"
     assert migrate(f"{key}:\n").notes == ()
 
 
@@ -279,7 +279,7 @@ def test_a_text_is_rewritten_with_its_meaning_or_left_alone(lines: list[str], en
 
 
 def test_several_flags_are_noted() -> None:
-    assert "s2_attention is the one that counted" in migrate("s2_attention: true\nflash_attention: true\n").notes[0]
+    assert "s2_attention took precedence" in migrate("s2_attention: true\nflash_attention: true\n").notes[0]
 
 
 @given(
@@ -373,9 +373,9 @@ def test_nothing_is_written_before_all_is_read_and_one_bad_file_hides_no_other(
         path.write_text("flash_attention: true\n")
     date.write_text("flash_attention: true\nd: 2024-13-45\n")
     written: list[str] = []
-    plain = migration.look_at
+    plain = migration.migrate_found
 
-    def look_at(found: migration.Found) -> migration.Migration | None:
+    def migrate_found(found: migration.Found) -> migration.Migration | None:
         assert not written
         return plain(found)
 
@@ -387,16 +387,16 @@ def test_nothing_is_written_before_all_is_read_and_one_bad_file_hides_no_other(
 
     found = json.loads(runner.invoke(app, ["migrate", "--json", str(good), str(date), str(gone)]).stdout)
     assert [len(one["problems"]) for one in found] == [0, 1, 1]
-    monkeypatch.setattr(migration, "look_at", look_at)
+    monkeypatch.setattr(migration, "migrate_found", migrate_found)
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
     done = runner.invoke(app, ["migrate", "--write", *map(str, (good, shut, date, gone, good))])
     assert done.exit_code == 1
     assert written == ["a.yml"]
     assert done.stdout.count("+attn_implementation: flash_attention_2") == 1
-    assert f"{date}:2: 2024-13-45 is no date" in done.stderr
+    assert f"{date}:2: 2024-13-45 is not a valid date" in done.stderr
     assert f"{gone}:1: can't be read: No such file" in done.stderr
     assert f"{shut}:1: can't be written: Permission denied" in done.stderr
-    assert done.stderr.endswith("4 files, 1 rewritten, 3 left alone\n")
+    assert done.stderr.endswith("4 files, 1 rewritten, 3 left unchanged because of problems\n")
 
 
 def test_folders_hold_files_that_are_not_for_a_trainer(tmp_path: Path) -> None:
@@ -419,7 +419,9 @@ def test_folders_hold_files_that_are_not_for_a_trainer(tmp_path: Path) -> None:
     options = ["--exclude", "old", "--exclude", "*.gen.yaml", "--write"]
     done = runner.invoke(app, ["migrate", str(tmp_path), *options])
     assert done.exit_code == 1
-    assert done.stderr.endswith("4 files, 2 rewritten, 2 left alone, 3 more say nothing of attention\n")
+    assert done.stderr.endswith(
+        "4 files, 2 rewritten, 2 left unchanged because of problems, 3 skipped (no attention setting)\n"
+    )
     changed = {name for name, text in texts.items() if (tmp_path / name).read_text() != text}
     assert changed == {"a.yml", "UPPER.YML"}
     options += ["--exclude", f"{tmp_path}/typo.yml", "--exclude", "./broken.yml"]

@@ -1,1 +1,1 @@
-"""axolotl's training YAML: attention settings read, checked and migrated to one ``attn_implementation``."""
+"""axolotl's training YAML: reads and checks attention settings, and migrates them to one ``attn_implementation``."""

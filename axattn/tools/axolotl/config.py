@@ -1,6 +1,6 @@
-"""`AttentionConfig`: the single source of truth for what a training config says about attention (pydantic v2).
+"""`AttentionConfig`: the attention settings of a training config, with all their checks (pydantic v2).
 
-Legacy booleans are input only; the three capability flags are computed, never given.
+Legacy booleans are input only; the three capability flags are output only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COMPUTED = setting_names.COMPUTED
 
 
 def _legacy_schema(schema: JsonSchemaValue) -> None:
-    """Show the legacy booleans in the JSON schema as what they are: deprecated input."""
+    """Add the legacy booleans to the JSON schema as deprecated input."""
     for flag, name in names.LEGACY_FLAGS.items():
         schema["properties"][flag] = {
             "anyOf": [{"type": "boolean"}, {"type": "null"}],
@@ -50,35 +50,35 @@ def _legacy_schema(schema: JsonSchemaValue) -> None:
         }
 
 
-class _OurErrors(type(BaseModel)):  # type: ignore[misc]  # pydantic's metaclass has no public name
-    """``AttentionConfig(...)`` raises an error of axattn's; pydantic's own methods raise pydantic's."""
+class _AxattnErrors(type(BaseModel)):  # type: ignore[misc]  # pydantic's metaclass has no public name
+    """Makes ``AttentionConfig(...)`` raise axattn's errors; pydantic's methods still raise pydantic's."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().__call__(*args, **kwargs)
         except ValidationError as error:
-            raise _invalid(f"{cls.__name__} can't be made", error) from error
+            raise _invalid(f"{cls.__name__} can't be created", error) from error
 
 
-class AttentionConfig(BaseModel, metaclass=_OurErrors):
-    """What a training config says about attention.
+class AttentionConfig(BaseModel, metaclass=_AxattnErrors):
+    """The attention settings of a training config.
 
-    Every problem is told at once, each with what to type instead: as an `axattn.InvalidConfigError` where the config is
-    made, read from a file or assigned to, as a ``pydantic.ValidationError`` by pydantic's own methods. Machine
-    requirements are checked only against an `Environment` given as context, or the name of one (``"sm90"``):
+    All problems are reported at once, each with what to type instead: as an `axattn.InvalidConfigError` when the config
+    is created, read from a file or assigned to, as a ``pydantic.ValidationError`` by pydantic's methods. Machine
+    requirements are checked only against an `Environment` passed as context, or its name (``"sm90"``):
     ``AttentionConfig.model_validate(data, context={"environment": Environment.current()})``.
 
     Attributes:
         attn_implementation: canonical name, hub path, dict per sub-config, or None (which means ``"auto"``).
         sample_packing: rows hold several documents.
         adapter: PEFT adapter (``"lora"``, ``"qlora"``), None for a full fine-tune.
-        model_type: Transformers' model type or class name, where known.
+        model_type: Transformers' model type or class name, if known.
         use_cache: the model's cache setting; ``fp8`` sets it to False.
         context_parallel_size: ranks that share one sequence.
-        activation_offloading: activations are offloaded to the CPU in training.
-        scaling_softmax: Llama 4's scaled softmax, which only flex attention can express.
+        activation_offloading: offload activations to the CPU in training.
+        scaling_softmax: Llama 4's scaled softmax, which only flex attention supports.
         gemma4_hybrid_attn_impl: FlashAttention 2 on Gemma 4's sliding layers, another kernel on its global ones.
-        on_unsupported: as for `axattn.from_pretrained`; ``route`` is the general form of the line above.
+        on_unsupported: as for `axattn.from_pretrained`; ``route`` generalises ``gemma4_hybrid_attn_impl``.
         upgrade_flash: as for `axattn.from_pretrained`: ``flash_attention_2`` may run as ``flash_attention_4``.
     """
 
@@ -102,7 +102,7 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, data: Any, info: ValidationInfo) -> Any:
-        """The one validator: maps legacy flags, checks names and everything that depends on them, says all at once."""
+        """The only validator: maps legacy flags, checks names and their consequences, reports all problems at once."""
         if not isinstance(data, Mapping):
             return data
         values = dict(data)
@@ -110,16 +110,16 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
         for name in COMPUTED:
             if name in values:
                 del values[name]
-                problems.append(f"{name} is computed from attn_implementation and can't be given; remove it.")
+                problems.append(f"{name} is computed from attn_implementation and can't be set; remove it.")
         _take_legacy(values, problems)
-        asked = values.get("attn_implementation")
-        if asked is not None:
+        requested = values.get("attn_implementation")
+        if requested is not None:
             try:
-                asked = values["attn_implementation"] = names.canonicalise_all(asked)
+                requested = values["attn_implementation"] = names.canonicalise_all(requested)
             except AxattnError as error:
                 problems.append(str(error))
-                asked = None
-        listed = [] if asked is None else names.names_in(asked)
+                requested = None
+        listed = [] if requested is None else names.names_in(requested)
         problems += _conflicts(values, listed)
         environment = as_environment((info.context or {}).get("environment"))
         for name in listed:
@@ -127,16 +127,16 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
                 problems += _machine_problems(name, environment)
         if problems:
             raise ValueError("\n".join(problems) if len(problems) == 1 else "\n".join(f"- {p}" for p in problems))
-        _settle(values, listed)
+        _apply_consequences(values, listed)
         return values
 
     @computed_field  # type: ignore[prop-decorator]  # pydantic documents this order of decorators
     @property
     def attn_supports_packing(self) -> bool:
-        """Whether every name keeps packed documents apart whatever else is set, as axolotl's table answers it.
+        """Whether every name keeps packed documents apart whatever else is set, as in axolotl's table.
 
-        False for ``eager`` and ``sdpa``: Transformers keeps documents apart there without a cache and without an
-        ``attention_mask`` alone (`axattn.backends.packs`), and axattn refuses the rest.
+        False for ``eager`` and ``sdpa``: there Transformers keeps documents apart only without a cache and without an
+        ``attention_mask`` (`axattn.backends.packs`); axattn refuses other packed rows.
         """
         if self._resolved_packs is not None:
             return self._resolved_packs
@@ -145,23 +145,23 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def attn_uses_flash_lib(self) -> bool:
-        """Whether any kernel named comes from a flash attention library."""
+        """Whether any named kernel comes from a flash attention library."""
         return any(names.flags(name).flash_lib for name in self._resolved or self.names)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def attn_needs_dtype_cast(self) -> bool:
-        """Whether stray fp32 embeddings and norms must be brought to the dtype of the other weights."""
+        """Whether stray fp32 embeddings and norms must be cast to the dtype of the other weights."""
         return any(names.flags(name).dtype_cast for name in self._resolved or self.names)
 
     @property
     def sample_packing_drop_attention_mask(self) -> bool:
-        """Whether a packing loader leaves the attention mask out of its batches: documents are told by positions and
-        lengths where every kernel keeps them apart, and a mask would only hide them."""
+        """Whether a packing loader omits the attention mask: if every kernel keeps documents apart, position ids and
+        lengths describe them, and a mask would only hide them."""
         return self.sample_packing and self.attn_supports_packing
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check a setting with all the others, as if given at the start; after an error the config is as it was."""
+        """Set and check a setting together with all others; after an error the config is unchanged."""
         if name not in type(self).model_fields:
             super().__setattr__(name, value)
             return
@@ -174,10 +174,10 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
         self._resolved = self._resolved_packs = None
 
     def collator(self, max_length: int, **options: Any) -> PackingCollator | None:
-        """What builds rows for this config: a `PackingCollator` where it packs, None where each document has a row.
+        """A `PackingCollator` if this config packs, None if each document has its own row.
 
         Args:
-            max_length: tokens in a row.
+            max_length: tokens per row.
             options: for `PackingCollator`.
         """
         from axattn.documents.collator import PackingCollator
@@ -186,15 +186,15 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
 
     @property
     def names(self) -> list[str]:
-        """Every name asked for; ``["auto"]`` when none was."""
+        """The requested names; ``["auto"]`` if there are none."""
         return ["auto"] if self.attn_implementation is None else names.names_in(self.attn_implementation)
 
     def resolve(self, plan: Plan) -> Self:
-        """A copy whose flags answer for the kernels that `plan` chose (what ``auto`` turned out to be)."""
+        """A copy whose flags describe the kernels that `plan` chose (for ``auto``, those it selected)."""
         resolved = self.model_copy()
         chosen = tuple(dict.fromkeys(entry.chosen for entry in plan.layers))
         resolved._resolved = chosen or None
-        if chosen:  # a native name is Transformers' to mask; under one of axattn's, axattn masks for every kernel
+        if chosen:  # Transformers masks for native names, axattn for every kernel of its backends
             running = [(plan.running.get(entry.layer.path), entry.chosen) for entry in plan.layers]
             resolved._resolved_packs = all(
                 backends.supports_packing(name or "sdpa")
@@ -206,15 +206,15 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
 
     @classmethod
     def from_yaml(cls, path: str | Path, environment: Environment | str | None = None) -> Self:
-        """Read an axolotl YAML file (safe loader) and take what is about attention; the rest is ignored.
+        """Read the attention settings of an axolotl YAML file (safe loader); other settings are ignored.
 
         Args:
             path: the file.
-            environment: check the names against this machine too, also by name.
+            environment: the machine, or its name, to check the names against.
 
         Raises:
-            InvalidConfigError: no file, no mapping, unreadable YAML, a key given twice or misspelt, or settings that
-                contradict each other.
+            InvalidConfigError: no file, not a mapping, unreadable YAML, a duplicate or misspelt key, or contradicting
+                settings.
         """
         if not isinstance(path, str | Path):
             raise InvalidConfigError(f"a config is read from a path, not from a {type(path).__name__}")
@@ -225,7 +225,7 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
             taken["model_type"] = values.get("type_of_model") or values.get("model_config_type")
             if values.get("is_llama_derived_model"):
                 taken["model_type"] = "llama"
-        if taken.get("context_parallel_size") is None:  # under its older name, in axolotl
+        if taken.get("context_parallel_size") is None:  # axolotl's older name
             taken["context_parallel_size"] = values.get("sequence_parallel_degree")
         for key in ("sample_packing", "context_parallel_size", "on_unsupported", "upgrade_flash"):
             if key in taken and taken[key] is None:
@@ -237,7 +237,7 @@ class AttentionConfig(BaseModel, metaclass=_OurErrors):
 
 
 def _warn(text: str, category: type[Warning]) -> None:
-    """A warning at the line of who made the config, wherever that was."""
+    """Warn at the line of the caller outside of axattn and pydantic."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("axattn", "pydantic"):
         frame, level = frame.f_back, level + 1
@@ -256,8 +256,8 @@ def _without_prefix(error: Any) -> str:
 
 
 def _take_legacy(values: dict[str, Any], problems: list[str]) -> None:
-    """Replace the legacy booleans in `values` by ``attn_implementation``; every flag seen warns."""
-    seen: list[str] = []
+    """Replace the legacy booleans in `values` by ``attn_implementation``, with a warning for each."""
+    true: list[str] = []
     for flag, name in names.LEGACY_FLAGS.items():
         if flag not in values:
             continue
@@ -267,32 +267,32 @@ def _take_legacy(values: dict[str, Any], problems: list[str]) -> None:
         if given is not True:
             problems.append(f"{flag} is {given!r}, not true or false; write attn_implementation: {name}.")
             continue
-        seen.append(flag)
+        true.append(flag)
         text = f"{flag} is deprecated; write attn_implementation: {name}"
         _warn(text, DeprecationWarning)
-    if not seen:
+    if not true:
         return
     if values.get("attn_implementation") is not None:
-        flags = ", ".join(seen)
+        flags = ", ".join(true)
         problems.append(
             f"{flags} and attn_implementation: {values['attn_implementation']} are both given; "
             f"keep attn_implementation and remove {flags}."
         )
     else:
-        values["attn_implementation"] = names.LEGACY_FLAGS[seen[0]]  # LEGACY_FLAGS is in order of priority
+        values["attn_implementation"] = names.LEGACY_FLAGS[true[0]]  # LEGACY_FLAGS is in order of priority
 
 
 def _conflicts(values: Mapping[str, Any], listed: list[str]) -> list[str]:
-    """What the config itself contradicts, each with what to type instead."""
+    """Contradictions within the config, each with what to type instead."""
     problems: list[str] = []
     packing = bool(values.get("sample_packing"))
     for name in listed:
         if packing and not backends.supports_packing(name):
             why = "it can't pack"
             if "/" in name:
-                why = "it is a hub kernel that axattn does not know to separate documents"
+                why = "it is a hub kernel, and axattn does not know whether it separates documents"
             elif backends.packs(name) != "no":
-                why = f"it can't pack whatever else is set, only {backends.packs(name)} ({names.WITHOUT_A_CACHE})"
+                why = f"it can't pack, except {backends.packs(name)} ({names.WITHOUT_A_CACHE})"
             problems.append(f"sample_packing with {name}: {why}; write attn_implementation: varlen.")
         if name == "s2":
             model = values.get("model_type")
@@ -302,7 +302,7 @@ def _conflicts(values: Mapping[str, Any], listed: list[str]) -> list[str]:
     if isinstance(parallel, str) and parallel.strip().isdigit():
         parallel = int(parallel)  # pydantic reads it so
     if isinstance(parallel, int) and parallel < 1:
-        problems.append(f"context_parallel_size is {parallel}, not a number of ranks; write 1 for none.")
+        problems.append(f"context_parallel_size is {parallel}, not a number of ranks; write 1 to turn it off.")
     if isinstance(parallel, int) and parallel > 1 and not (listed and all(names.flags(n).flash_lib for n in listed)):
         problems.append(
             f"context_parallel_size: {parallel} needs a flash attention library; "
@@ -332,8 +332,8 @@ def _machine_problems(name: str, environment: Environment) -> list[str]:
     return []
 
 
-def _settle(values: dict[str, Any], listed: list[str]) -> None:
-    """Warnings, and the settings that a kernel brings with it."""
+def _apply_consequences(values: dict[str, Any], listed: list[str]) -> None:
+    """Warnings, and settings that a kernel implies."""
     if "s2" in listed:
         text = "s2 (shifted sparse attention) is deprecated; write attn_implementation: varlen"
         _warn(text, DeprecationWarning)

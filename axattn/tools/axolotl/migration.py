@@ -1,7 +1,7 @@
-"""Rewrites axolotl YAML to one ``attn_implementation``. What is not about attention stays byte for byte.
+"""Rewrites axolotl YAML to one ``attn_implementation``. Everything else stays byte for byte.
 
-`yaml_nodes` says where keys, values, anchors and aliases stand; the text is changed there and nowhere else. What comes
-out is read again: a text whose meaning is not the one intended is never handed back.
+`yaml_nodes` gives the positions of keys, values, anchors and aliases; only these places of the text are edited. The
+result is parsed again, and rejected if its meaning is not the intended one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 from yaml import MappingNode
 
 from axattn.tools.axolotl.migration_rules import ATTENTION, Work, rewrite
-from axattn.tools.axolotl.setting_names import AXOLOTL_KEYS, meant
+from axattn.tools.axolotl.setting_names import AXOLOTL_KEYS, misspelled_setting
 from axattn.tools.axolotl.text_edits import Edits
 from axattn.tools.axolotl.yaml_nodes import Problem, UnreadableYamlError, compose
 
-_UNDECODED = re.compile("[\ud800-\udfff]")  # bytes that are no UTF-8, as `surrogateescape` reads them
+_UNDECODED = re.compile("[\ud800-\udfff]")  # bytes that are not UTF-8, as `surrogateescape` decodes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ class Migration:
     Attributes:
         name: of the file.
         before: its text.
-        after: the new text; that of `before` when there are problems.
-        problems: why it was left alone.
-        notes: what a reader of the diff should know.
+        after: the new text; equal to `before` if there are problems.
+        problems: why it was left unchanged.
+        notes: remarks for the reader of the diff.
         encoding: of the file.
     """
 
@@ -52,7 +52,7 @@ class Migration:
 
     @property
     def shown(self) -> str:
-        """`name` as it can be printed."""
+        """`name` in printable form."""
         return _printable(self.name)
 
     def diff(self) -> str:
@@ -73,7 +73,7 @@ class Migration:
 
 
 def migrate(text: str, name: str = "<text>") -> Migration:
-    """The new form of a YAML text (one document or several).
+    """Migrate a YAML text (one document or several).
 
     Args:
         text: axolotl YAML.
@@ -81,7 +81,7 @@ def migrate(text: str, name: str = "<text>") -> Migration:
     """
     mark = "\ufeff" if text.startswith("\ufeff") else ""
     body = text.removeprefix(mark)
-    readable = _UNDECODED.sub("\ufffd", body)  # character for character
+    readable = _UNDECODED.sub("\ufffd", body)  # one character for one, so positions stay valid
     try:
         tree = compose(readable)
         work = Work(tree, Edits(readable, tree))
@@ -98,9 +98,9 @@ def migrate(text: str, name: str = "<text>") -> Migration:
 
 
 def migrate_file(path: Path, *, write: bool = False) -> Migration:
-    """`migrate` for a file; with `write` the file is rewritten, unless there are problems.
+    """`migrate` for a file; `write` rewrites it unless there are problems.
 
-    Bytes that are not UTF-8 stay as they are, and so does a byte order mark.
+    Bytes that are not UTF-8 and a byte order mark are kept.
 
     Raises:
         OSError: the file can't be read or written.
@@ -111,17 +111,17 @@ def migrate_file(path: Path, *, write: bool = False) -> Migration:
     return done
 
 
-def look_at(found: Found) -> Migration | None:
-    """`migrate_file` without writing; None for a file in a folder that says nothing of attention.
+def migrate_found(found: Found) -> Migration | None:
+    """`migrate_file` without writing; None for a file from a folder that has no attention settings.
 
-    A file that can't be opened is a `Migration` with that problem.
+    A file that can't be opened gives a `Migration` with that problem.
     """
     try:
         text, encoding = _decoded(found.path)
     except OSError as error:
         problem = Problem(1, f"can't be read: {error.strerror or error}")
         return Migration(str(found.path), "", "", (problem,))
-    if not found.named and not _speaks_of_attention(text):
+    if not found.named and not _mentions_attention(text):
         return None
     return _migrated(found.path, text, encoding)
 
@@ -129,12 +129,12 @@ def look_at(found: Found) -> Migration | None:
 def _migrated(path: Path, text: str, encoding: str) -> Migration:
     done = replace(migrate(text, str(path)), encoding=encoding)
     if done.changed and _UNDECODED.search(text):
-        done = replace(done, notes=(*done.notes, "is not UTF-8 throughout; those bytes stay as they are"))
+        done = replace(done, notes=(*done.notes, "has bytes that are not UTF-8; they are kept"))
     return done
 
 
 def _decoded(path: Path) -> tuple[str, str]:
-    """The text of a file, its byte order mark included, and its encoding; bytes that are no text become surrogates."""
+    """The text of a file, with its byte order mark, and its encoding; undecodable bytes become surrogates."""
     raw = path.read_bytes()
     encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
     try:
@@ -143,7 +143,7 @@ def _decoded(path: Path) -> tuple[str, str]:
         return raw.decode("utf-8", "surrogateescape"), "utf-8"
 
 
-_MARKS = (  # the longer ones first
+_MARKS = (  # longest first
     (b"\xff\xfe\x00\x00", "utf-32-le"),
     (b"\x00\x00\xfe\xff", "utf-32-be"),
     (b"\xff\xfe", "utf-16-le"),
@@ -152,7 +152,7 @@ _MARKS = (  # the longer ones first
 
 
 def write_file(done: Migration) -> None:
-    """Write what `migrate_file` made of a file back to it, if that is another text.
+    """Write a migrated file back if it has changed.
 
     Raises:
         OSError: the file can't be written.
@@ -172,16 +172,16 @@ def _printable(text: str) -> str:
 # ---- which files -----------------------------------------------------------------------------------------------------
 
 _KEYS = re.compile(r"""([\w-]+)["']?[ \t]*:(?:\s|$)""")
-_NOT_OURS = ("node_modules", "site-packages")
+_SKIPPED_FOLDERS = ("node_modules", "site-packages")
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file to look at.
+    """A file to migrate.
 
     Attributes:
-        path: of it.
-        named: whether it was named itself, not found in a folder.
+        path: its path.
+        named: whether the user named the file, not only its folder.
     """
 
     path: Path
@@ -189,14 +189,14 @@ class Found:
 
 
 def find(paths: Sequence[Path], exclude: Sequence[str] = ()) -> list[Found]:
-    """The files themselves, and the YAML files inside folders, each once.
+    """The given files, and the YAML files inside the given folders, without repeats.
 
-    Folders whose name starts with a dot, ``node_modules`` and ``site-packages`` are passed over.
+    Folders whose name starts with a dot, ``node_modules`` and ``site-packages`` are skipped.
 
     Args:
         paths: files and folders.
-        exclude: shell patterns (``*.gen.yml``, ``old``, ``configs/old``) of names of files and folders, or of paths, as
-            given or within a folder that is given.
+        exclude: shell patterns (``*.gen.yml``, ``old``, ``configs/old``) that match names of files and folders, or
+            paths as given or relative to a given folder.
     """
     found: dict[Path, Found] = {}
     for path in paths:
@@ -211,7 +211,7 @@ def find(paths: Sequence[Path], exclude: Sequence[str] = ()) -> list[Found]:
 def _yaml_files(folder: Path) -> list[Path]:
     files: list[Path] = []
     for here, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in _NOT_OURS]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS]
         files += [Path(here, name) for name in names if name.lower().endswith((".yml", ".yaml"))]
     return sorted(files)
 
@@ -223,8 +223,8 @@ def _excluded(file: Path, within: Path, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(one, pattern) for pattern in wanted for one in candidates)
 
 
-def _speaks_of_attention(text: str) -> bool:
-    """Whether any key, at whatever depth, is about attention or misspells one that is."""
+def _mentions_attention(text: str) -> bool:
+    """Whether any key, at any depth, is an attention setting or a misspelling of one."""
     known = {*ATTENTION, *AXOLOTL_KEYS}
     keys = set(_KEYS.findall(text))
-    return not known.isdisjoint(keys) or any(meant(key, ATTENTION) for key in keys)
+    return not known.isdisjoint(keys) or any(misspelled_setting(key, ATTENTION) for key in keys)

@@ -1,4 +1,4 @@
-"""Names of settings in training YAML: axolotl's own that touch attention, and misspelt ones of ours. Pure strings."""
+"""Names of settings in training YAML: axolotl's attention settings, and misspellings of axattn's. Pure strings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 HYBRID = "gemma4_hybrid_attn_impl"
 
 COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
-"""What `AttentionConfig` computes from the name and refuses as input."""
+"""The flags that `AttentionConfig` computes from the name and refuses as input."""
 
 AXOLOTL_KEYS: tuple[str, ...] = (
     HYBRID,
@@ -38,22 +38,22 @@ AXOLOTL_KEYS: tuple[str, ...] = (
     "use_dsv4_kernels",
     "use_glm_dsa_kernels",
 )
-"""Settings of axolotl (0.18 to 0.21) that touch attention and that axolotl reads itself: `migrate` leaves them alone.
-Left out are those that say only how rows are filled (``sample_packing_bin_size``, ...)."""
+"""Settings of axolotl (0.18 to 0.21) that affect attention and that axolotl reads itself: `migrate` keeps them.
+Settings that only control how rows are filled (``sample_packing_bin_size``, ...) are not listed."""
 
-_CUTOFF = 0.88  # no setting of axolotl 0.18-0.21 (844 names) comes so near to one of ours; "flash_atention" has 0.97
+_CUTOFF = 0.88  # no setting of axolotl 0.18-0.21 (844 names) is this similar to axattn's; "flash_atention" has 0.97
 
 
-def meant(key: str, ours: Iterable[str]) -> str | None:
-    """The setting that `key` misspells, or None where it is one, or near to none.
+def misspelled_setting(key: str, settings: Iterable[str]) -> str | None:
+    """The setting that `key` misspells, or None if it is a setting or similar to none.
 
     Args:
         key: a key as written.
-        ours: the settings there are.
+        settings: the valid settings.
     """
-    ours = list(ours)
-    if key in ours or key in AXOLOTL_KEYS:
+    settings = list(settings)
+    if key in settings or key in AXOLOTL_KEYS:
         return None
-    plain = key.strip().lower().replace("-", "_").replace(" ", "_")
-    close = difflib.get_close_matches(plain, ours, n=1, cutoff=_CUTOFF)
-    return close[0] if close and close[0][0] == plain[:1] else None
+    normalised = key.strip().lower().replace("-", "_").replace(" ", "_")
+    close = difflib.get_close_matches(normalised, settings, n=1, cutoff=_CUTOFF)
+    return close[0] if close and close[0][0] == normalised[:1] else None

@@ -1,4 +1,4 @@
-"""Changes to YAML text at the places of its nodes, and what a text means, to compare before and after."""
+"""Edits YAML text at the positions of its nodes, and computes its meaning, to compare before and after."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 from axattn.tools.axolotl.yaml_nodes import Problem, Tree
 
-_BREAKS = "\n\r\x85\u2028\u2029"  # line ends, as PyYAML has them
+_BREAKS = "\n\r\x85\u2028\u2029"  # PyYAML's line ends
 _LINE_END = re.compile(f"\r\n|[{_BREAKS}]")
 _TAIL = re.compile(rf"[ \t]*(?P<comment>#[^{_BREAKS}]*)?(?=[{_BREAKS}]|\Z)")
 _TEXT = "tag:yaml.org,2002:str"
 
 
 class Edits:
-    """Changes to one text. Comments and line ends stay; so does what an anchor means to aliases elsewhere.
+    """Edits of one text. Comments and line ends are kept, and aliases keep the value of an edited anchor.
 
     Args:
         text: of the file.
         tree: its nodes.
 
     Attributes:
-        spans: start and end in the text, and what comes there.
-        refused: keys that are written in a way that only a person can change.
+        spans: start, end and replacement of each edit.
+        refused: keys whose layout must be changed by hand.
     """
 
     def __init__(self, text: str, tree: Tree) -> None:
@@ -35,16 +35,18 @@ class Edits:
         self.refused: list[Problem] = []
 
     def put(self, mapping: MappingNode, key: Node, value: Node, new: str) -> None:
-        """Put `new` in the place of a key and its value, which stand on a line of their own."""
-        if self._alone(mapping, key, value):
+        """Replace a key and its value, which must be on their own line."""
+        if self._on_own_line(mapping, key, value):
             self.spans.append((key.start_mark.index, self.tree.span(mapping, key, value)[1], new))
 
     def drop(self, mapping: MappingNode, key: Node, value: Node) -> None:
-        """Take out a key's line; its comment stays."""
-        if not self._alone(mapping, key, value):
+        """Remove a key's line but keep its comment."""
+        if not self._on_own_line(mapping, key, value):
             return
         start = self._line_start(key.start_mark.index)
-        tail = cast("re.Match[str]", _TAIL.match(self.text, self.tree.span(mapping, key, value)[1]))  # as in `_alone`
+        tail = cast(
+            "re.Match[str]", _TAIL.match(self.text, self.tree.span(mapping, key, value)[1])
+        )  # as in `_on_own_line`
         if tail["comment"]:
             self.spans.append((start, tail.start("comment"), ""))
         else:
@@ -52,11 +54,11 @@ class Edits:
             self.spans.append((start, tail.end() if end is None else end.end(), ""))
 
     def value(self, mapping: MappingNode, key: Node, value: Node, new: str) -> None:
-        """Put `new` in the place of a scalar value, in the same quotes."""
+        """Replace a scalar value, keeping its quotes."""
         start, end = self.tree.span(mapping, key, value)
         quote = value.style if isinstance(value, ScalarNode) and self.text[start] != "*" else None
         if quote in ("|", ">"):
-            self._refuse(key, "a name in block form")
+            self._refuse(key, "the name is a block scalar")
         else:
             self.spans.append((start, end, f"{quote or ''}{new}{quote or ''}"))
 
@@ -64,7 +66,7 @@ class Edits:
         """The new text.
 
         Args:
-            text: what to change in the place of the text itself; of the same length.
+            text: a text of the same length to edit instead.
         """
         text = self.text if text is None else text
         parts, at = [], 0
@@ -74,7 +76,7 @@ class Edits:
         return "".join([*parts, text[at:]])
 
     def _moved(self, text: str) -> list[tuple[int, int, str]]:
-        """Anchors that are edited away and still used: the first alias that stays becomes the anchored value."""
+        """Edits for removed anchors that are still used: the first remaining alias becomes the anchored value."""
         moved: dict[int, tuple[int, int, str]] = {}
         for alias in self.tree.aliases:
             start, end = alias.target.start_mark.index, alias.target.end_mark.index
@@ -85,10 +87,10 @@ class Edits:
     def _edited(self, index: int) -> bool:
         return any(start <= index < end for start, end, _ in self.spans)
 
-    def _alone(self, mapping: MappingNode, key: Node, value: Node) -> bool:
-        """Whether a key and its value have one line to themselves; noted where not."""
+    def _on_own_line(self, mapping: MappingNode, key: Node, value: Node) -> bool:
+        """Whether a key and its value are on one line of their own; if not, it is refused."""
         start, end = key.start_mark.index, self.tree.span(mapping, key, value)[1]
-        alone = (
+        own_line = (
             not mapping.flow_style
             and (id(mapping), id(key)) not in self.tree.keys
             and isinstance(value, ScalarNode)
@@ -96,9 +98,9 @@ class Edits:
             and not any(character in _BREAKS for character in self.text[start:end])
             and _TAIL.match(self.text, end) is not None
         )
-        if not alone:
-            self._refuse(key, f"{key.value} is not written as `{key.value}: value` on a line of its own")
-        return alone
+        if not own_line:
+            self._refuse(key, f"{key.value} is not written as `{key.value}: value` on its own line")
+        return own_line
 
     def _refuse(self, node: Node, text: str) -> None:
         self.refused.append(Problem(node.start_mark.line + 1, f"{text}; change it by hand"))
@@ -116,14 +118,14 @@ def meaning(
     renamed: Mapping[tuple[int, int], str] | None = None,
     name: str | None = None,
 ) -> Any:
-    """What a document means, comparable within one process, whatever its anchors, its layout and the order of its keys.
+    """The meaning of a document, independent of anchors, layout and key order; comparable within one process.
 
     Args:
         root: of the document.
-        key: the key that is edited.
-        dropped: keys to leave out.
-        renamed: texts in the place of scalars below `key`, by the ids of mapping and key node.
-        name: the value that `key` is given.
+        key: the edited key.
+        dropped: keys to omit.
+        renamed: replacements of scalars below `key`, by the ids of mapping and key node.
+        name: the new value of `key`.
     """
     if root is None or (isinstance(root, ScalarNode) and root.tag.endswith(":null")):
         return ()
@@ -142,7 +144,7 @@ def meaning(
 
 
 def _digest(node: Node, memo: dict[int, int], renamed: Mapping[tuple[int, int], str]) -> int:
-    """A number for what a node means; each node is read once, also one that contains itself."""
+    """A hash of a node's meaning; each node is visited once, even if it contains itself."""
     if id(node) in memo:
         return memo[id(node)]
     memo[id(node)] = 0

@@ -1,6 +1,6 @@
-"""YAML as nodes that know their place in the text, read as PyYAML's safe loader reads it (axolotl reads with that one).
+"""YAML as nodes with their positions in the text, parsed by PyYAML's safe loader, as in axolotl.
 
-Nothing is built here but what `build` is asked for. `compose` tells where each alias stands, which nodes do not.
+Only `build` constructs values. `compose` also records the position of each alias, which nodes lack.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BAD_SCALAR = (ValueError, KeyError, IndexError, AttributeError, OverflowError, 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with a text.
+    """A problem in a text.
 
     Attributes:
         line: 1 for the first.
@@ -34,7 +34,7 @@ class Problem:
 
 
 class UnreadableYamlError(InvalidConfigError):
-    """A text that is no YAML, or whose values or keys can't be read; `problems` names the lines."""
+    """The text is not YAML, or has invalid values or keys; `problems` has the lines."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -47,9 +47,9 @@ class Alias:
     """An alias as written.
 
     Attributes:
-        target: the node it stands for.
+        target: the node that it refers to.
         start: index of its ``*`` in the text.
-        end: index behind its last character.
+        end: index after its last character.
     """
 
     target: Node
@@ -62,9 +62,9 @@ class Tree:
     """The documents of a text.
 
     Attributes:
-        documents: the root node of each; an empty document is a null scalar.
-        aliases: every alias, in the order of the text.
-        values: the alias that is the value of a key, by the ids of mapping and key node.
+        documents: the root node of each YAML document; an empty one is a null scalar.
+        aliases: every alias, in text order.
+        values: aliases that are the value of a key, by the ids of mapping and key node.
         keys: ids of mapping and key node of each key that is an alias.
     """
 
@@ -74,7 +74,7 @@ class Tree:
     keys: set[tuple[int, int]] = field(default_factory=set)
 
     def span(self, mapping: Node, key: Node, value: Node) -> tuple[int, int]:
-        """Start and end in the text of the value of `key`, as written: an alias, or the value with its anchor."""
+        """Start and end of the value of `key` in the text: of the alias, or of the value with its anchor."""
         alias = self.values.get((id(mapping), id(key)))
         if alias is not None:
             return alias.start, alias.end
@@ -82,7 +82,7 @@ class Tree:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also writes down where aliases stand."""
+    """PyYAML's safe loader that also records the positions of aliases."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -103,17 +103,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def compose(text: str) -> Tree:
-    """The nodes of a text, one document or several.
+    """The nodes of a text with one or several YAML documents.
 
     Raises:
-        UnreadableYamlError: no YAML, nested too deeply, a key given twice, or a value that is none of its kind
-            (a date that does not exist).
+        UnreadableYamlError: not YAML, nested too deeply, a duplicate key, or an invalid value (such as a date that does
+            not exist).
     """
     try:
         loader = _Loader(text)
         while loader.check_node():
             root = loader.get_node()
-            if root is not None:  # `check_node` has seen one
+            if root is not None:  # guaranteed by `check_node`
                 loader.tree.documents.append(root)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -124,7 +124,7 @@ def compose(text: str) -> Tree:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an escape such as "\UFFFFFFFF"
         raise UnreadableYamlError([Problem(1, f"can't be read as YAML: {error}")]) from error
     except RecursionError as error:
-        problem = "can't be read as YAML: it is nested too deeply; take out levels of brackets or of indentation"
+        problem = "can't be read as YAML: it is nested too deeply; remove levels of brackets or of indentation"
         raise UnreadableYamlError([Problem(1, problem)]) from error
     problems = [problem for root in loader.tree.documents for problem in _faults(root)]
     if problems:
@@ -133,33 +133,33 @@ def compose(text: str) -> Tree:
 
 
 def build(node: Node) -> Any:
-    """The value of a node, by PyYAML's safe loader.
+    """The value of a node, constructed by PyYAML's safe loader.
 
     Raises:
-        UnreadableYamlError: a tag that asks for an object, a key that can't be one, a node that contains itself.
+        UnreadableYamlError: an unsafe tag, an unhashable key, or a node that contains itself.
     """
     try:
         return yaml.SafeLoader("").construct_document(node)
     except yaml.MarkedYAMLError as error:
         raise UnreadableYamlError([_marked(error)]) from error
     except RecursionError as error:
-        problem = "can't be read as YAML: it is nested too deeply; take out levels of brackets or of indentation"
+        problem = "can't be read as YAML: it is nested too deeply; remove levels of brackets or of indentation"
         raise UnreadableYamlError([Problem(1, problem)]) from error
 
 
 def own(mapping: MappingNode) -> dict[str, tuple[Node, Node]]:
-    """Key and value nodes of the keys that a mapping gives itself and that are text, by name."""
+    """Key and value nodes of a mapping's own string keys, by name."""
     return {key.value: (key, value) for key, value in mapping.value if key.tag == _TAG + "str"}
 
 
 def merged(mapping: MappingNode) -> dict[str, Node]:
-    """Value nodes of the keys that come into a mapping through ``<<``, its own excepted; the first source counts."""
+    """Value nodes of the keys that a mapping gets only through ``<<``; the first source wins."""
     found: dict[str, Node] = {}
-    todo, seen = _sources(mapping), {id(mapping)}
+    todo, visited = _sources(mapping), {id(mapping)}
     while todo:
         source = todo.pop(0)
-        if id(source) not in seen:
-            seen.add(id(source))
+        if id(source) not in visited:
+            visited.add(id(source))
             for name, (_, value) in own(source).items():
                 found.setdefault(name, value)
             todo = _sources(source) + todo
@@ -173,16 +173,16 @@ def _sources(mapping: MappingNode) -> list[MappingNode]:
 
 
 def _faults(root: Node) -> Iterator[Problem]:
-    """Keys given twice and scalars that are none of their kind, each node once however often it is aliased."""
-    todo, seen = [root], set()
+    """Duplicate keys and invalid scalars; each node is visited once, however often it is aliased."""
+    todo, visited = [root], set()
     constructor = yaml.constructor.SafeConstructor()
     while todo:
         node = todo.pop()
-        if id(node) in seen:
+        if id(node) in visited:
             continue
-        seen.add(id(node))
+        visited.add(id(node))
         if isinstance(node, MappingNode):
-            yield from _twice(node)
+            yield from _duplicates(node)
             todo += [part for pair in node.value for part in pair]
         elif isinstance(node, SequenceNode):
             todo += node.value
@@ -190,11 +190,11 @@ def _faults(root: Node) -> Iterator[Problem]:
             try:
                 constructor.construct_object(node)
             except _BAD_SCALAR:
-                text = f"{_short(node.value)} is no {_KINDS[node.tag]}; write it in quotes if it is meant as text"
+                text = f"{_short(node.value)} is not a valid {_KINDS[node.tag]}; quote it if it is text"
                 yield Problem(node.start_mark.line + 1, text)
 
 
-def _twice(mapping: MappingNode) -> Iterator[Problem]:
+def _duplicates(mapping: MappingNode) -> Iterator[Problem]:
     first: dict[tuple[str, str], int] = {}
     for key, _ in mapping.value:
         if isinstance(key, ScalarNode) and key.tag != _MERGE:
@@ -210,7 +210,7 @@ def _marked(error: yaml.MarkedYAMLError) -> Problem:
     mark = error.problem_mark or error.context_mark
     text = " ".join(part for part in (error.context, error.problem) if part)
     if "'\\t'" in text:
-        text += "; write spaces in the place of tabs"
+        text += "; use spaces instead of tabs"
     return Problem(1 if mark is None else mark.line + 1, f"can't be read as YAML: {text}")
 
 

@@ -1,1 +1,1 @@
-"""Every usable kernel side by side, in one run: times, ratios, memory, error; a report, a plot, a comparison."""
+"""Benchmarks of all usable kernels in one run: times, ratios, memory, error; report, plot, comparison."""

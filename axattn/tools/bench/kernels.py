@@ -1,4 +1,4 @@
-"""`bench`: kernels on one shape of attention, or on the shapes of a model's layers."""
+"""`bench`: times kernels on one attention shape, or on the shapes of a model's layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KERNELS = (
     "sage:library",
     "fp8",
 )
-"""What axattn calls itself; native names are measured with a whole model (`bench_step`)."""
+"""Kernels that axattn calls itself; native names are timed with a whole model (`bench_step`)."""
 BASE = "sdpa"
 
 
@@ -47,12 +47,12 @@ class Timing:
         kernel: its name.
         ms: median.
         spread: (largest - smallest) / median.
-        ratio: time by the time of ``sdpa`` in the same rounds, median; below 1 is faster.
+        ratio: time divided by that of ``sdpa`` in the same round, median; below 1 is faster.
         tflops: useful TFLOP/s (causal pairs only).
-        share: of the measured matrix product.
-        peak_bytes: allocated at most, None on a CPU.
-        error: relative error of the output against fp32; None where it was not taken.
-        failed: why it did not run, ``""`` when it did.
+        share: fraction of the measured matrix-product speed.
+        peak_bytes: peak allocation, None on a CPU.
+        error: relative error of the output against fp32; None if not measured.
+        failed: why it did not run, ``""`` if it did.
     """
 
     kernel: str
@@ -68,12 +68,12 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Kernels side by side.
+    """The results of one benchmark run.
 
     Attributes:
-        machine: what it ran on, with versions.
+        machine: the machine, with versions.
         dtype: of the tensors.
-        backward: forward and backward, not the forward alone.
+        backward: whether forward and backward were timed, or the forward only.
         matmul_tflops: the measured peak.
         shapes: each shape with a `Timing` per kernel.
     """
@@ -85,25 +85,25 @@ class Bench:
     shapes: tuple[tuple[Shape, tuple[Timing, ...]], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; numbers that were not taken are null."""
+        """A JSON-ready description; missing numbers are null."""
         return {
             "machine": dict(self.machine),
             "dtype": self.dtype,
             "backward": self.backward,
             "matmul_tflops": round(self.matmul_tflops, 2),
             "shapes": [
-                {"shape": asdict(shape), "label": str(shape), "kernels": [_plain(asdict(t)) for t in timings]}
+                {"shape": asdict(shape), "label": str(shape), "kernels": [_nan_to_none(asdict(t)) for t in timings]}
                 for shape, timings in self.shapes
             ],
         }
 
 
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
+def _nan_to_none(value: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in value.items()}
 
 
 class Attention(torch.nn.Module):
-    """An attention module on one kernel, as a model would have it."""
+    """An attention module on one kernel, as in a model."""
 
     is_causal = True
 
@@ -118,7 +118,7 @@ class Attention(torch.nn.Module):
 
 
 def mask_of(shape: Shape, device: str) -> LazyMask:
-    """The mask of a shape, as an input hook would give it."""
+    """The mask of a shape, as an input hook would make it."""
     from transformers import masking_utils as mu
 
     function = mu.causal_mask_function
@@ -135,15 +135,15 @@ def mask_of(shape: Shape, device: str) -> LazyMask:
 
 
 def usable_kernels(asked: Sequence[str] = ()) -> list[str]:
-    """The kernels to measure: those asked for, else all that this machine runs; ``sdpa`` always, as the base.
+    """The kernels to time: the requested ones, else all that run on this machine; ``sdpa``, the baseline, always.
 
     Raises:
-        UnknownAttentionError: a name that can't be measured alone.
+        UnknownAttentionError: a name that can't be timed alone.
     """
     unknown = [name for name in asked if name not in KERNELS]
     if unknown:
-        advice = f"Kernels: {', '.join(KERNELS)}. Native names are measured with --model-step."
-        raise UnknownAttentionError(f"{', '.join(unknown)} can't be measured alone", advice=advice)
+        advice = f"Kernels: {', '.join(KERNELS)}. Native names are timed with --model-step."
+        raise UnknownAttentionError(f"{', '.join(unknown)} can't be timed alone", advice=advice)
     environment = Environment.current()
     found = list(asked) or [
         name
@@ -162,23 +162,23 @@ def bench(
     dtype: torch.dtype | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Bench:
-    """Every usable kernel side by side on some shapes.
+    """Time all usable kernels side by side on some shapes.
 
     Args:
         shapes: see `Shape.parse` and `shapes_of`.
-        kernels: of `KERNELS`; empty: all that run here.
+        kernels: names in `KERNELS`; empty for all that run here.
         backward: time forward and backward.
-        rounds: timed calls of each, in turn, after three to warm up.
-        dtype: None: bfloat16 on a GPU, float32 on a CPU.
+        rounds: timed calls per kernel, in turn, after three warm-up calls.
+        dtype: None for bfloat16 on a GPU, float32 on a CPU.
         progress: called with each shape before it runs.
 
     Raises:
-        InvalidInputError: `shapes` holds something else.
-        UnknownAttentionError: a name that can't be measured alone.
+        InvalidInputError: `shapes` is not a list of `Shape`.
+        UnknownAttentionError: a name that can't be timed alone.
     """
     if isinstance(shapes, str) or not shapes or not all(isinstance(shape, Shape) for shape in shapes):
         advice = 'Give [Shape.parse("1,32,8,8192,128")] or shapes_of(model, seq_len), of axattn.tools.bench.shapes.'
-        raise InvalidInputError("shapes is no list of shapes", advice=advice)
+        raise InvalidInputError("shapes is not a list of shapes", advice=advice)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     names = usable_kernels(kernels)
@@ -189,12 +189,12 @@ def bench(
             progress(str(shape))
         found.append((shape, tuple(_shape(shape, names, backward, rounds, kind, device, peak))))
     text = str(kind).removeprefix("torch.")
-    return Bench(described(), text, backward, peak, tuple(found))
+    return Bench(machine_description(), text, backward, peak, tuple(found))
 
 
-def described() -> dict[str, Any]:
-    """This machine, with versions, and the commit where axattn runs from a checkout."""
-    root = Path(__file__).resolve().parents[2]
+def machine_description() -> dict[str, Any]:
+    """This machine with library versions, and axattn's commit if it runs from a checkout."""
+    root = Path(__file__).resolve().parents[3]
     commit = None
     if (root / ".git").exists():
         command = ["git", "rev-parse", "--short", "HEAD"]
@@ -210,7 +210,7 @@ def _shape(
     tensors = []
     for heads in (shape.heads, shape.kv_heads, shape.kv_heads):
         x = torch.randn(shape.rows, shape.length, heads, shape.head_dim, generator=generator).to(device, dtype)
-        tensors.append(x.transpose(1, 2).requires_grad_())  # memory as models have it, [B, S, H, D]
+        tensors.append(x.transpose(1, 2).requires_grad_())  # memory layout of models, [B, S, H, D]
     q, k, v = tensors
     target = torch.randn(shape.rows, shape.length, shape.heads, shape.head_dim, generator=generator).to(device, dtype)
     mask = mask_of(shape, device)
@@ -261,11 +261,11 @@ def _errors(makers: dict[str, Callable[[], torch.Tensor]], q: Any, k: Any, v: An
     if size > 8192:
         return {}
     index = torch.arange(size, device=q.device)
-    seen = index <= index[:, None]
+    visible = index <= index[:, None]
     if shape.window is not None:
-        seen &= index > index[:, None] - shape.window
+        visible &= index > index[:, None] - shape.window
     last_q, last_k, last_v = (x[:1, :, shape.length - size :].float() for x in (q, k, v))
-    wanted = F.scaled_dot_product_attention(last_q, last_k, last_v, seen, enable_gqa=True).transpose(1, 2)
+    wanted = F.scaled_dot_product_attention(last_q, last_k, last_v, visible, enable_gqa=True).transpose(1, 2)
     found = {}
     for name, make in makers.items():
         got = make()[:1, shape.length - size :].float()

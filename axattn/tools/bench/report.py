@@ -1,4 +1,4 @@
-"""A benchmark as a table's rows, a plot (PNG), and a comparison of two files."""
+"""Plots a benchmark (PNG), reads its file, and compares two files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from axattn.errors import InvalidConfigError, Reason
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Bars per kernel and shape: times as ratios to ``sdpa``. `found` is what `Bench.to_dict` gives."""
+    """Plot bars per kernel and shape: times relative to ``sdpa``. `found` is from `Bench.to_dict`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,7 +29,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks(
         [at + 0.4 - width / 2 for at in range(len(shapes))], [shape["label"] for shape in shapes], fontsize=7
     )
-    axes.set_ylabel("time by that of sdpa (lower is faster)")
+    axes.set_ylabel("time / time of sdpa (lower is faster)")
     axes.set_title(f"forward{' and backward' if found['backward'] else ''}, {found['dtype']}")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
@@ -42,28 +42,28 @@ def _ratio(shape: Mapping[str, Any], name: str) -> float:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file that ``axattn bench --json`` or ``--output`` wrote.
+    """Read a file that ``axattn bench --json`` or ``--output`` wrote.
 
     Raises:
-        InvalidConfigError: it is none.
+        InvalidConfigError: it is not such a file.
     """
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found["shapes"], list):
-            raise TypeError("shapes is no list")
+            raise TypeError("shapes is not a list")
         for shape in found["shapes"]:
             for kernel in shape["kernels"]:
                 float(kernel["ratio"] or 0), str(shape["label"]), str(kernel["kernel"])
     except (ValueError, KeyError, TypeError) as error:
         reason = Reason("file", f"{type(error).__name__}: {error}")
-        raise InvalidConfigError(f"{path.name} is no benchmark of axattn", [reason]) from error
+        raise InvalidConfigError(f"{path.name} is not a benchmark of axattn", [reason]) from error
     return found
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Kernels on shapes that both hold: the ratio to ``sdpa`` before and after, and their quotient (below 1: faster).
+    """For kernels and shapes in both: the ratio to ``sdpa`` before and after, and their quotient (below 1: faster).
 
-    Ratios, not times: the two may have run on machines with other loads.
+    Ratios, not times, because the two runs may have had different machine loads.
     """
     known = {(s["label"], k["kernel"]): k["ratio"] for s in before["shapes"] for k in s["kernels"]}
     found = []

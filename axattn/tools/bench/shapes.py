@@ -1,4 +1,4 @@
-"""`Shape`: one attention to measure, from the command line or from a model's config."""
+"""`Shape`: an attention shape to benchmark, from the command line or a model's config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axattn.errors import InvalidConfigError
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One attention.
+    """One attention shape.
 
     Attributes:
         rows: B.
@@ -36,23 +36,25 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str, documents: int | None = None) -> Shape:
-        """``B,H,Hkv,S,D``, and how many packed documents a row holds.
+        """Parse ``B,H,Hkv,S,D``, with the number of packed documents.
 
         Raises:
-            InvalidConfigError: not five positive numbers, or heads that KV heads don't divide.
+            InvalidConfigError: not five positive numbers, or H is not a multiple of Hkv.
         """
         try:
             rows, heads, kv_heads, length, size = (int(part) for part in text.split(","))
         except ValueError:
             raise InvalidConfigError(
-                f"--shape {text!r} is not B,H,Hkv,S,D", advice="Such as 1,32,8,8192,128."
+                f"--shape {text!r} is not B,H,Hkv,S,D", advice="For example 1,32,8,8192,128."
             ) from None
         if min(rows, heads, kv_heads, length, size) < 1 or heads % kv_heads:
-            raise InvalidConfigError(f"--shape {text!r} makes no attention", advice="H is a multiple of Hkv; all > 0.")
+            raise InvalidConfigError(
+                f"--shape {text!r} is invalid", advice="H must be a multiple of Hkv; all must be > 0."
+            )
         return cls(rows, heads, kv_heads, length, size).packed(documents)
 
     def packed(self, documents: int | None) -> Shape:
-        """The same tokens as one row of so many documents of log-normal lengths."""
+        """The same tokens as one packed row of this many documents of log-normal lengths."""
         if not documents:
             return self
         tokens = self.rows * self.length
@@ -60,7 +62,7 @@ class Shape:
         return Shape(1, self.heads, self.kv_heads, tokens, self.head_dim, lengths, self.window)
 
     def flops(self) -> float:
-        """Of the forward, causal."""
+        """FLOPs of the causal forward."""
         pairs = 0.0
         for size in self.documents or (self.length,) * self.rows:
             span = min(size, self.window or size)
@@ -74,7 +76,7 @@ class Shape:
 
 
 def document_lengths(tokens: int, mean: int, seed: int = 0) -> list[int]:
-    """Log-normal document lengths that add up to `tokens`."""
+    """Log-normal document lengths with the sum `tokens`."""
     generator = torch.Generator().manual_seed(seed)
     found: list[int] = []
     while (left := tokens - sum(found)) > 0:
@@ -84,10 +86,10 @@ def document_lengths(tokens: int, mean: int, seed: int = 0) -> list[int]:
 
 
 def shapes_of(model: Any, seq_len: int, documents: int | None = None) -> list[Shape]:
-    """The distinct attention shapes of a model's layers, from its config alone.
+    """The distinct attention shapes of a model's layers, from its config.
 
     Raises:
-        InvalidConfigError: its config tells nothing about attention.
+        InvalidConfigError: its config does not describe causal attention.
     """
     plan = loading.plan(model, "auto")
     found = []
@@ -98,5 +100,5 @@ def shapes_of(model: Any, seq_len: int, documents: int | None = None) -> list[Sh
             shape = Shape(1, need.heads, need.kv_heads or need.heads, seq_len, need.head_dim, None, window)
             found.append(shape.packed(documents))
     if not found:
-        raise InvalidConfigError(f"the config of {plan.model} tells nothing about causal attention")
+        raise InvalidConfigError(f"the config of {plan.model} does not describe causal attention")
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""`bench_step`: a whole training step of a model on each name, packed."""
+"""`bench_step`: times a whole packed training step of a model on each name."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def bench_step(
     rounds: int = 3,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Step time of a loaded model on each name, over the same packed row.
+    """Time training steps of a loaded model on each name, with the same packed row.
 
     Args:
-        model: a causal language model, loaded. It is left as it was.
-        names: attention names; Transformers' own ``sdpa`` is run first, as the base (right or not).
-        tokens: of the row.
-        documents: in it.
-        rounds: timed steps of each.
+        model: a loaded causal language model. It is restored afterwards.
+        names: attention names; Transformers' ``sdpa`` runs first as the baseline (correct or not).
+        tokens: tokens in the row.
+        documents: documents in the row.
+        rounds: timed steps per name.
         progress: called with each name before it runs.
-
-    Raises:
-        UnknownAttentionError: a name that no kernel has.
 
     Returns:
         Per name: ``tokens_per_s``, ``ratio`` to ``sdpa``, ``peak_bytes``; or ``failed`` with the reason.
+
+    Raises:
+        UnknownAttentionError: an unknown name.
     """
     names = [canonicalise(name) for name in names]
     device = next(model.parameters()).device
@@ -60,7 +60,7 @@ def bench_step(
                 step()
                 found[name] = {"name": name, "peak_bytes": peak_bytes(step)}
             spent[name] = []
-        except Exception as error:  # a benchmark goes on: the reason is part of its result
+        except Exception as error:  # the benchmark continues; the reason is part of its result
             found[name] = {"name": name, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
     for turn in range(rounds):
         for name, values in spent.items():

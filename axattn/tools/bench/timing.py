@@ -1,4 +1,4 @@
-"""Candidates take turns within one process, so a noisy machine hurts all of them alike. CUDA events on a GPU."""
+"""Times candidates in turn in one process, so that noise affects all alike. Uses CUDA events on a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Run = Callable[[], object]
 
 
 def timed(candidates: dict[str, Run], rounds: int, warmup: int = 3, device: str = "cpu") -> dict[str, list[float]]:
-    """Milliseconds of each call, `rounds` per candidate, taken in turn after `warmup` rounds."""
+    """Milliseconds of each call: `rounds` per candidate, in turn, after `warmup` rounds."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + rounds):
         for name, run in candidates.items():
@@ -39,7 +39,7 @@ def _once_on_a_gpu(run: Run) -> float:
 
 
 def working(candidates: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]:
-    """The candidates that run, and why the others don't: a benchmark goes on, the reason is part of its result."""
+    """The candidates that run, and why the others don't."""
     runs, failed = {}, {}
     for name, run in candidates.items():
         try:
@@ -53,7 +53,7 @@ def working(candidates: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]
 
 
 def peak_bytes(run: Run) -> int | None:
-    """Bytes that a call allocates on the GPU at most, beyond what was there; None without a GPU."""
+    """Peak bytes that a call allocates on the GPU, beyond those allocated before; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
@@ -65,7 +65,7 @@ def peak_bytes(run: Run) -> int | None:
 
 
 def matmul_tflops(device: str, dtype: torch.dtype, size: int | None = None) -> float:
-    """TFLOP/s of a large matrix product, measured: the peak that shares are of."""
+    """Measured TFLOP/s of a large matrix product, the reference for `Timing.share`."""
     size = size or (8192 if device == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = min(timed({"matmul": lambda: a @ b}, 10, device=device)["matmul"])

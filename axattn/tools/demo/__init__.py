@@ -1,1 +1,1 @@
-"""The main job end to end: data, training, proofs and report. ``axattn demo`` runs `axattn.tools.demo.job.run`."""
+"""A packed fine-tune end to end: data, training, proofs, report. ``axattn demo`` runs `axattn.tools.demo.job.run`."""

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the functions of Python's standard library, and a tokenizer for them."""
+"""Real text that is on every machine: the functions of Python's standard library, and a tokenizer for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def documents(limit: int = 3000) -> list[str]:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (UnicodeDecodeError, SyntaxError):
-            continue  # a few files of the library are in other encodings on purpose
+            continue  # a few files of the library intentionally use other encodings
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
                 text = ast.get_source_segment(source, node)
@@ -32,7 +32,7 @@ def documents(limit: int = 3000) -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> Any:
-    """A byte-level BPE of `VOCABULARY` entries trained on `texts`, as a Transformers tokenizer."""
+    """A Transformers tokenizer: byte-level BPE with `VOCABULARY` entries, trained on `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -50,6 +50,6 @@ def train_tokenizer(texts: list[str]) -> Any:
 
 
 def tokenise(texts: list[str], tokenizer: Any) -> list[dict[str, list[int]]]:
-    """One example a document: ``input_ids`` that end with the end token."""
+    """One example per document: ``input_ids`` that end with the end token."""
     end = tokenizer.eos_token_id
     return [{"input_ids": [*ids, end]} for ids in tokenizer(texts)["input_ids"]]

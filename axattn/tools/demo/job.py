@@ -1,4 +1,4 @@
-"""The main job: load, fine-tune packed with Transformers' own Trainer, prove, save, reload without axattn, report."""
+"""The demo's job: load, fine-tune packed with Transformers' Trainer, prove, save, reload without axattn, report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPT = "def "
 
 
 def run(output: Path, attn: str, steps: int, seed: int) -> bool:
-    """Run the demo; everything it makes is in `output`. Returns whether a proof failed."""
+    """Run the demo and write everything to `output`. Returns whether a proof failed."""
     console = Console()
     start = time.perf_counter()
     set_seed(seed)
@@ -61,7 +61,7 @@ def run(output: Path, attn: str, steps: int, seed: int) -> bool:
         Proof("stock Transformers, without axattn, generates the same tokens", float(text != stock_text), 0.0)
     )
     _print_proofs(console, proofs)
-    console.print(f"{PROMPT!r} goes on: {text!r}")
+    console.print(f"{PROMPT!r} continues: {text!r}")
 
     _plot(losses, output / "loss.png")
     report = {
@@ -79,7 +79,7 @@ def run(output: Path, attn: str, steps: int, seed: int) -> bool:
 
 
 def _make_model(tokenizer: Any, folder: Path) -> None:
-    """A small LLaMA with random weights, saved as any checkpoint is."""
+    """Save a small LLaMA with random weights as a checkpoint."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -97,14 +97,14 @@ def _make_model(tokenizer: Any, folder: Path) -> None:
 
 
 class _Progress(ProgressCallback):  # type: ignore[misc]  # Transformers ships no types
-    """Transformers' progress bar with the loss beside it, where it would print a line for every logged step."""
+    """Transformers' progress bar, showing the loss instead of printing a line for every logged step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.losses: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Called by the Trainer with what it logs."""
+        """Called by the Trainer with its logs."""
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
             if self.training_bar is not None:
@@ -161,7 +161,7 @@ print(json.dumps(tokenizer.decode(out[0], skip_special_tokens=True)))
 
 
 def _generate_both(model: Any, tokenizer: Any, tuned: Path) -> tuple[str, str]:
-    """Greedy tokens from our model, and from stock Transformers in a process that never imports axattn."""
+    """Greedy tokens from the model, and from stock Transformers in a process that never imports axattn."""
     inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=24, do_sample=False)

@@ -1,4 +1,4 @@
-"""The proofs: a changed document changes no other, and a packed step equals the same documents run alone."""
+"""The proofs: changing a document changes no other, and a packed step equals the same documents run alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Proof:
 
     Attributes:
         claim: a sentence.
-        error: what was measured.
-        limit: what it may be at most.
+        error: measured.
+        limit: largest allowed error.
     """
 
     claim: str
@@ -48,13 +48,13 @@ def no_leak(model: Any, batch: dict[str, Any]) -> Proof:
     inputs = [{k: v for k, v in b.items() if k != "labels"} for b in (batch, other)]
     before, after = (model(**each, use_cache=True).logits for each in inputs)
     if torch.equal(before[row, start:end], after[row, start:end]):
-        raise RuntimeError("the changed document kept its logits: the proof proves nothing")
+        raise RuntimeError("the logits of the changed document did not change: the proof is void")
     error = max((before[r, a:b] - after[r, a:b]).abs().max().item() for r, a, b in spans if (r, a, b) != changed)
     return Proof(f"changing 1 of {len(spans)} documents leaves the logits of the others unchanged", error, 1e-5)
 
 
 def packed_equals_alone(model: Any, reference: Any, batch: dict[str, Any]) -> list[Proof]:
-    """Loss and gradients of a packed batch against its documents alone through eager attention.
+    """Compare loss and gradients of a packed batch with its documents run alone on eager attention.
 
     Args:
         model: runs the packed batch.
@@ -80,5 +80,5 @@ def packed_equals_alone(model: Any, reference: Any, batch: dict[str, Any]) -> li
         Proof(
             "the loss of a packed step equals that of its documents run alone", abs(loss.item() - total) / total, 1e-5
         ),
-        Proof("its gradients equal theirs (relative, the worst of all weights)", error, 1e-3),
+        Proof("so do its gradients (largest relative error of any weight)", error, 1e-3),
     ]

@@ -1,1 +1,1 @@
-"""Is a kernel right on a user's own model? Whole models against eager, attention modules alone, a callback."""
+"""Verifies a kernel on a user's model: whole models against eager, single attention modules, a Trainer callback."""

@@ -1,4 +1,4 @@
-"""`VerifyCallback`: before the first step of a Trainer, are the kernels right on this very model?"""
+"""`VerifyCallback`: verifies the kernels of a model before the Trainer's first step."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ logger = logging.getLogger("axattn")
 
 
 class VerifyCallback(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
-    """Stops a run before step 1 if a kernel gives wrong, zero or non-finite outputs or gradients, or none can be tried.
+    """Stops a run before step 1 if a kernel gives wrong, zero or non-finite outputs or gradients, or none can be run.
 
-    Every kind of attention module is run alone on two packed documents (see `axattn.tools.verify.modules`): seconds,
-    whatever the size of the model. Give it to the Trainer: ``Trainer(..., callbacks=[axattn.VerifyCallback()])``.
+    Each kind of attention module runs alone on two packed documents (see `axattn.tools.verify.modules`), which takes
+    seconds for any model size. Usage: ``Trainer(..., callbacks=[axattn.VerifyCallback()])``.
 
     Raises:
-        UnsupportedAttentionError: a kernel is wrong, with what is, and where; or nothing could be verified.
+        UnsupportedAttentionError: a kernel is wrong, with the values and the place; or nothing could be verified.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Verify, once, in the dtype that the run computes in."""
+        """Verify once, in the run's compute dtype."""
         import torch
 
         dtype = torch.bfloat16 if getattr(args, "bf16", False) else torch.float16 if args.fp16 else None
         checks = verify_modules(model, dtype)
         if all(check.outcome == "refused" for check in checks):
             refused = [Reason("verify", f"{check.scenario}: {check.detail}") for check in checks]
-            nothing = Reason("verify", "no attention module runs a kernel of axattn's that can be run by itself")
+            nothing = Reason("verify", "no attention module runs on an axattn kernel that can run alone")
             raise UnsupportedAttentionError(
-                "VerifyCallback can verify nothing on this model; training was not started",
+                "VerifyCallback can't verify anything in this model; training was not started",
                 refused or [nothing],
-                'Put the model on a kernel first (axattn.apply(model, "auto")), or leave VerifyCallback out.',
+                'Call axattn.apply(model, "auto") first, or remove VerifyCallback.',
             )
         wrong = [check for check in checks if check.outcome == "wrong"]
         if wrong:
@@ -45,7 +45,7 @@ class VerifyCallback(TrainerCallback):  # type: ignore[misc]  # Transformers has
                     Reason("verify", f"{c.scenario}: {c.detail} (error {c.error:.2g}, budget {c.budget:.2g})")
                     for c in wrong
                 ],
-                'Use attn_implementation="auto", and report what `axattn verify` says of this model.',
+                'Use attn_implementation="auto", and report the output of `axattn verify` for this model.',
             )
             raise error
         for check in checks:

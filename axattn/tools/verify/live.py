@@ -1,4 +1,4 @@
-"""A copy of a live model to try kernels on: unpatched, without dropout, the model itself untouched."""
+"""Copies a loaded model for verification: unpatched and without dropout. The model itself is not changed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from axattn.patches.state import transformers_model
 
 
 def copied(model: torch.nn.Module) -> Any:
-    """The copy; of the Transformers model inside when `model` wraps one (PEFT).
+    """The copy; if `model` is a wrapper (PEFT), of the Transformers model inside.
 
     Raises:
         TypeError: there is no Transformers model in it.
     """
-    made: Any = loading.restore(copy.deepcopy(transformers_model(model)))
-    for module in made.modules():
+    duplicate: Any = loading.restore(copy.deepcopy(transformers_model(model)))
+    for module in duplicate.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name, value in list(vars(module).items()):  # attention modules keep their own rate
+        for name, value in list(vars(module).items()):  # attention modules store their own rate
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-    return made
+    return duplicate

@@ -1,7 +1,7 @@
-"""Attention modules alone: seconds, and no memory to speak of, whatever the size of the model.
+"""Verifies single attention modules, which takes seconds and little memory for any model size.
 
-Each kind of attention module gets random queries, keys and values of its own shapes, as two packed documents, and its
-kernel's output and gradients are compared with the model's own eager function in fp32.
+Each kind of attention module gets random queries, keys and values of its shapes, as two packed documents. Its kernel's
+output and gradients are compared with the model's eager function in fp32.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from axattn.tools.verify.records import Check
 from axattn.traits.attention_configs import copies, paths_of, reads_masks_of
 from axattn.traits.layer_needs import sub_configs
 
-LENGTH, _CUT = 160, 57  # tokens, and where the second document starts
+LENGTH, _CUT = 160, 57  # tokens, and the start of the second document
 BUDGET = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""float32 on a GPU may run in TF32."""
+"""Largest allowed relative error; float32 on a GPU may run in TF32."""
 LOSSY = 0.08
 
 
 def verify_modules(model: torch.nn.Module, dtype: torch.dtype | None = None) -> list[Check]:
-    """One check for each kind of attention module that axattn routes: output, dq, dk, dv.
+    """Check output, dq, dk and dv of each kind of attention module that axattn routes.
 
     Args:
         model: a Transformers model, or a wrapper around one.
-        dtype: of the inputs; None: that of the model, or bfloat16 on a GPU for a kernel that serves only 16 bit.
+        dtype: of the inputs; None for the model's.
     """
     base = transformers_model(model)
     state = state_of(base)
@@ -52,7 +52,7 @@ def verify_modules(model: torch.nn.Module, dtype: torch.dtype | None = None) -> 
     for copy in copied:
         name, masks = name_of(copy.config), name_of(configs[copy.path])
         if copy.attends and not reads_masks_of(name, masks, base):
-            text = f"it reads {name!r} in a config of its own, and its masks are made for {masks!r}"
+            text = f"its own config names {name!r}, but its masks are made for {masks!r}"
             checks.append(Check(copy.layer, "wrong", math.inf, 0.0, text))
     for name, module in base.named_modules():
         route: Route | None = vars(module).get(ATTRIBUTE)
@@ -61,7 +61,7 @@ def verify_modules(model: torch.nn.Module, dtype: torch.dtype | None = None) -> 
         where = (path_of.get(id(getattr(module, "config", None)), ""), getattr(module, "layer_idx", None) or 0)
         need = planned[where].layer.need if where in planned else None
         if need is None or not need.heads or not need.head_dim or need.bias or need.sparse:
-            continue  # its config tells nothing, or its calls need inputs that only the model has
+            continue  # its config does not describe it, or its calls need inputs that only the model has
         kind = (need, route.candidates, type(module))
         if kind not in seen:
             seen.add(kind)
@@ -70,7 +70,7 @@ def verify_modules(model: torch.nn.Module, dtype: torch.dtype | None = None) -> 
 
 
 def _keywords(module: Any, need: Need) -> dict[str, Any]:
-    """What the module's forward hands to the attention function beyond the tensors, as far as modules share names."""
+    """The keywords that the module's forward passes to the attention function, as far as they have common names."""
     found: dict[str, Any] = {"scaling": getattr(module, "scaling", None), "sliding_window": need.window}
     if need.softcap is not None:
         found["softcap"] = need.softcap
@@ -81,7 +81,7 @@ def _keywords(module: Any, need: Need) -> dict[str, Any]:
 
 
 def _mask(need: Need, device: torch.device) -> LazyMask:
-    """Two packed documents under the rule of a layer, as Transformers asks for masks."""
+    """The mask of two packed documents under a layer's rule, made as Transformers makes it."""
     from transformers import masking_utils as mu
 
     function = mu.causal_mask_function if need.causal else mu.bidirectional_mask_function
@@ -94,15 +94,16 @@ def _mask(need: Need, device: torch.device) -> LazyMask:
 
 
 def _dense(need: Need, device: torch.device) -> torch.Tensor:
-    """The same rule by itself, bool ``[1, 1, S, S]``: a fault in our masks must not hide in the reference."""
+    """The same mask computed independently, bool ``[1, 1, S, S]``: the reference must not share a fault of axattn's
+    masks."""
     index = torch.arange(LENGTH, device=device)
     distance = index[:, None] - index
-    seen = (index[:, None] < _CUT) == (index < _CUT)
+    visible = (index[:, None] < _CUT) == (index < _CUT)
     if need.causal:
-        seen = seen & (distance >= 0)
+        visible = visible & (distance >= 0)
     if need.window is not None:
-        seen = seen & (distance.abs() < need.window)
-    return seen[None, None]
+        visible = visible & (distance.abs() < need.window)
+    return visible[None, None]
 
 
 def _inputs(need: Need, dtype: torch.dtype, device: torch.device) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""`Check` and `Verification`: what was compared, and how far apart the two were. Value types."""
+"""`Check` and `Verification`: value types for comparisons and their errors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Check:
     """One comparison.
 
     Attributes:
-        scenario: what was run.
-        outcome: ``refused``: axattn said no, with its reason in `detail`.
-        error: relative error of norms against the exact result, the largest of what was compared; None if nothing was.
+        scenario: its name.
+        outcome: ``refused`` means that axattn raised; the reason is in `detail`.
+        error: largest relative error of norms against the exact result; None if nothing was compared.
         budget: the largest error that counts as right.
         detail: where the error is, or the reason.
     """
@@ -35,12 +35,12 @@ class Verification:
     Attributes:
         model: class name.
         asked: the name.
-        kernels: what ran, with the number of calls of all layers.
-        layers: how many layers were kept.
-        weights: ``"loaded"``, ``"random"``, or ``"yours"`` (a model was given).
+        kernels: the kernels that ran, with the number of calls over all layers.
+        layers: number of layers kept.
+        weights: ``"loaded"``, ``"random"``, or ``"yours"`` (a model was passed).
         dtype: of the model.
-        device: it ran on.
-        checks: in the order they were run.
+        device: where it ran.
+        checks: in run order.
     """
 
     model: str
@@ -54,7 +54,7 @@ class Verification:
 
     @property
     def verified(self) -> bool:
-        """Whether any scenario was compared; all may have been refused."""
+        """Whether any scenario was compared (not all were refused)."""
         return any(check.outcome != "refused" for check in self.checks)
 
     @property
@@ -64,7 +64,7 @@ class Verification:
 
     @property
     def verdict(self) -> str:
-        """One sentence for people."""
+        """The result as one sentence."""
         if not self.verified:
             return "Nothing was verified: every scenario was refused."
         if not self.right:

@@ -1,6 +1,6 @@
-"""What a whole model is put through. A scenario gives tensors by name; the reference runs each packed document alone,
-and padded rows as they are: what padding does to a model elsewhere than in attention (BART's positions along the row,
-MobileBERT's trigrams) is not the kernel's doing.
+"""The scenarios for whole models. A scenario returns tensors by name. The reference runs each packed document alone,
+and padded rows as they are, because effects of padding outside of attention (BART's positions along the row,
+MobileBERT's trigrams) are not due to the kernel.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Batch:
 
 
 def batch(ids: torch.Tensor, *rows: tuple[tuple[int, int], ...]) -> Batch:
-    """Documents by their ``(start, end)`` in each row; tokens in none are padding."""
+    """A `Batch` from the ``(start, end)`` of the documents in each row; other tokens are padding."""
     positions, mask = torch.zeros_like(ids), torch.zeros_like(ids)
     documents = []
     for row, spans in enumerate(rows):
@@ -49,18 +49,18 @@ def batch(ids: torch.Tensor, *rows: tuple[tuple[int, int], ...]) -> Batch:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what its forward takes.
+    """A model under test.
 
     Attributes:
-        model: it.
-        decoder: it decodes from a cache.
+        model: the model.
+        decoder: whether it decodes with a cache.
     """
 
     model: Any
     decoder: bool
 
     def positions(self, given: Batch) -> torch.Tensor:
-        """int64 ``[B, S]``: the positions of a batch as this model counts them."""
+        """int64 ``[B, S]``: the position ids of a batch, in this model's numbering."""
         first = first_position(self.model)
         return given.positions if not first else (given.positions + first).masked_fill(given.mask == 0, first - 1)
 
@@ -70,19 +70,19 @@ class Subject:
         return out.float()
 
     def alone(self, given: Batch) -> torch.Tensor:
-        """Each document by itself, one after the other: ``[tokens, V]``."""
+        """Outputs of the documents run one by one, concatenated: ``[tokens, V]``."""
         off = {"use_cache": False} if self.decoder else {}
         parts = [self.run(given.ids[row : row + 1, a:b], **off)[0] for row, a, b in given.documents]
         return torch.cat(parts)
 
     def together(self, given: Batch, **inputs: Any) -> torch.Tensor:
-        """The whole batch at once, its documents one after the other: ``[tokens, V]``."""
+        """Outputs of the batch run at once, its documents concatenated: ``[tokens, V]``."""
         out = self.run(given.ids, **inputs)
         return torch.cat([out[row, a:b] for row, a, b in given.documents])
 
 
 Scenario = Callable[[Subject, Callable[[int, int], torch.Tensor], int, bool], Result]
-"""``(subject, draw(rows, length) → ids, length, reference) → tensors``; the reference takes documents one by one."""
+"""``(subject, draw(rows, length) → ids, length, reference) → tensors``; the reference runs documents one by one."""
 SCENARIOS: dict[str, Scenario] = {}
 DECODERS_ONLY: set[str] = set()
 
@@ -156,7 +156,7 @@ def _all_ones(subject: Subject, draw: Any, length: int, reference: bool) -> Resu
 
 @_scenario("no leak")
 def _leak(subject: Subject, draw: Any, length: int, reference: bool) -> Result:
-    """Another token in the second document: what the other documents give, before and after."""
+    """Outputs of the other documents before and after a token of the second document changes."""
     given = _documents(draw(1, length), 1, length)
     other = given.ids.clone()
     at = length // 2
@@ -169,7 +169,7 @@ def _leak(subject: Subject, draw: Any, length: int, reference: bool) -> Result:
 
 @_scenario("decoding", decoders_only=True)
 def _decode(subject: Subject, draw: Any, length: int, reference: bool) -> Result:
-    """Four tokens over a cache, against the whole row at once."""
+    """Decode four tokens with a cache, against the whole row at once."""
     ids = draw(2, length)
     if reference:
         return {"output": subject.run(ids, use_cache=False)[:, -4:].flatten(0, 1)}

@@ -1,4 +1,4 @@
-"""`verify`: a model on a kernel against the same weights on eager, document by document."""
+"""`verify`: compares a model on a kernel with the same weights on eager, document by document."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from axattn.tools.verify.scenarios import DECODERS_ONLY, LONG, PROJECTIONS, SCEN
 from axattn.traits.config_checks import require_possible
 
 SLACK = 2.0
-"""A kernel may be this much further from fp32 than eager in the model's own dtype is."""
+"""Multiple of eager's error in the model's dtype that a kernel may have, on top of `FLOOR`."""
 FLOOR = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 2e-3}
 LOSSY = 0.15
-"""What INT8 and FP8 kernels may add: 1-5 % a layer, more in the gradients of deep layers."""
+"""Extra error allowed for INT8 and FP8 kernels: 1-5 % per layer, more in the gradients of deep layers."""
 EXACT: Exactness = "exact"
 LONGEST = 8300
-"""Tokens of the longest row: eager's weights are heads x S x S."""
+"""Longest row in tokens: eager's weights take heads x S x S."""
 SHORTEST = 12
-"""Tokens of the shortest row: three documents in it, and four tokens to decode."""
+"""Shortest row in tokens: it holds three documents, and four tokens to decode."""
 
 
 def verify(
@@ -45,30 +45,29 @@ def verify(
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Verification:
-    """Put a model on a kernel through what training and generation do, and compare with eager in fp32.
+    """Run a model on a kernel through training and generation scenarios, and compare with eager in fp32.
 
-    Padding, packing (one row, many rows, cache on, all-ones mask), a changed document, rows longer than the window,
-    decoding, and the gradients of the projections. The reference runs each document alone.
+    Scenarios: padding, packing (one row, many rows, cache on, all-ones mask), a changed document, rows longer than the
+    window, decoding, and the gradients of the projections. The reference runs each document alone.
 
     Args:
-        model: local folder or hub name (weights are loaded if they are there, else random), a config.json (random), or
-            a model, which is left as it is (a copy is tried, whole).
+        model: local folder or hub name (weights are loaded if they exist, else random), a config.json (random), or a
+            model (a full copy is verified; the model is not changed).
         attn_implementation: a name.
-        layers: keep the first so many; None: as many as show every kind of layer, at most 8.
-        length: tokens of a row, `SHORTEST` or more; where a window is longer, one scenario takes longer rows (up to
-            `LONGEST` tokens).
-        data: a text file to take the tokens from; None draws them at random.
-        dtype: of the model under test; None: that of the checkpoint.
-        device: None: the GPU if there is one.
+        layers: number of first layers to keep; None for enough to cover every kind of layer, at most 8.
+        length: tokens per row, `SHORTEST` or more; one scenario exceeds the window, with up to `LONGEST` tokens.
+        data: a text file that supplies the tokens; None for random tokens.
+        dtype: of the model under test; None for the checkpoint's.
+        device: None for the GPU if there is one.
         progress: called with the name of each scenario before it runs.
         options: ``on_unsupported``, ``kernel_options``, ... as for `axattn.from_pretrained`.
 
     Raises:
-        AxattnError: the model can't be put on the kernel at all, or is of a kind that this can't drive; rows that are
-            too short.
+        AxattnError: the kernel can't serve the model at all, this kind of model is not supported, or rows are too
+            short.
     """
     if not isinstance(length, int) or isinstance(length, bool) or length < SHORTEST:
-        text = f"length={length!r} is no number of tokens that rows of several documents can have"
+        text = f"length={length!r} is too short for rows of several documents, or not an integer"
         raise InvalidInputError(text, advice=f"Give {SHORTEST} or more.")
     live = copied(model) if isinstance(model, torch.nn.Module) else None
     config = load_config(_source(model), {})[0] if live is None else live.config
@@ -77,8 +76,8 @@ def verify(
     text = config.get_text_config()
     if text is not config or getattr(config, "is_encoder_decoder", False):
         raise InvalidInputError(
-            f"verify drives text models, and {config.model_type} takes other inputs",
-            advice="Save its text model alone and verify that, or use axattn.VerifyCallback on the whole.",
+            f"verify supports text models, and {config.model_type} needs other inputs",
+            advice="Save its text model separately and verify that, or use axattn.VerifyCallback on the whole model.",
         )
     kept = _truncate(config, layers) if live is None else config.num_hidden_layers
     _without_dropout(config)
@@ -86,13 +85,13 @@ def verify(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     candidate, weights = _load(model, config, dtype, where) if live is None else (live.to(where, dtype), "yours")
     kind = next(candidate.parameters()).dtype
-    loading.plan(candidate, attn_implementation, **options)  # raises where the name can't serve this model at all
+    loading.plan(candidate, attn_implementation, **options)  # raises if the name can't serve this model at all
     reference = copy.deepcopy(candidate).float()
     for each in (candidate, reference):
         each.eval()
         each.set_attn_implementation("eager")
     decoder = bool(getattr(candidate, "can_generate", lambda: False)())
-    draw = _drawer(config.name_or_path if live is not None else model, config, data, where)
+    draw = _token_source(config.name_or_path if live is not None else model, config, data, where)
     checks = []
     runnable = [name for name in SCENARIOS if (decoder or name not in DECODERS_ONLY) and (window or name != LONG)]
     served: Counter[str] = Counter()
@@ -102,7 +101,7 @@ def verify(
         size = max(length, window + 32) if name == LONG else length
         if size > LONGEST:
             checks.append(
-                Check(name, "refused", detail=f"rows of {size:,} tokens are longer than verify runs on eager")
+                Check(name, "refused", detail=f"rows of {size:,} tokens are too long for the eager reference")
             )
             continue
         check, used = _one(name, candidate, reference, decoder, draw, size, attn_implementation, options)
@@ -139,7 +138,7 @@ def _one(
         exact = scenario(Subject(reference, decoder), draw, length, True)
         try:
             with loading.using(candidate, asked, **options) as model:
-                if name == "no leak":  # nothing to compare with but itself
+                if name == "no leak":  # compared with the same model, before the change
                     exact = scenario(Subject(model, decoder), draw, length, True)
                 found = scenario(Subject(model, decoder), draw, length, False)
                 for layer in loading.status(model).layers:
@@ -166,7 +165,7 @@ def _judge(name: str, found: Result, exact: Result, half: Result, dtype: torch.d
             continue
         allowed = FLOOR.get(dtype, 1e-4) + (LOSSY if lossy and name != "no leak" else 0.0)
         if name != "no leak":
-            allowed += min(SLACK * relative(half[key], wanted), 0.5)  # eager itself overflows: no licence for more
+            allowed += min(SLACK * relative(half[key], wanted), 0.5)  # limited, in case eager itself overflows
         error = relative(got, wanted)
         if worst == 0.0 or error / allowed > worst / budget:
             worst, budget, detail = error, allowed, key
@@ -175,7 +174,7 @@ def _judge(name: str, found: Result, exact: Result, half: Result, dtype: torch.d
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Norm of the difference by the norm wanted; infinite when shapes or finiteness differ."""
+    """Norm of the difference divided by the expected norm; infinite if shapes or finiteness differ."""
     if found.shape != wanted.shape:
         return math.inf
     value = ((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-12)).item()
@@ -188,7 +187,7 @@ def _source(model: Any) -> Any:
 
 
 def _truncate(config: Any, layers: int | None) -> int:
-    """Keep the first layers of a config in place; returns how many."""
+    """Keep only the first layers of a config, in place; returns their number."""
     count = int(getattr(config, "num_hidden_layers", 0) or 0)
     kinds = list(getattr(config, "layer_types", None) or [])
     if layers is None:
@@ -208,7 +207,7 @@ def _load(model: Any, config: Any, dtype: torch.dtype | None, device: torch.devi
     cls = concrete_class(resolve_class(None, config), config)
     if cls is None:
         raise InvalidInputError(f"Transformers has no class for {config.model_type}")
-    if source is model and _has_weights(source):  # a config.json by itself asks for random weights
+    if source is model and _has_weights(source):  # a path to config.json means random weights
         try:
             found = cls.from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
                 source, config=config, dtype=dtype or "auto", attn_implementation="eager"
@@ -219,15 +218,15 @@ def _load(model: Any, config: Any, dtype: torch.dtype | None, device: torch.devi
         return found.to(device), "loaded"
     torch.manual_seed(0)
     config._attn_implementation = "eager"
-    made = cls(config)
-    _sharpen(made)
+    built = cls(config)
+    _sharpen(built)
     kind = dtype or getattr(config, "dtype", None) or torch.float32
-    return made.to(device=device, dtype=kind), "random"
+    return built.to(device=device, dtype=kind), "random"
 
 
 def _sharpen(model: torch.nn.Module) -> None:
-    """Give random projections outputs of about unit size: with Transformers' initial weights attention hardly matters,
-    and a kernel that ignored a mask would pass."""
+    """Scale random projections to outputs of about unit size: with Transformers' initial weights attention has little
+    effect, and a kernel that ignored a mask would pass."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and any(part in name for part in PROJECTIONS):
             parameter.data.mul_(1.2 / (parameter.std() * parameter.shape[1] ** 0.5))
@@ -240,15 +239,15 @@ def _has_weights(source: Any) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
-def _drawer(model: Any, config: Any, data: Any, device: torch.device) -> Callable[[int, int], torch.Tensor]:
-    """``(rows, length) → ids``, the same at every call of the same size."""
+def _token_source(model: Any, config: Any, data: Any, device: torch.device) -> Callable[[int, int], torch.Tensor]:
+    """A function ``(rows, length) → ids`` that returns the same ids for the same size."""
     vocabulary = int(config.vocab_size)
     text: list[int] = []
     if data is not None:
         written = Path(data).read_text(encoding="utf-8", errors="replace")
         text = _encode(model, written, vocabulary)
         if not text:
-            raise InvalidInputError(f"{Path(data).name} holds no text")
+            raise InvalidInputError(f"{Path(data).name} is empty")
 
     def draw(rows: int, length: int) -> torch.Tensor:
         if text:
@@ -266,7 +265,7 @@ def _encode(model: Any, text: str, vocabulary: int) -> list[int]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(_source(model))
-    except (OSError, ValueError, ImportError):  # no tokenizer beside the model: its bytes do
+    except (OSError, ValueError, ImportError):  # the model has no tokenizer: use bytes
         return [byte % vocabulary for byte in text.encode()]
     found: list[int] = tokenizer(text[:200_000])["input_ids"]
     return found
@@ -286,7 +285,7 @@ _DROPOUTS = (
 
 
 def _without_dropout(config: Any) -> None:
-    """No dropout while the two are compared."""
+    """Set all dropout rates of a config to 0."""
     for key in _DROPOUTS:
         if isinstance(getattr(config, key, None), float):
             setattr(config, key, 0.0)
