@@ -3,6 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 
 THIN = os.environ.get("AXATTN_SAMPLE") == "thin"
 """A thin slice of matrix and census (`make newest`)."""
+
+
+def part_of(cases: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
+    """The cases of a test as its parameters: ``make test`` runs those kept, ``make nightly`` the others.
+
+    Raises:
+        ValueError: one of those kept is no case.
+    """
+    cases, kept = list(cases), list(kept)
+    if unknown := [case for case in kept if case not in cases]:
+        raise ValueError(f"no such cases: {unknown}")
+    return [case if case in kept else _nightly(case) for case in cases]
+
+
+def _nightly(case: Any) -> Any:
+    values = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*values, marks=pytest.mark.nightly)
