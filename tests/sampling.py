@@ -7,9 +7,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
-THIN = os.environ.get("AXATTN_SAMPLE") == "thin"
-"""A thin slice of matrix and census (`make newest`)."""
+SAMPLE = os.environ.get("AXATTN_SAMPLE", "test")
+"""How much of matrix and census: what ``make test`` takes, ``thin`` (`make newest`), or ``nightly``."""
+if SAMPLE not in ("test", "thin", "nightly"):
+    raise ValueError(f"AXATTN_SAMPLE={SAMPLE}: test, thin or nightly")
+OLDEST = Version(transformers.__version__) < Version("5.24")
+"""Whether this is the second of the two versions of Transformers under test: it takes other, fewer parts."""
 
 
 def part_of(cases: Iterable[Any], kept: Iterable[Any]) -> list[Any]:

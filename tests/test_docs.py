@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from axattn.spec import names
+from tests import forked
 from tests.models import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,8 +27,8 @@ CODE = [
 @pytest.mark.parametrize("code", CODE)
 def test_code_in_the_docs_runs(code: str, tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "my-model")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = forked.python(code, folder=tmp_path)
+    assert not done.failed, done.result + done.output[-2000:]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
