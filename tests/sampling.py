@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -18,8 +18,13 @@ OLDEST = Version(transformers.__version__) < Version("5.24")
 """Whether this is the second of the two versions of Transformers under test: it takes other, fewer parts."""
 
 
-def part_of(cases: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
+def part_of(cases: Iterable[Any], kept: Iterable[Any], as_one: Callable[[Any], str] | None = None) -> list[Any]:
     """The cases of a test as its parameters: ``make test`` runs those kept, ``make nightly`` the others.
+
+    Args:
+        cases: values of one parameter, or tuples of those of several.
+        kept: some of them.
+        as_one: names each case, where a tuple is the value of one parameter.
 
     Raises:
         ValueError: one of those kept is no case.
@@ -27,9 +32,9 @@ def part_of(cases: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
     cases, kept = list(cases), list(kept)
     if unknown := [case for case in kept if case not in cases]:
         raise ValueError(f"no such cases: {unknown}")
-    return [case if case in kept else _nightly(case) for case in cases]
-
-
-def _nightly(case: Any) -> Any:
-    values = case if isinstance(case, tuple) else (case,)
-    return pytest.param(*values, marks=pytest.mark.nightly)
+    made = []
+    for case in cases:
+        values = case if isinstance(case, tuple) and as_one is None else (case,)
+        marks = () if case in kept else pytest.mark.nightly
+        made.append(pytest.param(*values, marks=marks, id=None if as_one is None else as_one(case)))
+    return made
