@@ -11,7 +11,12 @@ import pytest
 from tests.faults import FAULTS
 
 PAGE = Path(__file__).with_suffix(".md")
-WHERE = ("tests.conformance.test_mutations", "tests.fuzz.test_fuzz", "tests.tools.test_verify")
+WHERE = (
+    "tests.conformance.test_mutations",
+    "tests.backends.test_sage",
+    "tests.fuzz.test_fuzz",
+    "tests.tools.test_verify",
+)
 """Modules that put faults in."""
 
 
