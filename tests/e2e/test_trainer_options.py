@@ -53,9 +53,8 @@ def test_both_kinds_of_checkpointing_train_the_same(tmp_path: Path, reentrant: b
         assert torch.equal(a, b), path
 
 
-@pytest.mark.parametrize(
-    "checkpoint", part_of([None, {"use_reentrant": False}, {"use_reentrant": True}], kept=[{"use_reentrant": False}])
-)
+@pytest.mark.nightly  # in `make test`: tests/attention/test_recompilation.py, without a Trainer
+@pytest.mark.parametrize("checkpoint", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_a_compiled_run_trains_the_same(tmp_path: Path, checkpoint: dict[str, bool] | None) -> None:
     torch._dynamo.reset()
     plain, model = (
