@@ -104,7 +104,7 @@ def _code(number: int, code: str) -> None:
 
 def _file(number: int, path: str, arguments: tuple[str, ...]) -> None:
     sys.argv = [path, *arguments]
-    sys.path.insert(0, str(Path(path).parent))
+    sys.path[:] = [str(Path(path).parent), *(one for one in sys.path if one not in ("", str(_ROOT)))]
     try:
         runpy.run_path(path, run_name="__main__")
     except SystemExit as end:
@@ -116,7 +116,7 @@ def _file(number: int, path: str, arguments: tuple[str, ...]) -> None:
 def _parent() -> subprocess.Popen[str]:
     """The process that others are forked from: it lives as long as this one."""
     paths = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
-    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tests.forked"]
     parent = subprocess.Popen(
         command, env=os.environ | own, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
