@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -40,12 +40,18 @@ class Ended:
     Attributes:
         result: what its function returned; the text of an error if it failed.
         failed: it raised, was ended or ended itself.
-        output: what it wrote, stdout and stderr together.
+        stdout, stderr: what it wrote.
     """
 
     result: Any
     failed: bool
-    output: str
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        """All that it wrote."""
+        return self.stdout + self.stderr
 
 
 def call(
@@ -79,12 +85,13 @@ def call(
 
 
 def _ended(place: Path, number: int) -> Ended:
-    answer, log = place / str(number), place / f"{number}.log"
-    output = log.read_text(errors="replace") if log.exists() else ""
+    logs = [place / f"{number}.{name}" for name in ("stdout", "stderr")]
+    written = [log.read_text(errors="replace") if log.exists() else "" for log in logs]
+    answer = place / str(number)
     if not answer.exists():
-        return Ended("it died", True, output)
+        return Ended("it died", True, *written)
     good, result = pickle.loads(answer.read_bytes())
-    return Ended(result, not good, output)
+    return Ended(result, not good, *written)
 
 
 def python(code: str, **options: Any) -> Ended:
@@ -99,14 +106,22 @@ def script(path: Path, *arguments: str, **options: Any) -> Ended:
 
 def _code(number: int, code: str) -> None:
     sys.argv = ["-c"]
-    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})  # our own text
+    with _ends():
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})  # our own text
 
 
 def _file(number: int, path: str, arguments: tuple[str, ...]) -> None:
     sys.argv = [path, *arguments]
     sys.path[:] = [str(Path(path).parent), *(one for one in sys.path if one not in ("", str(_ROOT)))]
-    try:
+    with _ends():
         runpy.run_path(path, run_name="__main__")
+
+
+@contextlib.contextmanager
+def _ends() -> Iterator[None]:
+    """An end of the process, which is no failure where its code is 0."""
+    try:
+        yield
     except SystemExit as end:
         if end.code:
             raise
@@ -167,10 +182,9 @@ def _wait(processes: list[int], end: float) -> None:
 
 def _work(place: Path, number: int) -> None:
     try:
-        log = os.open(place / f"{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        for at, log in enumerate(("stdout", "stderr"), 1):
+            os.dup2(os.open(place / f"{number}.{log}", os.O_WRONLY | os.O_CREAT), at)
         module, name, arguments, environment, folder = pickle.loads((place / "call").read_bytes())
         os.environ.clear()
         os.environ.update(environment)
