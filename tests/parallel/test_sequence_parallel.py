@@ -117,7 +117,7 @@ def test_what_can_t_be_split_is_refused_with_the_reason_and_leaves_the_model_usa
         assert not {what: text for what, text in found.items() if REFUSED[what] not in text}
 
 
-@pytest.mark.parametrize("parts", part_of(["inner", "whole layers"], kept=["inner"]))
+@pytest.mark.parametrize("parts", part_of(["layers", "whole inner"], kept=["layers"]))
 def test_compiled_as_a_whole_or_in_parts(parts: str) -> None:
     """A graph breaks at the model's input hook, where documents are read and agreed on; traced, they would be lost."""
     for found in run(2, jobs.compiled, tuple(parts.split())):
