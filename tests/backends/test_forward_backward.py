@@ -31,7 +31,7 @@ def nothing_compiled() -> None:
 
 def with_passes(monkeypatch: pytest.MonkeyPatch, chosen: forward_backward.ForwardBackward | None) -> None:
     """`varlen` with those passes: the ones of a GPU run on a CPU too."""
-    kernel = dataclasses.replace(backends.get("varlen"), passes=lambda call: chosen)
+    kernel = dataclasses.replace(backends.get("varlen"), forward_backward=lambda call: chosen)
     monkeypatch.setattr(backends, "get", lambda name: {"varlen": kernel}[name])
 
 
