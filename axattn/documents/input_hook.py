@@ -8,7 +8,7 @@ native names the same input hook is a guard: it refuses packed input whose docum
 from __future__ import annotations
 
 import functools
-import inspect
+import sys
 from types import FrameType
 from typing import Any
 
@@ -278,8 +278,7 @@ def _caller() -> FrameType | None:
     """The frame that calls the running hook: it runs the model's forward next."""
     if torch.compiler.is_dynamo_compiling():
         return None
-    here = inspect.currentframe()
-    return here.f_back.f_back if here is not None and here.f_back is not None else None
+    return sys._getframe(2)
 
 
 def _has_lengths(context: Context, lengths: Any) -> bool:
