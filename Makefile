@@ -9,12 +9,16 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup
+.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
 
-test: lint types unit pretend oldest
+# Eight minutes on two cores. What is marked `nightly` runs in `make nightly`, as does all that is a sample here.
+test: checks unit pretend oldest
+
+checks: $(READY)
+	$(MAKE) -j 2 lint types
 
 setup: $(READY)
 
@@ -26,16 +30,27 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+TODAY := -m "not nightly"
+PYTEST := -m pytest -n 2 --dist loadgroup -q
+
 unit: $(READY)
-	$(BIN)/python -m pytest -n 2 -q tests
+	$(BIN)/python $(PYTEST) $(TODAY) tests
 
 # Two GPUs pretended on the CPU, in a process that knows of them before torch is imported.
 pretend: $(READY)
-	$(BIN)/python -m pytest -n 2 -q -p tests.pretend.plugin tests/pretend
+	$(BIN)/python $(PYTEST) $(TODAY) -p tests.pretend.plugin tests/pretend
 
-# The oldest supported Transformers, laid over the same environment: every test that touches Transformers again, but the demo.
+# The oldest supported Transformers, laid over the same environment: what depends on its version, but nothing compiled.
+# `make nightly` runs every test that touches Transformers on it, with larger samples.
 oldest: $(OLDEST_READY)
-	$(OLDEST)/bin/python -m pytest -n 2 -q -m "not slow" $(addprefix tests/,traits conformance census e2e \
+	$(OLDEST)/bin/python $(PYTEST) -m "not nightly and not slow" -k "not compil and not graph" \
+	    $(addprefix tests/,traits conformance/test_matrix.py \
+	    census/test_census.py hf/test_contracts.py hf/test_forward_inputs.py hf/test_post_import.py masks/test_lazy_mask.py \
+	    $(addprefix documents/test_,boundaries.py foreign_hooks.py input_hook.py numbered_masks.py packed_caches.py \
+	    padding.py) patches/test_recurrent.py attention/test_interface.py attention/test_registration.py \
+	    e2e/test_peft.py e2e/test_trainer.py test_loading.py)
+
+ALL_ON_OLDEST := $(addprefix tests/,traits conformance census e2e \
 	    hf/test_contracts.py hf/test_forward_inputs.py hf/test_post_import.py hf/test_probes.py masks/test_lazy_mask.py \
 	    $(addprefix documents/test_,boundaries.py foreign_hooks.py input_hook.py numbered_masks.py packed_caches.py \
 	    padding.py padding_read.py) planning/test_planner.py planning/test_ranking.py \
@@ -60,8 +75,12 @@ newest:
 	AXATTN_SAMPLE=thin $(NEWEST)/bin/python -m pytest -n 2 -q $(addprefix tests/,hf/test_contracts.py hf/test_forward_inputs.py \
 	    attention/test_registration.py conformance/test_matrix.py census/test_census.py e2e) -k "not tested_ones"
 
-# What a nightly job runs besides `make test`: the newest of everything, and the sweeps that take long.
-nightly: newest $(READY)
+# What a nightly job runs besides `make test`: every test with larger samples, on the oldest Transformers too, the newest of
+# everything, and the sweeps that take long.
+nightly: newest $(READY) $(OLDEST_READY)
+	AXATTN_SAMPLE=nightly $(BIN)/python $(PYTEST) tests
+	AXATTN_SAMPLE=nightly $(BIN)/python $(PYTEST) -p tests.pretend.plugin tests/pretend
+	AXATTN_SAMPLE=nightly $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(ALL_ON_OLDEST)
 	$(BIN)/python -m tests.conformance
 	$(BIN)/python -m tests.census
 	$(BIN)/python -m tests.fuzz --examples 20000
@@ -106,14 +125,15 @@ torch-%: $(READY)
 conformance: $(READY)
 	$(BIN)/python -m tests.conformance --write
 
-# Every architecture of Transformers, also over two ranks; writes docs/models.{json,md}. `make test` tries half of those
-# whose head predicts tokens and a quarter of the others (on the oldest Transformers of all), and splits an eighth of the decoders.
+# Every architecture of Transformers, also over two ranks; writes docs/models.{json,md}. `make test` tries an eighth of those
+# whose head predicts tokens and a sixteenth of the others, and splits a 32nd of the decoders.
 census: $(READY)
 	$(BIN)/python -m tests.census --write
 
 # The pages that are made, not written.
 docs: $(READY)
 	$(BIN)/python -m axattn.planning.capability_docs > docs/backends.md
+	$(BIN)/python -m tests.mutations
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run

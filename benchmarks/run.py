@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import speed, training
+from benchmarks.call_path import call_path
 from benchmarks.measure import ROOT, interleaved, machine, ratios
 from benchmarks.models import llama, packed, step
 
@@ -160,6 +161,7 @@ def loading() -> dict[str, Any]:
 BENCHMARKS = {
     "import_time": import_time,
     "tiny_forward": tiny_forward,
+    "call_path": call_path,
     "loading": loading,
     "bound": speed.bound,
     "documents": speed.documents,

@@ -101,9 +101,11 @@ def packed_batch(seed: int, length: int = 24) -> dict[str, Any]:
     return {"input_ids": ids, "position_ids": where, "labels": ids.masked_fill(where == 0, -100)}
 
 
-def reference(batches: list[dict[str, Any]], family: str = "llama") -> tuple[float, dict[str, torch.Tensor]]:
+def reference(
+    batches: list[dict[str, Any]], family: str = "llama", **sizes: int
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one process that trains on the mean over `batches`."""
-    model = axattn.apply(build(family), "varlen").train()
+    model = axattn.apply(build(family, **sizes), "varlen").train()
     loss = sum(model(**batch, use_cache=False).loss for batch in batches) / len(batches)
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -343,14 +345,14 @@ def refusals() -> dict[str, str]:
     return found
 
 
-def compiled() -> dict[str, float]:
+def compiled(parts: tuple[str, ...]) -> dict[str, float]:
     """The whole model, the model inside it, or its layers compiled, on packed rows of two lengths: loss, gradients."""
     found = {}
     batches = [packed_batch(1), packed_batch(2, 30)]
-    loss, wanted = reference(batches)
-    for part in ("whole", "inner", "layers"):
+    loss, wanted = reference(batches, num_hidden_layers=1)
+    for part in parts:
         torch._dynamo.reset()
-        model = axattn.apply(build("llama"), "varlen").train()
+        model = axattn.apply(build("llama", num_hidden_layers=1), "varlen").train()
         axattn.sequence_parallel(model, dist.group.WORLD)
         for each in {"whole": [model], "inner": [model.model], "layers": list(model.model.layers)}[part]:
             each.compile(backend="eager")

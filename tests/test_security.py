@@ -17,6 +17,7 @@ import yaml
 import axattn
 from axattn.errors import InvalidConfigError
 from axattn.spec import names
+from tests import forked
 from tests.models import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,7 @@ def test_plug_ins_are_imported_only_when_named(tmp_path: Path) -> None:
     (tmp_path / "plug_in.py").write_text("print('plug-in imported')\nbackend = None\n")
     code = """
 import axattn
+from tests import forked
 from tests.models import build, tokens
 model = axattn.apply(build("llama"), "auto")
 model(tokens(1, 8)); axattn.plan(model, "auto"); axattn.diagnose(); axattn.status(model)
@@ -127,14 +129,14 @@ def test_reports_hold_no_secrets(verb: str, tmp_path: Path) -> None:
     folder = tmp_path / "private-folder" / "my-model"
     build("llama").save_pretrained(folder)
     output = tmp_path / "out.json"
-    command = [sys.executable, "-m", "axattn", verb, "--json"]
+    command = ["axattn", verb, "--json"]
     if verb != "doctor":
         command.append(str(folder))
     if verb == "bench":
         command += ["--attn", "varlen", "--seq-len", "32", "--rounds", "1"]
-    environment = {**os.environ, **SECRETS, "PYTHONPATH": str(ROOT), "PRIVATE_NOTE": "notforreports"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-1500:] + done.stdout[-500:]
+    code = f"import sys; from axattn.cli import main; sys.argv[:] = {command!r}; main()"
+    done = forked.python(code, environment=SECRETS | {"PRIVATE_NOTE": "notforreports"}, folder=tmp_path)
+    assert not done.failed, done.result + done.output[-1500:]
     json.loads(done.stdout)
     for secret in (*SECRETS.values(), "notforreports", "private-folder", str(Path.home()), sys.prefix):
         assert len(secret) < 6 or secret not in done.stdout, secret
@@ -148,6 +150,7 @@ import socket
 def refuse(*a, **k): raise SystemExit("connected")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import axattn
+from tests import forked
 from tests.models import tokens
 axattn.diagnose()
 model = axattn.from_pretrained({str(tmp_path / "model")!r}, attn_implementation="auto")
@@ -156,9 +159,7 @@ axattn.verify(model)
 model(tokens(1, 8)); print(axattn.plan(model), axattn.status(model)); axattn.restore(model)
 print("done")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ}, check=False
-    )
+    done = forked.python(code)
     assert done.stdout.rstrip().endswith("done"), done.stderr[-1500:]
 
 

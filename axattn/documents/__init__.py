@@ -1,4 +1,4 @@
-"""Document boundaries of packed rows: found in a forward's inputs by its input hook, eager and traced; the collator.
+"""Document boundaries of packed rows: the input hook that finds them, eager and traced, and the packing collator.
 
-Masks are made of them in `axattn.masks`; what a model class does with positions is in `axattn.traits`.
+`axattn.masks` makes masks from them; how a model class treats positions is in `axattn.traits`.
 """

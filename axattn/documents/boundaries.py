@@ -1,7 +1,7 @@
 """`Segments`: which tokens of each row belong to one document, computed once a forward.
 
 Sources, in order of precedence: ``cu_seq_lens`` keywords, then ``position_ids`` together with a 2-D mask of document
-numbers. Everything that reads tensor values does so in one transfer to the host per forward.
+ids. Tensor values are read in one transfer to the host per forward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Segments:
     Attributes:
         boundaries: per row, the document boundaries ``(0, ..., S)``: n documents have n + 1 boundaries.
         device: where the tensors below live.
-        memo: what is derived from the documents once for all layers of a forward.
+        memo: values derived from the documents once for all layers of a forward.
     """
 
     boundaries: tuple[tuple[int, ...], ...]
@@ -45,7 +45,7 @@ class Segments:
 
     @property
     def documents(self) -> int:
-        """How many documents all rows hold together."""
+        """Number of documents in all rows."""
         return sum(len(row) - 1 for row in self.boundaries)
 
     @property
@@ -54,13 +54,13 @@ class Segments:
         return any(len(row) > 2 for row in self.boundaries)
 
     @property
-    def alone(self) -> int:
-        """How many tokens from the start of every row are of its first document."""
+    def first_document_length(self) -> int:
+        """Length of the shortest first document of a row: up to there, every row is in its first document."""
         return min(row[1] for row in self.boundaries)
 
     @cached_property
     def document_ids(self) -> torch.Tensor:
-        """int64 ``[B, S]``: the number of each token's document within its row."""
+        """int64 ``[B, S]``: the index of each token's document within its row."""
         rows = []
         for row in self.boundaries:
             lengths = torch.tensor([b - a for a, b in pairwise(row)])
@@ -91,7 +91,7 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str 
         cu_seqlens: int32 ``[documents + 1]``.
         rows: B.
         length: S.
-        name: the keyword to name in errors.
+        name: the keyword that errors mention.
 
     Raises:
         InvalidInputError: wrong dtype or shape, not starting at 0, decreasing, not ending at the token count, or a
@@ -101,7 +101,7 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str 
     if not isinstance(cu_seqlens, torch.Tensor):
         raise InvalidInputError(f"{name} must be an int32 tensor, not {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32:
-        reasons.append(Reason(name, f"dtype is {_plain(cu_seqlens.dtype)}, kernels read int32"))
+        reasons.append(Reason(name, f"dtype is {_dtype_name(cu_seqlens.dtype)}, kernels read int32"))
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         reasons.append(Reason(name, f"shape is {list(cu_seqlens.shape)}, not [documents + 1]"))
         raise _invalid(name, reasons)
@@ -127,8 +127,8 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str 
     return Segments(tuple(boundaries), cu_seqlens.device)
 
 
-def has_numbers(attention_mask: torch.Tensor) -> bool:
-    """Whether a 2-D mask ``[B, S]`` numbers documents: a value above 1. Reads the value."""
+def holds_document_ids(attention_mask: torch.Tensor) -> bool:
+    """Whether a 2-D mask ``[B, S]`` holds document ids: a value above 1. Reads its maximum on the host."""
     return attention_mask.dtype is not torch.bool and attention_mask.numel() > 0 and bool(attention_mask.max() > 1)
 
 
@@ -137,33 +137,33 @@ def from_positions(
     attention_mask: torch.Tensor | None,
     rows: int,
     length: int,
-    numbered: bool | None = None,
+    has_document_ids: bool | None = None,
 ) -> Segments | None:
     """Documents from positions and a 2-D mask; None when every row is one document.
 
-    Where documents start: see `starts_of`. In packed rows padding in front of a row's first document is no part of
-    it: it gets boundaries of its own.
+    `starts_of` defines where documents start. In packed rows, padding in front of a row's first document does not
+    belong to it: it gets its own boundaries.
 
     Args:
         position_ids: integer ``[B, S]``, ``[1, S]`` or ``[S]``, or None.
-        attention_mask: ``[B, S]``, or None. Numbers above 1 are those of documents.
+        attention_mask: ``[B, S]``, or None. Values above 1 are document ids.
         rows: B.
         length: S.
-        numbered: what `has_numbers` says of the mask, where it is known.
+        has_document_ids: the result of `holds_document_ids` for the mask, None if not computed yet.
 
     Raises:
-        InvalidInputError: positions start anew, or jump, inside a document that the mask numbers.
+        InvalidInputError: positions restart or jump inside a document of the mask.
     """
     if length < 2:
         return None
-    if attention_mask is not None and numbered is None:
-        numbered = has_numbers(attention_mask)
-    given = starts_of(position_ids, attention_mask, bool(numbered))
-    starts = given.by_number if given.by_number is not None else given.by_position
+    if attention_mask is not None and has_document_ids is None:
+        has_document_ids = holds_document_ids(attention_mask)
+    given = starts_of(position_ids, attention_mask, bool(has_document_ids))
+    starts = given.by_document_id if given.by_document_id is not None else given.by_position
     if starts is None:
         return None
-    if given.by_number is not None and given.by_position is not None and attention_mask is not None:
-        _require_agreement(given.by_position & ~given.by_number, attention_mask)
+    if given.by_document_id is not None and given.by_position is not None and attention_mask is not None:
+        _require_agreement(given.by_position & ~given.by_document_id, attention_mask)
     if given.padding_ends is not None:
         starts = starts | (given.padding_ends & starts.any())
     found = starts.cpu().nonzero().tolist()  # the one transfer to the host
@@ -178,31 +178,31 @@ def from_positions(
 
 
 class Starts(NamedTuple):
-    """Where documents start by what each input says: bool ``[B or 1, S - 1]``, from a row's second token on.
+    """Where documents start according to each input: bool ``[B or 1, S - 1]``, from a row's second token on.
 
     Attributes:
-        by_position: positions do not go on, None without any.
-        by_number: numbers change, None for a mask that has none.
-        padding_ends: padding in front of the row ends, None without a mask.
+        by_position: positions don't continue; None without positions.
+        by_document_id: document ids change; None for a mask without document ids.
+        padding_ends: the padding in front of a row ends; None without a mask.
     """
 
     by_position: torch.Tensor | None
-    by_number: torch.Tensor | None
+    by_document_id: torch.Tensor | None
     padding_ends: torch.Tensor | None
 
 
-def starts_of(positions: torch.Tensor | None, mask: torch.Tensor | None, numbered: bool) -> Starts:
-    """Where documents start, as positions and a 2-D mask tell it. Tensors only: also while a graph is traced.
+def starts_of(positions: torch.Tensor | None, mask: torch.Tensor | None, has_document_ids: bool) -> Starts:
+    """Where documents start according to positions and a 2-D mask. Reads no values, so it can be traced.
 
-    Padding (mask 0) starts no document, and its own positions do not matter. A real token is compared with the last
-    real one before it. Its position goes on if it is one more (padding in between is not counted: ``cumsum(mask) - 1``,
-    as ``generate`` has it), or as much more as there are tokens in between (padding is counted). Its number goes on if
-    it is the same; numbers may fall or come back, and start another document each time.
+    Padding (mask 0) starts no document, and its positions are ignored. A real token is compared with the last real
+    token before it. Its position continues if it is one higher (padding in between not counted: ``cumsum(mask) - 1``,
+    as in ``generate``), or higher by their distance in the row (padding counted). A different document id starts a
+    new document, also if the id is lower or occurred before.
 
     Args:
         positions: integers ``[B, S]``, ``[1, S]`` or ``[S]``, or None.
         mask: ``[B, S]``, nonzero for real tokens, or None.
-        numbered: the mask numbers documents, or it may.
+        has_document_ids: the mask holds document ids, or may hold them.
     """
     if positions is not None:
         positions = positions.reshape(-1, positions.shape[-1]).long()
@@ -217,13 +217,13 @@ def starts_of(positions: torch.Tensor | None, mask: torch.Tensor | None, numbere
     first, last = before < 0, before.clamp(min=0)
     real = real[:, 1:]
     assume = real & ~first
-    by_position = by_number = None
+    by_position = by_document_id = None
     if positions is not None:
         step = positions[:, 1:] - positions.gather(1, last)
         by_position = assume & (step != 1) & (step != index[1:] - before)
-    if numbered:
-        by_number = assume & (mask[:, 1:] != mask.gather(1, last))
-    return Starts(by_position, by_number, real & first)
+    if has_document_ids:
+        by_document_id = assume & (mask[:, 1:] != mask.gather(1, last))
+    return Starts(by_position, by_document_id, real & first)
 
 
 def _require_agreement(against: torch.Tensor, numbers: torch.Tensor) -> None:
@@ -231,19 +231,19 @@ def _require_agreement(against: torch.Tensor, numbers: torch.Tensor) -> None:
         row, at = against.nonzero()[0].tolist()
         number = int(numbers.expand(len(against), -1)[row, at + 1])
         raise InvalidInputError(
-            "position_ids and the numbers of documents (attention_mask, seq_idx) do not agree",
-            [Reason("position_ids", f"row {row}: they jump at token {at + 1}, inside of document {number}")],
-            "Give a mask of 0 and 1 with position_ids, or numbers of documents alone.",
+            "position_ids and the document ids (attention_mask, seq_idx) disagree",
+            [Reason("position_ids", f"row {row}: they jump at token {at + 1}, inside document {number}")],
+            "Pass position_ids with a 0/1 mask, or document ids without position_ids.",
         )
 
 
-def jumps(document_ids: torch.Tensor) -> torch.Tensor:
-    """Positions ``[B, S]`` from document numbers of that shape, for `from_positions`: they jump at every document."""
+def jumping_positions(document_ids: torch.Tensor) -> torch.Tensor:
+    """Positions ``[B, S]`` that jump where `document_ids` ``[B, S]`` change, for `from_positions`."""
     return torch.arange(document_ids.shape[-1], device=document_ids.device) + 2 * document_ids
 
 
 def documents_in(segments: Segments, mask: torch.Tensor | None) -> int:
-    """How many documents hold a real token, for errors: padding in front of a row is none."""
+    """The number of documents with a real token, for errors: padding in front of a row is not counted."""
     if mask is None or tuple(mask.shape) != (segments.rows, segments.length):
         return segments.documents
     real = (mask != 0).tolist()
@@ -255,5 +255,5 @@ def _invalid(name: str, reasons: Sequence[Reason]) -> InvalidInputError:
     return InvalidInputError(f"{name} can't be used", reasons, advice)
 
 
-def _plain(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""`PackingCollator`: documents into rows of at most N tokens, with everything a kernel needs to keep them apart."""
+"""`PackingCollator`: packs documents into rows of at most N tokens and emits their boundaries for the kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Document:
         return len(self.features["input_ids"])
 
     def piece(self, start: int, end: int) -> Document:
-        """Tokens ``[start, end)`` as a document of its own, whose first token is no target."""
+        """Tokens ``[start, end)`` as a separate document, whose first token is not a target."""
         part = {key: values[start:end] for key, values in self.features.items()}
         part["labels"] = [IGNORE_INDEX, *part["labels"][1:]]
         return Document(part)
@@ -33,11 +33,11 @@ class Document:
 
 @dataclass(slots=True)
 class PackingStats:
-    """What a collator has packed so far, in its own process.
+    """Counts of what a collator has packed so far in its process.
 
     Attributes:
-        documents: documents given.
-        tokens: their tokens; every one is in exactly one row.
+        documents: documents received.
+        tokens: their tokens; each is in exactly one row.
         rows: rows made.
         padding: padding tokens added.
         splits: how often a document was cut to fit a row.
@@ -83,23 +83,23 @@ class PackingCollator:
     """A ``data_collator`` for Transformers' Trainer and TRL that packs documents without leaking.
 
     A batch holds ``input_ids``, ``position_ids`` (from `first_position` in every document), ``labels`` (no loss across
-    a boundary: the first token of a document is no target), and ``cu_seq_lens_q/k``, ``max_length_q/k`` over the
-    flattened tokens. Padding behind a row is a document of its own, with no loss; there is no attention mask unless you
-    ask for it.
+    a boundary: the first token of a document is not a target), and ``cu_seq_lens_q/k``, ``max_length_q/k`` over the
+    flattened tokens. Padding at the end of a row is a separate document without loss; there is no attention mask unless
+    `return_mask` is set.
 
     Args:
         max_length: tokens in a row. None puts all documents of a batch into one row.
-        pad_token_id: token that fills rows; None only where none is filled (no `max_length`).
-        too_long: what happens to a document longer than `max_length`: ``"split"`` cuts it into documents of their
-            own, ``"error"`` refuses it.
+        pad_token_id: token that fills rows; None only if no row is filled (no `max_length`).
+        too_long: what happens to a document longer than `max_length`: ``"split"`` cuts it into separate documents,
+            ``"error"`` refuses it.
         pad_rows: fill every row to `max_length`, not only to the longest (fixed shapes for compiled models).
         pad_to_multiple_of: row lengths are a multiple of this.
         return_lengths: emit ``cu_seq_lens_*`` and ``max_length_*``; turn off for models whose forward does not take
             them (documents are then found in ``position_ids``).
-        first_position: position of a document's first token: 0, but ``padding_idx + 1`` (2) in the families of RoBERTa,
-            which count so themselves.
-        return_mask: emit an ``attention_mask`` too, 0 for padding behind a row. The loss that balances the experts of a
-            mixture (``output_router_logits=True``) counts padding without one. Flash names refuse it where there is
+        first_position: position of a document's first token: 0, but ``padding_idx + 1`` (2) for models of the RoBERTa
+            family, which count from there.
+        return_mask: emit an ``attention_mask`` too, 0 for padding at the end of a row. Without it the load balancing
+            loss of a mixture of experts (``output_router_logits=True``) counts padding. Flash names refuse a mask with
             padding.
 
     Attributes:
@@ -107,8 +107,8 @@ class PackingCollator:
 
     Raises:
         InvalidConfigError: an argument that can't be used.
-        InvalidInputError: in a call: an empty batch, an empty document, features of different lengths or that are no
-            flat lists of whole numbers, a document too long.
+        InvalidInputError: on a call: an empty batch, an empty document, features of different lengths or that are not
+            flat lists of integers, a document that is too long.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class PackingCollator:
             raise InvalidConfigError(f"pad_to_multiple_of={pad_to_multiple_of} is negative")
         if pad_to_multiple_of and max_length is not None and max_length % pad_to_multiple_of:
             raise InvalidConfigError(
-                f"max_length={max_length} is no multiple of pad_to_multiple_of={pad_to_multiple_of}"
+                f"max_length={max_length} is not a multiple of pad_to_multiple_of={pad_to_multiple_of}"
             )
         if pad_rows and max_length is None:
             raise InvalidConfigError("pad_rows=True needs a max_length")
@@ -162,9 +162,9 @@ class PackingCollator:
 
         Args:
             features: one mapping per example: ``input_ids`` and any other per-token lists. ``attention_mask`` zeros are
-                removed; ``position_ids``, ``seq_lengths`` or numbers in the ``attention_mask`` that mark several
+                removed; ``position_ids``, ``seq_lengths`` or document ids in the ``attention_mask`` that mark several
                 documents in an example are honoured; ``completion_mask`` and ``assistant_masks`` turn into labels.
-            return_tensors: ``"pt"`` or None; there is nothing else.
+            return_tensors: ``"pt"`` or None.
 
         Returns:
             Tensors as described for the class, rows first: ``[rows, row length]``.
@@ -241,7 +241,7 @@ _CONSUMED = ("attention_mask", "position_ids", "seq_lengths", "completion_mask",
 
 
 def _documents(feature: Mapping[str, Any], at: int) -> list[Document]:
-    """The documents of one example, with labels; padding that its attention mask marks is gone."""
+    """The documents of one example, with labels and without the padding that its attention mask marks."""
     if not isinstance(feature, Mapping):
         text = f"example {at} is a {type(feature).__name__}, not a mapping with input_ids"
         raise InvalidInputError(text, advice='Give [{"input_ids": [...]}, ...].')
@@ -290,20 +290,20 @@ def _starts(positions: list[int] | None, lengths: list[int] | None, count: int) 
 
 
 def _changes(mask: list[int]) -> list[int]:
-    """Where a mask of document numbers (1, 2, 3, ..., and 0 for padding) goes on to another document."""
+    """The indices where a mask of document ids (1, 2, 3, ..., and 0 for padding) switches to another document."""
     real = [i for i, number in enumerate(mask) if number]
     return [i for before, i in pairwise(real) if mask[i] != mask[before]]
 
 
 _MASKS = ("attention_mask", "completion_mask", "assistant_masks")
-"""Features whose 0 and 1 may come as floats."""
+"""Features whose 0 and 1 may be floats."""
 
 
 def _ints(values: Any, key: str, at: int) -> list[int]:
-    """The whole numbers of a feature.
+    """The integers of a feature.
 
     Raises:
-        InvalidInputError: it is no flat list of them.
+        InvalidInputError: it is not a flat list of integers.
     """
     values = values.tolist() if hasattr(values, "tolist") else values
     flat = isinstance(values, Sequence) and not isinstance(values, str | bytes)
@@ -315,20 +315,20 @@ def _ints(values: Any, key: str, at: int) -> list[int]:
         raise InvalidInputError(
             f"example {at}: {key} is not a flat list of integers",
             [Reason(key, f"it holds {shown}" if flat else f"it is {shown}")],
-            "Tokenise the data set, and leave out columns that are not by token.",
+            "Tokenise the data set, and leave out columns that are not per token.",
         )
     return [int(value) for value in values]
 
 
 def _is_number(value: Any, key: str) -> bool:
-    """Whether a value of a feature is a whole number; masks may say it as a bool or a float."""
+    """Whether a value of a feature is an integer; in masks it may be a bool or a float."""
     if getattr(value, "shape", None) == ():  # of numpy or torch
         value = value.item()
     return isinstance(value, int) or (isinstance(value, float) and key in _MASKS and value.is_integer())
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether it is a whole number, also one of numpy or torch."""
+    """Whether `value` is an integer of Python, numpy or torch, and not a bool."""
     try:
         operator.index(value)
     except TypeError:

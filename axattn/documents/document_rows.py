@@ -1,4 +1,4 @@
-"""Documents of packed rows laid beside each other as rows, for layers that run each document as it would run alone."""
+"""The documents of packed rows as separate rows, for layers that must run each document on its own."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ import torch
 
 from axattn.documents.boundaries import Segments
 
-_LOOSE = 1.5
-"""Padding up to half of the tokens is taken for one call instead of several."""
+_MAX_PADDED_SIZE = 1.5
+"""All documents run in one call if padding adds at most half of their tokens."""
 
 
 class Group(NamedTuple):
-    """Documents of like lengths as rows.
+    """Documents of similar lengths as padded rows.
 
     Attributes:
-        tokens: int64 ``[documents, longest]``, the flat index of each token; behind its end a document's last again.
-        real: bool of that shape, False behind the end of a document.
-        places: int64 ``[N]``: where in ``[documents * longest]`` the real ones are.
+        tokens: int64 ``[documents, longest]``, the flat index of each token; padding repeats a document's last token.
+        real: bool ``[documents, longest]``, False for padding.
+        places: int64 ``[N]``: the indices of the real tokens in ``[documents * longest]``.
     """
 
     tokens: torch.Tensor
     real: torch.Tensor
     places: torch.Tensor
 
-    def real_ones(self, x: torch.Tensor) -> torch.Tensor:
-        """The real tokens of what the rows gave: ``[documents, longest, ...]`` → ``[N, ...]``."""
+    def select_real(self, x: torch.Tensor) -> torch.Tensor:
+        """The real tokens of an output of these rows: ``[documents, longest, ...]`` → ``[N, ...]``."""
         return x.flatten(0, 1).index_select(0, self.places)
 
 
 class Documents(NamedTuple):
-    """The documents of packed rows as rows of their own.
+    """The documents of packed rows as separate rows.
 
     Attributes:
-        groups: all of them, every token of the rows in one.
-        back: int64 ``[B * S]``: where each token of the rows is among the real tokens of the groups, one after another.
+        groups: together they hold every token once.
+        back: int64 ``[B * S]``: the index of each token of the packed rows in the concatenated real tokens of `groups`.
     """
 
     groups: tuple[Group, ...]
     back: torch.Tensor
 
-    def in_place(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The real tokens of each group, ``[N, ...]``, where they are in the rows: ``[B * S, ...]``."""
+    def in_packed_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Reorders the real tokens of each group, ``[N, ...]``, to those of the packed rows: ``[B * S, ...]``."""
         return torch.cat(parts).index_select(0, self.back)
 
 
 def as_rows(segments: Segments, device: torch.device) -> Documents:
-    """The documents of a forward as rows, worked out once for all layers."""
+    """The documents of a forward as rows, computed once for all layers."""
     if device not in segments.memo:
         segments.memo[device] = _as_rows(segments, device)
     found: Documents = segments.memo[device]
@@ -60,7 +60,7 @@ def _as_rows(segments: Segments, device: torch.device) -> Documents:
         (row * segments.length + a, b - a) for row, edges in enumerate(segments.boundaries) for a, b in pairwise(edges)
     ]
     groups, order = [], []
-    for members in _alike(spans):
+    for members in _group_by_length(spans):
         start, length = torch.tensor(members).unbind(1)
         at = torch.arange(int(length.max()))
         real = at < length[:, None]
@@ -70,10 +70,10 @@ def _as_rows(segments: Segments, device: torch.device) -> Documents:
     return Documents(tuple(groups), torch.cat(order).argsort().to(device))
 
 
-def _alike(spans: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Spans in groups: one where that wastes little, else those of up to twice the shortest's length together."""
+def _group_by_length(spans: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """One group for all spans if that adds little padding, else groups whose lengths differ by less than a factor 2."""
     lengths = [length for _, length in spans]
-    if len(spans) * max(lengths) <= _LOOSE * sum(lengths):
+    if len(spans) * max(lengths) <= _MAX_PADDED_SIZE * sum(lengths):
         return [spans]
     found: dict[int, list[tuple[int, int]]] = {}
     for span in spans:

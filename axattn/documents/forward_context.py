@@ -1,4 +1,4 @@
-"""`Context`: what the input hook of a model found for the forward that is running, in a slot of the thread."""
+"""`Context`: what the input hook of a model found for the running forward, kept in a slot per thread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from axattn.hf.torch_internals import is_executing
 
 
 class BoundaryInputs(NamedTuple):
-    """The inputs of a forward that say which tokens belong together, None where they are not given."""
+    """The inputs of a forward that describe document boundaries; None for inputs that are not given."""
 
     positions: Any = None
     mask: Any = None
@@ -30,11 +30,11 @@ class BoundaryInputs(NamedTuple):
 
     @property
     def nothing(self) -> bool:
-        """None of them is given."""
+        """Whether none of them is given."""
         return self.positions is self.mask is self.cu_q is self.cu_k is self.index is None
 
     def same(self, other: BoundaryInputs) -> bool:
-        """Whether both are the same objects, and there is one."""
+        """Whether both hold the same objects, at least one of them not None."""
         for x, y in zip(self, other, strict=True):
             if x is not y:
                 return False
@@ -43,26 +43,25 @@ class BoundaryInputs(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Context:
-    """What the input hook found for the forward that is running.
+    """What the input hook found for the running forward.
 
     Attributes:
         segments: the documents, None when every row is one document.
         shape: (B, S) of the tokens, None when the model takes no tokens (a vision tower).
-        weights: the attention weights are asked for (``output_attentions``).
-        bounds: the objects it was computed from, to reuse it in inner models that get the same ones.
-        zero_one_mask: the mask of 0 and 1 that the model is given in the place of one, in `bounds`, that numbers
-            documents.
-        hook: whose forward is running.
-        outer: the context to go back to.
-        shard: the forward runs on this rank's share of its rows.
+        weights: attention weights are requested (``output_attentions``).
+        bounds: the inputs it was computed from; an inner model with the same inputs reuses `segments`.
+        zero_one_mask: the 0/1 mask that the model gets in place of a mask with document ids (kept in `bounds`).
+        hook: the input hook of the model that is running.
+        outer: the context to restore afterwards.
+        shard: the shard of the rows that this rank runs.
         crosses: the model also attends to another sequence (``encoder_hidden_states``).
-        reads_padding: what padding attends to matters: a head of the model reads it.
-        unpadded: where the tokens of an unpadded row stand in its batch.
-        caches: those that packed rows are given, which they fill.
-        recheck: the model, where code that is not known runs between its input hook and its forward
+        reads_padding: outputs are read from padding, so it needs the attention that eager computes.
+        unpadded: maps the tokens of an unpadded row to its padded batch.
+        caches: the caches that packed rows fill.
+        recheck: the model, if unknown code runs between its input hook and its forward
             (`axattn.documents.late_inputs`).
-        caller: the frame in which the forward runs, None where nobody can tell (compiled frames).
-        handle: leads a graph to the documents that were read before it.
+        caller: the frame in which the forward runs, None if unknown (compiled frames).
+        handle: gives a graph the documents that were read before it.
     """
 
     segments: Segments | TracedSegments | None
@@ -87,8 +86,8 @@ class Context:
 
     @property
     def documents(self) -> Segments | TracedSegments | None:
-        """The documents for who may be in a graph that the input hook is not in (``model.forward =
-        torch.compile(...)``): there a tensor, or the graph would be for these documents alone."""
+        """The documents for code that may run in a graph without the input hook (``model.forward =
+        torch.compile(...)``): a tensor there, so that the graph is not specialised on these documents."""
         if (
             not torch.compiler.is_compiling()
             or self.handle is None
@@ -101,16 +100,16 @@ class Context:
 
     @property
     def running(self) -> bool:
-        """Whether the forward still runs. An interrupt (Ctrl-C in a notebook) ends one without its hooks."""
+        """Whether the forward still runs: an interrupt (Ctrl-C in a notebook) skips the forward hooks that end it."""
         return self.caller is None or is_executing(self.caller)
 
 
 class _Slot:
-    """What runs in a thread.
+    """The state of one thread.
 
     Attributes:
-        context: of the innermost model that is running.
-        entered: the changes around whole models that are running (`axattn.patches.forward_wrapper.OncePerCall`).
+        context: of the innermost running model.
+        entered: the running wrappers of whole models (`axattn.patches.forward_wrapper.OncePerCall`).
         shard: see `assume`.
         known_documents: the ``documents`` of `assume`.
     """
@@ -125,8 +124,8 @@ class _Slot:
 
 
 class _Threads(threading.local):
-    """The slot of each thread: an object that is never exchanged. What a frame compiled by torch sets on a thread-local
-    itself is lost when the frame ends (torch 2.13); context variables can't be traced at all."""
+    """The slot of each thread, an object that is never replaced: what a compiled frame sets on a thread-local itself is
+    lost when the frame ends (torch 2.13), and context variables can't be traced."""
 
     def __init__(self) -> None:
         self.slot = _Slot()
@@ -141,9 +140,9 @@ def slot() -> _Slot:
 
 
 def current() -> Context | None:
-    """The context of the innermost model that is running, None outside of any model with an input hook."""
+    """The context of the innermost running model, None outside any model with an input hook."""
     here = _threads.slot
-    if not torch.compiler.is_dynamo_compiling():  # `torch.export` runs the frames themselves, and ends some by an error
+    if not torch.compiler.is_dynamo_compiling():  # `torch.export` runs the frames itself, and ends some with an error
         while here.context is not None and not here.context.running:
             here.context = here.context.outer
     return here.context
@@ -151,7 +150,7 @@ def current() -> Context | None:
 
 @contextlib.contextmanager
 def reading(context: Context) -> Iterator[None]:
-    """Masks that are made in this block are made from `context`, unless an input hook in it says otherwise."""
+    """Masks made in this block use `context`, unless an input hook inside sets another one."""
     here = slot()
     before, here.context = here.context, context
     try:
@@ -162,11 +161,11 @@ def reading(context: Context) -> Iterator[None]:
 
 @contextlib.contextmanager
 def assume(*, shard: SequenceShard | None = None, documents: Segments | None = None) -> Iterator[None]:
-    """Input hooks that run in this block take what is given in place of what their inputs say.
+    """Input hooks that run in this block use these arguments instead of reading their inputs.
 
     Args:
-        shard: of documents and padding, on a rank that holds a part of its rows.
-        documents: of an unpadded row.
+        shard: this rank's shard of the rows, with their documents and padding.
+        documents: the documents of an unpadded row.
     """
     here = slot()
     before = here.shard, here.known_documents

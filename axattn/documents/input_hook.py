@@ -1,15 +1,14 @@
-"""The input hook of a model: hooks that read positions, cumulative lengths and masks once, before the model's own
-forward.
+"""The input hook of a model: a forward pre-hook that reads positions, cumulative lengths and masks once per forward.
 
 Every `PreTrainedModel` inside a model has one `InputHook`. It checks the inputs, finds the documents (`Segments`) and
-holds them in the thread's slot (`axattn.documents.forward_context`) while the forward runs, where the mask function
-picks them up. On native names the same input hook is a guard: packed input that Transformers would leak is refused.
+keeps them in the thread's slot (`axattn.documents.forward_context`) while the forward runs, for the mask function. On
+native names the same input hook is a guard: it refuses packed input whose documents would leak in Transformers.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
+import sys
 from types import FrameType
 from typing import Any
 
@@ -18,10 +17,10 @@ import torch
 from axattn.documents import mrope, native_flash_guard, native_guard
 from axattn.documents.boundaries import Segments
 from axattn.documents.forward_context import BoundaryInputs, Context, current, slot
-from axattn.documents.inputs import switched
-from axattn.documents.late_inputs import look
+from axattn.documents.inputs import switched_to_native
+from axattn.documents.late_inputs import recheck_inputs
 from axattn.documents.padding_reads import padding_is_read
-from axattn.documents.read_inputs import described, read, zero_one_mask
+from axattn.documents.read_inputs import boundary_inputs, read, zero_one_mask
 from axattn.documents.traced import TracedSegments
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.hf.caches import caches_in, is_packed, mark_packed
@@ -34,7 +33,7 @@ from axattn.hf.torch_internals import last_pre_hook
 from axattn.traits import picked_tokens
 from axattn.traits.attention_configs import NameCheck
 from axattn.traits.model_traits import ModelTraits
-from axattn.traits.position_ids import counted
+from axattn.traits.position_ids import count_positions
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -43,7 +42,7 @@ class InputHook:
     """The forward pre-hook and forward hook of one `PreTrainedModel`. Picklable and copyable with its model.
 
     Args:
-        traits: about the model.
+        traits: the traits of the model.
     """
 
     _own: Any = None
@@ -56,22 +55,22 @@ class InputHook:
         self._watching: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what it has found of the hooks and the ``forward`` of its module, to find it again in a copy."""
+        """Leaves out what it noted about the hooks and the ``forward`` of its module: a copy reads them again."""
         kept = ("traits", "names", "_watching")
         return {name: value for name, value in vars(self).items() if name in kept}
 
     def remove_watchers(self) -> None:
-        """Take off the hooks that a forward has added."""
+        """Remove the hooks that `_watch` added."""
         while self._watching:
             self._watching.pop().remove()
 
     def pre_forward(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook (``with_kwargs=True``). Packed rows get what they lack: on a flash name the lengths of their
-        documents, which Transformers' flash path reads at any batch size; positions that start anew in each. Of a mask
-        that numbers them the model gets a plain one."""
-        if is_paged_step(kwargs) and (self.traits.native is not None or switched(self.traits, module)):
+        """Forward pre-hook (``with_kwargs=True``). Adds to packed rows what is missing: on a flash name the lengths of
+        the documents, which Transformers' flash path reads at any batch size, and positions that restart in each
+        document. Replaces a mask of document ids by a 0/1 mask."""
+        if is_paged_step(kwargs) and (self.traits.native is not None or switched_to_native(self.traits, module)):
             return None
         require_registered(module)
         self.names.require(module)
@@ -79,10 +78,10 @@ class InputHook:
         here, outer = slot(), current()
         recheck = None if torch.compiler.is_compiling() or not self._inputs_may_change(module) else module
         weights = self._require_allowed(module, given)
-        bounds = described(given, outer)
+        bounds = boundary_inputs(given, outer)
         unchanged: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        if outer is not None and _speaks_of(outer, bounds.cu_q) and token_shape(given) is None:
-            # the lengths of the text, which a vision tower is given too (transformers 5.17)
+        if outer is not None and _has_lengths(outer, bounds.cu_q) and token_shape(given) is None:
+            # the lengths of the text, which Transformers also passes to a vision tower (5.17)
             kwargs = {name: value for name, value in kwargs.items() if name not in LENGTHS}
             bounds, unchanged = bounds._replace(cu_q=None, cu_k=None), (args, kwargs)
         if here.shard is not None or here.known_documents is not None:
@@ -102,9 +101,7 @@ class InputHook:
             and not any(map(is_packed, caches_of(given)))
             and given.get("encoder_hidden_states") is None
         ):
-            return (
-                unchanged  # an inner model with nothing to read: the outer input hook has looked, and its context holds
-            )
+            return unchanged  # an inner model with nothing to read: the context of the outer input hook stays
         reads_padding = outer is not None and outer.reads_padding
         if self.traits.reads and not reads_padding:
             reads_padding = padding_is_read(self.traits, module, given)
@@ -114,8 +111,8 @@ class InputHook:
         if outer is not None and bounds.same(outer.bounds):
             segments, shape = outer.documents, outer.shape
         else:
-            segments, shape, numbered = read(self.traits, module, given, bounds, outer)
-            if numbered and masked is None:
+            segments, shape, has_document_ids = read(self.traits, module, given, bounds, outer)
+            if has_document_ids and masked is None:
                 masked = zero_one_mask(bounds.mask)
         if masked is not None and masked is not given.get("attention_mask"):
             args, kwargs = unchanged = self._masked(args, kwargs, masked)
@@ -139,10 +136,10 @@ class InputHook:
         return unchanged
 
     def check_delivery(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of an attention module on a flash name: have the documents come this far, and as such?"""
+        """Forward pre-hook of an attention module on a flash name: checks that it gets the documents of its rows."""
         if self.traits.native is None or is_paged_step(kwargs):
             return
-        native_flash_guard.require_plain_positions(self.traits.native, module, args, kwargs)
+        native_flash_guard.require_position_per_token(self.traits.native, module, args, kwargs)
         context = current()
         if context is not None and isinstance(context.segments, Segments):
             native_flash_guard.require_reached(self.traits.native, module, kwargs, context.segments)
@@ -157,13 +154,13 @@ class InputHook:
         if context.segments is not None:
             caches = [*context.caches, *caches_in(output)]
             if caches:
-                alone = context.segments.alone
+                length = context.segments.first_document_length
                 for cache in caches:
-                    mark_packed(cache, alone)
+                    mark_packed(cache, length)
 
     def _inputs_may_change(self, module: torch.nn.Module) -> bool:
-        """Whether code that is not known runs between this hook and the model's own ``forward``, and may change its
-        inputs (`axattn.documents.late_inputs`)."""
+        """Whether unknown code runs between this hook and the model's own ``forward`` and may change its inputs
+        (`axattn.documents.late_inputs`)."""
         own, last = module.__dict__.get("forward"), last_pre_hook(module)
         if own is not self._own or last != self._last:
             self._own, self._last = own, last
@@ -173,17 +170,17 @@ class InputHook:
         return self._may_change
 
     def _watch(self, module: torch.nn.Module) -> None:
-        """On names that Transformers serves nothing of ours is called inside of its forward: hook modules that are, the
-        first of which is called before a finished mask takes the place of the one that was given (BERT)."""
+        """On native names no axattn code runs inside the forward: add pre-hooks to the model's children and its first
+        attention module, the first of which runs before a finished mask replaces the given one (BERT)."""
         attention = next((inner for inner in module.modules() if calls_interface(type(inner))), None)
         for inner in dict.fromkeys((*module.children(), attention)):
             if inner is not None:
-                # before the input hook of a model inside, which has a context of its own
-                self._watching.append(inner.register_forward_pre_hook(_look, prepend=True))
+                # before the input hook of an inner model, which sets its own context
+                self._watching.append(inner.register_forward_pre_hook(_recheck, prepend=True))
 
     def _require_allowed(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
-        """Raise for what this model can't do on its kernel, whatever the tokens; whether attention weights are asked
-        for."""
+        """Raise for what this model can't do on its kernel with any tokens. Returns whether attention weights are
+        requested."""
         traits = self.traits
         if module.training and getattr(module, "gradient_checkpointing", False):
             native_guard.require_prefix_survives(module, given)
@@ -207,7 +204,7 @@ class InputHook:
     def _masked(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: torch.Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs with another 2-D mask."""
+        """The inputs with `mask` as their 2-D mask."""
         if "attention_mask" in kwargs:
             return args, {**kwargs, "attention_mask": mask}
         at = self.traits.parameters.index("attention_mask")
@@ -216,7 +213,7 @@ class InputHook:
     def _known(
         self, module: torch.nn.Module, given: dict[str, Any], known: Segments | None
     ) -> tuple[Segments | TracedSegments | None, tuple[int, int] | None]:
-        """The documents where they are known before (`axattn.documents.forward_context.assume`)."""
+        """The documents that the caller already knows (`axattn.documents.forward_context.assume`)."""
         shape = token_shape(given)
         if known is not None and shape != (known.rows, known.length):
             # read from positions alone, two rows could be one document
@@ -233,7 +230,7 @@ class InputHook:
         bounds: BoundaryInputs,
         segments: Segments | TracedSegments,
     ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, BoundaryInputs]:
-        """The inputs with what packed rows lack, None when they lack nothing; and what is seen of them then."""
+        """The inputs with what packed rows lack, None when they lack nothing; and their new `BoundaryInputs`."""
         traits = self.traits
         flattened = bool(traits.mrope_planes) and mrope.lacks_mrope_planes(given)
         added: dict[str, Any] = {}
@@ -245,7 +242,7 @@ class InputHook:
             if isinstance(segments, TracedSegments):
                 segments.require_single("packed rows with images need position_ids of 3 or 4 planes in a graph")
             else:
-                args, added = mrope.left_to_model(module, traits.parameters, args, lengths)
+                args, added = mrope.without_positions(module, traits.parameters, args, lengths)
                 bounds = bounds._replace(positions=None)
         elif bounds.positions is None and not traits.mrope_planes and "position_ids" in traits.parameters[len(args) :]:
             added["position_ids"] = self._positions(segments, given, bounds)
@@ -255,34 +252,35 @@ class InputHook:
     def _positions(
         self, segments: Segments | TracedSegments, given: dict[str, Any], bounds: BoundaryInputs
     ) -> torch.Tensor:
-        """int64 ``[B, S]`` that start anew in each document; in a graph that may not be packed at all, else the model's
-        own count."""
+        """int64 ``[B, S]`` that restart in each document. In a graph that may get rows of one document: the model's own
+        count for these."""
         traits, documents = self.traits, segments.document_ids
         mask = bounds.mask
         if not isinstance(mask, torch.Tensor) or mask.shape != documents.shape:
             mask = torch.ones_like(documents)
-        count = functools.partial(counted, traits.first_position, traits.counts_mask, given.get("input_ids"), mask)
-        anew: torch.Tensor = count(documents)
+        count = functools.partial(
+            count_positions, traits.first_position, traits.counts_mask, given.get("input_ids"), mask
+        )
+        restarting: torch.Tensor = count(documents)
         if isinstance(segments, Segments) or bounds.cu_q is not None or bounds.cu_k is not None:
-            return anew
-        return torch.where((documents[:, -1] > 0).any(), anew, count())
+            return restarting
+        return torch.where((documents[:, -1] > 0).any(), restarting, count())
 
 
-def _look(module: torch.nn.Module, args: Any) -> None:
+def _recheck(module: torch.nn.Module, args: Any) -> None:
     """Forward pre-hook of an attention module (see `InputHook._watch`)."""
     context = None if torch.compiler.is_compiling() else current()
     if context is not None and context.recheck is not None:
-        look(context)
+        recheck_inputs(context)
 
 
 def _caller() -> FrameType | None:
-    """The frame that calls the hook in which this is called: it runs the model's forward next."""
+    """The frame that calls the running hook: it runs the model's forward next."""
     if torch.compiler.is_dynamo_compiling():
         return None
-    here = inspect.currentframe()
-    return here.f_back.f_back if here is not None and here.f_back is not None else None
+    return sys._getframe(2)
 
 
-def _speaks_of(context: Context, lengths: Any) -> bool:
-    """Whether these are the lengths that the model of a context was given for its own tokens."""
+def _has_lengths(context: Context, lengths: Any) -> bool:
+    """Whether `lengths` are the cumulative lengths that the model of `context` was given for its own tokens."""
     return lengths is not None and context.bounds.cu_q is lengths

@@ -1,4 +1,4 @@
-"""The inputs of a model's forward: read, and refused where they can't be right. Pure functions."""
+"""Checks and conversions of the inputs of a model's forward. Pure functions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from axattn.hf.torch_internals import is_tracing, require_when_run
 from axattn.spec import names
 from axattn.traits.model_traits import ModelTraits
 
-_ALONE = "Give it one document a row, padded."
+_ONE_DOCUMENT_A_ROW = "Give it one document a row, padded."
 
 
 def documents_of_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segments:
-    """The documents that ``cu_seq_lens_q`` and ``cu_seq_lens_k`` describe, of which one may be None.
+    """The documents that ``cu_seq_lens_q`` and ``cu_seq_lens_k`` describe; one of them may be None.
 
     Raises:
-        InvalidInputError: they can't be read (see `from_cu_seqlens`), or differ.
+        InvalidInputError: they are invalid (see `from_cu_seqlens`), or differ.
     """
     found = [
         from_cu_seqlens(value, rows, length, name)
@@ -41,10 +41,9 @@ def documents_of_lengths(cu_q: Any, cu_k: Any, rows: int, length: int) -> Segmen
 
 
 def mask_of_tokens(mask: torch.Tensor | None, length: int, caches: list[Any]) -> torch.Tensor | None:
-    """What a 2-D mask ``[B, T]`` says of this forward's own tokens ``[B, S]``, which stand behind those of a cache.
+    """The columns ``[B, S]`` of a 2-D mask ``[B, T]`` for this forward's own tokens, which follow those of a cache.
 
-    None where it says nothing of them: for one token (nothing to separate), or a cache whose length is not known while
-    tracing.
+    None for a single token (nothing to separate), and for a cache whose length is unknown while tracing.
     """
     if mask is None or mask.shape[-1] == length:
         return mask
@@ -61,30 +60,30 @@ def mask_of_tokens(mask: torch.Tensor | None, length: int, caches: list[Any]) ->
 
 
 def require_mask_fits(mask: Any, length: int, caches: list[Any]) -> None:
-    """Raise where a 2-D mask ``[B, T]`` speaks of more tokens than a forward and its cache have: read at the wrong
-    place, it would tell documents that nobody gave.
+    """Raise if a 2-D mask ``[B, T]`` covers more tokens than a forward and its cache have: read at the wrong offset, it
+    would describe wrong documents.
 
-    PEFT 0.21 hands its prefix over as ``past_key_values`` beside the ``cache`` that Transformers 5.24 goes by: it is
-    dropped there, and the mask still counts it.
+    PEFT 0.21 passes its prefix as ``past_key_values``, which Transformers 5.24 drops in favour of ``cache``; the mask
+    still covers the prefix.
 
     Raises:
-        InvalidInputError: it does.
+        InvalidInputError: the mask is too wide.
     """
     held = max(map(cache_length, caches), default=0)
     if isinstance(mask, torch.Tensor) and mask.shape[-1] > held + length:
         raise InvalidInputError(
             f"attention_mask has {mask.shape[-1]} columns, for {length} tokens over a cache of {held}",
-            [Reason("attention_mask", "the tokens that it speaks of are not there (a prefix or cache that got lost)")],
-            f"Give a mask of [{mask.shape[0]}, {held + length}].",
+            [Reason("attention_mask", "it covers tokens that are not there (a dropped prefix or cache)")],
+            f"Pass a mask of [{mask.shape[0]}, {held + length}].",
         )
 
 
-def numbers_of(index: Any, mask: torch.Tensor | None, rows: int, length: int) -> torch.Tensor:
-    """int64 ``[B, S]``: numbers of documents from 1 on, 0 for padding, from ``seq_idx`` and a 2-D mask.
+def document_ids_of(index: Any, mask: torch.Tensor | None, rows: int, length: int) -> torch.Tensor:
+    """int64 ``[B, S]``: document ids from 1 on, 0 for padding, from ``seq_idx`` and a 2-D mask.
 
     Args:
         index: the document of each token, ``[B or 1, S]`` (``DataCollatorWithFlattening(return_seq_idx=True)``).
-        mask: ``[B, S]``, 0 for padding; it may number documents too. None where no token is padding.
+        mask: ``[B, S]``, 0 for padding; it may hold document ids too. None if no token is padding.
         rows: B.
         length: S.
 
@@ -96,7 +95,7 @@ def numbers_of(index: Any, mask: torch.Tensor | None, rows: int, length: int) ->
         shown = f"shape {list(index.shape)}, {index.dtype}" if isinstance(index, torch.Tensor) else repr(index)
         raise InvalidInputError(
             f"seq_idx is {shown}, but the batch has {rows} rows of {length} tokens",
-            advice=f"Give the number of each token's document, int32 [{rows}, {length}], or leave it out.",
+            advice=f"Pass the index of each token's document, int32 [{rows}, {length}], or leave it out.",
         )
     numbers: torch.Tensor = (index.long() - index.min() + 1).expand(rows, length)
     if mask is None:
@@ -107,10 +106,10 @@ def numbers_of(index: Any, mask: torch.Tensor | None, rows: int, length: int) ->
 
 
 def text_positions(positions: Any, rows: int, length: int, planes: tuple[int, ...]) -> torch.Tensor | None:
-    """The text positions ``[B or 1, S]`` in ``position_ids``, None when there are none to read documents from.
+    """The text positions ``[B or 1, S]`` in ``position_ids``, None if it has none to read documents from.
 
     Raises:
-        InvalidInputError: another shape, or positions that are no integers.
+        InvalidInputError: another shape, or a dtype that is not an integer type.
     """
     if not isinstance(positions, torch.Tensor):
         return None
@@ -125,7 +124,7 @@ def text_positions(positions: Any, rows: int, length: int, planes: tuple[int, ..
         return positions
     elif positions.ndim == 1 and shape[0] == length:
         return positions[None]
-    legal = f"[{rows}, {length}] or [1, {length}]"  # not before: text of a length would be a graph for each length
+    legal = f"[{rows}, {length}] or [1, {length}]"  # built late: it would recompile for each length
     if positions.ndim == 3 and planes:
         legal = f"[{'|'.join(map(str, planes))}, {rows}, {length}]"
     raise InvalidInputError(
@@ -135,10 +134,10 @@ def text_positions(positions: Any, rows: int, length: int, planes: tuple[int, ..
 
 
 def require_counted_from(first: int, module: torch.nn.Module, positions: torch.Tensor, mask: Any) -> None:
-    """RoBERTa and its kin count from ``padding_idx + 1``; positions below are those of padding, or of no token.
+    """Models of the RoBERTa family count from ``padding_idx + 1``; lower positions are padding's or unused.
 
     Raises:
-        InvalidInputError: a real token has such a position.
+        InvalidInputError: a real token has a lower position.
     """
     if is_tracing():
         real = positions if mask is None else positions.masked_fill(mask == 0, first)
@@ -155,7 +154,7 @@ def require_counted_from(first: int, module: torch.nn.Module, positions: torch.T
 
 
 def require_first_is_real(text: str, mask: torch.Tensor) -> None:
-    """What a kernel gives for padding is not what eager attention gives; nothing must read it.
+    """Kernels compute other outputs for padding than eager attention does, so no output may be read from it.
 
     Raises:
         InvalidInputError: a row starts with padding.
@@ -167,63 +166,63 @@ def require_first_is_real(text: str, mask: torch.Tensor) -> None:
         raise InvalidInputError("rows are padded on the left", [Reason("padding", text)], advice)
 
 
-def switched(traits: ModelTraits, module: torch.nn.Module) -> str:
-    """The name of Transformers that a model was put on behind axattn (``model.set_attn_implementation``), or ``""``."""
+def switched_to_native(traits: ModelTraits, module: torch.nn.Module) -> str:
+    """The native name that ``model.set_attn_implementation`` set on a model after axattn, ``""`` for none."""
     config: Any = module.config
     running = config._attn_implementation
     return running if traits.native is None and isinstance(running, str) and names.is_native(running) else ""
 
 
-def require_ours(traits: ModelTraits, module: torch.nn.Module) -> None:
-    """Raise where a model was `switched`: its input hook stands for axattn's kernels, which keep documents and parts of
-    rows apart, and does not guard that name.
+def require_axattn_backend(traits: ModelTraits, module: torch.nn.Module) -> None:
+    """Raise if a model was `switched_to_native`: its input hook assumes an axattn backend, which separates documents
+    and shards, and does not guard the native name.
 
     Raises:
-        UnsupportedAttentionError: it was.
+        UnsupportedAttentionError: the model was switched.
     """
-    refusal = _of_switched(traits, module)
+    refusal = _switched_error(traits, module)
     if refusal is not None:
         raise refusal
 
 
-def _of_switched(traits: ModelTraits, module: torch.nn.Module) -> AxattnError | None:
-    running = switched(traits, module)
+def _switched_error(traits: ModelTraits, module: torch.nn.Module) -> AxattnError | None:
+    running = switched_to_native(traits, module)
     if not running:
         return None
-    text = f"it was put on {running} after axattn had put it on another kernel"
+    text = f"it was switched to {running} after axattn had set another kernel"
     advice = f'Use axattn.apply(model, "{running}"), or axattn.restore(model) first.'
     title = f"{type(module).__name__} can't run rows that are packed or split"
     return UnsupportedAttentionError(title, [Reason("model", text)], advice)
 
 
-def require_known(
+def require_no_hidden_documents(
     module: torch.nn.Module,
     unknown: Mapping[str, list[torch.Tensor]],
     mask: torch.Tensor | None,
     rows: int,
     length: int,
 ) -> None:
-    """Raise for a keyword that axattn does not know and that may say where documents end: nobody would read it.
+    """Raise for a keyword that axattn does not know and that may describe documents: they would leak.
 
     Args:
         module: the model.
-        unknown: what such keywords hold for tokens (`axattn.hf.forward_inputs.unknown_tensors`).
+        unknown: the tensors per token in such keywords (`axattn.hf.forward_inputs.unknown_tensors`).
         mask: the 2-D mask ``[B, S]``, or None.
         rows: B.
         length: S.
 
     Raises:
-        UnsupportedAttentionError: one of them can be read as a description of several documents. In a compiled graph
-            that is asserted when it runs.
+        UnsupportedAttentionError: one of them may describe several documents. A compiled graph asserts this when it
+            runs.
     """
     for name, tensors in unknown.items():
         for x in tensors:
-            tells = may_describe_documents(x, mask, rows, length)
-            if tells is None:
+            may_describe = may_describe_documents(x, mask, rows, length)
+            if may_describe is None:
                 continue
             if is_tracing():
-                require_when_run(~tells, f"{name} is not known, and may describe packed documents")
-            elif bool(tells):
+                require_when_run(~may_describe, f"{name} is unknown, and may describe packed documents")
+            elif bool(may_describe):
                 raise UnsupportedAttentionError(
                     f"{type(module).__name__} can't run this batch",
                     [Reason(name, f"{name}: an unknown keyword whose values may describe packed documents")],
@@ -234,23 +233,23 @@ def require_known(
 def refusals(
     traits: ModelTraits, module: torch.nn.Module, inputs: dict[str, Any], length: int, unknown: Iterable[str]
 ) -> Iterator[AxattnError]:
-    """Why this model can't take packed rows, or not with these inputs, whatever their documents are: the errors to
-    raise. While a graph is traced no value of a tensor is read.
+    """The errors for a model, or inputs, that can't run packed rows whatever their documents are. Reads no tensor
+    values while a graph is traced.
 
     Args:
-        traits: about the model.
+        traits: the traits of the model.
         module: the model.
         inputs: of its forward, by name.
         length: S.
-        unknown: keywords that are not known and hold something for tokens.
+        unknown: unknown keywords that hold a value per token.
     """
     name = type(module).__name__
-    refusal = _of_switched(traits, module)
+    refusal = _switched_error(traits, module)
     if refusal is not None:
         yield refusal
     if traits.encoder_decoder:
         reasons = [Reason("segments", "its cross-attention has no document boundaries")]
-        yield InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ALONE)
+        yield InvalidInputError("packed rows were given to an encoder-decoder model", reasons, _ONE_DOCUMENT_A_ROW)
     for cache in caches_of(inputs):
         held = held_tokens(cache)
         held = held if is_tracing() else int(held)
@@ -262,10 +261,10 @@ def refusals(
             )
     if unknown:
         reasons = [Reason(keyword, f"{keyword}: what an unknown keyword says of the tokens") for keyword in unknown]
-        yield InvalidInputError(f"packed rows can't run in {name} with these inputs", reasons, _ALONE)
+        yield InvalidInputError(f"packed rows can't run in {name} with these inputs", reasons, _ONE_DOCUMENT_A_ROW)
     blockers = [*traits.packing_blockers, *(traits.packing_blockers_in_graph if is_tracing() else ())]
     if blockers:
-        yield UnsupportedAttentionError(f"packed rows can't run in {name}", blockers, _ALONE)
+        yield UnsupportedAttentionError(f"packed rows can't run in {name}", blockers, _ONE_DOCUMENT_A_ROW)
     if traits.max_row_length is not None and length > traits.max_row_length:
         text = f"its layers without RoPE scale queries by their position in the row, from {traits.max_row_length} on"
         yield UnsupportedAttentionError(
@@ -283,28 +282,28 @@ def require_packable(
     unknown: Iterable[str],
     mask: Any,
 ) -> None:
-    """Raise for packed rows that this model can't take, or not with these inputs: the first of `refusals`, and what
-    depends on the documents.
+    """Raise for packed rows that this model or these inputs rule out: the first of `refusals`, then checks that depend
+    on the documents.
 
     Args:
-        traits: about the model.
+        traits: the traits of the model.
         module: the model.
         inputs: of its forward, by name.
         segments: the documents.
-        unknown: keywords that are not known and hold something for tokens.
+        unknown: unknown keywords that hold a value per token.
         mask: the 2-D mask, or None.
 
     Raises:
-        InvalidInputError: an encoder-decoder, rows that go on from a cache, or an unknown keyword that may say more
-            of the tokens.
-        UnsupportedAttentionError: documents would leak, or be numbered wrong.
+        InvalidInputError: an encoder-decoder, rows that continue from a cache, or an unknown keyword with a value per
+            token.
+        UnsupportedAttentionError: documents would leak, or get wrong positions.
     """
     for refusal in refusals(traits, module, inputs, segments.length, unknown):
         raise refusal
     name = type(module).__name__
     adapted = reasons_by_document(module)
     if adapted:
-        raise UnsupportedAttentionError(f"packed rows can't run in {name}", adapted, _ALONE)
+        raise UnsupportedAttentionError(f"packed rows can't run in {name}", adapted, _ONE_DOCUMENT_A_ROW)
     if traits.rope_scaling_threshold is not None:
         _require_no_rope_scaling(traits.rope_scaling_threshold, name, inputs.get("position_ids"), segments, mask)
     if traits.native is not None:
@@ -315,8 +314,8 @@ def require_packable(
 
 
 def _require_no_rope_scaling(limit: int, name: str, positions: Any, segments: Segments, mask: Any) -> None:
-    """Raise where dynamic NTK would stretch the frequencies of all documents: by the highest position that is given,
-    padding's too; where none are, by the longest document (`axattn.documents.input_hook` counts no padding).
+    """Raise if dynamic NTK would scale the frequencies of all documents: by the highest position given, padding
+    included; without positions by the longest document (`axattn.documents.input_hook` does not count padding).
 
     Raises:
         UnsupportedAttentionError: it would.
@@ -333,5 +332,5 @@ def _require_no_rope_scaling(limit: int, name: str, positions: Any, segments: Se
         raise UnsupportedAttentionError(
             f"{name} can't take packed rows with positions above {limit - 1}",
             [Reason("segments", f"its rotary embedding (dynamic) is stretched by the {by}")],
-            _ALONE,
+            _ONE_DOCUMENT_A_ROW,
         )

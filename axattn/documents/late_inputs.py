@@ -1,7 +1,7 @@
-"""Inputs that come to a model behind its input hook: from a user's forward pre-hook, or a wrapper of ``forward``.
+"""Inputs that change after a model's input hook has run: by a user's forward pre-hook, or a wrapper of ``forward``.
 
-The hook marks a forward before which, or around which, code runs that it does not know. While such a forward runs, its
-inputs are read in its own frame, where its masks are made or its first attention module is called.
+The input hook marks a forward if unknown code runs between the two. The inputs of such a forward are read again in its
+own frame when its masks are made or its first attention module is called.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from axattn.documents.boundaries import Segments
 from axattn.documents.forward_context import BoundaryInputs, Context, slot
-from axattn.documents.read_inputs import described, read
+from axattn.documents.read_inputs import boundary_inputs, read
 from axattn.documents.traced import TracedSegments
 from axattn.errors import InvalidInputError, Reason
 from axattn.hf.forward_inputs import token_shape
@@ -21,23 +21,23 @@ from axattn.hf.source_inspection import inputs_in_frame
 from axattn.traits import dynamic_rope
 
 
-def look(context: Context) -> None:
-    """Read the documents in the inputs with which the forward of a context runs. Those that positions tell, where
-    nothing told any before, hold from here on.
+def recheck_inputs(context: Context) -> None:
+    """Read the documents again, in the inputs with which the forward of a context runs. Documents that only positions
+    describe are accepted if the model was called with none.
 
     Args:
-        context: of a forward that is marked (`Context.recheck`); this takes the mark off.
+        context: of a marked forward (`Context.recheck`); this removes the mark.
 
     Raises:
-        AxattnError: other documents than the model was called with, which do not reach everything that reads them; or
-            what `axattn.documents.read_inputs.read` refuses.
+        AxattnError: other documents than the model was called with, which would not reach all layers; or inputs that
+            `axattn.documents.read_inputs.read` refuses.
     """
     module, context.recheck = context.recheck, None
     given = inputs_in_frame(module)
     if module is None or given is None:
         return
     traits: Any = context.hook.traits  # type: ignore[attr-defined]
-    bounds = _own(described(given, context.outer), context)
+    bounds = _inputs_as_given(boundary_inputs(given, context.outer), context)
     if all(new is old for new, old in zip(bounds, context.bounds, strict=True)):
         return
     shape = token_shape(given)
@@ -45,32 +45,30 @@ def look(context: Context) -> None:
         return
     given |= {"position_ids": bounds.positions, "attention_mask": bounds.mask}
     if context.shard is not None or slot().known_documents is not None:
-        if not _same(bounds, context.bounds):
-            _refuse(
-                module, bounds, context, "rows that are unpadded or split have positions and documents of their own"
-            )
+        if not _equal_inputs(bounds, context.bounds):
+            _refuse(module, bounds, context, "unpadded or split rows already have their own positions and documents")
         return
-    # (Transformers' flash path gets no lengths here: the input hook adds them before)
+    # Transformers' flash path gets no lengths here: only the input hook adds them
     found = read(dataclasses.replace(traits, takes_lengths=False), module, given, bounds, context.outer)
     if _documents(found.segments) == _documents(context.segments):
         return
     positions_alone = bounds._replace(positions=None, mask=None).nothing
-    if not positions_alone and bounds.positions is not None:  # what else is given says the same
+    if not positions_alone and bounds.positions is not None:  # the other inputs may describe the same documents
         alone = BoundaryInputs(positions=bounds.positions, mask=bounds.mask)
         reread = read(dataclasses.replace(traits, takes_lengths=False), module, given, alone, context.outer)
         positions_alone = _documents(reread.segments) == _documents(found.segments)
-    positions_alone = positions_alone and not found.numbered
+    positions_alone = positions_alone and not found.has_document_ids
     known = context.segments is not None
-    # what runs document by document has run, or may have
+    # layers that run document by document may have run already
     late = traits.by_document or any(dynamic_rope.longropes(module))
     if known or late or (traits.native is None and not positions_alone):
-        _refuse(module, bounds, context, "they tell other documents than the model was called with")
+        _refuse(module, bounds, context, "they describe other documents than the model was called with")
     if traits.native is None:
         context.segments, context.bounds, context.shape = found.segments, bounds, found.shape
 
 
-def _own(bounds: BoundaryInputs, context: Context) -> BoundaryInputs:
-    """What a forward was given, without what it has made of it itself: masks that are finished, planes of positions."""
+def _inputs_as_given(bounds: BoundaryInputs, context: Context) -> BoundaryInputs:
+    """The inputs that a forward was given, without those that it made itself: finished masks, planes of positions."""
     positions, mask = bounds.positions, bounds.mask
     if not (isinstance(positions, torch.Tensor) and positions.ndim == 2 and not positions.is_floating_point()):
         positions = context.bounds.positions
@@ -79,8 +77,8 @@ def _own(bounds: BoundaryInputs, context: Context) -> BoundaryInputs:
     return bounds._replace(positions=positions, mask=mask)
 
 
-def _same(bounds: BoundaryInputs, known: BoundaryInputs) -> bool:
-    """Whether inputs say the same as those that are known. None for positions says nothing."""
+def _equal_inputs(bounds: BoundaryInputs, known: BoundaryInputs) -> bool:
+    """Whether inputs equal the known ones; None matches anything."""
     for new, old in zip(bounds, known, strict=True):
         if new is old or new is None:
             continue
@@ -99,5 +97,5 @@ def _refuse(module: torch.nn.Module, bounds: BoundaryInputs, context: Context, t
     raise InvalidInputError(
         f"a hook or a wrapper of {type(module).__name__}.forward gave it {', '.join(new)}",
         [Reason(new[0], text)],
-        "Give them to the model itself (or register the hook behind axattn's with prepend=True).",
+        "Pass them to the model itself (or register the hook with prepend=True, to run before axattn's).",
     )

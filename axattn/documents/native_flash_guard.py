@@ -1,7 +1,7 @@
-"""What Transformers' flash path drops in silence, and the refusal of it. Pure checks over a call's inputs.
+"""Refuses inputs that Transformers' flash path would ignore silently. Pure checks over a call's inputs.
 
-That path never sees the mask function: documents, image blocks and positions reach the kernel by other ways, or not at
-all. Measured on transformers 5.17 and 5.23, over strict fakes of the kernels.
+The flash path does not use the mask function: documents, image blocks and positions reach the kernel in other ways, or
+not at all. Measured on transformers 5.17 and 5.23 with strict fakes of the kernels.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _ADVICE = 'Use attn_implementation="varlen" or "auto".'
 
 
 def require_deterministic(native: str, lacking: Iterable[Reason], module: torch.nn.Module) -> None:
-    """Raise, or warn, where the kernel's gradient is not the deterministic one that is asked for.
+    """Raise, or warn, if a deterministic gradient is requested and the kernel has none.
 
     Args:
         native: a flash name.
-        lacking: why its kernel has no deterministic gradient; none where it has one.
+        lacking: why its kernel has no deterministic gradient; empty if it has one.
         module: the model, in its forward.
 
     Raises:
-        UnsupportedAttentionError: the model trains like this.
+        UnsupportedAttentionError: in training, unless ``warn_only`` is set.
     """
     given, fix = determinism.required_on_native(module.config)
     if not (given or torch.are_deterministic_algorithms_enabled()) or not torch.is_grad_enabled():
@@ -41,7 +41,7 @@ def require_deterministic(native: str, lacking: Iterable[Reason], module: torch.
         return
     reasons = [*lacking]
     if not given:
-        text = "Transformers does not hand torch.use_deterministic_algorithms on to it"
+        text = "Transformers does not pass torch.use_deterministic_algorithms on to it"
         reasons.insert(0, Reason("deterministic", text, fix))
     if reasons and determinism.required(given):
         fixes = "".join(f"Set {reason.fix}. " for reason in reasons if reason.fix)
@@ -49,47 +49,47 @@ def require_deterministic(native: str, lacking: Iterable[Reason], module: torch.
         advice = 'Use attn_implementation="varlen", or torch.use_deterministic_algorithms(True, warn_only=True).'
         raise UnsupportedAttentionError(text, reasons, fixes + advice)
     for reason in reasons:
-        warnings.warn(f"axattn: {reason.text}", UserWarning, stacklevel=2)  # once for each text: Python's own filter
+        warnings.warn(f"axattn: {reason.text}", UserWarning, stacklevel=2)  # Python's filter shows each text once
 
 
 def require_served(
     native: str, inputs: dict[str, Any], windowed: bool, *, image_blocks: bool, reads_padding: bool
 ) -> None:
-    """Raise for inputs whose meaning the flash path would drop; of the model it takes what
-    `axattn.traits.model_traits.ModelTraits` hold.
+    """Raise for inputs that the flash path would ignore; the model's properties are fields of
+    `axattn.traits.model_traits.ModelTraits`.
 
     Raises:
-        UnsupportedAttentionError: image blocks, padding with holes in front of a sliding window, padding that a head
+        UnsupportedAttentionError: image blocks, non-contiguous padding with a sliding window, padding that a head
             reads, or as many targets as padded source tokens.
     """
     reasons: list[Reason] = []
     if _crosses_padding(inputs):
         text = "as many targets as source tokens, some of them padding: the flash path takes both for one sequence"
         reasons.append(Reason("padding", text))
-    if image_blocks and has_kinds(inputs):
-        text = "tokens of an image attend to each other both ways, and the flash path is causal throughout"
+    if image_blocks and has_image_tokens(inputs):
+        text = "tokens of an image attend to each other in both directions, and the flash path is causal throughout"
         reasons.append(Reason("dense_mask", text))
     mask = inputs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         if reads_padding and not bool((mask != 0).all()):
             text = "its head reads padding too, for which the flash path computes no attention"
             reasons.append(Reason("padding", text))
-        if windowed and _has_holes(mask):
+        if windowed and _is_non_contiguous(mask):
             text = "padding between real tokens: the flash path takes it out, and the window then reaches too far"
             reasons.append(Reason("padding", text))
     if reasons:
         raise UnsupportedAttentionError(f"{native} can't serve this batch", reasons, _ADVICE)
 
 
-def has_kinds(inputs: dict[str, Any]) -> bool:
-    """Whether some tokens are said to be of an image."""
+def has_image_tokens(inputs: dict[str, Any]) -> bool:
+    """Whether the inputs mark some tokens as part of an image."""
     kinds = [given for name in TOKEN_TYPES if isinstance(given := inputs.get(name), torch.Tensor)]
     return any(bool(given.any()) for given in kinds)
 
 
 def _crosses_padding(inputs: dict[str, Any]) -> bool:
-    """Whether cross-attention over a padded source has as many queries as keys: Transformers' ``_upad_input`` then cuts
-    the queries at the source's padding (transformers 5.23)."""
+    """Whether cross-attention over a padded source has as many queries as keys: Transformers' ``_upad_input`` then
+    unpads the queries by the source's mask (transformers 5.23)."""
     source, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
     tokens = tokens_of(inputs)
     if not (isinstance(source, torch.Tensor) and isinstance(mask, torch.Tensor) and isinstance(tokens, torch.Tensor)):
@@ -97,7 +97,7 @@ def _crosses_padding(inputs: dict[str, Any]) -> bool:
     return source.shape[1] == tokens.shape[1] and mask.ndim == 2 and not bool(mask.all())
 
 
-def _has_holes(mask: torch.Tensor) -> bool:
+def _is_non_contiguous(mask: torch.Tensor) -> bool:
     real = (mask != 0).to(torch.int32)
     span = real.shape[-1] - real.argmax(-1) - real.flip(-1).argmax(-1)
     return bool(((real.sum(-1) > 0) & (real.sum(-1) != span)).any())
@@ -105,16 +105,16 @@ def _has_holes(mask: torch.Tensor) -> bool:
 
 @weak_cache
 def passes_keywords(cls: Any) -> bool:
-    """Whether an attention class hands its ``**kwargs`` on to the attention function (read in its source)."""
+    """Whether an attention class passes its ``**kwargs`` on to the attention function (read in its source)."""
     found = calls_of(cls.forward, "attention_interface")
     return bool(found) and all(any(kw.arg is None for kw in call.keywords) for call in found)
 
 
-def require_plain_positions(
+def require_position_per_token(
     native: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Raise for positions handed to the flash path of a single row that are not one for each token: it looks for
-    documents in them, and its cumulative lengths then reach past the tokens.
+    """Raise if the flash path gets a single row whose positions are not one per token: it reads documents from them,
+    and its cumulative lengths then exceed the number of tokens.
 
     Planes of positions (GLM-4.5V; transformers 5.23), heights and widths of patches (Pixtral; 5.17).
 
@@ -132,10 +132,10 @@ def require_plain_positions(
 
 
 def require_reached(native: str, module: torch.nn.Module, kwargs: dict[str, Any], segments: Segments) -> None:
-    """Raise unless the description of the documents has reached this attention module of a packed forward.
+    """Raise unless the document boundaries of a packed forward reach this attention module.
 
     Raises:
-        UnsupportedAttentionError: it has not, so they would leak (ModernBERT, Llama 4; transformers 5.23).
+        UnsupportedAttentionError: they do not, so documents would leak (ModernBERT, Llama 4; transformers 5.23).
     """
     cls = code_of(module)
     lengths = all(kwargs.get(name) is not None for name in LENGTHS)
@@ -148,7 +148,7 @@ def require_reached(native: str, module: torch.nn.Module, kwargs: dict[str, Any]
 
 
 def lengths_of(segments: Segments) -> dict[str, Any]:
-    """The four keywords that describe documents to Transformers' flash path; int maxima, as FlashAttention 4 wants."""
+    """The four keywords from which Transformers' flash path reads documents; int maxima for FlashAttention 4."""
     longest = max(b - a for row in segments.boundaries for a, b in pairwise(row))
     edges = segments.cu_seqlens
     return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
@@ -157,7 +157,7 @@ def lengths_of(segments: Segments) -> dict[str, Any]:
 def packed_reasons(
     native: str, inputs: dict[str, Any], segments: Segments, *, lengths_follow: bool = False
 ) -> list[Reason]:
-    """Why packed rows would leak: right with all four lengths, or with one row whose documents start alike.
+    """Why packed rows would leak: they need all four lengths, or one row whose documents start at the same position.
 
     Args:
         native: the flash name.
@@ -188,6 +188,6 @@ def packed_reasons(
         if len(set(starts)) > 1:
             reasons.append(Reason("segments", "documents start at different positions, which the flash path merges"))
     if not reasons and native == "flash_attention_4":
-        text = "it wants its longest document as an int, and gets a tensor unless max_length_q and _k are given"
+        text = "it requires its longest document as an int, and gets a tensor unless max_length_q and _k are given"
         reasons.append(Reason("segments", text))
     return reasons

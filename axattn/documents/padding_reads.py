@@ -1,4 +1,4 @@
-"""Outputs that are read from padding (`axattn.traits.pooling`): computed as eager does, or refused."""
+"""Outputs that are read from padding (`axattn.traits.pooling`): computed as in eager attention, or refused."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _SIDES = {"first": "left", "last": "right"}
 
 
 def padding_is_read(traits: ModelTraits, model: torch.nn.Module, given: dict[str, Any]) -> bool:
-    """Whether outputs of this forward are read from padding, for which only dense masks give what eager attention does.
+    """Whether outputs of this forward are read from padding, where only dense masks match eager attention.
 
     Args:
-        traits: about the model.
+        traits: the traits of the model.
         model: for the message.
         given: its inputs, by name.
 
     Raises:
-        InvalidInputError: they are, on a name for which Transformers leaves padding out, or in a model whose padding
-            may see padding alone. In a compiled graph any such padding is refused, by an assertion when that runs.
+        InvalidInputError: they are, on a name for which Transformers unpads, or in a model whose padding may attend to
+            padding only. A compiled graph asserts when it runs that no such token is padding.
     """
     mask, ids = given.get("attention_mask"), given.get("input_ids")
     tokens = ids if ids is not None else given.get("inputs_embeds")
@@ -42,7 +42,7 @@ def padding_is_read(traits: ModelTraits, model: torch.nn.Module, given: dict[str
                 return True  # masks are dense there
             require_when_run(read.all(), text)
         elif not bool(read.all()):
-            if traits.native is None and not blind:  # else it may attend to padding alone: kernels differ in that
+            if traits.native is None and not blind:  # else it may attend to padding only, where kernels differ
                 return True
             other = {"left": "right", "right": "left"}[_SIDES[place]]
             advice = f'Set tokenizer.padding_side = "{other}", or use attn_implementation="eager".'

@@ -1,4 +1,4 @@
-"""A rank's share of rows that are split over several ranks: a value type. The collectives live in `axattn.parallel`."""
+"""`SequenceShard`: one rank's shard of rows split over several ranks. The collectives live in `axattn.parallel`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class SequenceShard:
     Attributes:
         group: the ``torch.distributed`` process group of the P ranks.
         ranks: P.
-        rank: this one, from 0.
+        rank: the index of this rank, from 0.
         rows: B.
-        length: S, padding to a multiple of P included.
+        length: S, including padding to a multiple of P.
         segments: the documents of the whole rows, None when every row is one.
         padding: bool ``[B, S]`` (True: a real key) of the whole rows, or None.
     """

@@ -1,7 +1,7 @@
 """Documents while ``torch.compile`` traces: tensors only, because no value can be read before the graph runs.
 
-`TracedSegments` stands where `axattn.documents.boundaries.Segments` stands otherwise. Whether a batch is packed at all
-is not known while tracing, so everything here is right for packed and for plain batches alike.
+`TracedSegments` replaces `axattn.documents.boundaries.Segments` there. Whether a batch is packed is unknown while
+tracing, so everything here works for packed and for unpacked batches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TracedSegments:
     """The documents of a batch as a tensor.
 
     Attributes:
-        document_ids: int64 ``[B, S]``: the number of each token's document within its row.
+        document_ids: int64 ``[B, S]``: the index of each token's document within its row.
         rows: B.
         length: S.
     """
@@ -33,7 +33,7 @@ class TracedSegments:
     length: int
 
     documents: None = None
-    """How many documents: not known while tracing."""
+    """The number of documents is unknown while tracing."""
 
     @property
     def positions(self) -> torch.Tensor:
@@ -44,24 +44,23 @@ class TracedSegments:
         return index - running_max(torch.where(starts, index, 0))
 
     @property
-    def alone(self) -> torch.Tensor:
-        """int64 ``[]``: how many tokens from the start of every row are of its first document; where every row is one,
-        more than there are."""
+    def first_document_length(self) -> torch.Tensor:
+        """int64 ``[]``: the length of the shortest first document of a row; 2**62 when every row is one document."""
         return torch.where((self.document_ids > 0).any(), (self.document_ids == 0).sum(-1).min(), 2**62)
 
     def read(self) -> Segments | None:
-        """The same documents with their edges read on the host, None when every row is one; not while tracing."""
-        found = boundaries.from_positions(boundaries.jumps(self.document_ids), None, self.rows, self.length)
+        """The same documents with boundaries read on the host, None when every row is one. Not while tracing."""
+        found = boundaries.from_positions(boundaries.jumping_positions(self.document_ids), None, self.rows, self.length)
         return found if found is not None and found.packed else None
 
     def require_single(self, text: str, unless: torch.Tensor | None = None) -> None:
-        """Assert, when the graph runs, that every row is one document, or that `unless` (bool, a scalar) holds; `text`
-        says why it has to be."""
+        """Assert, when the graph runs, that every row is one document or that `unless` (a bool scalar) holds; `text` is
+        the reason in the error."""
         single = (self.document_ids == 0).all()
         require_when_run(single if unless is None else single | unless.to(single.device), text)
 
     def snapshot(self) -> TracedSegments:
-        """The same documents in a tensor of their own, from which operators of a graph may keep what they read."""
+        """The same documents in a tensor snapshot, so that operators of a graph may cache what they read from it."""
         return TracedSegments(snapshot(self.document_ids), self.rows, self.length)
 
     def to(self, device: torch.device) -> TracedSegments:
@@ -71,8 +70,8 @@ class TracedSegments:
 
 @torch.library.custom_op("axattn::document_ids", mutates_args=(), tags=READS_ON_HOST)
 def document_ids_op(handle: torch.Tensor, rows: int, length: int, device: torch.device) -> torch.Tensor:
-    """int64 ``[B, S]`` of the `Segments` behind a handle (`axattn.hf.graph_handles`), read before the graph on
-    `device`."""
+    """int64 ``[B, S]``: the document ids of the `Segments` behind a handle (`axattn.hf.graph_handles`), which were read
+    on `device` before the graph ran."""
     found: torch.Tensor = entry_of(handle).value.document_ids
     return found.clone()
 
@@ -83,7 +82,7 @@ def _(handle: torch.Tensor, rows: int, length: int, device: torch.device) -> tor
 
 
 def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str) -> TracedSegments:
-    """As `axattn.documents.boundaries.from_cu_seqlens`; what only values can tell is asserted when the graph runs.
+    """As `axattn.documents.boundaries.from_cu_seqlens`; the graph asserts conditions on values when it runs.
 
     Raises:
         InvalidInputError: wrong dtype or shape.
@@ -103,18 +102,18 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str)
 def from_positions(
     position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int, length: int
 ) -> TracedSegments | None:
-    """As `axattn.documents.boundaries.from_positions`; None only when there is nothing to read documents from."""
+    """As `axattn.documents.boundaries.from_positions`; None only without inputs to read documents from."""
     if length < 2 or (position_ids is None and attention_mask is None):
         return None
-    numbered = attention_mask is not None and attention_mask.dtype is not torch.bool  # 0 and 1 are no two numbers
-    by_position, by_number, padding_ends = starts_of(position_ids, attention_mask, numbered)
-    starts = by_position if by_number is None else by_number
+    has_document_ids = attention_mask is not None and attention_mask.dtype is not torch.bool
+    by_position, by_document_id, padding_ends = starts_of(position_ids, attention_mask, has_document_ids)
+    starts = by_position if by_document_id is None else by_document_id
     if starts is None:
         return None
-    if by_position is not None and by_number is not None and attention_mask is not None:
-        agreed = (attention_mask.max() <= 1).to(starts.device) | by_number | ~by_position
-        require_when_run(agreed.all(), "position_ids and the numbers of documents do not agree")
-        starts = by_position | by_number
+    if by_position is not None and by_document_id is not None and attention_mask is not None:
+        agreed = (attention_mask.max() <= 1).to(starts.device) | by_document_id | ~by_position
+        require_when_run(agreed.all(), "position_ids and the document ids disagree")
+        starts = by_position | by_document_id
     if padding_ends is not None:
         starts = starts | (padding_ends & starts.any())
     ids = torch.nn.functional.pad(starts.cumsum(-1), (1, 0))

@@ -1,4 +1,4 @@
-"""`UnpaddedBatch`: where the tokens of an unpadded row stand in its padded batch."""
+"""`UnpaddedBatch`: maps the tokens of an unpadded row to its padded batch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UnpaddedBatch:
-    """A padded batch without its padding, as one row.
+    """A padded batch without its padding, as one unpadded row.
 
     Attributes:
-        keep: int64 ``[N]``, the places of its tokens in the batch, counted along its rows.
+        keep: int64 ``[N]``, the flat indices of its tokens in the padded batch ``[B * S]``.
         rows: B of the batch.
         length: S of the batch.
     """
@@ -26,16 +26,16 @@ class UnpaddedBatch:
         return x.flatten(0, 1).index_select(0, self.keep)[None]
 
     def holds(self, x: torch.Tensor) -> bool:
-        """Whether `x` has a value for each of its tokens, ``[1, N, ...]``."""
+        """Whether `x` has one value per token of the unpadded row, ``[1, N, ...]``."""
         return x.shape[:2] == (1, self.keep.numel())
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
-        """``[1, N, ...]`` → ``[B, S, ...]``, zeros where padding is."""
+        """``[1, N, ...]`` → ``[B, S, ...]``, zeros for padding."""
         whole = x.new_zeros(self.rows * self.length, *x.shape[2:])
         return whole.index_copy(0, self.keep, x[0]).view(self.rows, self.length, *x.shape[2:])
 
     def restore_along_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """``[N, ...]`` → ``[B * S, ...]``, zeros where padding is; what has another length stays as it is."""
+        """``[N, ...]`` → ``[B * S, ...]``, zeros for padding; tensors of other lengths are returned unchanged."""
         if self.holds(x):
             return self.restore(x)
         if x.shape[0] != self.keep.numel():

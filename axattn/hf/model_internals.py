@@ -44,9 +44,17 @@ def window_of(module: torch.nn.Module) -> int | None:
     return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
 
 
+def attribute_of(config: Any, name: str) -> Any:
+    """An attribute of a config, None if it has none of its own. Not by ``__getattribute__``, which takes a
+    microsecond."""
+    if torch.compiler.is_compiling():  # Dynamo does not support object.__getattribute__
+        return config.__dict__.get(name)
+    return object.__getattribute__(config, "__dict__").get(name)
+
+
 def wants_weights(config: Any) -> bool:
-    """``config.output_attentions``, without the config's own attribute access, which takes a microsecond."""
-    return bool(config.__dict__.get("_output_attentions", False))
+    """``config.output_attentions``."""
+    return bool(attribute_of(config, "_output_attentions"))
 
 
 def checkpoints_reentrantly(module: torch.nn.Module) -> bool:

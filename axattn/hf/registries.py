@@ -14,7 +14,7 @@ import torch
 
 from axattn.errors import Reason, RegistrationError
 from axattn.hf import own_functions
-from axattn.hf.model_internals import CONFIG_NAME
+from axattn.hf.model_internals import CONFIG_NAME, attribute_of
 from axattn.hf.source_inspection import origin
 
 KINDS = ("attention", "mask")
@@ -168,10 +168,8 @@ def require_mask(name: str, layer: str) -> None:
 
 
 def name_of(config: Any) -> Any:
-    """The name in a config, read without the config's slow ``__getattribute__``."""
-    if torch.compiler.is_compiling():  # Dynamo does not support object.__getattribute__
-        return config.__dict__.get(CONFIG_NAME)
-    return object.__getattribute__(config, "__dict__").get(CONFIG_NAME)
+    """The name in a config."""
+    return attribute_of(config, CONFIG_NAME)
 
 
 def _taken(name: str, model: str, reasons: list[Reason]) -> RegistrationError:

@@ -4,13 +4,13 @@ Source changes. So whatever can be tested by running a part of a model (`axattn.
 pooling, token mixing) is tested there too, and packed rows are refused if the two answers differ. Only the source is
 used for answers that would need a layer or a whole model to run:
 
-- answers that fail closed (unreadable source means no): `axattn.traits.mask_makers.hands_positions_to_masks` and
+- answers that fail closed (unreadable source means no): `axattn.traits.mask_makers.passes_positions_to_masks` and
   `axattn.documents.native_flash_guard.passes_keywords` (packed rows are refused), `axattn.traits.recurrent` (the layer
   counts as a token mixer), `axattn.patches.input_hooks.passes_inputs_on` (one more input hook), M-RoPE planes in
   `axattn.traits.model_traits` (such positions are refused), `axattn.patches.forward_wrapper.wants_cache` (a batch stays
   padded);
-- what attention layers do (`axattn.traits.position_ids.counters`), and which mask functions a model calls on native
-  names (`axattn.traits.native_names`);
+- what attention layers do (`axattn.traits.position_ids.counting_layers`), and which mask functions a model calls on
+  native names (`axattn.traits.native_names`);
 - answers needed before the model exists: `axattn.traits.layer_needs` (each call is checked again),
   `axattn.planning.model_classes`;
 - whether a class is an attention class (`calls_interface`), or only extends another (`origin`).

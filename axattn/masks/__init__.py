@@ -1,1 +1,1 @@
-"""The mask function that Transformers calls, the lazy mask, its varlen layout. Documents are of `axattn.documents`."""
+"""The mask function that Transformers calls, the lazy mask and its varlen layout. Documents: `axattn.documents`."""

@@ -1,5 +1,5 @@
-"""`dense_rule`: which keys a query attends to, as a bool tensor. The one place where causal, windowed, chunked and
-document masks are written down in tensor operations; spans of the same rules are in `axattn.masks.varlen_layout`."""
+"""`dense_rule`: which keys a query attends to, as a bool tensor. The only implementation of causal, windowed, chunked
+and document masks in tensor operations; `axattn.masks.varlen_layout` has the same rules as spans."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def dense_rule(
     padding: torch.Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """The dense form of a mask. Values of tensors are not read on the host.
+    """The dense form of a mask. Reads no tensor values on the host.
 
     Args:
         queries: S.
         keys: T.
         causal: a query attends to no later key.
-        window: keys seen to the left, the query included; as many to the right where not causal.
+        window: visible keys to the left, including the query's own; as many to the right if not causal.
         offset: index of the first query among the keys (``T - S``: aligned bottom-right).
-        documents: ``[B, T]``, the number of each key's document (S equals T), or None.
-        chunk: tokens of a chunk, or None: a query attends to keys of its own chunk.
-        positions: ``[B or 1, T]``, from which chunks count (`chunk_positions`); the index in the row where None.
+        documents: ``[B, T]``, the document id of each key (S equals T), or None.
+        chunk: chunk size in tokens, or None; a query attends only to keys of its own chunk.
+        positions: ``[B or 1, T]``, positions that define the chunks (`chunk_positions`); None: the index in the row.
         padding: bool ``[B, T]`` (True: a real key), or None.
         device: of the result.
 
@@ -62,12 +62,12 @@ def dense_rule(
 def chunk_positions(
     length: int, documents: torch.Tensor | None, padding: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """int64 ``[B or 1, S]``: positions from which chunks count, from the start of a document or from a row's first
-    real token.
+    """int64 ``[B or 1, S]``: positions that define the chunks, counted from the start of a document or from a row's
+    first real token.
 
     Args:
         length: S.
-        documents: ``[B, S]``, the number of each token's document, or None.
+        documents: ``[B, S]``, the document id of each token, or None.
         padding: bool ``[B, S]`` (True: a real token), or None.
         device: of the result.
     """

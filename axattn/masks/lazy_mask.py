@@ -1,4 +1,4 @@
-"""`LazyMask`: the compact description of a mask, dense only when someone touches it.
+"""`LazyMask`: a compact description of a mask, made dense only on access.
 
 `axattn.masks.mask_interface` builds these from Transformers' mask arguments; backends read `layout()` or `dense()`.
 """
@@ -21,21 +21,21 @@ from axattn.masks.varlen_layout import Layout, build_layout
 
 
 class LazyMask(TensorLike):
-    """A bool mask ``[B, 1, S, T]`` (True: attend) that is dense only if someone asks.
+    """A bool mask ``[B, 1, S, T]`` (True: attend) that is made dense only on access.
 
-    It stands where Transformers passes a mask tensor through a model. Indexing, arithmetic, ``.to``, torch functions
-    and unknown attributes materialise it; the result equals Transformers' own ``sdpa_mask`` with documents separated.
+    Transformers passes it through a model in place of a mask tensor. Indexing, arithmetic, ``.to``, torch functions and
+    unknown attributes materialise it; the result equals Transformers' own ``sdpa_mask`` with documents separated.
 
     Attributes:
-        pattern: recognised meaning of the mask function, or None (then only `dense` serves).
+        pattern: the rule of a recognised mask function, or None (then only `dense` can be used).
         segments: documents of the rows, or None.
         padding: bool ``[B, T]`` (True: real key), or None.
-        guarded: an input hook looked for documents; if not, the attention call's own keywords are asked.
-        crosses: the queries may be other tokens than the keys, as in cross-attention: padding among the keys then says
-            nothing of the queries.
-        weights: the input hook saw that the attention weights are asked for.
-        dense_in_graphs: a graph takes this mask dense, since it must serve every length of the cache.
-        ready: the dense mask, where a graph must find it made.
+        guarded: an input hook read the documents; otherwise they are read from the attention call's keywords.
+        crosses: the queries may be other tokens than the keys (cross-attention), so padding keys are not padding
+            queries.
+        weights: attention weights are requested.
+        dense_in_graphs: graphs use this mask dense, because they must work for every length of the cache.
+        ready: the dense mask if it was built in advance for a graph.
     """
 
     __slots__ = (
@@ -82,7 +82,7 @@ class LazyMask(TensorLike):
         padding_on_host: torch.Tensor | None = None,
     ) -> None:
         if is_tracing() and not needs_torch_operators() and not dense_in_graphs:
-            # what operators of the graph will read on the host, once for all layers
+            # operators of the graph read these on the host, once for all layers
             padding = None if padding is None else snapshot(padding)
             segments = segments.snapshot() if isinstance(segments, TracedSegments) else segments
         self.shape = torch.Size(shape)
@@ -96,11 +96,10 @@ class LazyMask(TensorLike):
         self.guarded = guarded
         self.weights = weights
         self.crosses = crosses
-        self.notes: dict[
-            tuple[str, ...], Any
-        ] = {}  # of layers for the next, by candidates (`axattn.attention.short_path`)
+        # results that layers share, by candidates (`axattn.attention.short_path`)
+        self.notes: dict[tuple[str, ...], Any] = {}
         self._padding = padding
-        self._padding_checked = padding is None or padding_on_host is not None  # who has that has looked
+        self._padding_checked = padding is None or padding_on_host is not None  # the caller checked it
         self._padding_on_host = padding_on_host
         self._materialise = materialise
         self._dense: torch.Tensor | None = None
@@ -112,7 +111,7 @@ class LazyMask(TensorLike):
 
     @property
     def padding(self) -> torch.Tensor | None:
-        """Bool ``[B, T]``, None when no key is padding. Reads the mask's values once, but for compiled graphs."""
+        """Bool ``[B, T]``, None when no key is padding. Reads the mask's values once; never while tracing."""
         if is_tracing():
             return self._padding
         if not self._padding_checked:
@@ -124,14 +123,14 @@ class LazyMask(TensorLike):
 
     @property
     def padding_on_host(self) -> torch.Tensor | None:
-        """`padding` on the CPU: the one transfer to the host from which all that values decide is read."""
+        """`padding` on the CPU: the one transfer to the host, used for every decision on its values."""
         if self._padding_on_host is None and self._padding is not None:
             self._padding_on_host = self._padding.cpu()
         return self._padding_on_host
 
     @property
     def q_offset(self) -> int:
-        """Position of the first query: that of a static cache is a tensor, read on the host once; not in graphs."""
+        """Position of the first query. With a static cache it is a tensor, read on the host once; not in graphs."""
         if not isinstance(self._offset, int):
             self._offset = int(self._offset)
         return self._offset
@@ -159,12 +158,12 @@ class LazyMask(TensorLike):
         if self._dense is not None:
             return self._dense
         dense = self._materialise()
-        if not in_traced_subgraph():  # a checkpoint's body may not keep it
+        if not in_traced_subgraph():  # not in the body of a checkpoint
             self._dense = dense
         return dense
 
     def _new_handle(self) -> torch.Tensor:
-        """A tensor that leads to a copy of this mask (`of_handle`): what a compiled layer can be given."""
+        """A tensor that identifies a copy of this mask (`of_handle`), as input of a compiled layer."""
         fields = ("shape", "pattern", "segments", "kv_offset", "device", "guarded", "weights", "crosses", "ready")
         made = {name: getattr(self, name) for name in fields}
         rest = {"q_offset": self._offset, "padding": self._padding, "materialise": self._materialise}
@@ -172,7 +171,7 @@ class LazyMask(TensorLike):
 
     @property
     def whole(self) -> bool:
-        """Whether the rule is known and queries and keys are the same tokens (no cache): enough for a traced kernel."""
+        """Whether the rule is known and queries and keys are the same tokens (no cache), so kernels can be traced."""
         _, _, q_length, kv_length = self.shape
         return (
             self.pattern is not None
@@ -182,26 +181,26 @@ class LazyMask(TensorLike):
             and not (self.crosses and self._padding is not None)
         )
 
-    def _settle(self) -> None:
-        """Read the documents of a mask that a broken graph has left to code that is not traced."""
+    def _read_traced_segments(self) -> None:
+        """Read the documents of a mask that was traced, after a graph break."""
         if isinstance(self.segments, TracedSegments):
             self.segments = self.segments.read()
 
     def layout(self) -> Layout | None:
-        """The mask as spans, None when it has no such form. Computed once and shared by all layers of a forward."""
-        self._settle()
+        """The mask as spans, None if it has no such form. Computed once for all layers of a forward."""
+        self._read_traced_segments()
         if isinstance(self._layout, bool):
             self._layout = build_layout(self)
         return self._layout
 
     @property
     def as_flag(self) -> str | None:
-        """``"causal"`` or ``"full"`` where a kernel's ``is_causal`` says all that the mask does (each row is one
-        document without padding), else None."""
+        """``"causal"`` or ``"full"`` if a kernel's ``is_causal`` describes the whole mask (each row is one document
+        without padding), else None."""
         if is_tracing():
             return self._read_flag()
         if self._as_flag == "unread":
-            self._settle()
+            self._read_traced_segments()
             self._as_flag = self._read_flag()
         return self._as_flag
 
@@ -221,8 +220,8 @@ class LazyMask(TensorLike):
         return "causal" if pattern.causal and not last else "full"
 
     def signature(self) -> tuple[Any, ...]:
-        """What of this mask decides which kernel may serve it: hashable, equal for masks of the same kind."""
-        if is_tracing():  # nothing is kept on the mask: the next layer's graph would differ
+        """The properties that decide which kernels can serve this mask: hashable, equal for masks of one kind."""
+        if is_tracing():  # not cached on the mask: the next layer's graph would differ
             return self._read_signature(self.whole or self.dense_in_graphs)
         if self._signature is None:
             self._signature = self._read_signature(bool(self.as_flag) or self.layout() is not None)
@@ -241,7 +240,7 @@ class LazyMask(TensorLike):
         )
 
     def on(self, device: torch.device) -> LazyMask:
-        """The same mask for layers on another device (accelerate's ``device_map``), one for all layers there."""
+        """The same mask for layers on another device (accelerate's ``device_map``), one object per device."""
         if is_tracing():
             return self._on(device)
         if device not in self._moved:
@@ -249,7 +248,7 @@ class LazyMask(TensorLike):
         return self._moved[device]
 
     def _on(self, device: torch.device) -> LazyMask:
-        materialise, padding = self._materialise, self.padding  # not `self`: no cycle, see `of_handle`
+        materialise, padding = self._materialise, self.padding  # not `self`: avoids a cycle, see `of_handle`
         there = LazyMask(
             shape=tuple(self.shape),
             pattern=self.pattern,
@@ -271,10 +270,10 @@ class LazyMask(TensorLike):
 
     def with_segments(self, segments: Segments | TracedSegments) -> LazyMask:
         """The same mask with documents separated (for models without an input hook)."""
-        mine, rule = self, segments.document_ids
+        mask, ids = self, segments.document_ids
 
         def materialise() -> torch.Tensor:
-            return mine.dense() & (rule[:, None, :, None] == rule[:, None, None, :])
+            return mask.dense() & (ids[:, None, :, None] == ids[:, None, None, :])
 
         return LazyMask(
             shape=tuple(self.shape),
@@ -292,9 +291,9 @@ class LazyMask(TensorLike):
         )
 
     def __getitem__(self, index: Any) -> torch.Tensor | LazyMask:
-        """Itself for slices that take everything, a `LazyMask` for the last queries, else the dense part.
+        """Itself for slices that cover everything, a `LazyMask` for the last queries, else a part of the dense mask.
 
-        Models slice masks without need (``mask[:, :, :, :kv_length]``); Gemma 4's layers with shared keys take the
+        Models slice masks needlessly (``mask[:, :, :, :kv_length]``); Gemma 4's layers with shared keys select the
         queries whose logits are kept.
         """
         if isinstance(index, tuple) and len(index) == 4 and all(isinstance(part, slice) for part in index):
@@ -333,11 +332,11 @@ class LazyMask(TensorLike):
 
 
 def of_handle(handle: torch.Tensor) -> LazyMask:
-    """The mask behind a handle, the same object for all layers that are given the same handle."""
+    """The mask behind a handle, the same object for all layers with the same handle."""
     entry = entry_of(handle)
     if isinstance(entry.value, dict):
         found = LazyMask(**entry.value)
-        found.handle = None  # no way back: a cycle would keep the mask of every batch until the next collection
+        found.handle = None  # no back reference: a cycle would keep the mask of every batch until the next collection
         entry.value = found
     mask: LazyMask = entry.value
     return mask
@@ -345,7 +344,7 @@ def of_handle(handle: torch.Tensor) -> LazyMask:
 
 @torch.library.custom_op("axattn::dense_mask", mutates_args=(), tags=READS_ON_HOST)
 def dense_mask_op(handle: torch.Tensor, rows: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """bool ``[B, 1, S, T]`` of the mask behind a handle, for what reads masks inside a compiled layer."""
+    """bool ``[B, 1, S, T]``: the dense mask behind a handle, for code inside a compiled layer."""
     return of_handle(handle).dense().clone()
 
 

@@ -1,4 +1,4 @@
-"""The mask function that Transformers calls for all our names: it describes the mask and computes nothing yet."""
+"""The mask function that Transformers calls for every axattn backend: it describes the mask without computing it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 
-from axattn.documents.boundaries import Segments, from_positions, jumps
+from axattn.documents.boundaries import Segments, from_positions, jumping_positions
 from axattn.documents.forward_context import Context, current
-from axattn.documents.late_inputs import look
+from axattn.documents.late_inputs import recheck_inputs
 from axattn.documents.sequence_shard import SequenceShard
 from axattn.documents.traced import TracedSegments
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
@@ -36,44 +36,44 @@ def lazy_mask(
     config: Any = None,
     **others: Any,
 ) -> LazyMask:
-    """Describe a mask as Transformers asks for it (``transformers.masking_utils``, arguments as for ``sdpa_mask``).
+    """Describe the mask that Transformers requests (``transformers.masking_utils``, arguments as for ``sdpa_mask``).
 
-    Documents come from the input hook (see `axattn.documents.input_hook`); a model without one falls back to what
-    Transformers itself found in ``position_ids``. The remaining keywords (``dtype``, ``allow_is_causal_skip``, ...)
-    only steer shortcuts that a `LazyMask` does not need.
+    Documents come from the input hook (see `axattn.documents.input_hook`); without one, those that Transformers itself
+    found in ``position_ids`` are used. The remaining keywords (``dtype``, ``allow_is_causal_skip``, ...) only control
+    shortcuts that a `LazyMask` does not need.
 
     Args:
         batch_size: B.
         q_length: S.
         kv_length: T.
-        q_offset: absolute position of the first query; a tensor with a static cache (read or copied now: the cache
-            changes it).
+        q_offset: absolute position of the first query; a tensor with a static cache (read or copied at once, because
+            the cache changes it).
         kv_offset: absolute position of the first key.
         mask_function: Transformers' mask function over absolute indices; causal when None.
         attention_mask: bool ``[B, T']``, True for real tokens, or None.
         use_vmap: the mask function is not index based.
         device: where a dense mask is built.
         local_size: window or chunk size on such layers; read only while ``torch.compile`` traces.
-        config: the model's; likewise.
-        others: see above.
+        config: the model's config; read only while tracing.
+        others: the remaining keywords.
 
     Returns:
         A `LazyMask` of shape ``[B, 1, S, T]``.
     """
     context = current()
     if context is not None and context.recheck is not None:
-        look(context)
+        recheck_inputs(context)
     tracing = is_tracing()
-    # over a cache whose length a graph must not depend on: `generate` makes the masks of static caches outside of the
-    # forward that it compiles, and in a graph their length is a tensor
+    # static caches, on whose length a graph must not depend: `generate` makes their masks outside the forward that it
+    # compiles, and in a graph their length is a tensor
     dense = isinstance(q_offset, torch.Tensor) if tracing else context is None and q_length != kv_length
     if context is not None and context.shard is not None:
-        return _shared(context.shard, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
+        return _shard_mask(context.shard, mask_function, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
     on_host = None
     if isinstance(attention_mask, torch.Tensor) and not dense and not tracing:
-        on_host = _padding(attention_mask.cpu(), kv_length, kv_offset)  # one transfer: all else is read from it
+        on_host = _padding(attention_mask.cpu(), kv_length, kv_offset)  # the one transfer to the host
         if bool(on_host.all()):
-            attention_mask = on_host = None  # no padding: the commonest mask that is given
+            attention_mask = on_host = None  # no padding: the most common mask
     if (
         mask_function is known().causal
         and attention_mask is None
@@ -84,7 +84,7 @@ def lazy_mask(
         and q_offset == kv_offset
         and not use_vmap
     ):
-        return _plain_causal(batch_size, q_length, torch.device(device), context is not None)
+        return _shared_causal(batch_size, q_length, torch.device(device), context is not None)
     if isinstance(attention_mask, LazyMask):  # `generate` builds the masks of a static cache before the forward
         return attention_mask
     function = known().causal if mask_function is None else mask_function
@@ -114,9 +114,9 @@ def lazy_mask(
         from transformers.masking_utils import sdpa_mask
 
         if pattern is not None and pattern.chunk is not None and segments is not None:
-            seen = _chunks_in_documents(segments, pattern.chunk, kv_length, padding)
+            allowed = _chunks_in_documents(segments, pattern.chunk, kv_length, padding)
         else:
-            seen = sdpa_mask(
+            allowed = sdpa_mask(
                 batch_size=batch_size,
                 q_length=q_length,
                 kv_length=kv_length,
@@ -130,18 +130,18 @@ def lazy_mask(
                 device=device,
             )
         if padding is not None:
-            seen = seen & padding[:, None, None, :]
+            allowed = allowed & padding[:, None, None, :]
         if segments is not None:
-            seen = seen & _same_document(segments, kv_length)
-        return seen
+            allowed = allowed & _same_document(segments, kv_length)
+        return allowed
 
     if last_is_read and pattern is not None and (pattern.window or pattern.chunk):
         _require_last_sees_keys(materialise())
-    # an overlay of the user's or of images is dense in any case, and can't be made inside of an operator (vmap)
+    # overlays (the user's, image blocks) are dense anyway, and can't be built inside an operator (vmap)
     ready = not tracing and (use_vmap or (dense and q_length == 1))
     return LazyMask(
         shape=(batch_size, 1, q_length, kv_length),
-        pattern=None if every_query else pattern,  # spans leave padding out
+        pattern=None if every_query else pattern,  # spans omit padding
         segments=segments,
         padding=padding,
         materialise=materialise,
@@ -157,24 +157,24 @@ def lazy_mask(
     )
 
 
-_plain: dict[tuple[int, int, torch.device, bool], LazyMask] = {}
-_PLAIN_KEPT = 8
+_causal_masks: dict[tuple[int, int, torch.device, bool], LazyMask] = {}
+_CAUSAL_MASKS_KEPT = 8
 
 
-def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -> LazyMask:
-    """The plain causal mask of whole rows, one object over many forwards: the commonest mask, and it has no state.
+def _shared_causal(rows: int, length: int, device: torch.device, guarded: bool) -> LazyMask:
+    """The causal mask of rows with one document and no padding, the most common mask: one object for many forwards.
 
-    What layers note on it (`LazyMask.notes`) then also serves the next forward. One that was made dense is not
-    kept: it would hold S x S bytes.
+    Its notes (`LazyMask.notes`) are reused in the next forward. A mask that was made dense is not kept: it would hold
+    S x S bytes.
     """
     key = (rows, length, device, guarded)
-    mask = _plain.get(key)
+    mask = _causal_masks.get(key)
     if mask is None or mask.materialised:
 
         def materialise() -> torch.Tensor:
             return dense_rule(length, length, causal=True, device=device).expand(rows, 1, length, length)
 
-        with torch.inference_mode(False):  # a training step may be given it next: its handle is saved for backward
+        with torch.inference_mode(False):  # a later training step may save its handle for backward
             mask = LazyMask(
                 shape=(rows, 1, length, length),
                 pattern=recognise(known().causal),
@@ -184,13 +184,13 @@ def _plain_causal(rows: int, length: int, device: torch.device, guarded: bool) -
                 device=device,
                 guarded=guarded,
             )
-        if len(_plain) >= _PLAIN_KEPT:
-            _plain.clear()
-        _plain[key] = mask
+        if len(_causal_masks) >= _CAUSAL_MASKS_KEPT:
+            _causal_masks.clear()
+        _causal_masks[key] = mask
     return mask
 
 
-def _shared(
+def _shard_mask(
     shard: SequenceShard,
     mask_function: Callable[..., Any] | None,
     q_length: int,
@@ -200,7 +200,7 @@ def _shared(
     use_vmap: bool,
     device: torch.device | str,
 ) -> ShardMask:
-    """The mask of the whole rows, for a model that sees its share of them. What the share says of documents holds."""
+    """The mask of the whole rows for a model that runs one shard of them; documents are those of the shard."""
     function = known().causal if mask_function is None else mask_function
     pattern = None if use_vmap else recognise(function)
     reasons = []
@@ -216,7 +216,7 @@ def _shared(
     def materialise() -> torch.Tensor:
         documents = None if segments is None else segments.document_ids
         chunks = None if pattern.chunk is None else chunk_positions(length, documents, shard.padding, device)
-        seen = dense_rule(
+        allowed = dense_rule(
             length,
             length,
             causal=pattern.causal,
@@ -227,7 +227,7 @@ def _shared(
             padding=shard.padding,
             device=device,
         )
-        return seen.expand(shard.rows, 1, length, length)
+        return allowed.expand(shard.rows, 1, length, length)
 
     whole = LazyMask(
         shape=(shard.rows, 1, length, length),
@@ -242,16 +242,16 @@ def _shared(
 
 
 def _crosses(pattern: Pattern | None, context: Context | None, shape: tuple[int, int]) -> bool:
-    """Whether a mask may be one of cross-attention; in doubt, yes. Causal rules and windows are about one sequence."""
+    """Whether a mask may be for cross-attention; True if unknown. Causal rules and windows imply one sequence."""
     if pattern is None or pattern.causal or pattern.window is not None:
         return False
     return context is None or context.crosses or context.shape != shape
 
 
 def _last_is_read(padding: torch.Tensor, pattern: Pattern | None, q_length: int, q_offset: Any, kv_offset: int) -> bool:
-    """Whether the last query of some row is padding behind real tokens, and its caller reads that (``generate`` on rows
-    padded on the right). Of a row that is padding so far (padded on the left, in the first of several chunks) nothing
-    is read. A single query is never left out of spans."""
+    """Whether the caller reads the last query of a row that is padding after real tokens (``generate`` on rows padded
+    on the right). Rows that are only padding so far (padded on the left, prefilled in chunks) are not read. Spans never
+    omit a single query."""
     if is_tracing() or q_length == 1 or pattern is None or not reads_last_token(causal=pattern.causal):
         return False
     last = q_offset + q_length - 1 - kv_offset
@@ -259,17 +259,17 @@ def _last_is_read(padding: torch.Tensor, pattern: Pattern | None, q_length: int,
 
 
 def _require_last_sees_keys(dense: torch.Tensor) -> None:
-    """What a query that sees no key is given is another thing on each kernel.
+    """Require that the last query of each row sees a key: kernels give different outputs for a query without keys.
 
     Args:
         dense: the mask, ``[B, 1, S, T]``.
 
     Raises:
-        InvalidInputError: the last query of a row sees none. Of a row that is padding from end to end nothing is asked.
+        InvalidInputError: it sees none. Rows that are all padding are ignored.
     """
-    seen = dense.any(-1)[:, 0]
-    if not bool((seen[:, -1] | ~seen.any(-1)).all()):
-        text = "the last token of each row is read, which is padding, and all that its window holds is padding too"
+    sees_keys = dense.any(-1)[:, 0]
+    if not bool((sees_keys[:, -1] | ~sees_keys.any(-1)).all()):
+        text = "the last token of each row is read, which is padding, and its window holds only padding"
         raise InvalidInputError(
             "rows are padded on the right", [Reason("padding", text)], 'Set tokenizer.padding_side = "left".'
         )
@@ -287,11 +287,11 @@ def _segments(
     if pattern is None or pattern.document_ids is None:
         return None
     ids = pattern.document_ids
-    return from_positions(jumps(ids), None, rows, q_length)
+    return from_positions(jumping_positions(ids), None, rows, q_length)
 
 
 def _padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor:
-    """bool ``[B, T]`` for the keys in the cache, as Transformers cuts and pads it: unknown keys are not real."""
+    """bool ``[B, T]`` for the keys in the cache, cut and padded as in Transformers: unknown keys are not real."""
     mask = attention_mask.to(torch.bool)
     if kv_offset == 0 and mask.shape[-1] == kv_length:
         return mask
@@ -311,8 +311,8 @@ def _same_document(segments: Segments | TracedSegments, kv_length: int) -> torch
 def _chunks_in_documents(
     segments: Segments | TracedSegments, chunk: int, kv_length: int, padding: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Chunked causal attention where the chunks restart with each document, from its first real token (Transformers
-    counts from the row's). Padding in front is the first document's while a graph is traced.
+    """Chunked causal attention whose chunks restart in each document, at its first real token (Transformers counts from
+    the row's). While a graph is traced, padding in front belongs to the first document.
 
     bool ``[B, 1, S, T]``.
     """

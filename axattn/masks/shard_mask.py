@@ -12,7 +12,7 @@ from axattn.masks.lazy_mask import LazyMask
 
 
 class ShardMask(LazyMask):
-    """Stands for the mask in a model that sees its share of the rows; `whole` is the mask of the whole rows.
+    """The mask in a model that runs one shard of the rows; `whole_rows` is the mask of the whole rows.
 
     It passes through a model like any `LazyMask`, but has no dense form: its queries are on one rank, its keys on all.
     """

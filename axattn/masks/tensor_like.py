@@ -1,4 +1,4 @@
-"""`TensorLike`: an object that stands where a bool tensor is passed through a model, and becomes one when touched."""
+"""`TensorLike`: an object that a model takes in place of a bool tensor, and that becomes one on access."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from axattn.errors import Reason, UnsupportedAttentionError
 
 
 class TensorLike:
-    """A bool tensor of four dimensions as far as models look at one. Arithmetic, ``.to``, torch functions and unknown
-    attributes materialise it, with one exception: it is never added to floats.
+    """The interface of a 4-D bool tensor that models use. Arithmetic, ``.to``, torch functions and unknown attributes
+    materialise it; adding it to floats raises.
 
     Attributes:
         shape: ``[B, 1, S, T]``.
@@ -46,11 +46,11 @@ class TensorLike:
         return self.shape.numel()
 
     def contiguous(self, *_: Any, **__: Any) -> Any:
-        """Itself: there is nothing to lay out (``generate`` calls this on every mask)."""
+        """Itself (``generate`` calls this on every mask)."""
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Itself on the device that is asked for; another dtype makes it dense."""
+        """Itself on the requested device; another dtype makes it dense."""
         wanted = [a for a in (*args, kwargs.get("device"), kwargs.get("dtype")) if a is not None]
         for given in wanted:
             if isinstance(given, torch.Tensor) or (isinstance(given, torch.dtype) and given != torch.bool):
@@ -68,7 +68,7 @@ class TensorLike:
         return self.shape[0]
 
     def __eq__(self, other: object) -> Any:
-        """By element, as for a tensor, with a number or a tensor; else whether both are the same mask."""
+        """Elementwise with a number or a tensor, as for tensors; else whether both are the same object."""
         return self.dense() == other if isinstance(other, torch.Tensor | int | float) else self is other
 
     def __ne__(self, other: object) -> Any:
@@ -96,10 +96,10 @@ class TensorLike:
         return func(*tree_map(densify, args), **tree_map(densify, kwargs or {}))
 
 
-def _same(asked: torch.device, own: torch.device) -> bool:
-    """Whether `asked` is the device `own`: ``cuda`` is the current one of them."""
-    return asked == own or (
-        asked.type == own.type and asked.index is None and torch.empty(0, device=asked).device == own
+def _same(requested: torch.device, own: torch.device) -> bool:
+    """Whether `requested` is the device `own`: ``cuda`` is the current CUDA device."""
+    return requested == own or (
+        requested.type == own.type and requested.index is None and torch.empty(0, device=requested).device == own
     )
 
 
@@ -108,10 +108,10 @@ _SUMS |= {torch.Tensor.__iadd__, torch.baddbmm}
 
 
 def _require_no_sum(*operands: Any) -> None:
-    """Raise where a mask would be added to logits, where True and False count as 1 and 0 and nothing is masked.
+    """Raise if the mask would be added to logits: True and False would count as 1 and 0 and mask nothing.
 
     Raises:
-        UnsupportedAttentionError: an operand is floating: an attention module with code of its own (GIT) adds it.
+        UnsupportedAttentionError: an operand is floating, as in attention modules with their own code (GIT).
     """
     if any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in operands):
         text = (

@@ -1,4 +1,4 @@
-"""Masks and documents as they reach an attention call: a user's own mask, or keywords of a model without an input
+"""Masks and documents that reach an attention call directly: a user's own mask, or keywords of a model without an input
 hook."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from axattn.masks.mask_interface import lazy_mask
 def read_mask(
     mask: Any, query: torch.Tensor, key: torch.Tensor, causal: bool, window: int | None
 ) -> LazyMask | torch.Tensor:
-    """A mask as it reached an attention function without having passed `lazy_mask`.
+    """Read a mask that reached an attention function without passing `lazy_mask`.
 
     Args:
         mask: 4-D ``[B|1, H|1, S|1, T]`` (bool: True attends; float: additive), 2-D ``[B, T]`` (nonzero: a real key;
@@ -29,7 +29,7 @@ def read_mask(
         query: ``[B, H, S, D]``.
         key: ``[B, Hkv, T, D]``.
         causal: the rule that a 2-D mask is combined with.
-        window: likewise.
+        window: the window that a 2-D mask is combined with.
 
     Returns:
         The 4-D tensor, or a `LazyMask` for a 2-D mask.
@@ -84,7 +84,7 @@ def with_keyword_segments(
     lengths, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if length != key.shape[2] or (mask is not None and mask.segments is not None):
         return mask
-    in_graph = torch.compiler.is_compiling()  # no value can be read there, so rows may all be packed
+    in_graph = torch.compiler.is_compiling()  # no value can be read, so any row may be packed
     segments: Segments | TracedSegments | None = None
     if lengths is not None and in_graph:
         segments = traced.from_cu_seqlens(lengths, rows, length, "cu_seq_lens_q")

@@ -1,4 +1,4 @@
-"""`Layout`: a mask as spans of queries and keys, what a variable-length kernel needs, and how to read it off a mask."""
+"""`Layout`: a mask as spans of queries and keys for varlen kernels, and how it is built from a mask."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A mask as spans: what a variable-length kernel needs.
+    """A mask as spans, for varlen kernels.
 
     Attributes:
         spans: disjoint in their queries; a query in no span is padding and its output is zero.
         causal: within a span.
-        window: keys seen to the left, the query itself included (and to the right, if not causal); None for all.
+        window: visible keys to the left, including the query's own (and to the right, if not causal); None for all.
         rows: B.
         q_length: S.
         kv_length: T.
-        memo: what backends derive from the layout (`kept`).
+        memo: values that backends derive from the layout (`kept`).
     """
 
     spans: tuple[Span, ...]
@@ -59,20 +59,21 @@ class Layout:
         return self.spans == ((0, self.rows, 0, self.q_length, 0, self.kv_length),)
 
     def dense(self, device: torch.device) -> torch.Tensor:
-        """The same as a mask: bool ``[B, 1, S, T]``, True: attend."""
-        seen = torch.zeros(self.rows, 1, self.q_length, self.kv_length, dtype=torch.bool, device=device)
+        """The dense mask: bool ``[B, 1, S, T]``, True: attend."""
+        allowed = torch.zeros(self.rows, 1, self.q_length, self.kv_length, dtype=torch.bool, device=device)
         for row0, row1, q0, q1, k0, k1 in self.spans:
             queries, keys = q1 - q0, k1 - k0  # aligned bottom-right
-            seen[row0:row1, :, q0:q1, k0:k1] = dense_rule(
+            allowed[row0:row1, :, q0:q1, k0:k1] = dense_rule(
                 queries, keys, causal=self.causal, window=self.window, offset=keys - queries, device=device
             )
-        return seen
+        return allowed
 
     def kept(self, name: str, make: Callable[[], Made]) -> Made:
-        """What `make` returns, made once for all layers.
+        """The result of `make`, computed once for all layers.
 
-        Not under ``inference_mode``: the layout of plain rows outlives a forward, and a training step after it could
-        not save such tensors for backward. Nor while a CUDA graph is captured, which may outlive the layout.
+        `make` runs outside ``inference_mode``: the layout of a shared causal mask outlives a forward, and a later
+        training step can't save inference tensors for backward. Not kept while a CUDA graph is captured, which may
+        outlive the layout.
         """
         if captures_graph():
             return make()
@@ -84,7 +85,7 @@ class Layout:
 
 
 def build_layout(mask: LazyMask) -> Layout | None:
-    """The spans of a mask; None when the pattern is unknown, padding has holes, or chunks meet a cache.
+    """The spans of a mask; None if the pattern is unknown, padding is non-contiguous, or a chunked mask has a cache.
 
     Reads padding values in one transfer to the host (`LazyMask.padding_on_host`).
     """
@@ -122,7 +123,7 @@ def _row_spans(mask: LazyMask, row: int, low: int, high: int, start: int, visibl
         if pattern.causal:  # the queries are the last keys; those before `low` are padding
             first = max(low - start, 0)
             last = high - start
-            if last <= first and q_length == 1 and high > low:  # one query is read, though it be padding
+            if last <= first and q_length == 1 and high > low:  # a single query is read even if it is padding
                 low = max(low, start + 1 - (pattern.window or visible))
                 return [Span(row, row + 1, 0, 1, low, high)] if low < high else []
             return [Span(row, row + 1, first, last, low, high)] if last > first else []
@@ -141,13 +142,13 @@ def _row_spans(mask: LazyMask, row: int, low: int, high: int, start: int, visibl
 
 
 def _real_keys(padding: torch.Tensor | None, rows: int, visible: int) -> list[tuple[int, int]] | None:
-    """Per row the range of real keys; None when a row's real keys are not contiguous."""
+    """The range of real keys of each row; None if a row's real keys are not contiguous."""
     if padding is None:
         return [(0, visible)] * rows
-    seen = padding[:, :visible].to(torch.int32)
-    first = seen.argmax(-1)
-    count = seen.sum(-1)
-    last = visible - seen.flip(-1).argmax(-1)
+    real = padding[:, :visible].to(torch.int32)
+    first = real.argmax(-1)
+    count = real.sum(-1)
+    last = visible - real.flip(-1).argmax(-1)
     ranges: list[tuple[int, int]] = []
     for a, b, n in torch.stack([first, last, count], -1).tolist():
         if n == 0:
@@ -162,7 +163,7 @@ def _real_keys(padding: torch.Tensor | None, rows: int, visible: int) -> list[tu
 
 
 def _merge_equal_rows(spans: list[Span], rows: int) -> list[Span]:
-    """One span over all rows where every row has the same spans: the plain batched case stays one kernel call."""
+    """Merges the spans of all rows if they are equal, so that a batch of unpacked rows stays one kernel call."""
     if rows == 1 or not spans or len(spans) % rows:
         return spans
     per_row = len(spans) // rows

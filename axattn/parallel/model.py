@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from axattn.documents.forward_context import BoundaryInputs, Context, assume, current, reading
-from axattn.documents.inputs import require_ours
+from axattn.documents.inputs import require_axattn_backend
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.parallel import accelerate
 from axattn.parallel.checks import reasons_against
@@ -116,7 +116,7 @@ class Split:
         and lengths and compares them between the ranks at run time."""
         if wants_cache(model, inputs):
             return forward(inputs)  # a cache holds whole rows
-        require_ours(self.traits, model)
+        require_axattn_backend(self.traits, model)
         if self.mean:
             _require_own_loss(model, inputs)
         accelerate.drop_context_parallel_hooks(self.patches, model)

@@ -171,7 +171,7 @@ def _run(forward: Forward, hidden: torch.Tensor, mask: torch.Tensor | None, segm
     def in_place(outputs: list[Any]) -> Any:
         if not isinstance(outputs[0], torch.Tensor):
             return outputs[0]
-        return documents.in_place(outputs).view(rows, length, *outputs[0].shape[1:])
+        return documents.in_packed_order(outputs).view(rows, length, *outputs[0].shape[1:])
 
     if isinstance(parts[0], tuple):
         return tuple(in_place(list(each)) for each in zip(*parts, strict=True))
@@ -188,7 +188,7 @@ def _group(forward: Forward, flat: torch.Tensor, mask: torch.Tensor | None, grou
         given["attention_mask"] = real * group.real
 
     def real_tokens(x: Any) -> Any:
-        return group.real_ones(x) if isinstance(x, torch.Tensor) else x
+        return group.select_real(x) if isinstance(x, torch.Tensor) else x
 
     found = forward(given)
     return tuple(map(real_tokens, found)) if isinstance(found, tuple) else real_tokens(found)

@@ -40,5 +40,5 @@ def _by_document(module: Any, forward: Forward, inputs: dict[str, Any]) -> Any:
         given = {"input_ids": ids.flatten()[group.tokens].masked_fill(~real, other), "attention_mask": real.long()}
         if positions is not None:
             given["position_ids"] = positions.expand(ids.shape).flatten()[group.tokens]
-        parts.append(group.real_ones(forward({**inputs, **given})))
-    return documents.in_place(parts).view(*ids.shape, -1)
+        parts.append(group.select_real(forward({**inputs, **given})))
+    return documents.in_packed_order(parts).view(*ids.shape, -1)

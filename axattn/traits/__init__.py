@@ -1,1 +1,1 @@
-"""What one model class does: positions, token mixers, pooling, losses, rotary embeddings. Nothing is changed here."""
+"""Properties of a model class: positions, token mixers, pooling, losses, rotary embeddings. Reads only, no patches."""

@@ -1,8 +1,8 @@
-"""Which configs the modules of a model read: Transformers looks up the name of the attention there at every forward.
+"""Which configs the modules of a model read: at every forward Transformers looks up the attention's name there.
 
-A model does where it makes the masks, an attention module where it calls the kernel. Mostly that is one object. Copies
-come with copies of modules (T5's stacks, PEFT's ``layer_replication`` and ``modules_to_save``, ``copy.deepcopy`` of a
-layer), and with a config that somebody exchanges.
+A model reads it to make masks, an attention module to call the kernel. Usually both share one config. Copies come with
+copies of modules (T5's stacks, PEFT's ``layer_replication`` and ``modules_to_save``, ``copy.deepcopy`` of a layer), and
+with configs that were replaced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from axattn.traits.layer_needs import sub_configs
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Copy:
-    """A config that a module reads and that is no part of its model's own.
+    """A config that a module reads and that is not part of its model's config.
 
     Attributes:
         layer: the module's name in the model.
@@ -51,14 +51,14 @@ def is_attention(module: torch.nn.Module) -> bool:
 
 
 def copies(model: Any) -> list[Copy]:
-    """The modules of a model that read a config which is no part of ``model.config``, outer ones first."""
+    """The modules of a model that read a config outside ``model.config``, outer ones first."""
     from transformers import PreTrainedModel
 
     own = sub_configs(model.config)
     path_of = {id(config): path for path, config in own}
     known = set(path_of)
     found: list[Copy] = []
-    around: dict[str, str] = {}  # by name of a module, the path of the `PreTrainedModel` that it is in
+    around: dict[str, str] = {}  # by module name: the path of the `PreTrainedModel` around it
     for name, module in named_modules(model):
         path = around.get(name.rpartition(".")[0], "")
         config = _config_of(module)
@@ -74,7 +74,7 @@ def copies(model: Any) -> list[Copy]:
 
 
 def layers_apart(copied: Iterable[Copy]) -> list[tuple[str, Any, int]]:
-    """Path, config and layer number of the attention modules with a config that no inner model has too."""
+    """Path, config and layer number of the attention modules whose config no inner model reads."""
     from transformers import PreTrainedModel
 
     copied = list(copied)
@@ -87,7 +87,7 @@ def layers_apart(copied: Iterable[Copy]) -> list[tuple[str, Any, int]]:
 
 
 def paths_of(model: Any, copied: Iterable[Copy]) -> dict[int, str]:
-    """By ``id(config)``, the path of every config that a model's modules read."""
+    """The path of every config that a model's modules read, by ``id(config)``."""
     return {**{id(copy.config): copy.path for copy in copied}, **{id(c): path for path, c in sub_configs(model.config)}}
 
 
@@ -98,23 +98,23 @@ def _config_of(module: torch.nn.Module) -> Any:
 
 
 def _original(config: Any, own: list[tuple[str, Any]], around: str) -> str:
-    """The path of what a config is a copy of: of its class, in the model around it if that has one, else alike."""
-    alike = {path: one for path, one in own if type(one) is type(config)}
-    if around in alike or not alike:
+    """The path of the config that this one copies: one of its class in the model around it, else with equal values."""
+    same_class = {path: one for path, one in own if type(one) is type(config)}
+    if around in same_class or not same_class:
         return around
-    return next((path for path, one in alike.items() if one.to_dict() == config.to_dict()), next(iter(alike)))
+    return next((path for path, one in same_class.items() if one.to_dict() == config.to_dict()), next(iter(same_class)))
 
 
 def reads_masks_of(name: str | None, masks: str | None, model: Any) -> bool:
-    """Whether an attention module on a name computes what is meant with masks that are made for another one.
+    """Whether an attention module on one name computes correct results with masks that are made for another name.
 
     Args:
-        name: what the module reads.
-        masks: what its model reads.
+        name: the name that the module reads.
+        masks: the name that its model reads.
         model: the model.
     """
     name, masks = ((one or "eager").removeprefix("paged|") for one in (name, masks))
-    if name == masks or name in axattn_functions():  # axattn's attention function knows every kind of mask
+    if name == masks or name in axattn_functions():  # axattn's attention function reads every kind of mask
         return True
     if name == "sdpa" and (masks == "eager" or masks in axattn_functions()):
         return supports(type(model), "sdpa") and not getattr(model.config, "attn_logit_softcapping", None)
@@ -122,25 +122,24 @@ def reads_masks_of(name: str | None, masks: str | None, model: Any) -> bool:
 
 
 class NameCheck:
-    """Before a forward of a model with an input hook: do its attention modules read the name that its masks are made
-    for?
+    """Checks before a forward with an input hook that the attention modules read the name that the masks are made for.
 
-    Modules and configs may have been added or exchanged since the last look (`copies` is what `axattn.apply` saw): as
-    long as all are the same objects, a forward costs a comparison of lists. A copy looks anew, by itself.
+    Modules and configs may have been added or replaced since `axattn.apply` called `copies`. As long as all are the
+    same objects, a forward costs a comparison of lists. A copy of the check starts empty.
     """
 
     def __init__(self) -> None:
         self._parents: list[torch.nn.Module] = []
         self._children: list[torch.nn.Module | None] | None = None
         self._readers: list[tuple[torch.nn.Module, Any]] = []
-        self._apart: list[tuple[str, Any, Any]] = []
+        self._own_configs: list[tuple[str, Any, Any]] = []
         self._config: Any = None
 
     def __reduce__(self) -> Any:
-        return NameCheck, ()  # of a copied layer's hook it would hold the whole model
+        return NameCheck, ()  # the copy of a layer's hook would hold the whole model
 
     def look(self, model: Any) -> None:
-        """Find the attention modules of a model, those of inner models left out: they have input hooks of their own."""
+        """Find the attention modules of a model, without those of inner models, which have their own input hooks."""
         self._parents, self._readers, self._config = [], [], model.config
         layers: list[str] = []
         self._find(model, "", layers)
@@ -153,10 +152,10 @@ class NameCheck:
             if config is not None and id(config) not in known:
                 known.add(id(config))
                 apart.append((layer, config, dict(own)[_original(config, own, "")]))
-        self._apart = apart
+        self._own_configs = apart
 
     def _find(self, module: torch.nn.Module, name: str, layers: list[str]) -> bool:
-        """Whether there is attention in a module, and, noted in `self`, where."""
+        """Whether a module contains attention; records where in `self`."""
         from transformers import PreTrainedModel
 
         found = not name
@@ -174,7 +173,7 @@ class NameCheck:
         return found
 
     def require(self, model: Any) -> None:
-        """Raise where a layer reads another name, and would be given masks that it misreads.
+        """Raise if a layer reads another name and would misread the masks.
 
         Raises:
             UnsupportedAttentionError: with the layer and both names.
@@ -185,7 +184,7 @@ class NameCheck:
             or any(reader.__dict__.get("config") is not config for reader, config in self._readers)
         ):
             self.look(model)
-        for layer, config, original in self._apart:
+        for layer, config, original in self._own_configs:
             name, masks = name_of(config), name_of(original)
             if name != masks and not reads_masks_of(name, masks, model):
                 raise UnsupportedAttentionError(

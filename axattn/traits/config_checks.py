@@ -1,7 +1,7 @@
-"""What a model's config says of its attention that no model can have: the check before anything is planned or built.
+"""Refuses configs with impossible attention sizes, before anything is planned or built.
 
-Only what every model class of Transformers needs is asked for: sizes that differ by stage (lists, tuples, dicts) are
-left to the calls, and widths that heads don't divide to the model class itself, since many take them.
+Checks only what holds for every model class of Transformers: sizes per stage (lists, tuples, dicts) are left to the
+calls, and a width that heads don't divide to the model class itself, since many allow it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from axattn.traits.layer_needs import sub_configs
 _BY_STAGE = (list, tuple, dict)
 _HEADS = ("num_attention_heads", "num_heads", "encoder_attention_heads")
 _WIDTH = ("hidden_size", "d_model", "embed_dim")
-_MOST = 1_000_000
-"""Layers: a list of more would take all memory before anything is said."""
+_MAX_LAYERS = 1_000_000
+"""A list of more layers would exhaust the memory before any error."""
 _LAYERS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers")
 
 
 def require_possible(config: Any, cls: Any = None) -> None:
-    """Raise where a config names numbers of heads, sizes, windows or layers that can't be.
+    """Raise if a config has impossible numbers of heads, sizes, windows or layers.
 
     Args:
         config: a ``PreTrainedConfig``.
-        cls: the model class, if known: it has the last word on a ``hidden_size`` that its heads don't divide.
+        cls: the model class, if known: it decides about a ``hidden_size`` that its heads don't divide.
 
     Raises:
         InvalidConfigError: with every such value.
@@ -45,8 +45,8 @@ def _by_layer(config: Any) -> list[Any]:
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
 
-def _given(config: Any, *names: str) -> tuple[str, Any]:
-    """The first of the names that has a value, and the value; None for heads, widths and layers by stage."""
+def _first_of(config: Any, *names: str) -> tuple[str, Any]:
+    """The first of `names` that has a value, and the value; None for heads, widths and layers per stage."""
     for name in names:
         value = getattr(config, name, None)
         if value is not None:
@@ -61,25 +61,27 @@ def _is_count(value: Any) -> bool:
 def _reasons(config: Any, path: str) -> list[Reason]:
     reasons: list[Reason] = []
 
-    def say(name: str, value: Any, text: str) -> None:
+    def add(name: str, value: Any, text: str) -> None:
         reasons.append(Reason("config", f"{path}{name}={value!r} {text}"))
 
-    latent = _given(config, "qk_nope_head_dim")[1] is not None  # multi-head latent attention has head dims of its own
+    latent = _first_of(config, "qk_nope_head_dim")[1] is not None  # multi-head latent attention has its own head dims
     for names in (_HEADS, _WIDTH, ("num_key_value_heads",), ("v_head_dim",) if latent else ("head_dim",)):
-        name, value = _given(config, *names)
+        name, value = _first_of(config, *names)
         if value is not None and not _is_count(value):
-            say(name, value, "is not a whole number of 1 or more")
-    _, heads = _given(config, *_HEADS)
-    _, kv_heads = _given(config, "num_key_value_heads")
+            add(name, value, "is not a whole number of 1 or more")
+    _, heads = _first_of(config, *_HEADS)
+    _, kv_heads = _first_of(config, "num_key_value_heads")
     if _is_count(heads) and _is_count(kv_heads) and not latent and heads % kv_heads:
-        say("num_key_value_heads", kv_heads, f"does not divide num_attention_heads={heads}")
-    size_name, size = _given(config, *_WIDTH)
-    _, head_dim = _given(config, "head_dim")
+        add("num_key_value_heads", kv_heads, f"does not divide num_attention_heads={heads}")
+    size_name, size = _first_of(config, *_WIDTH)
+    _, head_dim = _first_of(config, "head_dim")
     if _is_count(heads) and _is_count(size) and head_dim is None and not latent and size < heads:
-        say(size_name, size, f"leaves nothing for each of {heads} heads")
-    name, layers = _given(config, *_LAYERS)
-    if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= _MOST):
-        say(name, layers, "is not a number of layers")
+        add(size_name, size, f"is less than one value for each of {heads} heads")
+    name, layers = _first_of(config, *_LAYERS)
+    if layers is not None and (
+        isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= _MAX_LAYERS
+    ):
+        add(name, layers, "is not a number of layers")
     return [*reasons, *_window_reasons(config, path), *_number_reasons(config, path)]
 
 
@@ -92,7 +94,7 @@ def _window_reasons(config: Any, path: str) -> list[Reason]:
         value = getattr(config, name, None)
         if value is None or value is False or _is_count(value):
             continue
-        # 0 stands for "none" in configs of layers that have no window (Qwen2-MoE)
+        # 0 means "none" in configs of layers that have no window (Qwen2-MoE)
         alone = kinds is None and getattr(config, "use_sliding_window", True) and hasattr(type(config), name)
         if value == 0 and isinstance(value, int) and not (alone or kind in (kinds or ())):
             continue
@@ -103,17 +105,17 @@ def _window_reasons(config: Any, path: str) -> list[Reason]:
 
 def _number_reasons(config: Any, path: str) -> list[Reason]:
     reasons = []
-    name, dropout = _given(config, "attention_dropout", "attention_probs_dropout_prob")
+    name, dropout = _first_of(config, "attention_dropout", "attention_probs_dropout_prob")
     if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout <= 1):
         reasons.append(Reason("config", f"{path}{name}={dropout!r} is not a probability"))
-    name, cap = _given(config, "attn_logit_softcapping")
+    name, cap = _first_of(config, "attn_logit_softcapping")
     if cap is not None and not (isinstance(cap, int | float) and cap > 0 and math.isfinite(cap)):
         reasons.append(Reason("config", f"{path}{name}={cap!r} is not a number above 0 (null for none)"))
     return reasons
 
 
 def _is_uneven(config: Any) -> bool:
-    """Whether a width is shared out to heads that don't divide it, and no head dim is given."""
-    (_, heads), (_, size) = _given(config, *_HEADS), _given(config, *_WIDTH)
+    """Whether the heads don't divide the width, and no head dim is given."""
+    (_, heads), (_, size) = _first_of(config, *_HEADS), _first_of(config, *_WIDTH)
     known = any(getattr(config, name, None) is not None for name in ("head_dim", "qk_nope_head_dim"))
     return _is_count(heads) and _is_count(size) and not known and bool(size % heads)

@@ -1,8 +1,8 @@
-"""Rotary embeddings whose frequencies follow the highest position in a batch: read from a model's config and modules.
+"""Rotary embeddings whose frequencies depend on the highest position in a batch: read from config and modules.
 
-LongRoPE (arXiv:2402.13753; Phi-3, Phi-4) takes its long factors once any row is longer than
-``original_max_position_embeddings``; dynamic NTK scales by the longest length that it has met (``dynamic_rope_update``,
-transformers 5.17 and 5.23). In a packed row that would be the length of another document.
+LongRoPE (arXiv:2402.13753; Phi-3, Phi-4) uses its long factors once any row is longer than
+``original_max_position_embeddings``; dynamic NTK scales by the longest length so far (``dynamic_rope_update``,
+transformers 5.17 and 5.23). In a packed row that may be the length of another document.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ DYNAMIC = "dynamic"
 
 
 def by_length(config: Any) -> list[str]:
-    """The kinds of such embeddings that a config asks for, of all layers or of a kind of layers; sorted."""
+    """The kinds of such embeddings in a config, for all layers or one layer type; sorted."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     each = [found, *(value for value in found.values() if isinstance(value, dict))]
-    kinds = {_plain(one.get("rope_type", one.get("type", ""))) for one in each}
+    kinds = {_base_type(one.get("rope_type", one.get("type", ""))) for one in each}
     return sorted(kinds & {LONGROPE, DYNAMIC})
 
 
 def limits(model: torch.nn.Module) -> list[int]:
-    """The lengths from which frequencies are no more the original ones; empty for most models."""
+    """The lengths above which frequencies change; empty for most models."""
     return sorted({limit(module, layer) for module, layer in _embeddings(model)})
 
 
 def rope_scaling_threshold(model: torch.nn.Module) -> int | None:
-    """The number of positions from 0 on at which dynamic NTK leaves frequencies as they are, None for other models."""
+    """The row length up to which dynamic NTK keeps the original frequencies, None for other models."""
     found = [limit(module, layer) for module, layer in _embeddings(model) if kind(module, layer) == DYNAMIC]
     return min(found, default=None)
 
@@ -48,10 +48,10 @@ def kind(module: torch.nn.Module, layer: str | None) -> str:
 
     Args:
         module: the embedding.
-        layer: the kind of layers, None where it has one set of frequencies for all.
+        layer: the layer type, None if all layers share one set of frequencies.
     """
     rope_type: Any = getattr(module, "rope_type", "")
-    return _plain(rope_type.get(layer, "") if isinstance(rope_type, dict) else rope_type)
+    return _base_type(rope_type.get(layer, "") if isinstance(rope_type, dict) else rope_type)
 
 
 def limit(module: torch.nn.Module, layer: str | None) -> int:
@@ -65,7 +65,7 @@ def limit(module: torch.nn.Module, layer: str | None) -> int:
 
 
 def _embeddings(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str | None]]:
-    """The embeddings by length of a model, each with every kind of layers that it tells apart."""
+    """The length-dependent embeddings of a model, each once per layer type that it distinguishes."""
     for module in modules_of(model):
         rope_type = getattr(module, "rope_type", None)
         if rope_type is None or not hasattr(module, "config"):
@@ -75,5 +75,5 @@ def _embeddings(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str |
                 yield module, layer
 
 
-def _plain(rope_type: Any) -> str:
+def _base_type(rope_type: Any) -> str:
     return DYNAMIC if DYNAMIC in str(rope_type) else str(rope_type)

@@ -16,7 +16,7 @@ from axattn.spec.capability import Need
 
 @dataclass(frozen=True, slots=True)
 class LayerNeed:
-    """What one layer asks for.
+    """The requirements of one layer.
 
     Attributes:
         path: the sub-config, ``""`` for the model's own config, ``"text_config"``, ``"a.b"`` when nested.
@@ -32,19 +32,19 @@ class LayerNeed:
 
     @property
     def name(self) -> str:
-        """For people: ``text_config layer 3``."""
+        """For messages: ``text_config layer 3``."""
         return f"{self.path} layer {self.index}".strip()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelNeeds:
-    """What a model asks for.
+    """The requirements of a model.
 
     Attributes:
         model: class name or model type, for messages.
         layers: every attention layer found.
         paths: every config path of the model, ``""`` first.
-        unknown: paths whose config tells nothing about attention; they are checked call by call.
+        unknown: paths whose config doesn't describe attention; their calls are checked one by one.
     """
 
     model: str
@@ -58,7 +58,7 @@ def model_needs(config: Any, model: str = "", copied: Iterable[tuple[str, Any, i
 
     Args:
         config: a ``PreTrainedConfig``.
-        model: name for messages, the config's model type if empty.
+        model: name for messages; the config's model type if empty.
         copied: path, config and layer number of attention modules that read a copy of a config.
     """
     layers: list[LayerNeed] = []
@@ -90,23 +90,23 @@ def _layers(path: str, config: Any) -> list[LayerNeed]:
     count = _first(config, "num_hidden_layers", "depth", "num_layers", "encoder_layers")
     if not isinstance(count, int):
         return []
-    words = _modeling_words(config)
+    source = _modeling_names(config)
     kinds = getattr(config, "layer_types", None) or [_default_kind(config)] * count
-    alike: dict[str, Need | None] = {}  # layers of one kind are alike unless the config says otherwise
+    by_kind: dict[str, Need | None] = {}  # layers of one kind have equal needs unless configs differ per layer
     found = []
     for index, kind in enumerate(kinds):
         if kind.startswith("linear") or not ("attention" in kind or kind in _OTHER_ATTENTION):
             continue
-        if kind not in alike or _layer_config(config, index) is not config:
-            alike[kind] = _layer_need(_layer_config(config, index), kind, words)
-        need = alike[kind]
+        if kind not in by_kind or _layer_config(config, index) is not config:
+            by_kind[kind] = _layer_need(_layer_config(config, index), kind, source)
+        need = by_kind[kind]
         if need is not None:
             found.append(LayerNeed(path, index, kind, need))
     return found
 
 
 def _layer_of_copy(path: str, config: Any, index: int) -> list[LayerNeed]:
-    """The layer of a number, also where a config is a copy from a model of fewer layers, if all are alike."""
+    """The layer with this index; if all layers have equal needs, also for the config of a model with fewer layers."""
     layers = _layers(path, config)
     if len({(layer.kind, layer.need) for layer in layers}) == 1:
         return [replace(layers[0], index=index)]
@@ -121,7 +121,7 @@ def _layer_config(config: Any, index: int) -> Any:
     return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
-def _layer_need(config: Any, kind: str, words: _Words) -> Need | None:
+def _layer_need(config: Any, kind: str, source: _SourceNames) -> Need | None:
     heads = _first(config, "num_attention_heads", "num_heads", "encoder_attention_heads")
     size = _first(config, "hidden_size", "d_model", "embed_dim")
     if not isinstance(heads, int) or not heads:
@@ -136,23 +136,23 @@ def _layer_need(config: Any, kind: str, words: _Words) -> Need | None:
         value_dim=value_dim,
         heads=heads,
         kv_heads=_first(config, "num_key_value_heads") or heads,
-        causal=_is_causal(config, words),
+        causal=_is_causal(config, source),
         window=_first(config, "sliding_window") if kind == "sliding_attention" else None,
         chunk=_first(config, "attention_chunk_size") if kind == "chunked_attention" else None,
-        softcap=_first(config, "attn_logit_softcapping") if "softcap" in words.keywords else None,
-        sinks=bool({"s_aux", "sinks"} & words.keywords),
-        bias="position_bias" in words.keywords,
-        sparse=_selects(config, kind, words),
+        softcap=_first(config, "attn_logit_softcapping") if "softcap" in source.keywords else None,
+        sinks=bool({"s_aux", "sinks"} & source.keywords),
+        bias="position_bias" in source.keywords,
+        sparse=_selects(config, kind, source),
         dropout=_dropout(config),
     )
 
 
-def _selects(config: Any, kind: str, words: _Words) -> bool:
-    """Whether an indexer selects the keys of a layer; where kinds of layers tell, only those that have one do."""
-    if "block_indices" in words.keywords:
+def _selects(config: Any, kind: str, source: _SourceNames) -> bool:
+    """Whether an indexer selects the keys of a layer; if layer types mark such layers, only those count."""
+    if "block_indices" in source.keywords:
         return kind == "minimax_m3_sparse"
     kinds = getattr(config, "layer_types", None) or ()
-    return "indices" in words.keywords and (kind == "indexed_attention" or "indexed_attention" not in kinds)
+    return "indices" in source.keywords and (kind == "indexed_attention" or "indexed_attention" not in kinds)
 
 
 def _default_kind(config: Any) -> str:
@@ -161,15 +161,15 @@ def _default_kind(config: Any) -> str:
     return "chunked_attention" if _first(config, "attention_chunk_size") else "full_attention"
 
 
-def _is_causal(config: Any, words: _Words) -> bool:
+def _is_causal(config: Any, source: _SourceNames) -> bool:
     if getattr(config, "is_causal", None) is False:
         return False
     if any(tower in type(config).__name__ for tower in ("Vision", "Audio", "Speech")):
         return False
-    if "create_causal_mask" in words.names:
-        both = "create_bidirectional_mask" in words.names
+    if "create_causal_mask" in source.names:
+        both = "create_bidirectional_mask" in source.names
         return bool(getattr(config, "is_decoder", False)) if both else True
-    return not words.names  # a file we can't read: assume the common case
+    return not source.names  # a file we can't read: assume the common case
 
 
 def _dropout(config: Any) -> float:
@@ -186,24 +186,24 @@ def _first(config: Any, *names: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _Words:
-    """What a modeling file mentions: keywords given to the attention function, and names it uses."""
+class _SourceNames:
+    """The keywords that a modeling file passes to the attention function, and the names that it uses."""
 
     keywords: frozenset[str]
     names: frozenset[str]
 
 
-def _modeling_words(config: Any) -> _Words:
+def _modeling_names(config: Any) -> _SourceNames:
     module = type(config).__module__.replace(".configuration_", ".modeling_")
-    return _read_words(module)
+    return _read_names(module)
 
 
 @functools.cache
-def _read_words(module: str) -> _Words:
+def _read_names(module: str) -> _SourceNames:
     try:
         source = inspect.getsource(sys.modules.get(module) or importlib.import_module(module))
     except (ImportError, OSError, TypeError):
-        return _Words(frozenset(), frozenset())
+        return _SourceNames(frozenset(), frozenset())
     keywords: set[str] = set()
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -211,4 +211,4 @@ def _read_words(module: str) -> _Words:
             names.add(node.id)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface":
             keywords |= {kw.arg for kw in node.keywords if kw.arg is not None}
-    return _Words(frozenset(keywords), frozenset(names))
+    return _SourceNames(frozenset(keywords), frozenset(names))

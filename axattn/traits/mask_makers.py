@@ -1,4 +1,4 @@
-"""Which modules of a model make its masks and its cache, and what the masks are told: read in the source of classes."""
+"""Which modules of a model make its masks and its cache, and from which inputs: read from the source of classes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from axattn.hf.weak_cache import weak_cache
 _MASK_BUILDERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
 
-def hands_positions_to_masks(module: torch.nn.Module, name: str = "position_ids") -> bool:
-    """Whether the decoder inside `module` passes its positions to Transformers' mask builders (read in its source).
+def passes_positions_to_masks(module: torch.nn.Module, name: str = "position_ids") -> bool:
+    """Whether the decoder inside `module` passes its positions to Transformers' mask builders (read from its source).
 
-    Unreadable source counts as no.
+    False if the source can't be read.
 
     Args:
         module: the model.
-        name: what the builders are given: ``"position_ids"``, or ``"text_position_ids"``, which models with planes of
-            positions cut from a fourth one.
+        name: the variable that the builders get: ``"position_ids"``, or ``"text_position_ids"``, the text plane of
+            models with M-RoPE.
     """
     classes: set[Any] = {code_of(inner) for inner in modules_of(module)}
     found = [answer for cls in classes if (answer := _positions_of_masks(cls)) is not None]
@@ -32,8 +32,8 @@ def hands_positions_to_masks(module: torch.nn.Module, name: str = "position_ids"
 
 @weak_cache
 def _positions_of_masks(cls: Any) -> str | None:
-    """What a class that builds masks gives the builders as positions, ``""`` for nothing or several things; None for a
-    class that builds none."""
+    """The expression that a class passes to the mask builders as positions, ``""`` for none or several; None for a
+    class that builds no masks."""
     forward = getattr(cls, "forward", None)
     if forward is None or not hasattr(cls, "config_class"):
         return None
@@ -71,24 +71,24 @@ def _positions_of_masks(cls: Any) -> str | None:
 def cached_under_mask(module: torch.nn.Module) -> bool:
     """Whether a model called without a cache makes one before its masks, which then ignore document boundaries.
 
-    Not so where the module that makes the masks hands them to the one that makes the cache (Gemma 3 with images), and
-    not under gradient checkpointing where Transformers turns ``use_cache`` off (5.17 and 5.24).
+    False if the module that makes the masks passes them to the one that makes the cache (Gemma 3 with images), and
+    under gradient checkpointing if Transformers turns ``use_cache`` off (5.17 and 5.24).
     """
-    chains = list(_down_to_masks(module))
+    chains = list(_chains_to_mask_makers(module))
     made = [any(_class_makes_cache(code_of(x)) and not _turns_cache_off(x) for x in chain) for chain in chains]
-    return any(made) or not made  # in doubt (nobody knows who makes the masks) there is one
+    return any(made) or not made  # True if unknown (no module is found that makes the masks)
 
 
-def _down_to_masks(
+def _chains_to_mask_makers(
     module: torch.nn.Module, above: tuple[torch.nn.Module, ...] = ()
 ) -> Iterator[tuple[torch.nn.Module, ...]]:
-    """Each module that makes masks, behind those around it; not those inside it, which it hands its masks to."""
+    """Each module that makes masks, after the modules around it; not modules inside it, which get its masks."""
     chain = (*above, module)
     if _positions_of_masks(code_of(module)) is not None:
         yield chain
         return
     for child in module.children():
-        yield from _down_to_masks(child, chain)
+        yield from _chains_to_mask_makers(child, chain)
 
 
 @weak_cache
@@ -99,7 +99,7 @@ def _class_makes_cache(cls: Any) -> bool:
 
 @weak_cache
 def _class_takes_defaults(cls: Any) -> bool:
-    """Whether Transformers' ``merge_with_config_defaults`` is around the ``forward`` of a class."""
+    """Whether Transformers' ``merge_with_config_defaults`` decorates the ``forward`` of a class."""
     tree = tree_of(cls.forward)
     return tree is not None and any("merge_with_config_defaults" in ast.unparse(d) for d in tree.decorator_list)
 

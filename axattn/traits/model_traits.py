@@ -1,7 +1,6 @@
-"""`ModelTraits`: what one model does with tokens, positions and documents, read once when it is patched
-(`read_traits`).
+"""`ModelTraits`: how one model treats tokens, positions and documents, read once when it is patched (`read_traits`).
 
-To add a rule for a model class: a function in the file of `axattn.traits` that it belongs to, and a field here.
+To add a rule for a model class, add a function to the matching file of `axattn.traits` and a field here.
 """
 
 from __future__ import annotations
@@ -30,32 +29,32 @@ from axattn.traits.token_mixers import scaled_by_share, text_model
 
 @dataclass(frozen=True, slots=True)
 class ModelTraits:
-    """One ``PreTrainedModel``, on the name that it runs on.
+    """The properties of one ``PreTrainedModel`` on its name.
 
     Attributes:
         parameters: names of the positional parameters of its ``forward``, in order.
-        native: the native name that Transformers serves here, None for axattn backends.
+        native: its native name, None for axattn backends.
         encoder_decoder: it is an encoder-decoder, whose rows can't be packed.
         mrope_planes: how many leading planes ``position_ids`` may have (Qwen-VL: 1, 3 or 4), () for none.
-        shares_keys: some layers read the keys and values of another one.
+        shares_keys: some layers reuse the keys and values of another one.
         on_flash: its native name is a flash name.
-        nondeterministic: why its kernel has no deterministic gradient, () where it has one.
+        nondeterministic: why its kernel has no deterministic gradient, () if it has one.
         windowed: some layers have a sliding window.
-        never_packs: on this native name no packed call is right (`axattn.traits.native_names.never_packs_reasons`).
+        never_packs: packed rows always leak on this native name (`axattn.traits.native_names.never_packs_reasons`).
         by_document: some of its layers run document by document (`axattn.traits.recurrent`,
             `axattn.traits.token_mixers.scaled_by_share`).
-        max_row_length: the first position in a row at which some layer's result depends on it (Llama 4), None for none.
+        max_row_length: above this row length some layer depends on positions in the row (Llama 4), None for no limit.
         rope_scaling_threshold: positions below this one have the original rotary frequencies
-            (`axattn.traits.dynamic_rope`), None for all.
+            (`axattn.traits.dynamic_rope`), None for no limit.
         packing_blockers: why its rows can't hold several documents (`axattn.traits.row_forms`).
-        packing_blockers_in_graph: further reasons inside of a compiled graph.
-        first_position: of a row's first token (`axattn.traits.position_ids.first_position`).
+        packing_blockers_in_graph: further reasons inside a compiled graph.
+        first_position: the position of a row's first token (`axattn.traits.position_ids.first_position`).
         counts_mask: without positions it counts them from the mask (`axattn.traits.position_ids.counts_mask`).
         first_must_be_real: why rows can't be padded on the left (sparse layers that count blocks), "" if they can.
         takes_lengths: its forward takes ``cu_seq_lens_*`` and ``max_length_*``, so the input hook can add them.
-        image_blocks: it lays image blocks over its masks (`axattn.traits.native_names.image_blocks`).
-        reads: where its outputs are read from, padding or not (`axattn.traits.pooling.read_at`).
-        picks: which tokens its outputs are read from that it finds by ids (`axattn.traits.picked_tokens`).
+        image_blocks: it adds image blocks to its masks (`axattn.traits.native_names.image_blocks`).
+        reads: the places its outputs are read from even if they are padding (`axattn.traits.pooling.read_at`).
+        picks: how it finds, by token id, the tokens that outputs are read from (`axattn.traits.picked_tokens`).
     """
 
     parameters: tuple[str, ...] = ()
@@ -85,7 +84,7 @@ def read_traits(model: torch.nn.Module, native: str | None, nondeterministic: tu
     """The traits of a model.
 
     Args:
-        model: a ``PreTrainedModel``; of those inside it each has its own.
+        model: a ``PreTrainedModel``; models inside it have their own traits.
         native: see `ModelTraits`.
         nondeterministic: see `ModelTraits`.
     """
@@ -123,9 +122,9 @@ def _positional(signature: inspect.Signature) -> tuple[str, ...]:
 
 
 def _max_row_length(model: torch.nn.Module) -> int | None:
-    """The first position at which Llama 4's layers without RoPE scale queries (``floor_scale`` - 1), None elsewhere.
+    """The first position at which Llama 4's layers without RoPE scale queries (``floor_scale`` - 1), None otherwise.
 
-    They count positions from the row's start, whatever ``position_ids`` say (transformers 5.23).
+    They count positions from the row's start, independently of ``position_ids`` (transformers 5.23).
     """
     scaled = [
         m for m in modules_of(model) if getattr(m, "attn_temperature_tuning", False) and not getattr(m, "use_rope", 1)
@@ -134,7 +133,7 @@ def _max_row_length(model: torch.nn.Module) -> int | None:
 
 
 def _first_must_be_real(module: torch.nn.Module, native: str | None) -> str:
-    """Why rows can't be padded on the left, ``""`` where they can: padding changes what real tokens attend to."""
+    """Why rows can't be padded on the left, ``""`` if they can: padding would change what real tokens attend to."""
     config: Any = module.config
     if native != "eager" and "minimax_m3_sparse" in (getattr(config.get_text_config(), "layer_types", None) or ()):
         name = type(module).__name__
@@ -143,8 +142,8 @@ def _first_must_be_real(module: torch.nn.Module, native: str | None) -> str:
 
 
 def _mrope_planes(module: torch.nn.Module) -> tuple[int, ...]:
-    """Leading planes of position_ids in models with multimodal rotary embeddings: 3, 4 with text first, or 1 for all,
-    which ``generate`` gives where it goes on from a cache (transformers 5.17 and 5.24)."""
+    """Leading planes of position_ids in models with M-RoPE: 3, 4 with text first, or 1, which ``generate`` passes when
+    it continues from a cache (transformers 5.17 and 5.24)."""
     config: Any = module.config
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}

@@ -1,7 +1,7 @@
-"""Which token of each row a head finds by its id, not by the mask: it may be padding.
+"""Tokens that a head finds by id, not by the mask: they may be padding.
 
 Read from the source of its forward: heads that classify rows find the last token that is not ``config.pad_token_id``,
-those of encoder-decoders the last end of a sentence, text towers of CLIP and kin the first one, or the largest id.
+those of encoder-decoders the last EOS token, text towers of the CLIP family the first EOS token or the largest id.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Pick:
     """How a head finds its token.
 
     Attributes:
-        how: ``last_not_pad``: the last that is not ``config.pad_token_id``, of embeddings the last; so in older code
-            ``before_pad``: that before the first that is, and ``as_many``: behind as many as are not; ``last_end``,
-            ``first_end``: the last or first that is ``eos_token_id``; ``largest_id``: that with the largest id;
-            ``other``: by its id in a way that is not known.
-        mask: the keyword of the mask of the tokens that it is one of.
-        shift: it is one further to the right (a decoder's inputs are shifted).
+        how: ``last_not_pad``: the last that is not ``config.pad_token_id``, with embeddings the last; in older code
+            ``before_pad``: the one before the first pad token, or ``as_many``: index = number of non-pad tokens - 1;
+            ``last_end``, ``first_end``: the last or first ``eos_token_id``; ``largest_id``: that with the largest id;
+            ``other``: by id in an unknown way.
+        mask: the keyword of the mask for these tokens.
+        shift: 1 if it is one token further to the right (a decoder's inputs are shifted).
     """
 
     how: How
@@ -42,11 +42,11 @@ class Pick:
 
 
 def picks_of(model: torch.nn.Module, parts: Iterable[torch.nn.Module]) -> tuple[Pick, ...]:
-    """How a model finds tokens that its outputs are read from.
+    """How a model finds the tokens that its outputs are read from.
 
     Args:
         model: a ``PreTrainedModel``.
-        parts: it, and what is right under it and is no model.
+        parts: the model and its direct children that are not models.
     """
     decodes = bool(getattr(model.config, "is_encoder_decoder", False))
     mask, shift = ("decoder_attention_mask", 1) if decodes else ("attention_mask", 0)
@@ -60,7 +60,7 @@ def picks_of(model: torch.nn.Module, parts: Iterable[torch.nn.Module]) -> tuple[
             found.append(Pick("last_end", mask))
         else:
             hows: frozenset[How] = _by_ids(cls.forward)
-            if "eos_token_id == 2" in source and hows == {"first_end", "largest_id"}:  # CLIP as it was first saved
+            if "eos_token_id == 2" in source and hows == {"first_end", "largest_id"}:  # the first CLIP checkpoints
                 hows = frozenset(("largest_id" if getattr(part, "eos_token_id", None) == 2 else "first_end",))
             found += [Pick(how) for how in sorted(hows)]
     return tuple(found)
@@ -68,8 +68,8 @@ def picks_of(model: torch.nn.Module, parts: Iterable[torch.nn.Module]) -> tuple[
 
 @weak_cache
 def _by_ids(forward: Any) -> frozenset[How]:
-    """How a ``forward`` makes places of ids: by ``input_ids.argmax(-1)``, ``(input_ids == token).int().argmax(-1)``, or
-    by ``(input_ids != token).sum(-1)``."""
+    """How ``forward`` computes indices from ids: ``input_ids.argmax(-1)``, ``(input_ids == token).int().argmax(-1)`` or
+    ``(input_ids != token).sum(-1)``."""
     tree, found = tree_of(forward), set[How]()
     for node in () if tree is None else ast.walk(tree):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
@@ -92,17 +92,17 @@ def _by_ids(forward: Any) -> frozenset[How]:
 def padding_is_read(
     picks: Iterable[Pick], native: str | None, model: torch.nn.Module, given: Mapping[str, Any]
 ) -> bool:
-    """Whether a token that a head picks in this forward is padding: only dense masks then give what eager does.
+    """Whether a token that a head picks in this forward is padding; only dense masks then match eager attention.
 
     Args:
         picks: how its tokens are found.
-        native: the native name that serves the model, None for ours.
-        model: whose head it is.
+        native: the native name of the model, None for axattn backends.
+        model: the model with the head.
         given: its inputs, by name.
 
     Raises:
-        InvalidInputError: it is, on a name for which Transformers leaves padding out, or where its window holds padding
-            alone. In a compiled graph any such token is refused, by an assertion when that runs.
+        InvalidInputError: it is, on a name for which Transformers unpads, or if its window holds only padding. A
+            compiled graph asserts when it runs that no such token is padding.
     """
     if native in ("eager", "sdpa"):
         return False
@@ -115,13 +115,13 @@ def padding_is_read(
         if at is None or mask.shape[0] != at.shape[0]:
             continue
         tokens = tokens_of(given)
-        held = mask.shape[1] - (0 if tokens is None else tokens.shape[1])  # by a cache, or of a prefix
+        held = mask.shape[1] - (0 if tokens is None else tokens.shape[1])  # tokens of a cache or prefix
         if held < 0 or (held and pick.mask != "attention_mask"):
             continue
         real = (mask != 0).to(at.device)
         at = at[:, None] + held
-        read = real.gather(1, at)[:, 0] | ~real.any(-1)  # of a row without any token nothing is asked
-        what, advice = _words(pick, model, given)
+        read = real.gather(1, at)[:, 0] | ~real.any(-1)  # rows without real tokens are ignored
+        what, advice = _message_parts(pick, model, given)
         text = f"{type(model).__name__} reads {what}, and that is padding"
         if is_tracing():
             require_when_run(read.all(), text)
@@ -137,18 +137,18 @@ def padding_is_read(
 
 
 def _reach(model: torch.nn.Module, length: int) -> int:
-    """How far back a token sees for certain, in every layer."""
+    """How many tokens back every layer attends for certain."""
     config: Any = model.config
     chunk = getattr(config.get_text_config(), "attention_chunk_size", None)
     return 0 if chunk is not None and chunk < length else min(window_of(model) or length, length)
 
 
 def column_of(pick: Pick, model: torch.nn.Module, given: Mapping[str, Any]) -> torch.Tensor | None:
-    """int64 ``[B]``: the place of the token in each row, as the head finds it; None without tokens by row.
+    """int64 ``[B]``: the index of the picked token in each row; None without ``[B, S]`` tokens.
 
     Args:
         pick: how it is found.
-        model: whose head it is.
+        model: the model with the head.
         given: the inputs of its forward, by name.
     """
     tokens, ids = tokens_of(given), given.get("input_ids")
@@ -173,17 +173,17 @@ def column_of(pick: Pick, model: torch.nn.Module, given: Mapping[str, Any]) -> t
     if pick.how == "largest_id":
         largest: torch.Tensor = ids.argmax(-1)
         return largest
-    end: torch.Tensor = (ids == _end(model)).int()
+    end: torch.Tensor = (ids == _eos_token_id(model)).int()
     return end.argmax(-1) if pick.how == "first_end" else last - end.flip(-1).argmax(-1)
 
 
-def _end(model: torch.nn.Module) -> Any:
+def _eos_token_id(model: torch.nn.Module) -> Any:
     config: Any = model.config
     return config.get_text_config().eos_token_id
 
 
-def _words(pick: Pick, model: torch.nn.Module, given: Mapping[str, Any]) -> tuple[str, str]:
-    """What a message says of the token that is read, and what to do if it is padding."""
+def _message_parts(pick: Pick, model: torch.nn.Module, given: Mapping[str, Any]) -> tuple[str, str]:
+    """The description of the picked token for a message, and the advice if it is padding."""
     config: Any = model.config
     if pick.how in ("last_not_pad", "before_pad", "as_many"):
         pad = config.get_text_config().pad_token_id
@@ -196,7 +196,7 @@ def _words(pick: Pick, model: torch.nn.Module, given: Mapping[str, Any]) -> tupl
     if pick.how == "largest_id":
         return "the token with the largest id of each row", "Pad with a smaller id."
     which = "first" if pick.how == "first_end" else "last"
-    return f"the {which} token of each row that is eos_token_id ({_end(model)})", _side("right")
+    return f"the {which} token of each row that is eos_token_id ({_eos_token_id(model)})", _side("right")
 
 
 def _side(side: str) -> str:

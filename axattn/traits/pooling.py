@@ -1,7 +1,7 @@
-"""Which tokens of a row a model's outputs are read from, where it is not each from its own.
+"""Which tokens of a row a model's outputs are read from, if not each output from its own token.
 
-Read from the names of its heads, the source of its forward and a run of its code on a few tokens (`axattn.hf.probes`):
-padding there is read too, and rows that are packed or put together have another first and last token.
+Read from the names of its heads, the source of its forward and a run of it on a few tokens (`axattn.hf.probes`). Such
+outputs may be read from padding, and packed or joined rows have other first and last tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Place = Literal["first", "last", "every"]
 _ROW_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "RewardModel")
 _PICKED: dict[int, Place] = {0: "first", -1: "last"}
 _AT: dict[probes.Pattern, Place] = {"first": "first", "last": "last", "every": "every"}
-"""Patterns of what is read whatever stands there."""
+"""Patterns that also read padding."""
 _WORDS: dict[probes.Pattern, str] = {
     "first": "the first token of a row",
     "last": "the last token of a row",
@@ -46,19 +46,19 @@ _WORDS: dict[probes.Pattern, str] = {
 
 
 def read_at(model: torch.nn.Module) -> frozenset[Place]:
-    """Where outputs are read from, whatever stands there: the first token of each row (BERT's pooler), the last
-    (SigLIP's text model), or every one (heads that find answers take a softmax over all of them).
+    """Places that outputs are read from even if they are padding: the first token of each row (BERT's pooler), the last
+    (SigLIP's text model), or every one (question answering heads take a softmax over all).
 
-    Where its source or a run of the model says so: to take padding for read costs a dense mask, no more.
+    Includes every place that the source or a run shows: a wrong one costs only a dense mask.
 
     Args:
-        model: a ``PreTrainedModel``; the source of models inside of it is not looked at.
+        model: a ``PreTrainedModel``; the source of models inside it is not read.
     """
     return (_places_by_source(model) or frozenset()) | _places_by_run(model)
 
 
 def _places_by_source(model: torch.nn.Module) -> frozenset[Place] | None:
-    """None where there is none."""
+    """None if the source can't be read."""
     if "start_positions" in signature_of(model).parameters:
         return frozenset({"every"})
     if is_named(model, _ROW_HEADS):
@@ -80,9 +80,9 @@ def _places_by_run(model: torch.nn.Module) -> frozenset[Place]:
 
 
 def contradictions(model: torch.nn.Module) -> list[Reason]:
-    """Where the source of a model, or of one inside it, and a run of it say that outputs are read from other tokens.
+    """Contradictions between the source of a model, or of one inside it, and a run of it about which tokens are read.
 
-    To be read from more places is no contradiction: a summary may be told where to read.
+    More places in the source are no contradiction: the config may choose one of them.
     """
     from transformers import PreTrainedModel
 
@@ -115,7 +115,7 @@ def _contradictions(model: torch.nn.Module) -> list[Reason]:
 
 
 def first_token_pooler(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The part of a model that is handed whole rows ``[B, S, D]`` and reads the first token of each (BERT's pooler)."""
+    """The part of a model that gets whole rows ``[B, S, D]`` and reads the first token of each (BERT's pooler)."""
     pooler = getattr(model, "pooler", None)
     if not isinstance(pooler, torch.nn.Module):
         return None
@@ -131,8 +131,8 @@ def _pooler_by_source(model: torch.nn.Module) -> torch.nn.Module | None:
     if not isinstance(pooler, torch.nn.Module) or _picked(code_of(_unwrapped(pooler)).forward) != {0}:
         return None
     calls = calls_of(code_of(model).forward, "self.pooler")
-    handed = len(calls) == 1 and len(calls[0].args) == 1 and isinstance(calls[0].args[0], ast.Name)
-    return pooler if handed and not calls[0].keywords else None
+    passed = len(calls) == 1 and len(calls[0].args) == 1 and isinstance(calls[0].args[0], ast.Name)
+    return pooler if passed and not calls[0].keywords else None
 
 
 def _pools_first(run: probes.Mixing) -> bool:
@@ -140,8 +140,8 @@ def _pools_first(run: probes.Mixing) -> bool:
 
 
 def pools(model: torch.nn.Module) -> bool:
-    """Whether a model itself makes one output a row beside those of each token (``pooler_output``), as its source says
-    or a run shows."""
+    """Whether a model itself returns one output per row (``pooler_output``) beside those of each token, according to
+    its source or a run."""
     if "pooler_output=" in source_of(code_of(model).forward) and getattr(model, "pooler", model) is not None:
         return True
     run = probes.mixing(model)
@@ -149,7 +149,7 @@ def pools(model: torch.nn.Module) -> bool:
 
 
 def _own_parts(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """A model and the parts right under it that are no models: its pooler, its head."""
+    """A model and its direct children that are not models: its pooler, its head."""
     from transformers import PreTrainedModel
 
     yield model
@@ -159,7 +159,7 @@ def _own_parts(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _unwrapped(part: torch.nn.Module) -> torch.nn.Module:
-    """What a wrapper holds: PEFT's of ``modules_to_save``, torch's of compiled and checkpointed modules."""
+    """The module inside a wrapper: PEFT's ``modules_to_save``, torch's compiled and checkpointed modules."""
     for name in ("original_module", "_orig_mod", "_checkpoint_wrapped_module"):
         inner = getattr(part, name, None)
         if isinstance(inner, torch.nn.Module):
@@ -169,7 +169,7 @@ def _unwrapped(part: torch.nn.Module) -> torch.nn.Module:
 
 @weak_cache
 def _picked(function: Any) -> frozenset[int]:
-    """The tokens that a function picks out of each row: 0 of ``hidden[:, 0]``, -1 of ``hidden[:, -1, :]``."""
+    """The tokens that a function selects from each row: 0 for ``hidden[:, 0]``, -1 for ``hidden[:, -1, :]``."""
     found = set()
     tree = tree_of(function)
     for node in () if tree is None else ast.walk(tree):
@@ -185,11 +185,11 @@ def _picked(function: Any) -> frozenset[int]:
 
 
 def one_a_row(model: torch.nn.Module, *, unless_first: bool = False) -> list[Reason]:
-    """Heads that give one output a row, read at a fixed place of it: pooled or at the last token.
+    """Heads that return one output per row, read at a fixed place: pooled or at the last token.
 
     Args:
         model: a ``PreTrainedModel``.
-        unless_first: leave out what a `first_token_pooler` gives.
+        unless_first: leave out the output of a `first_token_pooler`.
     """
     from transformers import PreTrainedModel
 
@@ -202,13 +202,13 @@ def one_a_row(model: torch.nn.Module, *, unless_first: bool = False) -> list[Rea
 
 
 def reads_rows(model: torch.nn.Module) -> bool:
-    """Whether a head, by its name, makes its output of whole rows: it classifies them, or finds an answer in each."""
+    """Whether a head, by its class name, reads whole rows: it classifies them, or finds an answer in each."""
     return is_named(model, (*_ROW_HEADS, "ForQuestionAnswering"))
 
 
 def classifies_rows(model: torch.nn.Module) -> list[Reason]:
-    """Heads whose one output a row, and one label, is that of its last document where rows are packed; and models of
-    which it is not known where outputs are read (`contradictions`)."""
+    """Heads with one output and one label per row, which in packed rows would be those of the last document; and models
+    where it is unknown which tokens are read (`contradictions`)."""
     parameters = signature_of(model).parameters
     labelled = {"question_positions", "next_sentence_label", "sentence_order_label"} & set(parameters)  # Splinter, BERT
     if labelled or is_named(model, _ROW_HEADS):
@@ -217,29 +217,29 @@ def classifies_rows(model: torch.nn.Module) -> list[Reason]:
 
 
 def reads_tokens(model: torch.nn.Module) -> bool:
-    """Whether a model reads certain tokens of what the one inside it gives: it classifies rows, pools, or picks."""
+    """Whether a model reads certain tokens of its inner model's output: it classifies rows, pools, or picks."""
     return bool(classifies_rows(model) or read_at(model) or picked(model))
 
 
 def reads_first(model: torch.nn.Module) -> bool:
-    """Whether a head reads the first token of each row: those of encoders, unless they pool in another way."""
-    return _reads(model) == "first"
+    """Whether a head reads the first token of each row, as encoders do unless they pool differently."""
+    return _row_head_reads(model) == "first"
 
 
 def reads_last(model: torch.nn.Module) -> bool:
-    """Whether a head reads the last real token of each row, found by its token id: those of decoders."""
-    return _reads(model) == "last_real"
+    """Whether a head reads the last real token of each row, found by token id, as decoders do."""
+    return _row_head_reads(model) == "last_real"
 
 
 def picked(model: torch.nn.Module) -> tuple[Pick, ...]:
-    """The tokens of a row that a model finds by ids (`axattn.traits.picked_tokens`)."""
+    """The tokens of a row that a model finds by id (`axattn.traits.picked_tokens`)."""
     if is_readable(code_of(model)):
         return picks_of(model, _own_parts(model))
     return (Pick("last_not_pad"),) if reads_last(model) else ()
 
 
-def _reads(model: torch.nn.Module) -> probes.Pattern | None:
-    """Where a head that classifies rows reads them; None for others, and where that is not known."""
+def _row_head_reads(model: torch.nn.Module) -> probes.Pattern | None:
+    """The token that a head that classifies rows reads; None for other heads, or if unknown."""
     if not is_named(model, _ROW_HEADS):
         return None
     if is_readable(code_of(model)):
@@ -250,7 +250,7 @@ def _reads(model: torch.nn.Module) -> probes.Pattern | None:
 
 
 def _head_by_source(model: torch.nn.Module) -> probes.Pattern | None:
-    """Where a head that classifies rows reads them, as its source says; None where that says nothing of it."""
+    """The token that a head that classifies rows reads according to its source; None if the source doesn't show it."""
     cls: Any = code_of(model)
     shared = any(base.__name__.startswith("GenericFor") for base in cls.__mro__)
     if shared or "last_non_pad_token" in source_of(cls.forward):

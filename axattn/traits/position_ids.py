@@ -1,7 +1,7 @@
-"""How a model numbers its tokens: whether it reads ``position_ids``, where they start, how it counts without them.
+"""How a model counts positions: whether it reads ``position_ids``, where they start, how it counts without them.
 
-Two witnesses: its source, and a run of its code on a few tokens (`axattn.hf.probes`). Layers that count for themselves
-(`counters`) are known by their source alone: no layer runs there.
+Two sources: its code, and a run of it on a few tokens (`axattn.hf.probes`). Layers that count positions themselves
+(`counting_layers`) are found by their code only: the run includes no layers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from axattn.hf.weak_cache import weak_cache
 from axattn.traits.token_mixers import text_model
 
 _OWN_COUNT = "create_position_ids_from_input_ids"
-"""What Transformers calls fairseq's numbering: tokens that are not padding count from ``padding_idx + 1``."""
+"""Transformers' function for fairseq's positions: tokens that are not padding count from ``padding_idx + 1``."""
 
 
 class Counting(NamedTuple):
-    """How a model counts where it is given no positions.
+    """How a model counts positions if it is given none.
 
     Attributes:
         first: the position of a row's first token.
-        by_mask: it counts the tokens that the mask lets through; else along the row, or by token id where `first` is
-            not 0.
+        by_mask: it counts the tokens that the mask keeps; otherwise all tokens of the row, or by token id if `first`
+            is not 0.
     """
 
     first: int
@@ -38,14 +38,14 @@ class Counting(NamedTuple):
 
 
 def unread_positions(model: torch.nn.Module) -> list[Reason]:
-    """Why ``position_ids`` can't tell a model where a document starts: no forward in it takes them (BART's decoder), or
-    one ignores them (CSM's depth decoder, which also chooses weights by a token's place in the row), or its source and
-    a run of it say different things of them.
+    """Why a model doesn't get the positions within documents from ``position_ids``: no forward in it takes them (BART's
+    decoder), one ignores them (CSM's depth decoder, which also selects weights by index in the row), or its source and
+    a run of it disagree.
 
     Relative position biases (T5) need none: they are the same in every document.
 
     Args:
-        model: a ``PreTrainedModel``; of a composite one its text model is read.
+        model: a ``PreTrainedModel``; of a composite one the text model is read.
     """
     from transformers import PreTrainedModel
 
@@ -62,7 +62,7 @@ def unread_positions(model: torch.nn.Module) -> list[Reason]:
 
 
 def contradictions(text: torch.nn.Module) -> list[Reason]:
-    """Where a run of a text model's code shows other positions than its source, or such as nobody knows."""
+    """Why a run of a text model shows other positions than its source, or positions of an unknown kind."""
     run = probes.numbering(text) if _takes_positions(text) else None
     if run is None:
         return []
@@ -73,33 +73,33 @@ def contradictions(text: torch.nn.Module) -> list[Reason]:
         return [probes.disagreement(text, "it takes position_ids", "it ignores them, and counts along the whole row")]
     if by_source is None:
         known = _by_run(run) is not None
-        return [] if known else [Reason("position_ids", f"{name} counts padded rows in a way that is not known")]
+        return [] if known else [Reason("position_ids", f"{name} counts padded rows in an unknown way")]
     if by_source.first != run.first:
         source, other = (f"positions start at {first}" for first in (by_source.first, run.first))
         return [probes.disagreement(text, source, other)]
-    if not _gives(by_source, run):
+    if not _reproduces(by_source, run):
         ways = {True: "positions are counted from the mask", False: "they are not counted from the mask"}
         shown = ", ".join(map(str, run.padded))
         return [probes.disagreement(text, ways[by_source.by_mask], f"those behind two tokens of padding are {shown}")]
     return []
 
 
-def counters(model: torch.nn.Module) -> list[Reason]:
-    """Layers that number the tokens they see themselves, whatever ``position_ids`` say (Llama 4's without RoPE)."""
+def counting_layers(model: torch.nn.Module) -> list[Reason]:
+    """Layers that count positions themselves and ignore ``position_ids`` (Llama 4's without RoPE)."""
     kinds: dict[str, Any] = {name: code_of(module) for name, module in named_modules(model) if _uses_count(module)}
     counting = [name for name, cls in kinds.items() if _counts_tokens(cls)]
     return [Reason("model", f"{name} counts positions among the tokens that it sees") for name in counting[:1]]
 
 
 def first_position(model: torch.nn.Module) -> int:
-    """The position of a row's first token: 0, or ``padding_idx + 1`` in the families of RoBERTa."""
+    """The position of a row's first token: 0, or ``padding_idx + 1`` in the RoBERTa family."""
     return _counting(model).first
 
 
 def counts_mask(model: torch.nn.Module) -> bool:
-    """Whether a model computes positions from the attention mask where none are given (OPT).
+    """Whether a model computes positions from the attention mask if none are given (OPT).
 
-    BioGPT's embedding could, but its decoder always hands it positions counted along the row.
+    BioGPT's embedding could, but its decoder always passes it positions counted along the row.
     """
     return _counting(model).by_mask
 
@@ -107,26 +107,26 @@ def counts_mask(model: torch.nn.Module) -> bool:
 def own_positions(
     model: torch.nn.Module, ids: torch.Tensor | None, mask: torch.Tensor, documents: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The positions that a model gives the tokens of a padded batch where none are given.
+    """The positions that a model computes for the tokens of a padded batch if none are given.
 
     Args:
         model: the model.
-        ids: ``[B, S]`` token ids, None where embeddings are given.
+        ids: ``[B, S]`` token ids, None if embeddings are given.
         mask: ``[B, S]``, nonzero for real tokens.
-        documents: ``[B, S]``, the number of each token's document; positions then start anew in each. None where every
-            row is one.
+        documents: ``[B, S]``, the document id of each token, to restart positions in each document. None if every row
+            is one document.
 
     Returns:
         int64 ``[B, S]``.
     """
-    return counted(*_counting(model), ids, mask, documents)
+    return count_positions(*_counting(model), ids, mask, documents)
 
 
-def counted(
+def count_positions(
     first: int, by_mask: bool, ids: torch.Tensor | None, mask: torch.Tensor, documents: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`own_positions` of a model of which `first_position` and `counts_mask` are known; in packed rows, those that it
-    gives the tokens of each document alone (`documents`: ``[B, S]``, the number of each token's)."""
+    """`own_positions` for given `first_position` and `counts_mask`; in packed rows the positions that the model
+    computes for each document alone (`documents`: ``[B, S]``, the document id of each token)."""
     by_id = bool(first) and ids is not None
     if ids is not None and by_id:
         each = ids.ne(first - 1).long()
@@ -136,7 +136,7 @@ def counted(
     if documents is not None:
         starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
         count = count - running_max(torch.where(starts.to(count.device), count - each, 0))
-        if not by_id:  # padding behind a document needs no higher positions than the document
+        if not by_id:  # padding after a document needs no higher positions than the document
             count = count.masked_fill(mask == 0, 1)
     if by_id:
         return count * each + first - 1
@@ -144,7 +144,7 @@ def counted(
 
 
 def _takes_positions(text: torch.nn.Module) -> bool:
-    """Whether some forward in a text model has ``position_ids`` among its parameters."""
+    """Whether some forward in a text model has a parameter ``position_ids``."""
     from transformers import PreTrainedModel
 
     inner = [module for module in modules_of(text) if isinstance(module, PreTrainedModel)]
@@ -152,8 +152,8 @@ def _takes_positions(text: torch.nn.Module) -> bool:
 
 
 def _counting(model: torch.nn.Module) -> Counting:
-    """By the source, which costs nothing in a forward; where there is none, by a run. What they disagree on is refused
-    before (`contradictions`)."""
+    """From the source, which costs nothing in a forward; without source from a run. `contradictions` refuses models
+    where both disagree."""
     text = text_model(model)
     by_source = _by_source(text)
     if by_source is None:
@@ -163,7 +163,7 @@ def _counting(model: torch.nn.Module) -> Counting:
 
 
 def _by_source(text: torch.nn.Module) -> Counting | None:
-    """None where a model, or a module in it that knows a padding token, has no source."""
+    """None if a model, or a module in it with a padding token, has no source."""
     from transformers import PreTrainedModel
 
     first = 0
@@ -174,7 +174,7 @@ def _by_source(text: torch.nn.Module) -> Counting | None:
         cls = code_of(module)
         if not is_readable(cls):
             return None
-        if getattr(module, "position_embedding_type", "") == "rotary":  # ESM-2: only differences of positions are seen
+        if getattr(module, "position_embedding_type", "") == "rotary":  # ESM-2: only differences of positions matter
             continue
         if isinstance(padding, int) and not first and _OWN_COUNT in source_of(cls.forward):
             first = padding + 1
@@ -182,20 +182,20 @@ def _by_source(text: torch.nn.Module) -> Counting | None:
 
 
 def _by_run(run: probes.Numbering) -> Counting | None:
-    """The way of counting that gives what a run has shown, None for none."""
+    """The `Counting` that reproduces a run, None for none."""
     ways = (Counting(run.first, False), Counting(run.first, True))
-    return next((way for way in ways if _gives(way, run)), None)
+    return next((way for way in ways if _reproduces(way, run)), None)
 
 
-def _gives(way: Counting, run: probes.Numbering) -> bool:
-    ids, mask = (torch.tensor([row], device="cpu") for row in (run.ids, run.mask))  # models are made under "meta", too
-    found = counted(*way, ids, mask)[mask != 0].tolist()
+def _reproduces(way: Counting, run: probes.Numbering) -> bool:
+    ids, mask = (torch.tensor([row], device="cpu") for row in (run.ids, run.mask))  # models may be built on "meta"
+    found = count_positions(*way, ids, mask)[mask != 0].tolist()
     return way.first == run.first and found == list(run.padded)
 
 
 @weak_cache
 def _drops_positions(forward: Any) -> bool:
-    """Whether a forward sets ``position_ids`` to None where they are given."""
+    """Whether a forward sets given ``position_ids`` to None."""
     tree = tree_of(forward)
     given = [
         node
@@ -215,7 +215,7 @@ def _mentions_count(module: str) -> bool:
 
 @weak_cache
 def _counts_tokens(cls: Any) -> bool:
-    """Whether the forward of a layer numbers its tokens itself: ``torch.arange`` over a length, and not only where no
+    """Whether the forward of a layer counts positions itself: ``torch.arange`` over a length, and not only if no
     ``position_ids`` are given."""
     from transformers import PreTrainedModel
 

@@ -1,9 +1,9 @@
-"""Layers that carry a state along a row (state spaces, linear attention, short convolutions), and documents in them.
+"""Recurrent layers, which carry a state along a row (state spaces, linear attention, short convolutions).
 
-Such a layer knows nothing of documents: what one leaves in the state reaches the next. A causal layer does not see what
-comes behind a document, so documents can be laid beside each other as rows, padded on the right: each then runs as it
-would alone. Transformers' own code for this goes through cu_seq_lens to kernels of other libraries, and its own
-fallbacks ignore those (transformers 5.23, ``torch_chunk_gated_delta_rule``).
+Such a layer ignores document boundaries: the state of one document leaks into the next. As it is causal, tokens after a
+document don't change it, so each document can run in its own row, padded on the right. Transformers passes cu_seq_lens
+to kernels of other libraries for this, and its own fallbacks ignore them (transformers 5.23,
+``torch_chunk_gated_delta_rule``).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _INPUTS = frozenset(CACHES) | {"hidden_states", "attention_mask", "cache_positio
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A layer that carries a state, and can be run document by document.
+    """A recurrent layer that can run document by document.
 
     Attributes:
         name: its path in the model that was read.
         parent: the module that calls it.
-        mask: the parameter of the parent's ``forward`` that it is given as its 2-D ``attention_mask``.
-        module: itself: ``(hidden_states [B, S, C], cache, attention_mask [B, S] or None)`` → ``[B, S, C]``.
+        mask: the parameter of the parent's ``forward`` that is passed to it as 2-D ``attention_mask``.
+        module: the layer: ``(hidden_states [B, S, C], cache, attention_mask [B, S] or None)`` → ``[B, S, C]``.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Recurrent:
 def recurrent(model: torch.nn.Module) -> Iterator[Recurrent]:
     """Every such layer of a model.
 
-    Read in the source: a convolution in it, a ``forward`` of hidden states, a cache (so it is causal) and a 2-D mask
-    and nothing else, and a decoder layer that hands on its own mask. A part of such a layer is none.
+    Read from the source: it has a convolution, its ``forward`` takes only hidden states, a cache (so it is causal) and
+    a 2-D mask, and a decoder layer passes its own mask to it. Modules inside such a layer are not listed.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -53,13 +53,13 @@ def recurrent(model: torch.nn.Module) -> Iterator[Recurrent]:
         if not isinstance(parent, GradientCheckpointingLayer):
             continue
         for name, child in parent.named_children():
-            if _carries(child):
+            if _is_recurrent(child):
                 mask = _mask_of(code_of(parent).forward, name)
                 if mask:
                     yield Recurrent(f"{path}.{name}" if path else name, parent, mask, child)
 
 
-def _carries(module: torch.nn.Module) -> bool:
+def _is_recurrent(module: torch.nn.Module) -> bool:
     if not any(isinstance(child, torch.nn.Conv1d) for child in module.children()):
         return False
     cls = code_of(module)

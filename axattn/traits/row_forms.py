@@ -1,8 +1,8 @@
 """Whether the rows of a model can take another form: packed with several documents, unpadded into one row, or split
-over ranks. One table of every reason against; each rule names the forms that it rules out.
+over ranks. One table of all rules, each with the forms that it rules out.
 
-What depends on one batch (a cache, its length) is in `axattn.documents.inputs`, what depends on backends beside the
-callers (`axattn.unpadding`, `axattn.parallel`).
+Checks that depend on a batch (a cache, its length) are in `axattn.documents.inputs`, checks that depend on backends in
+the callers (`axattn.unpadding`, `axattn.parallel`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from axattn.spec.capability import Need
 from axattn.traits import losses, pooling
 from axattn.traits.dynamic_rope import by_length
 from axattn.traits.layer_needs import sub_configs
-from axattn.traits.position_ids import counters, unread_positions
+from axattn.traits.position_ids import counting_layers, unread_positions
 from axattn.traits.token_mixers import mixers
 
 Form = Literal["packed", "unpadded", "split"]
 
 
 class Subject(NamedTuple):
-    """What is asked of.
+    """The input of a rule.
 
     Attributes:
         model: a ``PreTrainedModel``.
-        form: that its rows are to take.
-        needs: of its layers.
-        running: the name that runs on each of its configs, None for Transformers' default.
+        form: the form that its rows should take.
+        needs: the needs of its layers.
+        running: the name on each of its configs, None for Transformers' default.
     """
 
     model: torch.nn.Module
@@ -53,7 +53,7 @@ def reasons_against(
 
 
 def inner_part(model: torch.nn.Module) -> torch.nn.Module:
-    """What runs unpadded: the model, or what is under a head that reads one token of each padded row, or beside one."""
+    """What runs unpadded: the model, or its base model if a head or pooler reads one token of each padded row."""
     inner: torch.nn.Module = getattr(model, "base_model", model)
     one_token = pooling.reads_first(model) or pooling.reads_last(model)
     return inner if one_token or (pooling.pools(inner) and not pooling.reads_rows(model)) else model
@@ -62,12 +62,12 @@ def inner_part(model: torch.nn.Module) -> torch.nn.Module:
 # ---- the rules -------------------------------------------------------------------------------------------------------
 
 
-def _mixing(subject: Subject) -> list[Reason]:
+def _token_mixers(subject: Subject) -> list[Reason]:
     return mixers(subject.model, by_document=subject.form != "split")
 
 
-def _counting(subject: Subject) -> list[Reason]:
-    return counters(subject.model)
+def _counting_layers(subject: Subject) -> list[Reason]:
+    return counting_layers(subject.model)
 
 
 def _positions(subject: Subject) -> list[Reason]:
@@ -78,7 +78,7 @@ def _positions(subject: Subject) -> list[Reason]:
 
 
 def _outputs(subject: Subject) -> list[Reason]:
-    """Outputs that are not one a token."""
+    """Outputs that are not one per token."""
     model = subject.model
     if subject.form == "packed":
         return pooling.classifies_rows(model)
@@ -147,8 +147,8 @@ def _versions(subject: Subject) -> list[Reason]:
 
 
 RULES: tuple[tuple[tuple[Form, ...], Callable[[Subject], Iterable[Reason]]], ...] = (
-    (("packed", "unpadded", "split"), _mixing),
-    (("unpadded", "split"), _counting),
+    (("packed", "unpadded", "split"), _token_mixers),
+    (("unpadded", "split"), _counting_layers),
     (("packed", "unpadded", "split"), _positions),
     (("unpadded", "split"), _loss),
     (("unpadded", "split"), _native),
@@ -161,5 +161,5 @@ RULES: tuple[tuple[tuple[Form, ...], Callable[[Subject], Iterable[Reason]]], ...
     (("packed", "unpadded", "split"), _outputs),
     (("packed", "unpadded", "split"), _versions),
 )
-"""The forms that each rule rules out. Counting layers (Llama 4's) are right in packed rows that are short enough;
-``RULES`` for packed rows are asked of every ``PreTrainedModel`` inside a model, the others of the whole."""
+"""The forms that each rule rules out. Counting layers (Llama 4's) are correct in packed rows that are short enough. The
+rules for packed rows run on every ``PreTrainedModel`` inside a model, the others on the whole model."""

@@ -1,7 +1,7 @@
-"""Where a model mixes tokens other than in attention: read from its config, its modules and their source, and seen in a
-run of what is around its layers (`axattn.hf.probes`).
+"""Token mixers outside of attention: read from a model's config, its modules and their source, and from a run of the
+code around its layers (`axattn.hf.probes`).
 
-Such layers know nothing of documents: packed rows leak through them, and rows can't be cut or put together.
+Such layers ignore document boundaries: packed rows leak through them, and rows can't be split or joined.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from axattn.traits.recurrent import recurrent
 ATTENTION = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "moe", "sparse", "mlp"}
 )
-"""Transformers' layer types that mix tokens in attention alone (the last four say what follows it)."""
+"""Transformers' layer types that mix tokens only in attention (the last four name what follows it)."""
 
 
 def mixers(model: torch.nn.Module, *, by_document: bool = False) -> list[Reason]:
-    """Layers of a text model that mix tokens elsewhere than in attention: state spaces, convolutions, linear attention.
+    """Layers of a text model that mix tokens outside of attention: state spaces, convolutions, linear attention.
 
     Args:
-        model: a ``PreTrainedModel``; of a composite one its text model is read.
-        by_document: leave out those that run document by document (`axattn.traits.recurrent`, `scaled_by_share`).
+        model: a ``PreTrainedModel``; of a composite one the text model is read.
+        by_document: leave out layers that run document by document (`axattn.traits.recurrent`, `scaled_by_share`).
     """
     text = text_model(model)
     apart = [one.name for one in recurrent(text)] if by_document else []
@@ -66,7 +66,7 @@ def scaled_by_share(text: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 
 def _other_kinds(text: torch.nn.Module, apart: list[str]) -> set[str]:
-    """Types of layers that mix tokens outside of attention, but for layers that have a module named in `apart`."""
+    """Types of layers that mix tokens outside of attention, except layers with a module in `apart`."""
     config: Any = text.config
     every = list(map(str, getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()))
     lists = [name for name, m in named_modules(text) if isinstance(m, torch.nn.ModuleList) and len(m) == len(every)]
@@ -92,7 +92,7 @@ def text_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _shifts_tokens(module: torch.nn.Module) -> bool:
-    """MobileBERT's embeddings are made of three neighbours each; RWKV's layers shift by a padding layer."""
+    """MobileBERT embeds three neighbouring tokens together; RWKV's layers shift tokens by a padding layer."""
     if isinstance(module, torch.nn.ZeroPad2d):
         return True
     return bool(getattr(module, "trigram_input", False)) and "functional.pad(" in source_of(code_of(module).forward)

@@ -13,7 +13,7 @@ import torch
 from axattn import backends
 from axattn.documents.boundaries import Segments
 from axattn.documents.forward_context import BoundaryInputs, Context, assume, current, reading
-from axattn.documents.inputs import require_ours
+from axattn.documents.inputs import require_axattn_backend
 from axattn.documents.peft_row_effects import reasons_by_row
 from axattn.documents.read_inputs import documents
 from axattn.documents.unpadded_batch import UnpaddedBatch
@@ -98,7 +98,7 @@ class Unpad:
         keep = (mask != 0).flatten().nonzero().flatten()  # [N]
         if keep.numel() in (0, mask.numel()) or (self.reads_first and not bool((mask[:, 0] != 0).all())):
             return forward(inputs)
-        require_ours(self.traits, model)
+        require_axattn_backend(self.traits, model)
         _require_known(model, inputs)
         if not self.hooks_checked:
             self.hooks_checked = True

@@ -190,7 +190,7 @@ def test_latent_attention_is_planned_on_flash_with_its_wider_head_dim() -> None:
     ],
 )
 def test_padding_between_real_tokens_is_seen(mask: list[list[int]], holes: bool) -> None:
-    assert native_flash_guard._has_holes(torch.tensor(mask)) is holes
+    assert native_flash_guard._is_non_contiguous(torch.tensor(mask)) is holes
 
 
 def test_which_attention_classes_pass_their_keywords_on() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
 
 from tests.census.configs import FEWER
 from tests.census.images import TEXT, Image, image_of
+from tests.models import positions
 
 LENGTHS = (7, 9, 4)
 END = 2
@@ -16,7 +18,7 @@ END = 2
 
 
 class Expected:
-    """Batches, and what eager gives on them: each document alone, whole rows, padded rows.
+    """Batches, and what eager gives on them: each document alone, whole rows, padded rows. Computed once for all names.
 
     Attributes:
         ids: int64 ``[1, 20]``: documents of `LENGTHS`.
@@ -25,6 +27,7 @@ class Expected:
 
     def __init__(self, model: Any, head: str) -> None:
         generator = torch.Generator().manual_seed(1)
+        self.model = model
         self.options: dict[str, Any] = {} if head in ("masked", *FEWER) else {"use_cache": False}
         self.head = head
         if head == "seq2seq" and not model.config.is_encoder_decoder:
@@ -56,6 +59,23 @@ class Expected:
                 parts = [self.logits(model, input_ids=part) for part in self.ids.split(LENGTHS, 1)]
                 self.alone = torch.cat(parts, 1)
                 self.leak = (self.whole - self.alone).abs().max().item()
+
+    @functools.cached_property
+    def alone_from_1(self) -> torch.Tensor:
+        """As `alone`, with positions that count from 1."""
+        parts = zip(self.ids.split(LENGTHS, 1), (positions(LENGTHS) + 1).split(LENGTHS, 1), strict=True)
+        with torch.no_grad():
+            return torch.cat([self.logits(self.model, input_ids=ids, position_ids=at) for ids, at in parts], 1)
+
+    @functools.cached_property
+    def gradients(self) -> torch.Tensor:
+        """The gradient of the token embeddings, summed over the documents alone."""
+        model = copy.deepcopy(self.model)
+        with torch.enable_grad():
+            for part in self.ids.split(LENGTHS, 1):
+                model(input_ids=part, **self.options).logits.square().sum().backward()
+        found: torch.Tensor = model.get_input_embeddings().weight.grad
+        return found
 
     def logits(self, model: Any, **inputs: Any) -> torch.Tensor:
         """Logits ``[B, S, ...]``, of a head with one output a row ``[B, labels]``."""

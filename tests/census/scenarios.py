@@ -82,12 +82,8 @@ def _packed_by_numbers(model: Any, expected: Expected) -> tuple[torch.Tensor, to
 
 def _packed_from_1(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions as RoBERTa counts them where padding is token 0; on eager each document alone, with the same ones."""
-    where = positions(LENGTHS) + 1
-    found = expected.logits(model, input_ids=expected.ids, position_ids=where)
-    axattn.restore(model)
-    parts = zip(expected.ids.split(LENGTHS, 1), where.split(LENGTHS, 1), strict=True)
-    alone = [expected.logits(model, input_ids=ids, position_ids=at) for ids, at in parts]
-    return found, torch.cat(alone, 1)
+    found = expected.logits(model, input_ids=expected.ids, position_ids=positions(LENGTHS) + 1)
+    return found, expected.alone_from_1
 
 
 def _packed_by_lengths(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,13 +95,12 @@ def _packed_by_lengths(model: Any, expected: Expected) -> tuple[torch.Tensor, to
 
 def _gradients(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of the token embeddings, packed, against the sum over documents alone on eager."""
+    model.zero_grad()
     table = model.get_input_embeddings().weight
     model(input_ids=expected.ids, position_ids=positions(LENGTHS), **expected.options).logits.square().sum().backward()
-    found, table.grad = table.grad, None
-    axattn.restore(model)
-    for part in expected.ids.split(LENGTHS, 1):
-        model(input_ids=part, **expected.options).logits.square().sum().backward()
-    return found, table.grad
+    found = table.grad
+    model.zero_grad()
+    return found, expected.gradients
 
 
 def _generate(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,19 +18,20 @@ from axattn.documents.boundaries import Segments
 from axattn.hf.mask_functions import known
 from axattn.masks import lazy_mask, mask_interface, varlen_layout
 from axattn.patches import recurrent
+from tests import faults
 from tests.conformance.cells import run
+from tests.faults import Inject, Patch
 
-Patch = pytest.MonkeyPatch
 Key = tuple[str, str, str]
-FAULTS: dict[str, tuple[Callable[[Patch], None], Key]] = {}
+CELLS: dict[Inject, Key] = {}
 
 
-def fault(backend: str, family: str, scenario: str) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+def fault(backend: str, family: str, scenario: str) -> Callable[[Inject], Inject]:
     """Register a fault and the cell that must turn wrong."""
 
-    def add(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
-        FAULTS[function.__name__.replace("_", " ")] = function, (backend, family, scenario)
-        return function
+    def add(inject: Inject) -> Inject:
+        CELLS[inject] = (backend, family, scenario)
+        return faults.fault(f"{backend} / {family} / {scenario}")(inject)
 
     return add
 
@@ -260,9 +261,9 @@ def lost_gradients_of_shared_keys_pass(patch: Patch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_masks_of_earlier_forwards() -> Any:
-    mask_interface._plain.clear()
+    mask_interface._causal_masks.clear()
     yield
-    mask_interface._plain.clear()
+    mask_interface._causal_masks.clear()
     torch._dynamo.reset()
 
 
@@ -294,10 +295,9 @@ def scales_are_those_of_another_document(patch: Patch) -> None:
     patch.setattr(fp8, "_attention", lambda parts, *rest: real((*parts[:5], parts[5].roll(1, 0)), *rest))
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_turns_its_cell_wrong(name: str, monkeypatch: Patch) -> None:
-    inject, key = FAULTS[name]
+@pytest.mark.parametrize("inject", CELLS, ids=lambda inject: inject.__name__.replace("_", " "))
+def test_a_fault_turns_its_cell_wrong(inject: Inject, monkeypatch: Patch) -> None:
     inject(monkeypatch)
-    cell = run(*key)
+    cell = run(*CELLS[inject])
     assert cell.status == "wrong", cell
     assert not cell.detail.startswith("EAGER"), cell.detail  # the reference itself must stand

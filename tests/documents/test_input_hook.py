@@ -222,7 +222,7 @@ def test_the_guard_of_flash_names(inputs: dict[str, Any], boundaries: Any, part:
 
 @pytest.mark.parametrize(("family", "answer"), [("llama", True), ("mistral", True), ("gpt_oss", False), ("opt", False)])
 def test_whether_a_model_hands_positions_on_is_read_from_its_source(family: str, answer: bool) -> None:
-    assert native_guard.hands_positions_to_masks(build(family)) is answer
+    assert native_guard.passes_positions_to_masks(build(family)) is answer
 
 
 @torch.no_grad()
@@ -237,7 +237,7 @@ def test_a_model_switched_to_transformers_behind_our_back_takes_no_packed_rows(n
     if described != "packed":
         given = {"attention_mask": torch.ones_like(ids), "use_cache": False}
         given["attention_mask"][0, 6:] = 0
-    with pytest.raises(UnsupportedAttentionError, match=f"it was put on {native} after axattn"):
+    with pytest.raises(UnsupportedAttentionError, match=f"it was switched to {native} after axattn"):
         model(ids, **given)
     assert torch.isfinite(model(ids, use_cache=False)[0]).all()
     if described == "packed":

@@ -13,6 +13,7 @@ from axattn.errors import AxattnError, InvalidInputError, UnsupportedAttentionEr
 from tests.census import examine
 from tests.conformance.cases import Batch, packed
 from tests.models import HYBRIDS, build, positions, tokens
+from tests.sampling import part_of
 
 ROWS = packed((7, 11, 3), (5, 9), pad=2)
 FAMILIES = ("llama", "qwen3_next", "bamba", "falcon_h1", "jamba", "kimi_linear")
@@ -82,7 +83,7 @@ class Masked(transformers.LlamaForCausalLM):
         return super().forward(input_ids, attention_mask=attention_mask * 1, **inputs)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("compiled", part_of([False, True], kept=[False]))
 @torch.no_grad()
 def test_a_model_inside_that_gets_another_mask_still_knows_the_documents(compiled: bool) -> None:
     model = build("llama")
@@ -94,23 +95,27 @@ def test_a_model_inside_that_gets_another_mask_still_knows_the_documents(compile
     assert torch.allclose(cut(ROWS, found), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("where", [positions((4, 2, 4)), torch.arange(10)[None] * 2])
+@pytest.mark.parametrize(
+    "where", [positions((4, 2, 4)), pytest.param(torch.arange(10)[None] * 2, marks=pytest.mark.nightly)]
+)
 @torch.no_grad()
 def test_positions_that_jump_inside_of_a_numbered_document_are_refused(where: torch.Tensor) -> None:
     torch._dynamo.reset()
-    model, batch = axattn.apply(build("llama"), "auto"), packed((4, 6))
-    with pytest.raises(InvalidInputError, match=r"inside of document \d"):
+    model, batch = axattn.apply(build("llama", num_hidden_layers=1), "auto"), packed((4, 6))
+    with pytest.raises(InvalidInputError, match=r"inside document \d"):
         model(batch.ids, attention_mask=numbers(batch, 2), position_ids=where)
     compiled = torch.compile(model, backend="eager")
-    with pytest.raises((AxattnError, RuntimeError), match="the numbers of documents"):
+    with pytest.raises((AxattnError, RuntimeError), match="the document ids"):
         compiled(batch.ids, attention_mask=numbers(batch, 2), position_ids=where)
     agreed = {"attention_mask": numbers(batch, 2), "position_ids": batch.positions, "use_cache": False}
-    assert torch.allclose(compiled(batch.ids, **agreed).logits[0], alone(build("llama"), batch), atol=1e-4)
+    assert torch.allclose(
+        compiled(batch.ids, **agreed).logits[0], alone(build("llama", num_hidden_layers=1), batch), atol=1e-4
+    )
 
 
 def test_generate_counts_positions_from_a_mask_and_is_refused_with_numbers_in_it() -> None:
     model, ids = axattn.apply(build("llama"), "auto"), tokens(1, 8)
-    with pytest.raises(InvalidInputError, match="the numbers of documents"):
+    with pytest.raises(InvalidInputError, match="the document ids"):
         model.generate(ids, attention_mask=torch.full_like(ids, 2), max_new_tokens=1)
 
 
@@ -122,7 +127,7 @@ def test_a_prompt_in_front_of_numbered_documents_is_refused() -> None:
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(axattn.apply(build("llama"), "auto"), config)
     batch = packed((4, 6))
-    with pytest.raises(UnsupportedAttentionError, match="made rows of 13 of them"):
+    with pytest.raises(UnsupportedAttentionError, match="turned them into rows of 13"):
         model(batch.ids, attention_mask=numbers(batch))
     model(batch.ids, attention_mask=torch.ones_like(batch.ids))
 

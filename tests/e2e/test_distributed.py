@@ -10,6 +10,7 @@ import torch
 
 from tests import parallel_jobs as jobs
 from tests.distributed import run
+from tests.sampling import part_of
 
 pytest.importorskip("accelerate")
 
@@ -20,7 +21,7 @@ def alone(tmp_path_factory: Any) -> Any:
     return run(1, jobs.trained, str(tmp_path_factory.mktemp("one")), "one", {})[0]
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "rows"])
+@pytest.mark.parametrize("mode", part_of(["ddp", "fsdp", "rows"], kept=["ddp", "rows"]))
 def test_a_trainer_over_two_processes_follows_one(mode: str, alone: Any, tmp_path: Path) -> None:
     """``rows``: each row split over the two, through accelerate's ParallelismConfig; the script has one line more."""
     losses, weights = alone
@@ -49,7 +50,7 @@ def test_noise_that_depends_on_the_length_of_a_row_is_refused_over_split_rows(tm
         run(2, jobs.trained, str(tmp_path), "rows", {"neftune_noise_alpha": 5.0, "max_steps": 1})
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", part_of(["before", "after"], kept=["after"]))
 def test_fsdp_from_the_meta_device_takes_patches_before_and_after_wrapping(order: str) -> None:
     for found in run(2, jobs.from_meta, order):
         assert found["keys"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import axattn
 from tests.models import build
+from tests.sampling import part_of
 
 pytest.importorskip("accelerate")
 
@@ -52,8 +54,13 @@ def padded(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "accumulate"),
+    part_of(
+        itertools.product(("llama", "gemma2", "mistral"), (1, 2)),
+        kept=[("llama", 2), ("gemma2", 1), ("mistral", 2)],
+    ),
+)
 def test_a_packed_run_follows_the_run_on_padded_documents(tmp_path: Path, family: str, accumulate: int) -> None:
     options = {"gradient_accumulation_steps": accumulate, "max_steps": 4 // accumulate}
     stock = build(family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,18 @@ import axattn
 from tests.documents.test_input_hook import qwen_vl
 from tests.e2e.test_trainer import corpus, padded, train
 from tests.models import build
+from tests.sampling import part_of
 
 pytest.importorskip("accelerate")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16 autocast", "bf16 weights"])
-@pytest.mark.parametrize("name", ["auto", "varlen"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    part_of(
+        itertools.product(("auto", "varlen"), ("fp32", "bf16 autocast", "bf16 weights")),
+        kept=[("auto", "bf16 weights"), ("varlen", "fp32"), ("varlen", "bf16 autocast")],
+    ),
+)
 def test_every_precision_follows_padded_documents(tmp_path: Path, precision: str, name: str) -> None:
     options = {"bf16": precision == "bf16 autocast"}
     dtype = torch.bfloat16 if precision == "bf16 weights" else torch.float32
@@ -46,20 +53,22 @@ def test_both_kinds_of_checkpointing_train_the_same(tmp_path: Path, reentrant: b
         assert torch.equal(a, b), path
 
 
+@pytest.mark.nightly  # in `make test`: tests/attention/test_recompilation.py, without a Trainer
 @pytest.mark.parametrize("checkpoint", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_a_compiled_run_trains_the_same(tmp_path: Path, checkpoint: dict[str, bool] | None) -> None:
     torch._dynamo.reset()
-    plain = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen"))
-    _, expected = train(tmp_path / "a", plain)
-    model = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen"))
-    options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    plain, model = (
+        axattn.prepare_for_training(axattn.apply(build("llama", num_hidden_layers=1), "varlen")) for _ in range(2)
+    )
+    _, expected = train(tmp_path / "a", plain, max_steps=3)
+    options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}
     if checkpoint is not None:
         options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": checkpoint}
     _, found = train(tmp_path / "b", model, **options)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", part_of([0, 2], kept=[2]))
 def test_groups_by_length_and_workers_change_nothing_but_the_order(tmp_path: Path, workers: int) -> None:
     model = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen"))
     options = {"train_sampling_strategy": "group_by_length", "dataloader_num_workers": workers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import axattn
 from tests.e2e.test_trainer import corpus
 from tests.models import build
+from tests.sampling import part_of
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -77,8 +79,12 @@ def test_padded_batches_run_unpadded_under_the_fused_head_of_trl(tmp_path: Path)
     assert rows == {1}
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
-@pytest.mark.parametrize("name", ["auto", "varlen"])
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    part_of(
+        itertools.product(("auto", "varlen"), ("bfd", "bfd_split")), kept=[("auto", "bfd"), ("varlen", "bfd_split")]
+    ),
+)
 def test_packed_batches_are_the_documents_alone(tmp_path: Path, strategy: str, name: str) -> None:
     """TRL packs whole documents into rows; the first loss equals that of the same documents, each run alone."""
     model = axattn.prepare_for_training(axattn.apply(build("llama"), name))
@@ -119,7 +125,7 @@ def test_packed_rows_with_a_mask_of_ones_do_not_leak() -> None:
         assert not torch.allclose(build_eager(ids, **given).logits, alone(build("llama"), ids, lengths), atol=1e-2)
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("padding_free", part_of([False, True], kept=[True]))
 def test_preferences_follow_eager(tmp_path: Path, padding_free: bool) -> None:
     """DPO runs chosen and rejected answers as one batch, with a reference model beside."""
     words = [" ".join(f"w{i}" for i in example["input_ids"] if i < 97) for example in corpus(24)]

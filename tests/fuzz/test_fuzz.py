@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from axattn.errors import UnsupportedAttentionError
+from tests.faults import Patch, fault
 from tests.fuzz.strategies import chats, examples
 from tests.fuzz.verdict import Chat, Example, Prompt, Verdict, run
 
@@ -76,29 +77,49 @@ def test_sound_examples_are_right() -> None:
     assert run(FOLLOWED).status == "refused"
 
 
-def test_documents_that_leak_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("axattn.documents.input_hook.read", lambda *a: (None, tuple(a[2]["input_ids"].shape), False))
+@fault("a random batch: wrong")
+def documents_leak(patch: Patch) -> None:
+    patch.setattr("axattn.documents.input_hook.read", lambda *a: (None, tuple(a[2]["input_ids"].shape), False))
+
+
+def test_documents_that_leak_are_wrong(monkeypatch: Patch) -> None:
+    documents_leak(monkeypatch)
     assert run(PACKED).status == "wrong"
     assert run(dataclasses.replace(PACKED, training="plain")).status == "wrong"
 
 
-def test_a_cache_that_forgets_its_documents_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("axattn.documents.input_hook.mark_packed", lambda *a: None)
+@fault("a random chat: wrong")
+def a_cache_forgets_its_documents(patch: Patch) -> None:
+    patch.setattr("axattn.documents.input_hook.mark_packed", lambda *a: None)
+
+
+def test_a_cache_that_forgets_its_documents_is_wrong(monkeypatch: Patch) -> None:
+    a_cache_forgets_its_documents(monkeypatch)
     assert run(FOLLOWED).status == "wrong"
 
 
-def test_a_refusal_that_nobody_needs_is_untrue(monkeypatch: pytest.MonkeyPatch) -> None:
+@fault("a random batch: refused for no reason")
+def every_batch_is_refused(patch: Patch) -> None:
     def refuse(*args: Any) -> Any:
         raise UnsupportedAttentionError("no rows", [])
 
-    monkeypatch.setattr("axattn.documents.input_hook.read", refuse)
+    patch.setattr("axattn.documents.input_hook.read", refuse)
+
+
+def test_a_refusal_that_nobody_needs_is_untrue(monkeypatch: Patch) -> None:
+    every_batch_is_refused(monkeypatch)
     alone = Example(rows=(((0, 4),),), told="nothing")
     assert run(alone).status == run(dataclasses.replace(alone, told="positions")).status == "untrue refusal"
 
 
-def test_an_error_of_somebody_else_is_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+@fault("a random batch: an error that is not axattn's")
+def reading_a_batch_fails(patch: Patch) -> None:
     def fail(*args: Any) -> Any:
         raise KeyError("somewhere")
 
-    monkeypatch.setattr("axattn.documents.input_hook.read", fail)
+    patch.setattr("axattn.documents.input_hook.read", fail)
+
+
+def test_an_error_of_somebody_else_is_foreign(monkeypatch: Patch) -> None:
+    reading_a_batch_fails(monkeypatch)
     assert run(PACKED) == Verdict("foreign error", "KeyError: 'somewhere'")

@@ -143,7 +143,7 @@ def test_the_words_of_a_graph_are_refused_when_it_runs(folder: Path) -> None:
         later = torch.arange(5, 15)[None]
         wanted = build("llama")(tokens(1, 10), position_ids=later, use_cache=False).logits
         assert torch.allclose(compiled(tokens(1, 10), rungs=later, use_cache=False).logits, wanted, atol=1e-5)
-        with pytest.raises(RuntimeError, match="rungs is not known, and may describe packed documents"):
+        with pytest.raises(RuntimeError, match="rungs is unknown, and may describe packed documents"):
             compiled(tokens(1, 10), rungs=positions(LENGTHS), use_cache=False)
 
 

@@ -179,10 +179,10 @@ def test_positions_without_a_source_are_what_a_run_shows() -> None:
 
 
 def test_a_way_of_counting_that_nobody_knows_is_refused() -> None:
-    """From 4 along the row, where tokens of padding are counted as any: `numbering.counted` has no such way."""
+    """From 4 along the row, where tokens of padding are counted as any: `count_positions` has no such way."""
     model = roberta(made(EMBEDDINGS.format(count=ALONG), RobertaEmbeddings))
     model.roberta.embeddings.padding_idx = model.config.pad_token_id = 3
-    assert "in a way that is not known" in position_ids.unread_positions(model)[0].text
+    assert "in an unknown way" in position_ids.unread_positions(model)[0].text
 
 
 POOLER = """

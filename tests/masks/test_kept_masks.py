@@ -137,7 +137,7 @@ def test_a_snapshot_is_a_copy_and_a_well_behaved_operator() -> None:
 def test_a_model_trains_after_an_evaluation_in_inference_mode(how: str) -> None:
     """Plain rows keep their mask and its layout: what backward needs of them must not be inference tensors."""
     torch._dynamo.reset()
-    mask_interface._plain.clear()
+    mask_interface._causal_masks.clear()
     with hopper("sage"):
         model = axattn.apply(build("llama", num_hidden_layers=1), "sage")
         if how != "eager":
@@ -145,6 +145,6 @@ def test_a_model_trains_after_an_evaluation_in_inference_mode(how: str) -> None:
                 layer.compile(backend="aot_eager")
         with torch.inference_mode():
             model(tokens(2, 12), use_cache=False)
-        assert mask_interface._plain
+        assert mask_interface._causal_masks
         model.train()(tokens(2, 12), use_cache=False).logits.square().sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters())

@@ -269,7 +269,7 @@ def test_the_plain_causal_mask_is_one_object_until_it_is_made_dense() -> None:
 def test_few_plain_masks_are_kept() -> None:
     for length in range(2, 60):
         lazy_mask(1, length, length, 0, 0, mu.causal_mask_function, None, device="cpu")
-    assert len(mask_interface._plain) <= mask_interface._PLAIN_KEPT
+    assert len(mask_interface._causal_masks) <= mask_interface._CAUSAL_MASKS_KEPT
 
 
 def test_slices_that_take_everything_leave_the_mask_lazy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from tests.pretend import matrix
 from tests.pretend.data_parallel import data_parallel
 from tests.pretend.machine import two_gpus
 from tests.pretend.tensors import State
+from tests.sampling import part_of
 
 BATCHES = {
     "packed": packed((7, 11, 3), (5, 9), (4, 4), (20,), pad=2),
@@ -74,8 +76,13 @@ def test_unpadded_batches(family: str, kind: str, place: str) -> None:
     require_equal(step(model, BATCHES[kind], **given(kind)), alone(family, BATCHES[kind]))
 
 
-@pytest.mark.parametrize("place", [*matrix.PLACES, "copies"])
-@pytest.mark.parametrize("family", ["qwen3_next", "bamba"])
+@pytest.mark.parametrize(
+    ("family", "place"),
+    part_of(
+        itertools.product(("qwen3_next", "bamba"), (*matrix.PLACES, "copies")),
+        kept=[("qwen3_next", "one"), ("qwen3_next", "two"), ("bamba", "copies")],
+    ),
+)
 def test_layers_that_run_document_by_document(family: str, place: str) -> None:
     model, batch = axattn.apply(build(family), "auto"), BATCHES["packed"]
     if place != "copies":
@@ -115,17 +122,19 @@ def installed(name: str) -> Iterator[None]:
         sage.sage_module.cache_clear()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+LAUNCHED = {
+    "sage": {"quantise", "forward"},
+    "library": {"sageattn_varlen"},
+    "fp8": {"quantise", "quantise_smoothed", "flash_attn_varlen_func"},
+    "xformers": {"memory_efficient_attention"},
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "launched"),
-    [
-        ("sage", {"quantise", "forward"}),
-        ("library", {"sageattn_varlen"}),
-        ("fp8", {"quantise", "quantise_smoothed", "flash_attn_varlen_func"}),
-        ("xformers", {"memory_efficient_attention"}),
-    ],
+    ("name", "checkpointing"),
+    part_of(itertools.product(LAUNCHED, (False, True)), kept=zip(LAUNCHED, (False, True, True, False), strict=True)),
 )
-def test_kernels_launch_on_the_gpu_of_their_layer(name: str, launched: set[str], checkpointing: bool) -> None:
+def test_kernels_launch_on_the_gpu_of_their_layer(name: str, checkpointing: bool) -> None:
     found = {}
     batch = BATCHES["packed"]
     asked: dict[str, Any] = {"attn_implementation": name}
@@ -140,7 +149,7 @@ def test_kernels_launch_on_the_gpu_of_their_layer(name: str, launched: set[str],
             State.launches.clear()
             found[place] = step(matrix.on_gpus(model, place), batch, position_ids=batch.positions)
             gpus = {0} if place == "one" else {0, 1}
-            assert set(State.launches) == {(kernel, gpu) for kernel in launched for gpu in gpus}
+            assert set(State.launches) == {(kernel, gpu) for kernel in LAUNCHED[name] for gpu in gpus}
     assert torch.cuda.current_device() == 0
     for key, expected in found["one"].items():
         assert torch.equal(found["two"][key], expected), key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.models import build
 from tests.pretend import matrix
 from tests.pretend.machine import two_gpus
 from tests.pretend.tensors import State
+from tests.sampling import part_of
 
 SPANS = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4", "xformers", "fp8", "sage")
 """The kernels over spans; ``sage:library`` has head dims that tiny models lack (tests/backends/test_sage.py)."""
@@ -72,7 +74,18 @@ def counted(run: Callable[[], Any]) -> tuple[int, int]:
     return sum(State.waits.values()), sum(State.copies.values())
 
 
-@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    part_of(
+        itertools.product(SPANS, BATCHES),
+        kept=[
+            *zip(SPANS, itertools.cycle(("packed", "left", "whole")), strict=False),
+            ("varlen", "left"),
+            ("varlen", "whole"),
+        ],
+    ),
+    indirect=["name"],
+)
 def test_a_layer_more_neither_waits_nor_copies(name: str, kind: str) -> None:
     given = inputs_of(kind)
 

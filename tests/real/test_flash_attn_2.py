@@ -28,7 +28,7 @@ pytestmark = needs("flash-attn", "einops")
 NAME = "flash_attention_2"
 RECORDED = report.load()
 CELLS = [key for key in cells.every_key() if key[0] == NAME]
-CELLS = CELLS if EVERYTHING else [key for key in CELLS if cells.sampled(key)][::4]
+CELLS = CELLS if EVERYTHING else [key for key in CELLS if cells.sampled(key)][::2]
 
 
 @pytest.fixture

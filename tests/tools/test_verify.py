@@ -21,11 +21,11 @@ from axattn.masks import lazy_mask, mask_interface
 from axattn.tools.verify import modules, whole
 from tests.census.examine import build as census
 from tests.conformance.families import FAMILIES
+from tests.faults import Inject, Patch, fault
 from tests.interpreter import INTERPRETED, interpreting
 from tests.models import build
 
 runner = CliRunner()
-Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +88,18 @@ def test_what_transformers_leaks_is_refused_not_wrong(folders: Any) -> None:
     assert found.right
 
 
-def _no_documents(patch: Patch) -> None:
+@fault("`axattn.verify`: packed, one row; no leak; gradients, packed")
+def the_documents_of_rows_are_not_read(patch: Patch) -> None:
     patch.setattr(read_inputs, "from_positions", lambda *_: None)
 
 
-def _no_padding(patch: Patch) -> None:
+@fault("`axattn.verify`: left padding")
+def padding_is_not_masked(patch: Patch) -> None:
     patch.setattr(lazy_mask.LazyMask, "padding", property(lambda self: None))
 
 
-def _no_window(patch: Patch) -> None:
+@fault("`axattn.verify`: dense; longer than the window; a module alone")
+def the_window_is_forgotten(patch: Patch) -> None:
     real = mask_interface.recognise
 
     def changed(function: Any) -> Any:
@@ -106,7 +109,8 @@ def _no_window(patch: Patch) -> None:
     patch.setattr(mask_interface, "recognise", changed)
 
 
-def _no_key_gradient(patch: Patch) -> None:
+@fault("`axattn.verify`: gradients, packed; a module alone; `VerifyCallback` stops the run")
+def keys_get_no_gradient(patch: Patch) -> None:
     real = packed.over_layout
 
     def dropped(call: Any, layout: Any) -> torch.Tensor:
@@ -116,7 +120,8 @@ def _no_key_gradient(patch: Patch) -> None:
     patch.setattr(varlen, "over_layout", dropped)
 
 
-def _wrong_scale(patch: Patch) -> None:
+@fault("`axattn.verify`: packed, many rows; a module alone")
+def logits_are_scaled_twice(patch: Patch) -> None:
     real = sdpa.sdpa
 
     def scaled(call: Any) -> torch.Tensor:
@@ -128,23 +133,21 @@ def _wrong_scale(patch: Patch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "family", "scenario"),
+    ("inject", "family", "scenario"),
     [
-        (_no_documents, "llama", "packed, one row"),
-        (_no_documents, "llama", "no leak"),
-        (_no_documents, "llama", "gradients, packed"),
-        (_no_padding, "llama", "left padding"),
-        (_no_window, "mistral", "dense"),
-        (_no_window, "mistral", "longer than the window"),
-        (_no_key_gradient, "llama", "gradients, packed"),
-        (_wrong_scale, "llama", "packed, many rows"),
+        (the_documents_of_rows_are_not_read, "llama", "packed, one row"),
+        (the_documents_of_rows_are_not_read, "llama", "no leak"),
+        (the_documents_of_rows_are_not_read, "llama", "gradients, packed"),
+        (padding_is_not_masked, "llama", "left padding"),
+        (the_window_is_forgotten, "mistral", "dense"),
+        (the_window_is_forgotten, "mistral", "longer than the window"),
+        (keys_get_no_gradient, "llama", "gradients, packed"),
+        (logits_are_scaled_twice, "llama", "packed, many rows"),
     ],
 )
-def test_a_fault_is_found(
-    folders: Any, fault: Callable[[Patch], None], family: str, scenario: str, monkeypatch: Patch
-) -> None:
+def test_a_fault_is_found(folders: Any, inject: Inject, family: str, scenario: str, monkeypatch: Patch) -> None:
     folder = folders(family)
-    fault(monkeypatch)
+    inject(monkeypatch)
     found = axattn.verify(folder, "varlen")
     check = next(check for check in found.checks if check.scenario == scenario)
     assert check.outcome == "wrong", check
@@ -152,10 +155,12 @@ def test_a_fault_is_found(
     assert check.detail
 
 
-@pytest.mark.parametrize("fault", [_no_documents, _no_key_gradient, _wrong_scale])
-def test_a_fault_is_found_with_random_weights_too(folders: Any, fault: Any, tmp_path: Path, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize("inject", [the_documents_of_rows_are_not_read, keys_get_no_gradient, logits_are_scaled_twice])
+def test_a_fault_is_found_with_random_weights_too(
+    folders: Any, inject: Inject, tmp_path: Path, monkeypatch: Patch
+) -> None:
     (tmp_path / "config.json").write_text((folders("llama") / "config.json").read_text())
-    fault(monkeypatch)
+    inject(monkeypatch)
     found = axattn.verify(tmp_path / "config.json", "varlen")
     assert found.weights == "random"
     assert not found.right
@@ -216,10 +221,10 @@ def test_each_kind_of_module_is_right(family: str) -> None:
     assert all(not layer.served for layer in axattn.status(model).layers)
 
 
-@pytest.mark.parametrize("fault", [_no_key_gradient, _wrong_scale, _no_window])
-def test_a_fault_of_a_module_is_found(fault: Any, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize("inject", [keys_get_no_gradient, logits_are_scaled_twice, the_window_is_forgotten])
+def test_a_fault_of_a_module_is_found(inject: Inject, monkeypatch: Patch) -> None:
     model = axattn.apply(build("mistral"), "varlen")
-    fault(monkeypatch)
+    inject(monkeypatch)
     assert {check.outcome for check in modules.verify_modules(model)} == {"wrong"}
 
 
@@ -247,7 +252,7 @@ def test_the_callback_lets_a_right_run_pass(tmp_path: Path) -> None:
 def test_the_callback_stops_a_run_whose_kernel_is_wrong(tmp_path: Path, monkeypatch: Patch) -> None:
     model = axattn.apply(build("llama"), "varlen")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    _no_key_gradient(monkeypatch)
+    keys_get_no_gradient(monkeypatch)
     with pytest.raises(UnsupportedAttentionError, match=r"training was not started.*dk is missing"):
         trained(tmp_path, model)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
@@ -295,7 +300,7 @@ def test_the_verb(folders: Any, monkeypatch: Patch) -> None:
     found = json.loads(runner.invoke(app, ["verify", folder, "--attn", "varlen", "--json"]).output)
     assert found["right"]
     assert len(found["checks"]) == 9
-    _no_documents(monkeypatch)
+    the_documents_of_rows_are_not_read(monkeypatch)
     done = runner.invoke(app, ["verify", folder, "--attn", "varlen"])
     assert done.exit_code == 1
     assert "Something is wrong" in done.output

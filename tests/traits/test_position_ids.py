@@ -101,8 +101,8 @@ def test_biogpt_s_embedding_could_count_the_mask_but_is_never_asked_to() -> None
 
 
 def test_a_layer_that_counts_only_where_no_positions_come_is_no_counter() -> None:
-    assert not position_ids.counters(census("distilbert", "masked"))
-    assert position_ids.counters(build("llama4", no_rope_layers=[1, 0]))
+    assert not position_ids.counting_layers(census("distilbert", "masked"))
+    assert position_ids.counting_layers(build("llama4", no_rope_layers=[1, 0]))
 
 
 @torch.no_grad()
