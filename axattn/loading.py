@@ -380,7 +380,7 @@ def _attach(
         add_document_runs(patches, model)
         add_shares_by_document(patches, model)
         add_routes(patches, modules, path_of, decided)
-        running = {name for name in decided.running.values() if name is not None and name != "auto"}
+        running = {name.removeprefix("paged|") for name in decided.running.values() if name not in (None, "auto")}
         known = [backends.get(name) for name in running if names.is_native(name) or name in names.axattn_backends()]
         for patch in sorted({patch for backend in known for patch in backend.patches}):
             PATCHES[patch](patches, model)

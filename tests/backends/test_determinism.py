@@ -114,7 +114,7 @@ def test_transformers_own_flash_path_reads_the_environment_alone(name: str, monk
         with pytest.raises(UnsupportedAttentionError, match=f"Set {VARIABLE}=1"):
             model(tokens(1, 8))
         ask("torch, warn only", monkeypatch)
-        with pytest.warns(UserWarning, match="does not hand torch.use_deterministic_algorithms on"):
+        with pytest.warns(UserWarning, match="does not pass torch.use_deterministic_algorithms on"):
             model(tokens(1, 8))
         ask("nobody", monkeypatch)
         ask("environment", monkeypatch)

@@ -84,7 +84,7 @@ def test_restore_takes_the_hooks_away() -> None:
 def test_torchs_logger_is_its_own_again_when_the_last_model_is_restored_or_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flex, "_rooms", set())  # of this test alone: a test that failed keeps its model
+    monkeypatch.setattr(flex, "_tokens", set())  # of this test alone: a test that failed keeps its model
     flex._DYNAMO.removeFilter(flex._say_when_it_runs_out)
 
     def filtered() -> bool:

@@ -71,7 +71,7 @@ def _flash(params: Any) -> bool:
 @pytest.fixture(autouse=True)
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(F, "scaled_dot_product_attention", _spy)
-    monkeypatch.setattr("axattn.attention.interface._sdpa", _spy)
+    monkeypatch.setattr("axattn.attention.short_path._sdpa", _spy)
     for name, answer in {"flash": _flash, "cudnn": _flash, "efficient": lambda params: False}.items():
         monkeypatch.setattr(switches, f"can_use_{name}_attention", answer)
     asked.clear()
