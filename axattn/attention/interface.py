@@ -75,22 +75,16 @@ def attend(
         and not kwargs.get("dropout")
         and not is_tracing()
     ):
-        note = attention_mask.notes.get(route.candidates)
+        kinds = (query.dtype, key.dtype, value.dtype)
+        note = attention_mask.notes.get((route.candidates, query.shape, key.shape, value.shape, kinds))
         if note is None:
             short_key = key_of(attention_mask, query, key, value)
             note = note_of(route, short_key, attention_mask, query, key, value)
         if note is not None:
-            shapes, dtype, served, kernel = note
-            if (
-                shapes == (query.shape, key.shape, value.shape)
-                and query.dtype is dtype
-                and key.dtype is dtype
-                and value.dtype is dtype
-            ):
-                route.served[served] = route.served.get(served, 0) + 1
-                out = kernel(query, key, value, scale=kwargs.get("scaling")).transpose(1, 2).contiguous()
-                check_nan = query.device.type == "cpu" and torch.is_grad_enabled()
-                return (nan_where_not_finite(out, query) if check_nan else out), None
+            route.served[note.served] = route.served.get(note.served, 0) + 1
+            out = note.kernel(query, key, value, scale=kwargs.get("scaling")).transpose(1, 2).contiguous()
+            check_nan = query.device.type == "cpu" and torch.is_grad_enabled()
+            return (nan_where_not_finite(out, query) if check_nan else out), None
     sparse = False
     for keyword, given in kwargs.items():
         if given is None or keyword in SERVED:

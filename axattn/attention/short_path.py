@@ -1,8 +1,8 @@
 """The short path of a call whose backend would only call ``F.scaled_dot_product_attention``.
 
 The first layer of a model takes the long path (`axattn.attention.interface`) and stores a note on the mask; layers with
-the same candidates, of this model or another, read it. All models of a process share the masks of whole rows, so notes
-are stored by candidates.
+the same candidates, shapes and dtypes, of this model or another, read it. All models of a process share the masks of
+whole rows, so notes are stored by these.
 """
 
 from __future__ import annotations
@@ -25,14 +25,10 @@ class Note(NamedTuple):
     """What the long path stores on a mask.
 
     Attributes:
-        shapes: shapes of query, key and value.
-        dtype: dtype of all three.
         served: name of the backend.
         kernel: takes query, key, value ``[B, H, S, D]`` and ``scale``; returns ``[B, H, S, Dv]``.
     """
 
-    shapes: tuple[torch.Size, torch.Size, torch.Size]
-    dtype: torch.dtype
     served: str
     kernel: Callable[..., torch.Tensor]
 
@@ -54,7 +50,8 @@ def note_of(
     served = route.short.get(short_key)
     if served is None:
         return None
-    note = mask.notes[route.candidates] = Note((q.shape, k.shape, v.shape), q.dtype, served, _kernel(mask, q, k, v))
+    note = Note(served, _kernel(mask, q, k, v))
+    mask.notes[route.candidates, q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype)] = note
     return note
 
 

@@ -96,8 +96,8 @@ class LazyMask(TensorLike):
         self.guarded = guarded
         self.weights = weights
         self.crosses = crosses
-        # results that layers share, by candidates (`axattn.attention.short_path`)
-        self.notes: dict[tuple[str, ...], Any] = {}
+        # results that layers share, by candidates, shapes and dtypes (`axattn.attention.short_path`)
+        self.notes: dict[tuple[Any, ...], Any] = {}
         self._padding = padding
         self._padding_checked = padding is None or padding_on_host is not None  # the caller checked it
         self._padding_on_host = padding_on_host

@@ -120,6 +120,7 @@ def test_a_call_like_an_earlier_one_is_not_planned_again(kind: str, monkeypatch:
 def test_each_model_of_a_process_takes_the_short_path(gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks of whole rows are shared: a policy beside its reference, on any names, whatever ran before."""
     models = [axattn.apply(build("llama"), name) for name in ("auto", "varlen", "auto")]
+    models.append(axattn.apply(build("llama", num_attention_heads=2, num_key_value_heads=1), "auto"))  # a smaller one
     with torch.set_grad_enabled(gradients):
         for model in models:
             model(**batches()["dense"], use_cache=False)
