@@ -106,7 +106,7 @@ def test_many_patches_leave_no_trace(times: int) -> None:
     tables = [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
     before, registered = fingerprint(model), [dict(table) for table in tables]
     once("eager")
-    for at in range(50):  # until what is kept once is kept
+    for at in range(20):  # until what is kept once is kept
         once(("varlen", "auto")[at % 2])
     tracemalloc.start()
     for at in range(times):
@@ -216,7 +216,7 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("order", part_of(ORDERS, kept=[ORDERS[0], ORDERS[2]]))
+@pytest.mark.parametrize("order", part_of(ORDERS, kept=[ORDERS[0]]))
 def test_any_order_of_imports_runs_the_same(order: str, expected: torch.Tensor) -> None:
     for library in ("peft", "accelerate", "trl"):
         if library in order:

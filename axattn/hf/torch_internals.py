@@ -6,7 +6,7 @@ One function per use, so that a new torch needs changes in this file only. The c
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -246,18 +246,18 @@ def calls_around(module: torch.nn.Module) -> tuple[bool, list[tuple[torch.nn.Mod
         Whether the call of `module` itself was found (if not, the rest is unreliable); and for each enclosing call,
         innermost first, the module, its first tensor and its keywords.
     """
-    own, found = False, []
-    frame = inspect.currentframe()
+    own, found, code = False, [], _CALL
+    frame: FrameType | None = sys._getframe(1)
     for _ in range(_FRAMES):
         if frame is None:
             break
-        if frame.f_code is _CALL:
+        if frame.f_code is code:
             call = frame.f_locals
             if call["self"] is module:
                 own = True
             else:
                 given: dict[str, Any] = call["kwargs"]
-                first = given.get("input_ids", next(iter(call["args"]), None))
+                first = given["input_ids"] if "input_ids" in given else next(iter(call["args"]), None)
                 found.append((call["self"], first if isinstance(first, torch.Tensor) else None, given))
         frame = frame.f_back
     return own, found

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -131,7 +133,8 @@ class NameCheck:
     def __init__(self) -> None:
         self._parents: list[torch.nn.Module] = []
         self._children: list[torch.nn.Module | None] | None = None
-        self._readers: list[tuple[torch.nn.Module, Any]] = []
+        self._attributes: list[dict[str, Any]] = []
+        self._configs: list[Any] = []
         self._own_configs: list[tuple[str, Any, Any]] = []
         self._config: Any = None
 
@@ -140,22 +143,24 @@ class NameCheck:
 
     def look(self, model: Any) -> None:
         """Find the attention modules of a model, without those of inner models, which have their own input hooks."""
-        self._parents, self._readers, self._config = [], [], model.config
-        layers: list[str] = []
+        self._parents, self._config = [], model.config
+        layers: list[tuple[str, torch.nn.Module]] = []
         self._find(model, "", layers)
         self._children = [child for parent in self._parents for child in parent._modules.values()]
+        self._attributes = [module.__dict__ for _, module in layers]
+        self._configs = [attributes.get("config") for attributes in self._attributes]
         own = sub_configs(model.config)
         known = {id(config) for _, config in own}
         apart = []
-        for layer, (module, _) in zip(layers, self._readers, strict=True):
+        for layer, module in layers:
             config = _config_of(module)
             if config is not None and id(config) not in known:
                 known.add(id(config))
                 apart.append((layer, config, dict(own)[_original(config, own, "")]))
         self._own_configs = apart
 
-    def _find(self, module: torch.nn.Module, name: str, layers: list[str]) -> bool:
-        """Whether a module contains attention; records where in `self`."""
+    def _find(self, module: torch.nn.Module, name: str, layers: list[tuple[str, torch.nn.Module]]) -> bool:
+        """Whether a module contains attention; records where, in `layers` and `self`."""
         from transformers import PreTrainedModel
 
         found = not name
@@ -165,8 +170,7 @@ class NameCheck:
             below = f"{name}.{key}" if name else key
             attends = is_attention(child)
             if attends:
-                layers.append(below)
-                self._readers.append((child, child.__dict__.get("config")))
+                layers.append((below, child))
             found = self._find(child, below, layers) or attends or found
         if found:
             self._parents.append(module)
@@ -180,8 +184,8 @@ class NameCheck:
         """
         if not torch.compiler.is_compiling() and (
             model.config is not self._config
-            or [child for parent in self._parents for child in parent._modules.values()] != self._children
-            or any(reader.__dict__.get("config") is not config for reader, config in self._readers)
+            or [*chain.from_iterable([parent._modules.values() for parent in self._parents])] != self._children
+            or not all(map(is_, [reader.get("config") for reader in self._attributes], self._configs))
         ):
             self.look(model)
         for layer, config, original in self._own_configs:

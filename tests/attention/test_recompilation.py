@@ -22,14 +22,14 @@ def nothing_compiled() -> None:
 
 
 class Counted:
-    """A compiler that counts its graphs."""
+    """A compiler that counts its graphs; with `backward`, it also traces their backward, which takes twice the time."""
 
-    def __init__(self) -> None:
-        self.graphs = 0
+    def __init__(self, backward: bool = False) -> None:
+        self.graphs, self.backward = 0, backward
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         self.graphs += 1
-        return aot_eager(graph, inputs)
+        return aot_eager(graph, inputs) if self.backward else graph
 
 
 def packed() -> Iterator[dict[str, Any]]:
@@ -67,9 +67,7 @@ def step(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, tor
         [(*model, kind, what) for model in _MODELS for kind in KINDS for what in ("model", "layers")],
         kept=[
             ("mistral", "varlen", "packed", "model"),
-            ("mistral", "varlen", "dense", "layers"),
             ("mistral", "varlen", "padded", "layers"),
-            ("gemma2", "auto", "packed", "layers"),
         ],
     ),
 )
@@ -77,7 +75,7 @@ def test_lengths_that_change_make_two_graphs_and_the_results_of_eager(
     family: str, name: str, kind: str, what: str
 ) -> None:
     reference, model = (axattn.apply(build(family, **SIZES.get(family, {})), name).train() for _ in range(2))
-    counted, kinds_of_layers = Counted(), 1
+    counted, kinds_of_layers = Counted(backward=what == "model"), 1
     runs: Any = model
     if what == "model":
         runs = torch.compile(model, backend=counted, fullgraph=True)
@@ -128,7 +126,7 @@ def test_a_layer_compiled_by_itself_goes_back_through_its_checkpoint() -> None:
         [
             (*one, way) for one in (("llama", "varlen"), ("gemma2", "eager")) for way in (False, True)
         ],  # one takes masks dense
-        kept=[("llama", "varlen", True), ("gemma2", "eager", False)],
+        kept=[("gemma2", "eager", True)],
     ),
 )
 def test_a_model_compiles_whole_with_its_checkpoints(family: str, kernel: str, reentrant: bool) -> None:
@@ -168,7 +166,7 @@ def test_masks_of_compiled_layers_are_freed_with_their_batch() -> None:
     ("family", "described"),
     part_of(
         itertools.product(("llama", "mistral", "gemma2", "llama4"), ("packed", "padded", "numbered", "dense")),
-        kept=[("llama", "numbered"), ("mistral", "padded")],
+        kept=[("llama", "numbered")],
     ),
 )
 def test_a_graph_broken_between_the_masks_and_the_layers(family: str, described: str) -> None:

@@ -149,13 +149,13 @@ def test_decoding_is_exact_and_leaves_the_cache_as_it_was(interpreter: Environme
     assert torch.equal(found, exact(ids[:, :1], past_key_values=other, use_cache=True).logits)
 
 
-def losses(model: Any, steps: int, period: int, rate: float) -> list[float]:
+def losses(model: Any, steps: int, period: int, rate: float, rows: int = 8) -> list[float]:
     """Rows that repeat after `period` tokens: the next one stands `period - 1` back, which q and k must learn."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     found = []
     for step in range(steps):
-        part = torch.randint(3, 20, (8, period), generator=torch.Generator().manual_seed(step))
+        part = torch.randint(3, 20, (rows, period), generator=torch.Generator().manual_seed(step))
         ids = part.repeat(1, 24 // period)
         loss = model(ids, labels=ids, use_cache=False).loss
         optimizer.zero_grad()
@@ -208,11 +208,11 @@ def test_lora_follows_the_exact_run_and_without_the_gradient_it_does_not(
         torch.manual_seed(0)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         model = get_peft_model(axattn.apply(copy.deepcopy(base), name), LoraConfig(r=8, target_modules=targets))
-        return losses(model, 24, 3, 3e-2)
+        return losses(model, 20, 3, 4e-2, rows=3)
 
     exact, ours = trained("varlen"), trained("sage")
     assert exact[-1] < 0.3 * exact[0]
-    assert sum(ours[-10:]) == pytest.approx(sum(exact[-10:]), rel=0.02)
+    assert sum(ours) == pytest.approx(sum(exact), rel=0.02)
     int8_attention_has_no_gradient(monkeypatch)
     assert trained("sage")[-1] > 2 * exact[-1]
 
