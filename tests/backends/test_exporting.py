@@ -78,11 +78,8 @@ def recorded(how: str, module: torch.nn.Module, example: tuple[torch.Tensor, ...
             ("onnx", "mistral", "varlen", "positions"),
         ],
         kept=[
-            ("export", "mistral", "varlen", None),
             ("strict", "mistral", "auto", "ones"),
             ("jit", "mistral", "varlen", "ones"),
-            ("jit", "mistral", "auto", "positions"),
-            ("jit", "gpt_oss", "auto", "ones"),
             ("onnx", "mistral", "varlen", "positions"),
         ],
     ),

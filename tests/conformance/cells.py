@@ -78,15 +78,15 @@ def every_key() -> Iterator[tuple[str, str, str]]:
                     yield backend, family.name, scenario.name
 
 
-SHARE = {"auto": 2, "varlen": 12, "s2": 24, "eager": 12, "sdpa": 12, "flex_attention": 60}
+SHARE = {"auto": 3, "varlen": 16, "s2": 32, "eager": 16, "sdpa": 16, "flex_attention": 80}
 """One cell in how many ``make test`` runs; of the fakes one in `_OF_FAKES`."""
-_OF_FAKES = 36
+_OF_FAKES = 48
 _NIGHTLY = {"auto": 1, "varlen": 4, "s2": 8, "eager": 4, "sdpa": 4, "flex_attention": 40}
 _COMPILED = {"test": ("llama",), "thin": ("llama",), "nightly": ("llama", "gemma3", "gpt_oss")}  # seconds each
 
 
 def sampled(key: tuple[str, str, str]) -> bool:
-    """Whether a cell is in the part that the tests run, always the same: half of ``auto``, a share of the others."""
+    """Whether a cell is in the part that the tests run, always the same: a third of ``auto``, a share of the others."""
     backend, family, scenario = key
     if scenario == "compiled, fullgraph":
         return backend == "auto" and family in (("llama",) if OLDEST else _COMPILED[SAMPLE])

@@ -16,7 +16,7 @@ from axattn.tools.demo import job
 from axattn.tools.demo.corpus import documents
 from axattn.tools.demo.proof import Proof
 
-STEPS = 16
+STEPS = 12
 
 
 def _require_a_whole_report(folder: Path) -> dict[str, Any]:

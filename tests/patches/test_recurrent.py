@@ -28,6 +28,7 @@ from tests import distributed, parallel_jobs
 from tests.census import examine
 from tests.conformance.cases import Batch, packed, padded
 from tests.models import HYBRIDS, build, positions, tokens
+from tests.sampling import part_of
 
 OLD = Version(transformers.__version__) < Version("5.18")
 FAMILIES = ("qwen3_next", "bamba", "falcon_h1", "nemotron_h", "jamba")  # Kimi Linear: tests/census, and test_numbered
@@ -128,7 +129,7 @@ def test_the_cache_of_packed_rows_is_not_gone_on_from() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("part", ["model", "layers", "mixers"])
+@pytest.mark.parametrize("part", part_of(["model", "layers", "mixers"], kept=["model", "mixers"]))
 def test_compiled_rows_are_right_or_refused(part: str) -> None:
     torch._dynamo.reset()
     model, batch = axattn.apply(made("bamba"), "auto"), packed((7, 11, 3))
