@@ -161,12 +161,16 @@ def _default_kind(config: Any) -> str:
     return "chunked_attention" if _first(config, "attention_chunk_size") else "full_attention"
 
 
+_CAUSAL_MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
+"""RecurrentGemma makes only the second."""
+
+
 def _is_causal(config: Any, source: _SourceNames) -> bool:
     if getattr(config, "is_causal", None) is False:
         return False
     if any(tower in type(config).__name__ for tower in ("Vision", "Audio", "Speech")):
         return False
-    if "create_causal_mask" in source.names:
+    if source.names & _CAUSAL_MASKS:
         both = "create_bidirectional_mask" in source.names
         return bool(getattr(config, "is_decoder", False)) if both else True
     return not source.names  # a file we can't read: assume the common case

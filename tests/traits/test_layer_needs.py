@@ -86,3 +86,9 @@ def test_an_unknown_config_is_checked_call_by_call() -> None:
     needs = model_needs(Odd())
     assert needs.layers == ()
     assert needs.unknown == ("",)
+
+
+def test_a_model_with_windowed_layers_alone_is_causal() -> None:
+    """Its file makes no full causal mask."""
+    config = tf.RecurrentGemmaConfig(num_hidden_layers=3)
+    assert all(layer.need.causal for layer in model_needs(config).layers)
