@@ -47,6 +47,7 @@ from axattn.spec.sub_config_names import nested
 from axattn.traits.attention_configs import Copy, copies, layers_apart, paths_of
 from axattn.traits.config_checks import require_possible
 from axattn.traits.layer_needs import ModelNeeds, model_needs, sub_configs
+from axattn.unpadding.shared_prefixes import add_shared_prefixes
 from axattn.unpadding.unpadded_forward import add_unpadding
 
 PATCHES: dict[str, Callable[[PatchSet, torch.nn.Module], object]] = {
@@ -65,6 +66,7 @@ def from_pretrained(
     upgrade_flash: bool = True,
     kernel_options: Mapping[str, Any] | None = None,
     unpad: bool = False,
+    share_prefixes: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Load a Transformers model that runs on the named attention, or raise before the weights are loaded.
@@ -83,6 +85,9 @@ def from_pretrained(
         kernel_options: options of the named kernels, such as ``{"group_size": 512}`` for ``s2``.
         unpad: run padded batches through the whole model as one packed row of their real tokens. Outputs return to
             their positions, with zeros at padding (see `axattn.unpadding.unpadded_forward`).
+        share_prefixes: run what several documents of a batch begin with (a prompt with its completions) once, through
+            the backbone; outputs, losses and gradients stay those of the batch
+            (see `axattn.unpadding.shared_prefixes`).
         **kwargs: passed to ``from_pretrained`` of the model class.
 
     Returns:
@@ -114,7 +119,7 @@ def from_pretrained(
         kwargs["attn_implementation"] = nested(dict(native))
     loaded = load_weights(cls, pretrained_model_name_or_path, *args, config=config, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    _attach(model, decided, value, allow, unpad)
+    _attach(model, decided, value, allow, unpad, share_prefixes)
     return loaded
 
 
@@ -127,6 +132,7 @@ def apply(
     upgrade_flash: bool = True,
     kernel_options: Mapping[str, Any] | None = None,
     unpad: bool = False,
+    share_prefixes: bool = False,
 ) -> torch.nn.Module:
     """Switch a loaded model to the named attention, after undoing an earlier `apply`.
 
@@ -141,6 +147,7 @@ def apply(
         upgrade_flash: as for `from_pretrained`.
         kernel_options: as for `from_pretrained`.
         unpad: as for `from_pretrained`.
+        share_prefixes: as for `from_pretrained`.
 
     Returns:
         `model`.
@@ -158,7 +165,7 @@ def apply(
     before = state_of(base)
     restore(base)
     try:
-        _attach(base, decided, value, allow_all_kernels, unpad)
+        _attach(base, decided, value, allow_all_kernels, unpad, share_prefixes)
         _reapply(base, before)
     except BaseException:
         restore(base)
@@ -189,6 +196,7 @@ def using(
     upgrade_flash: bool = True,
     kernel_options: Mapping[str, Any] | None = None,
     unpad: bool = False,
+    share_prefixes: bool = False,
 ) -> Iterator[torch.nn.Module]:
     """`apply` inside a ``with`` block; afterwards the model runs on its previous attention."""
     before = state_of(model)
@@ -200,6 +208,7 @@ def using(
         upgrade_flash=upgrade_flash,
         kernel_options=kernel_options,
         unpad=unpad,
+        share_prefixes=share_prefixes,
     )
     try:
         yield model
@@ -217,7 +226,8 @@ def _reapply(model: torch.nn.Module, before: State | None) -> None:
 def _reattach(model: torch.nn.Module, before: State | None) -> None:
     """Bring a restored model back to an earlier state."""
     if before is not None and before.plan is not None:
-        _attach(model, before.plan, before.value, before.allow_all_kernels, before.unpad)
+        allow = before.allow_all_kernels
+        _attach(model, before.plan, before.value, allow, before.unpad, before.share_prefixes)
     _reapply(model, before)
 
 
@@ -346,7 +356,12 @@ def _require_contracts(model: str, decided: Plan) -> None:
 
 @one_walk()
 def _attach(
-    model: torch.nn.Module, decided: Plan, value: names.AttentionNames, allow_all_kernels: bool, unpad: bool
+    model: torch.nn.Module,
+    decided: Plan,
+    value: names.AttentionNames,
+    allow_all_kernels: bool,
+    unpad: bool,
+    share_prefixes: bool,
 ) -> None:
     """Patch a loaded model to run as planned; undo everything on an error."""
     from transformers import PreTrainedModel
@@ -366,7 +381,7 @@ def _attach(
     for note in decided.notes:
         warn_once(note)
     with PatchSet() as patches:
-        state = State(decided, patches, value, allow_all_kernels, unpad, configs=configs)
+        state = State(decided, patches, value, allow_all_kernels, unpad, share_prefixes, configs=configs)
         patches.set_attribute(model, ATTRIBUTE, state)
         set_names(patches, model, copied, decided, allow_all_kernels=allow_all_kernels)
         native = {
@@ -387,3 +402,5 @@ def _attach(
         add_paged_steps(patches, model, decided)
         if unpad:
             add_unpadding(patches, model, decided)
+        if share_prefixes:
+            add_shared_prefixes(patches, model, decided)

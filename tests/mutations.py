@@ -16,6 +16,7 @@ WHERE = (
     "tests.backends.test_sage",
     "tests.fuzz.test_fuzz",
     "tests.tools.test_verify",
+    "tests.unpadding.test_shared_prefixes",
 )
 """Modules that put faults in."""
 

@@ -87,9 +87,9 @@ def need_of(call: AttentionCall, sparse: bool, signature: Any) -> Need:
     """
     query, key, value, mask = call.query, call.key, call.value, call.mask
     causal, window, chunk, dense = call.causal and query.shape[2] > 1, call.window, None, False
-    padding = non_contiguous_padding = segments = False
+    padding = non_contiguous_padding = segments = stems = False
     if isinstance(mask, LazyMask):
-        causal, window, chunk, dense, padding, segments, unknown = signature
+        causal, window, chunk, dense, padding, segments, stems, unknown = signature
         if dense and not unknown:
             dense, non_contiguous_padding = False, True
     elif mask is not None:
@@ -115,6 +115,7 @@ def need_of(call: AttentionCall, sparse: bool, signature: Any) -> Need:
         padding=padding,
         non_contiguous_padding=non_contiguous_padding,
         segments=segments,
+        stems=stems,
         traced=isinstance(mask, LazyMask) and is_tracing() and mask.as_flag is None,
         cross_lengths=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210  # symbolic while tracing
         gradient=gradient,

@@ -14,6 +14,7 @@ CAPABILITY = dataclasses.replace(
     TORCH_KERNEL,
     softcap=True,
     sinks=True,
+    stems=False,
     notes={"": "on a CPU: no gradient, no attention sinks, no chunks, no decoding from a cache"},
 )
 ON_CPU = dataclasses.replace(CAPABILITY, sinks=False, chunk=False, gradient=False, cross_lengths=False)

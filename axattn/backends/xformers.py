@@ -47,6 +47,7 @@ CAPABILITY = Capability(
     dropout=True,
     padding=True,
     segments=True,
+    stems=True,
     cross_lengths=True,
     gradient=True,
     deterministic=True,

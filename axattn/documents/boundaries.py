@@ -18,19 +18,28 @@ from axattn.errors import InvalidInputError, Reason
 from axattn.hf.torch_internals import running_max
 from axattn.hf.transfers import on_device
 
+Ranges = tuple[tuple[int, int], ...]
+"""Ranges ``[a, b)`` of tokens of one row, in the order in which they are read."""
+
 
 @dataclass(frozen=True)
 class Segments:
     """The documents of a packed batch of B rows of S tokens.
 
+    A document may go on from an earlier one of its row, from its end or from its middle: the tokens before it, back to
+    the start of the first document, are its *stem*. It attends to its stem and to itself, and its positions, windows
+    and chunks count from the start of the stem.
+
     Attributes:
         boundaries: per row, the document boundaries ``(0, ..., S)``: n documents have n + 1 boundaries.
         device: where the tensors below live.
+        stems: per row and document, the ranges of tokens of its stem, ``()`` for none; None if no document has one.
         memo: values derived from the documents once for all layers of a forward.
     """
 
     boundaries: tuple[tuple[int, ...], ...]
     device: torch.device
+    stems: tuple[tuple[Ranges, ...], ...] | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -69,9 +78,29 @@ class Segments:
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """int64 ``[B, S]``: the position of each token within its document, from 0."""
-        rows = [torch.cat([torch.arange(b - a) for a, b in pairwise(row)]) for row in self.boundaries]
+        """int64 ``[B, S]``: the position of each token within its document, from 0; its stem counts."""
+        rows = []
+        for row, edges in enumerate(self.boundaries):
+            before = [0] * (len(edges) - 1) if self.stems is None else [total(stem) for stem in self.stems[row]]
+            parts = zip(pairwise(edges), before, strict=True)
+            rows.append(torch.cat([torch.arange(n, n + b - a) for (a, b), n in parts]))
         return on_device(torch.stack(rows), self.device)
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """bool ``[B, S, S]``: whether the second token is in the document of the first or in its stem."""
+        ids = self.document_ids
+        same: torch.Tensor = ids[:, :, None] == ids[:, None, :]
+        if self.stems is None:
+            return same
+        most = max(len(row) for row in self.boundaries) - 1
+        in_stem = torch.zeros(self.rows, most, self.length, dtype=torch.bool)
+        for row, stems in enumerate(self.stems):
+            for number, stem in enumerate(stems):
+                for a, b in stem:
+                    in_stem[row, number, a:b] = True
+        index = ids[:, :, None].expand(-1, -1, self.length)
+        return same | on_device(in_stem, self.device).gather(1, index)
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
@@ -81,7 +110,23 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         """The same documents with tensors on `device`."""
-        return self if device == self.device else Segments(self.boundaries, device)
+        return self if device == self.device else Segments(self.boundaries, device, self.stems)
+
+
+def total(ranges: Ranges) -> int:
+    """The number of tokens in ranges."""
+    return sum(b - a for a, b in ranges)
+
+
+def cut(ranges: Ranges, low: int, high: int) -> Ranges:
+    """Tokens ``[low, high)`` of ranges, counted along them, as ranges."""
+    found, at = [], 0
+    for a, b in ranges:
+        first, last = max(low - at, 0), min(high - at, b - a)
+        if first < last:
+            found.append((a + first, a + last))
+        at += b - a
+    return tuple(found)
 
 
 def from_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, length: int, name: str = "cu_seq_lens_q") -> Segments:

@@ -15,6 +15,7 @@ from axattn.documents.boundaries import Segments
 from axattn.documents.sequence_shard import SequenceShard
 from axattn.documents.traced import TracedSegments, document_ids_op
 from axattn.documents.unpadded_batch import UnpaddedBatch
+from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.graph_handles import new_handle
 from axattn.hf.torch_internals import is_executing
 
@@ -95,6 +96,12 @@ class Context:
             or not isinstance(self.segments, Segments)
         ):
             return self.segments
+        if self.segments.stems is not None:
+            raise UnsupportedAttentionError(
+                "share_prefixes=True can't serve a compiled model",
+                [Reason("stems", "a graph of the whole model does not get the documents' stems")],
+                "Compile its layers (layer.compile()), not the model.",
+            )
         rows, length = self.shape
         return TracedSegments(document_ids_op(self.handle, rows, length, self.segments.device), rows, length)
 

@@ -130,6 +130,7 @@ HOOK_INPUTS = frozenset(name for name, one in INPUTS.items() if one.read)
 """What the input hook reads."""
 CACHES = keywords(Role.CACHE)
 TOKEN_TYPES = keywords(Role.TOKEN_TYPES)
+TARGETS = keywords(Role.LABELS, Role.TARGETS)
 LENGTHS = (*keywords(Role.LENGTHS), *keywords(Role.MAX_LENGTH))
 """How Transformers' flash path is given documents."""
 COMPARED = keywords(Role.IDS, Role.POSITIONS, Role.LABELS, Role.TARGETS, Role.MASK, Role.LENGTHS, Role.DOCUMENTS)

@@ -236,6 +236,7 @@ class LazyMask(TensorLike):
             not spans,
             self.padding is not None,
             self.segments is not None,
+            isinstance(self.segments, Segments) and self.segments.stems is not None,
             pattern is None,
         )
 

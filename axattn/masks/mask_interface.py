@@ -97,6 +97,8 @@ def lazy_mask(
     else:
         pattern = recognise(function)
     segments = None if dense else _segments(pattern, batch_size, q_length, offset, kv_length, device)
+    if isinstance(segments, Segments) and segments.stems is not None:
+        _require_stems_served(pattern, attention_mask)
     if pattern is not None and pattern.base is not None:
         function = pattern.base
     elif pattern is None and segments is not None:
@@ -113,6 +115,8 @@ def lazy_mask(
     def materialise() -> torch.Tensor:
         from transformers.masking_utils import sdpa_mask
 
+        if isinstance(segments, Segments) and segments.stems is not None:
+            return _along_stems(segments, pattern)
         if pattern is not None and pattern.chunk is not None and segments is not None:
             allowed = _chunks_in_documents(segments, pattern.chunk, kv_length, padding)
         else:
@@ -306,6 +310,33 @@ def _same_document(segments: Segments | TracedSegments, kv_length: int) -> torch
     ids = segments.document_ids
     keys = torch.nn.functional.pad(ids, (0, kv_length - ids.shape[-1]), value=-1)
     return dense_rule(ids.shape[-1], kv_length, causal=False, documents=keys, device=ids.device).contiguous()
+
+
+def _require_stems_served(pattern: Pattern | None, attention_mask: torch.Tensor | None) -> None:
+    """Raise for a mask that is not defined along stems: only causal attention, its windows and chunks are."""
+    reasons = []
+    if pattern is None or not pattern.causal:
+        reasons.append(Reason("stems", "its mask is more than causal, windowed or in chunks"))
+    if attention_mask is not None:
+        reasons.append(Reason("padding", "the row of shared prefixes has padding"))
+    if reasons:
+        raise UnsupportedAttentionError("share_prefixes=True can't serve this model", reasons, "Leave it out.")
+
+
+def _along_stems(segments: Segments, pattern: Pattern | None) -> torch.Tensor:
+    """Causal attention of documents with stems. Positions, windows and chunks count along stem and document.
+
+    bool ``[B, 1, S, S]``.
+    """
+    at = segments.positions
+    distance = at[:, :, None] - at[:, None, :]
+    allowed = segments.visible & (distance >= 0)
+    if pattern is not None and pattern.window is not None:
+        allowed = allowed & (distance < pattern.window)
+    if pattern is not None and pattern.chunk is not None:
+        chunks = at // pattern.chunk
+        allowed = allowed & (chunks[:, :, None] == chunks[:, None, :])
+    return allowed[:, None]
 
 
 def _chunks_in_documents(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from axattn.documents.boundaries import Segments
+from axattn.documents.boundaries import Ranges, Segments, cut, total
 from axattn.hf.transfers import captures_graph
 from axattn.masks.dense_rule import dense_rule
 
@@ -42,6 +42,8 @@ class Layout:
         rows: B.
         q_length: S.
         kv_length: T.
+        stems: for each span, the ranges of keys that its queries attend to before ``[k0, k1)``; empty if no span has
+            any. Spans of such a layout are of one row each, causal, and aligned bottom-right along all their keys.
         memo: values that backends derive from the layout (`kept`).
     """
 
@@ -51,6 +53,7 @@ class Layout:
     rows: int
     q_length: int
     kv_length: int
+    stems: tuple[Ranges, ...] = ()
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -61,12 +64,29 @@ class Layout:
     def dense(self, device: torch.device) -> torch.Tensor:
         """The dense mask: bool ``[B, 1, S, T]``, True: attend."""
         allowed = torch.zeros(self.rows, 1, self.q_length, self.kv_length, dtype=torch.bool, device=device)
-        for row0, row1, q0, q1, k0, k1 in self.spans:
-            queries, keys = q1 - q0, k1 - k0  # aligned bottom-right
+        for (row0, row1, q0, q1, k0, k1), stem in self.with_stems:
+            if stem:
+                keys = torch.cat([torch.arange(a, b, device=device) for a, b in (*stem, (k0, k1))])
+                rule = dense_rule(
+                    q1 - q0,
+                    len(keys),
+                    causal=True,
+                    window=self.window,
+                    offset=len(keys) - (q1 - q0),
+                    device=device,
+                )
+                allowed[row0, 0, q0:q1, keys] = rule[0, 0]
+                continue
+            queries, width = q1 - q0, k1 - k0  # aligned bottom-right
             allowed[row0:row1, :, q0:q1, k0:k1] = dense_rule(
-                queries, keys, causal=self.causal, window=self.window, offset=keys - queries, device=device
+                queries, width, causal=self.causal, window=self.window, offset=width - queries, device=device
             )
         return allowed
+
+    @property
+    def with_stems(self) -> list[tuple[Span, Ranges]]:
+        """Each span with its stem."""
+        return list(zip(self.spans, self.stems or [()] * len(self.spans), strict=True))
 
     def kept(self, name: str, make: Callable[[], Made]) -> Made:
         """The result of `make`, computed once for all layers.
@@ -109,12 +129,36 @@ def build_layout(mask: LazyMask) -> Layout | None:
     real = _real_keys(None if mask.padding is None else mask.padding_on_host, rows, visible)
     if real is None:
         return None
+    if mask.segments is not None and cast("Segments", mask.segments).stems is not None:
+        return _layout_with_stems(mask)
     spans: list[Span] = []
     for row in range(rows):
         low, high = real[row]
         spans += _row_spans(mask, row, low, high, start, visible, aligned and (pattern.causal or q_length == visible))
     merged = _merge_equal_rows(spans, rows)
     return Layout(tuple(merged), pattern.causal, pattern.window, rows, q_length, kv_length)
+
+
+def _layout_with_stems(mask: LazyMask) -> Layout | None:
+    """The layout of a causal mask whose documents have stems; None with padding, which stems do not go around."""
+    pattern, segments = cast("Pattern", mask.pattern), cast("Segments", mask.segments)
+    rows, _, q_length, kv_length = mask.shape
+    if mask.padding is not None or not pattern.causal or q_length != kv_length:
+        return None
+    spans, stems = [], []
+    for row, (edges, of_row) in enumerate(zip(segments.boundaries, segments.stems or (), strict=True)):
+        for (a, b), stem in zip(pairwise(edges), of_row, strict=True):
+            front = total(stem)
+            start, end = front, front + b - a
+            while start < end:  # a chunk counts from the start of the stem
+                first = 0 if pattern.chunk is None else start - start % pattern.chunk
+                last = end if pattern.chunk is None else min(first + pattern.chunk, end)
+                own = max(first, front)
+                spans.append(Span(row, row + 1, a + start - front, a + last - front, a + own - front, a + last - front))
+                stems.append(cut(stem, first, front))
+                start = last
+    has_stems = any(stems)
+    return Layout(tuple(spans), True, pattern.window, rows, q_length, kv_length, tuple(stems) if has_stems else ())
 
 
 def _row_spans(mask: LazyMask, row: int, low: int, high: int, start: int, visible: int, square: bool) -> list[Span]:

@@ -27,6 +27,7 @@ class State:
         value: the names asked for, to apply them again after `axattn.using`.
         allow_all_kernels: as passed by the user.
         unpad: as passed by the user.
+        share_prefixes: as passed by the user.
         later: further changes to the model (`prepare_for_training`, `sequence_parallel`), which `apply` and `using`
             repeat after a new plan. Picklable and copyable like the model.
         configs: the model's configs when it was changed, by path.
@@ -37,6 +38,7 @@ class State:
     value: Any = None
     allow_all_kernels: bool = False
     unpad: bool = False
+    share_prefixes: bool = False
     later: list[Callable[[torch.nn.Module], object]] = field(default_factory=list)
     configs: dict[str, Any] = field(default_factory=dict)
 

@@ -44,6 +44,7 @@ _LABELS = {
     "padding": "padding",
     "non_contiguous_padding": "padding between real tokens",
     "segments": "packed documents, called by axattn",
+    "stems": "shared prefixes (`share_prefixes=True`), called by axattn",
     "cross_lengths": "decoding over a cache, cross-attention",
     "gradient": "gradient",
     "deterministic": "deterministic gradient (`torch.use_deterministic_algorithms`)",

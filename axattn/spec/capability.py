@@ -35,6 +35,8 @@ class Need:
         padding: rows padded to one length (a 2-D mask with zeros).
         non_contiguous_padding: a known rule without contiguous spans: padding between real tokens, chunks over a cache.
         segments: several documents in one row.
+        stems: documents that go on from others of their row: causal attention along several ranges of keys, aligned
+            bottom-right (`axattn.documents.boundaries.Segments`).
         cross_lengths: q_len differs from kv_len (decoding, cross attention).
         gradient: gradients of q, k and v.
         deterministic: bitwise reproducible gradients (`axattn.hf.determinism`).
@@ -60,6 +62,7 @@ class Need:
     padding: bool = False
     non_contiguous_padding: bool = False
     segments: bool = False
+    stems: bool = False
     cross_lengths: bool = False
     gradient: bool = False
     deterministic: bool = False
@@ -189,6 +192,7 @@ class Capability:
     padding: bool = False
     non_contiguous_padding: bool = False
     segments: bool = False
+    stems: bool = False
     cross_lengths: bool = False
     gradient: bool = False
     deterministic: bool = False
@@ -215,6 +219,7 @@ _FLAGS: dict[str, str] = {
     "padding": "no padding mask",
     "non_contiguous_padding": "no padding between real tokens",
     "segments": "no packed documents",
+    "stems": "no documents that go on from others",
     "cross_lengths": "no support for q_len different from kv_len",
     "gradient": "no gradient",
     "deterministic": "no deterministic gradient",

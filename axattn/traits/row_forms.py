@@ -1,5 +1,5 @@
-"""Whether the rows of a model can take another form: packed with several documents, unpadded into one row, or split
-over ranks. One table of all rules, each with the forms that it rules out.
+"""Whether the rows of a model can take another form: packed with several documents, unpadded into one row, split over
+ranks, or with prefixes that documents share. One table of all rules, each with the forms that it rules out.
 
 Checks that depend on a batch (a cache, its length) are in `axattn.documents.inputs`, checks that depend on backends in
 the callers (`axattn.unpadding`, `axattn.parallel`).
@@ -24,7 +24,7 @@ from axattn.traits.layer_needs import sub_configs
 from axattn.traits.position_ids import counting_layers, unread_positions
 from axattn.traits.token_mixers import mixers
 
-Form = Literal["packed", "unpadded", "split"]
+Form = Literal["packed", "unpadded", "split", "shared"]
 
 
 class Subject(NamedTuple):
@@ -127,7 +127,14 @@ def _bias(subject: Subject) -> list[Reason]:
 
 def _sparse(subject: Subject) -> list[Reason]:
     sparse = any(need.sparse for need in subject.needs)
-    return [Reason("sparse", "it selects keys among the tokens of one rank")] if sparse else []
+    among = "one rank" if subject.form == "split" else "one row, which would hold those of other documents"
+    return [Reason("sparse", f"it selects keys among the tokens of {among}")] if sparse else []
+
+
+def _bidirectional(subject: Subject) -> list[Reason]:
+    if all(need.causal for need in subject.needs):
+        return []
+    return [Reason("causal", "its attention is not causal: a prompt's states depend on what comes after it")]
 
 
 def _rope(subject: Subject) -> list[Reason]:
@@ -143,23 +150,24 @@ def _experts(subject: Subject) -> list[Reason]:
 
 
 def _versions(subject: Subject) -> list[Reason]:
-    return contracts.reasons("packed rows", *(("unpadded rows",) if subject.form == "unpadded" else ()))
+    return contracts.reasons("packed rows", *(("unpadded rows",) if subject.form in ("unpadded", "shared") else ()))
 
 
 RULES: tuple[tuple[tuple[Form, ...], Callable[[Subject], Iterable[Reason]]], ...] = (
-    (("packed", "unpadded", "split"), _token_mixers),
-    (("unpadded", "split"), _counting_layers),
-    (("packed", "unpadded", "split"), _positions),
+    (("packed", "unpadded", "split", "shared"), _token_mixers),
+    (("unpadded", "split", "shared"), _counting_layers),
+    (("packed", "unpadded", "split", "shared"), _positions),
     (("unpadded", "split"), _loss),
-    (("unpadded", "split"), _native),
-    (("unpadded", "split"), _encoder_decoder),  # packed: `axattn.documents.inputs.refusals`
-    (("unpadded", "split"), _composite),
-    (("unpadded", "split"), _bias),
-    (("split",), _sparse),
+    (("unpadded", "split", "shared"), _native),
+    (("unpadded", "split", "shared"), _encoder_decoder),  # packed: `axattn.documents.inputs.refusals`
+    (("unpadded", "split", "shared"), _composite),
+    (("unpadded", "split", "shared"), _bias),
+    (("split", "shared"), _sparse),
     (("split",), _rope),
     (("split",), _experts),
-    (("packed", "unpadded", "split"), _outputs),
-    (("packed", "unpadded", "split"), _versions),
+    (("shared",), _bidirectional),
+    (("packed", "unpadded", "split"), _outputs),  # shared: outputs of the backbone return to their places
+    (("packed", "unpadded", "split", "shared"), _versions),
 )
 """The forms that each rule rules out. Counting layers (Llama 4's) are correct in packed rows that are short enough. The
 rules for packed rows run on every ``PreTrainedModel`` inside a model, the others on the whole model."""

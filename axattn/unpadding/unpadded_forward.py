@@ -99,7 +99,9 @@ class Unpad:
         if keep.numel() in (0, mask.numel()) or (self.reads_first and not bool((mask[:, 0] != 0).all())):
             return forward(inputs)
         require_axattn_backend(self.traits, model)
-        _require_known(model, inputs)
+        if batch_reasons := reasons_against_batch(model, inputs):
+            text = f"{type(model).__name__} can't run this batch unpadded"
+            raise InvalidInputError(text, batch_reasons, "Leave unpad out.")
         if not self.hooks_checked:
             self.hooks_checked = True
             _warn_of_hooks(model)
@@ -120,7 +122,7 @@ class Unpad:
         context = Context(packed_documents, (1, keep.numel()), False, BoundaryInputs(), self, around, unpadded=unpadded)
         with assume(documents=segments), reading(context):  # `reading`: for models without an input hook
             output = forward(given)
-        _restore(model, output, unpadded)
+        restore_outputs(model, output, unpadded, "unpad")
         return output.to_tuple() if inputs.get("return_dict") is False else output
 
     def missed(self, context: Context) -> str:
@@ -161,8 +163,14 @@ def _flat_documents(packed: Segments | None, keep: torch.Tensor, rows: int, leng
     return Segments((tuple(ends),), keep.device)
 
 
-def _restore(model: torch.nn.Module, output: Any, unpadded: UnpaddedBatch) -> None:
-    """Put padding back into every output that has a value per token.
+def restore_outputs(model: torch.nn.Module, output: Any, unpadded: UnpaddedBatch, option: str) -> None:
+    """Put every output that has a value per token back into the places of the batch.
+
+    Args:
+        model: the model.
+        output: of the unpadded row; changed in place.
+        unpadded: the row.
+        option: the user's, for errors.
 
     Raises:
         UnsupportedAttentionError: an output does not have its known shape.
@@ -179,7 +187,8 @@ def _restore(model: torch.nn.Module, output: Any, unpadded: UnpaddedBatch) -> No
             # (one value per row comes from a pooler, which has read padded rows)
             reasons.append(Reason("model", f"axattn does not know how to pad its output {key}"))
     if reasons:
-        raise UnsupportedAttentionError(f"{type(model).__name__} can't run unpadded", reasons, "Leave unpad out.")
+        text = f"{type(model).__name__} can't run unpadded"
+        raise UnsupportedAttentionError(text, reasons, f"Leave {option} out.")
 
 
 def _positions(
@@ -227,7 +236,8 @@ def _warn_of_hooks(model: torch.nn.Module) -> None:
         )
 
 
-def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+def reasons_against_batch(model: torch.nn.Module, inputs: dict[str, Any]) -> list[Reason]:
+    """Every reason why this batch can't run as one row."""
     reasons = [
         Reason(key, f"{key}: axattn does not know how to unpad it")
         for key, value in inputs.items()
@@ -247,5 +257,4 @@ def _require_known(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
     positions = inputs.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.ndim > 2:
         reasons.append(Reason("position_ids", f"position_ids of shape {list(positions.shape)}"))
-    if reasons:
-        raise InvalidInputError(f"{type(model).__name__} can't run this batch unpadded", reasons, "Leave unpad out.")
+    return reasons

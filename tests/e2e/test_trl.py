@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import axattn
+from axattn.unpadding import prefixes, shared_prefixes
 from tests.e2e.test_trainer import corpus
 from tests.models import build
 from tests.sampling import part_of
@@ -125,9 +126,22 @@ def test_packed_rows_with_a_mask_of_ones_do_not_leak() -> None:
         assert not torch.allclose(build_eager(ids, **given).logits, alone(build("llama"), ids, lengths), atol=1e-2)
 
 
-@pytest.mark.parametrize("padding_free", part_of([False, True], kept=[True]))
-def test_preferences_follow_eager(tmp_path: Path, padding_free: bool) -> None:
+def sharing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the tokens of each row that shares prefixes; those of the tests' short prompts are shared too."""
+    shared: list[int] = []
+    monkeypatch.setattr(prefixes, "SHORTEST", 2)
+    run = shared_prefixes.SharePrefixes._run
+    monkeypatch.setattr(
+        shared_prefixes.SharePrefixes, "_run", lambda *given: shared.append(len(given[-1].shared.tokens)) or run(*given)
+    )
+    return shared
+
+
+@pytest.mark.parametrize("how", part_of(["padded", "padding free", "shared prefixes"], kept=["shared prefixes"]))
+def test_preferences_follow_eager(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """DPO runs chosen and rejected answers as one batch, with a reference model beside."""
+    shared = sharing(monkeypatch)
+    more = {"share_prefixes": True} if how == "shared prefixes" else {}
     words = [" ".join(f"w{i}" for i in example["input_ids"] if i < 97) for example in corpus(24)]
     rows = [
         {"prompt": a, "chosen": f" {b}", "rejected": f" {c}"}
@@ -136,14 +150,14 @@ def test_preferences_follow_eager(tmp_path: Path, padding_free: bool) -> None:
 
     def run(folder: Path, prepared: Any) -> list[float]:
         options = COMMON | {"beta": 0.5, "per_device_train_batch_size": 2, "max_length": 96}
-        if prepared is not None and padding_free:
+        if prepared is not None and how == "padding free":
             options["padding_free"] = True
         arguments = trl.DPOConfig(output_dir=str(folder), **options)
         model, reference = stock(), build("llama", seed=1)
         reference.set_attn_implementation("eager")
         if prepared:
-            axattn.prepare_for_training(axattn.apply(model, prepared))
-            axattn.apply(reference, prepared)
+            axattn.prepare_for_training(axattn.apply(model, prepared, **more))
+            axattn.apply(reference, prepared, **more)
         trainer = trl.DPOTrainer(
             model=model,
             ref_model=reference,
@@ -157,3 +171,4 @@ def test_preferences_follow_eager(tmp_path: Path, padding_free: bool) -> None:
     expected = run(tmp_path / "a", None)
     assert len(expected) == 3
     assert run(tmp_path / "b", "auto") == pytest.approx(expected, rel=1e-3)
+    assert bool(shared) == bool(more)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 import axattn
 from tests.e2e.test_trainer import corpus
-from tests.e2e.test_trl import COMMON, sft, stock, tokenizer
+from tests.e2e.test_trl import COMMON, sft, sharing, stock, tokenizer
 from tests.models import build
 from tests.sampling import part_of
 
@@ -19,7 +19,11 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 WORDS = [" ".join(f"w{i}" for i in example["input_ids"] if i < 97) for example in corpus(24)]
-NAMES = [("auto", {}), ("varlen", {"unpad": True})]
+NAMES: list[tuple[str, dict[str, Any]]] = [
+    ("auto", {}),
+    ("varlen", {"unpad": True}),
+    ("auto", {"share_prefixes": True}),
+]
 FOLLOWS = {"rel": 1e-3, "abs": 1e-5}
 
 
@@ -46,11 +50,11 @@ def distinct(completions: list[str], **_: Any) -> list[float]:
     ("method", "name", "options"),
     part_of(
         [(method, *name) for method in ("GRPO", "RLOO") for name in NAMES],
-        kept=[("GRPO", "varlen", {"unpad": True}), ("RLOO", "auto", {})],
+        kept=[("GRPO", "auto", {"share_prefixes": True}), ("RLOO", "varlen", {"unpad": True})],
     ),
 )
 def test_rollouts_and_their_updates_follow_eager(
-    tmp_path: Path, method: str, name: str, options: dict[str, Any]
+    tmp_path: Path, method: str, name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Completions are sampled from left-padded prompts, scored against a reference model, and learned from."""
     build("llama").save_pretrained(tmp_path / "model")
@@ -67,7 +71,9 @@ def test_rollouts_and_their_updates_follow_eager(
 
     expected = run(AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager"))
     model = axattn.from_pretrained(tmp_path / "model", attn_implementation=name, **options)
+    shared = sharing(monkeypatch)
     follows(run(axattn.prepare_for_training(model)), expected)
+    assert bool(shared) == ("share_prefixes" in options)
 
 
 @pytest.mark.parametrize(("name", "options"), part_of(NAMES, kept=NAMES[1:]))

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from axattn.documents.boundaries import Ranges, cut, total
 from axattn.hf.torch_internals import cpu_flash_backward, cpu_flash_forward
 from axattn.masks.dense_rule import dense_rule
-from axattn.masks.varlen_layout import Layout
+from axattn.masks.varlen_layout import Layout, Span
 
 _WINDOW_BLOCK = 256  # minimum queries of a windowed tile: larger tiles mask out more, smaller ones need more calls
 
 
 class Tile(NamedTuple):
-    """Queries ``[q0, q1)`` of rows ``[row0, row1)`` over keys ``[k0, k1)``; `offset` is the first query's key index."""
+    """Queries ``[q0, q1)`` of rows ``[row0, row1)`` over keys ``[k0, k1)``; `offset` is the first query's key index.
+    With a `stem`, the keys are those of its ranges and then ``[k0, k1)``."""
 
     row0: int
     row1: int
@@ -30,13 +32,22 @@ class Tile(NamedTuple):
     k1: int
     causal: bool
     offset: int | None  # None: no mask besides `causal`
+    stem: Ranges = ()
+
+    @property
+    def keys(self) -> int:
+        """The number of keys."""
+        return self.k1 - self.k0 + total(self.stem)
 
 
 def cut_tiles(layout: Layout) -> list[Tile]:
     """Cut the spans of a layout into tiles. Without a window a span is one tile; windowed spans are cut in blocks."""
     result: list[Tile] = []
-    for span in layout.spans:
+    for span, stem in layout.with_stems:
         row0, row1, q0, q1, k0, k1 = span
+        if stem:
+            result += _along_stem(span, stem, layout.window)
+            continue
         queries, keys, window = q1 - q0, k1 - k0, layout.window
         offset = keys - queries  # bottom-right: the last query sits at the last key
         if window is None or window >= keys:
@@ -53,6 +64,25 @@ def cut_tiles(layout: Layout) -> list[Tile]:
             low = max(start + offset - window + 1, 0)
             high = min(end + offset if layout.causal else end + offset + window - 1, keys)
             result.append(Tile(row0, row1, q0 + start, q0 + end, k0 + low, k0 + high, False, start + offset - low))
+    return result
+
+
+def _along_stem(span: Span, stem: Ranges, window: int | None) -> list[Tile]:
+    """The tiles of a span with a stem: blocks of queries, each with the keys up to its last query's own that a window
+    leaves (one mask over all keys would compute both halves of the causal square)."""
+    row0, row1, q0, q1, k0, k1 = span
+    path: Ranges = (*stem, (k0, k1))
+    queries, keys = q1 - q0, total(path)
+    narrow = window is not None and window < keys
+    block = max(cast(int, window), _WINDOW_BLOCK) if narrow else _WINDOW_BLOCK
+    result = []
+    for start in range(0, queries, block):
+        end = min(start + block, queries)
+        at, high = keys - queries + start, keys - queries + end
+        low = max(at - cast(int, window) + 1, 0) if narrow else 0
+        *front, (a, b) = cut(path, low, high)
+        single = end - start == 1
+        result.append(Tile(row0, row1, q0 + start, q0 + end, a, b, False, None if single else at - low, tuple(front)))
     return result
 
 
@@ -141,6 +171,15 @@ def backward_over_tiles(
         gq, gk, gv = cpu_flash_backward(
             grad[part].transpose(1, 2), q, k, v, out[part].transpose(1, 2), lse, tile.causal, mask, scale
         )
+        if tile.stem:
+            rows = slice(tile.row0, tile.row1)
+            dq[rows, :, tile.q0 : tile.q1].add_(gq)
+            at = 0
+            for a, b in (*tile.stem, (tile.k0, tile.k1)):
+                dk[rows, :, a:b].add_(gk[:, :, at : at + b - a])
+                dv[rows, :, a:b].add_(gv[:, :, at : at + b - a])
+                at += b - a
+            continue
         for target, part_grad in zip(_slices(tile, dq, dk, dv), (gq, gk, gv), strict=True):
             if disjoint:
                 target.copy_(part_grad)
@@ -153,13 +192,17 @@ def _slices(
     tile: Tile, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, keys = slice(tile.row0, tile.row1), slice(tile.k0, tile.k1)
+    if tile.stem:
+        ranges = (*tile.stem, (tile.k0, tile.k1))
+        key, value = (torch.cat([x[rows, :, a:b] for a, b in ranges], 2) for x in (key, value))
+        return query[rows, :, tile.q0 : tile.q1], key, value
     return query[rows, :, tile.q0 : tile.q1], key[rows, :, keys], value[rows, :, keys]
 
 
 def _mask_of(tile: Tile, layout: Layout, dtype: torch.dtype) -> torch.Tensor | None:
     if tile.offset is None:
         return None
-    return _tile_mask(tile.q1 - tile.q0, tile.k1 - tile.k0, tile.offset, layout.causal, layout.window, dtype)
+    return _tile_mask(tile.q1 - tile.q0, tile.keys, tile.offset, layout.causal, layout.window, dtype)
 
 
 def attention_over_tiles(
@@ -188,6 +231,7 @@ def tiles_of(layout: Layout) -> list[Tile]:
 
 def _disjoint(layout: Layout, tiles: list[Tile]) -> bool:
     """Whether the tiles cover every query and every key exactly once, so gradients need no zeroing and no adding."""
-    square = all(t.offset is None and (t.q0, t.q1) == (t.k0, t.k1) for t in tiles)
+    square = all(t.offset is None and not t.stem and (t.q0, t.q1) == (t.k0, t.k1) for t in tiles)
+    square = square and not layout.stems  # the keys of a stem are in several tiles
     covered = sum((t.row1 - t.row0) * (t.q1 - t.q0) for t in tiles)
     return square and layout.q_length == layout.kv_length and covered == layout.rows * layout.q_length

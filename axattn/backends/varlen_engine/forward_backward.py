@@ -17,7 +17,7 @@ from axattn.backends.base import nan_where_not_finite, on_gpu_of
 from axattn.backends.call import AttentionCall
 from axattn.backends.varlen_engine.cpu_tiles import backward_over_tiles, forward_over_tiles, tiles_of
 from axattn.backends.varlen_engine.flash_backward import Packed, flash_backward
-from axattn.backends.varlen_engine.packed import one_head_dim, packed, packed_index, unpacked
+from axattn.backends.varlen_engine.packed import one_head_dim, packed, packed_index, summed, unpacked
 from axattn.masks.varlen_layout import Layout
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -125,9 +125,12 @@ def _packed_backward(
         if kernel.recompute is not None:
             out, lse = kernel.recompute(q, k, v, batch)
         gradients = flash_backward(wide, q, k, v, out, lse, batch)
-    tokens = (index.queries, index.keys, index.keys)
-    dq, dk, dv = (unpacked(x, at, B, S).transpose(1, 2) for x, at in zip(gradients, tokens, strict=True))
-    return _trimmed((dq, dk, dv), call)
+    dq = unpacked(gradients[0], index.queries, B, S)
+    if layout.stems and index.keys is not None:  # the keys of a stem are in several sequences
+        dk, dv = (summed(x, index.keys, B, S) for x in gradients[1:])
+    else:
+        dk, dv = (unpacked(x, index.keys, B, S) for x in gradients[1:])
+    return _trimmed((dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)), call)
 
 
 def _packed_call(call: AttentionCall, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Packed]:

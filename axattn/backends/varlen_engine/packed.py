@@ -15,6 +15,7 @@ from axattn.backends import decoding, sdpa
 from axattn.backends.base import keep_nan, on_gpu_of
 from axattn.backends.call import AttentionCall
 from axattn.backends.varlen_engine.cpu_tiles import attention_over_tiles
+from axattn.documents.boundaries import Ranges, total
 from axattn.hf.transfers import on_device
 from axattn.masks.varlen_layout import Layout
 
@@ -123,6 +124,12 @@ def packed(x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
     return flat if tokens is None else flat.index_select(0, tokens)
 
 
+def summed(x: torch.Tensor, tokens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """`unpacked` where `tokens` holds a token several times: the sum of its values."""
+    x = x.new_zeros(rows * length, *x.shape[1:]).index_add(0, tokens, x)
+    return x.view(rows, length, *x.shape[1:])
+
+
 def unpacked(x: torch.Tensor, tokens: torch.Tensor | None, rows: int, length: int) -> torch.Tensor:
     """``[tokens, H, D]`` as ``[B, S, H, D]``, zero at tokens that are not in `tokens`."""
     if tokens is not None:
@@ -138,15 +145,28 @@ def _takes_enable_gqa() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _in_order(layout: Layout) -> list[tuple[int, int, int, int, int]]:
-    """``(row, q0, q1, k0, k1)`` of each span and row, in the order of the flattened tokens."""
-    return sorted((row, s.q0, s.q1, s.k0, s.k1) for s in layout.spans for row in range(s.row0, s.row1))
+class _Sequence(NamedTuple):
+    """Queries ``[q0, q1)`` of one row, and the ranges of its keys: the last one is the span's, a stem's come before."""
+
+    row: int
+    q0: int
+    q1: int
+    keys: Ranges
+
+
+def _in_order(layout: Layout) -> list[_Sequence]:
+    """Each span and row as a sequence, in the order of the flattened tokens."""
+    return sorted(
+        _Sequence(row, s.q0, s.q1, (*stem, (s.k0, s.k1)))
+        for s, stem in layout.with_stems
+        for row in range(s.row0, s.row1)
+    )
 
 
 def span_lengths(layout: Layout) -> tuple[list[int], list[int]]:
     """Query and key lengths of each sequence, in the order of `packed_call`."""
-    spans = _in_order(layout)
-    return [q1 - q0 for _, q0, q1, _, _ in spans], [k1 - k0 for *_, k0, k1 in spans]
+    sequences = _in_order(layout)
+    return [one.q1 - one.q0 for one in sequences], [total(one.keys) for one in sequences]
 
 
 class PackedIndex(NamedTuple):
@@ -158,7 +178,7 @@ class PackedIndex(NamedTuple):
         max_q: longest sequence of queries.
         max_k: longest sequence of keys.
         queries: int64, the flat indices of real queries; None if the spans leave no gap.
-        keys: the same for keys.
+        keys: the same for keys; with stems, an index for each sequence that a key is in.
     """
 
     cu_q: torch.Tensor
@@ -193,15 +213,14 @@ def _packed_index(layout: Layout, device: torch.device) -> PackedIndex:
             for total, each in zip(tokens, (S, T), strict=True)
         ]
         return PackedIndex(ends[0], ends[0] if S == T else ends[1], S, T, None, None)
-    spans = _in_order(layout)
-    q_lengths = [q1 - q0 for _, q0, q1, _, _ in spans]
-    k_lengths = [k1 - k0 for *_, k0, k1 in spans]
+    sequences = _in_order(layout)
+    q_lengths, k_lengths = span_lengths(layout)
 
     def cumulative(lengths: list[int]) -> torch.Tensor:
         return on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
-    def index(ranges: list[tuple[int, int]], total: int) -> torch.Tensor | None:
-        if sum(b - a for a, b in ranges) == total:
+    def index(ranges: list[tuple[int, int]], tokens: int) -> torch.Tensor | None:
+        if sum(b - a for a, b in ranges) == tokens and not layout.stems:
             return None
         return on_device(torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in ranges)]), device)
 
@@ -212,6 +231,6 @@ def _packed_index(layout: Layout, device: torch.device) -> PackedIndex:
         cu_q if k_lengths == q_lengths else cumulative(k_lengths),
         max(q_lengths, default=0),
         max(k_lengths, default=0),
-        index([(row * S + q0, row * S + q1) for row, q0, q1, _, _ in spans], layout.rows * S),
-        index([(row * T + k0, row * T + k1) for row, _, _, k0, k1 in spans], layout.rows * T),
+        index([(row * S + q0, row * S + q1) for row, q0, q1, _ in sequences], layout.rows * S),
+        index([(row * T + a, row * T + b) for row, _, _, keys in sequences for a, b in keys], layout.rows * T),
     )
