@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+from axattn.documents.prefix_groups import prefix_groups
 from axattn.errors import InvalidConfigError, InvalidInputError, Reason
 
 IGNORE_INDEX = -100
@@ -101,6 +102,8 @@ class PackingCollator:
         return_mask: emit an ``attention_mask`` too, 0 for padding at the end of a row. Without it the load balancing
             loss of a mixture of experts (``output_router_logits=True``) counts padding. Flash names refuse a mask with
             padding.
+        group_by_prefix: put documents of a batch that begin alike (completions of a prompt) into one row, as far as
+            they fit, for models with ``share_prefixes=True``.
 
     Attributes:
         stats: `PackingStats` so far.
@@ -122,6 +125,7 @@ class PackingCollator:
         return_lengths: bool = True,
         first_position: int = 0,
         return_mask: bool = False,
+        group_by_prefix: bool = False,
     ) -> None:
         for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
             if value is not None and not _is_whole(value):
@@ -155,6 +159,7 @@ class PackingCollator:
         self.return_lengths = return_lengths
         self.first_position = first_position
         self.return_mask = return_mask
+        self.group_by_prefix = group_by_prefix
         self.stats = PackingStats()
 
     def __call__(self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
@@ -183,11 +188,17 @@ class PackingCollator:
             raise InvalidInputError(f"only some examples of the batch have {', '.join(names)}")
         self.stats.documents += len(documents)
         pieces = self._cut(documents)
-        lengths = [len(piece) for piece in pieces]
-        rows = [list(range(len(pieces)))]
-        if self.max_length is not None:
-            rows = first_fit_decreasing(lengths, self.max_length)
-        return self._batch([[pieces[i] for i in row] for row in rows])
+        return self._batch([[pieces[i] for i in row] for row in self._rows(pieces)])
+
+    def _rows(self, pieces: list[Document]) -> list[list[int]]:
+        if self.max_length is None:
+            return [list(range(len(pieces)))]
+        if not self.group_by_prefix:
+            return first_fit_decreasing([len(piece) for piece in pieces], self.max_length)
+        groups = prefix_groups([piece.features["input_ids"] for piece in pieces], self.max_length)
+        sizes = [sum(len(pieces[i]) for i in group) for group in groups]
+        rows = first_fit_decreasing(sizes, self.max_length)
+        return sorted(sorted(i for number in row for i in groups[number]) for row in rows)
 
     def _cut(self, documents: list[Document]) -> list[Document]:
         limit = self.max_length

@@ -7,12 +7,11 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from axattn.documents.boundaries import Ranges, cut
+from axattn.documents.prefix_groups import SHORTEST
 
 if TYPE_CHECKING:
     import numpy as np
 
-SHORTEST = 16
-"""A shorter common beginning (a BOS token, the opening of a chat template) is run again: gathering keys costs more."""
 WORTH = 0.05
 """Sharing must leave out this share of a batch's tokens; below it the row's bookkeeping may cost what it saves."""
 

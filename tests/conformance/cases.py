@@ -87,7 +87,7 @@ class Case:
                 inner.config._attn_implementation = "eager"
         return model
 
-    def candidate(self, **options: Any) -> Any:
+    def candidate(self, share_prefixes: bool = False, **options: Any) -> Any:
         """The same weights, loaded by `axattn.from_pretrained` on the kernel under test."""
         folder = _saved(self.family.name, tuple(sorted(options.items())))
         model = axattn.from_pretrained(
@@ -96,6 +96,7 @@ class Case:
             on_unsupported="route" if self.backend.endswith(", route") else "raise",
             model_class=type(_made(self.family.name, tuple(sorted(options.items())))),
             local_files_only=True,
+            share_prefixes=share_prefixes,
         )
         return model.eval()
 

@@ -189,3 +189,19 @@ def test_positions_start_where_the_model_s_do() -> None:
     assert batch["position_ids"].tolist() == [[2, 3, 4, 2, 3]]
     with pytest.raises(ValueError, match="first_position=-1"):
         PackingCollator(first_position=-1)
+
+
+def test_documents_that_begin_alike_share_a_row() -> None:
+    """Completions of two prompts, given in turns, and a document of its own; a prompt that does not fit is cut."""
+    prompts = [[3 + n] * 20 for n in range(2)]
+    given = [prompts[i % 2] + [50 + i] * 4 for i in range(8)] + [list(range(60, 90))]
+    features = [{"input_ids": ids} for ids in given]
+    batch = PackingCollator(100, group_by_prefix=True)(features)
+    begins = [[row[0] for row in ids.view(-1, 24).tolist()] for ids in batch["input_ids"][:2]]
+    assert sorted(begins) == [[3] * 4, [4] * 4]
+    assert batch["input_ids"].shape == (3, 96)
+    plain = PackingCollator(100)(features)
+    found, expected = ([i for i in one["input_ids"].flatten().tolist() if i] for one in (batch, plain))
+    assert sorted(found) == sorted(expected)
+    small = PackingCollator(50, group_by_prefix=True)(features)
+    assert small["input_ids"].shape[0] == 5  # two completions a row, and the document of its own

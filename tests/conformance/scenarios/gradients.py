@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
+from axattn.unpadding.shared_prefixes import SharePrefixes
 from tests.conformance.cases import Batch, Case, Result, packed, padded
-from tests.conformance.scenarios.base import LENGTHS, PROJECTIONS, SELF, scenario
+from tests.conformance.scenarios.base import DECODERS, LENGTHS, PROJECTIONS, SELF, scenario
+from tests.models import tokens
 
 
-def _gradients(case: Case, batch: Batch, checkpointing: bool | None = None) -> tuple[Result, Callable[[], Result]]:
+def _gradients(
+    case: Case, batch: Batch, checkpointing: bool | None = None, share_prefixes: bool = False
+) -> tuple[Result, Callable[[], Result]]:
     """Gradients of the inputs and of the projections, and the logits, against the sum over the documents alone."""
     width: dict[str, torch.Tensor] = {}
 
@@ -32,12 +37,17 @@ def _gradients(case: Case, batch: Batch, checkpointing: bool | None = None) -> t
     weight(logits).backward()
 
     def found() -> Result:
-        model = case.candidate().train()
+        model = case.candidate(share_prefixes).train()
         if checkpointing is not None:
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
             model.enable_input_require_grads()
         inputs = {"attention_mask": batch.mask, "position_ids": case.positions(batch.positions)}
-        logits = case.cut(batch, case.forward(model, batch.ids, **inputs))
+        if share_prefixes:
+            inputs["use_cache"] = False
+        ran = SharePrefixes._run
+        with mock.patch.object(SharePrefixes, "_run", autospec=True, side_effect=ran) as shared:
+            logits = case.cut(batch, case.forward(model, batch.ids, **inputs))
+        assert bool(shared.call_count) == share_prefixes
         weight(logits).backward()
         return taken(model, logits)
 
@@ -62,6 +72,16 @@ def reentrant(case: Case) -> Any:
 @scenario("packed gradients, checkpointing", SELF, tolerance=2e-5)
 def not_reentrant(case: Case) -> Any:
     return _gradients(case, packed(LENGTHS, (5, 9), pad=2), False)
+
+
+@scenario("shared prefixes, gradients", DECODERS, tolerance=2e-5)
+def shared_prefixes(case: Case) -> Any:
+    """Two completions of a prompt and a document that begins with half of it, packed and padded."""
+    batch = packed((27, 23), (31,), pad=2)
+    prompt = tokens(1, 40, 7)[0]
+    for (row, a, _), common in zip(batch.documents, (20, 20, 17), strict=True):
+        batch.ids[row, a : a + common] = prompt[:common]
+    return _gradients(case, batch, share_prefixes=True)
 
 
 @scenario("no leak between documents", SELF)
