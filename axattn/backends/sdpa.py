@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable, keep_nan
+from axattn.backends.by_document import by_document
 from axattn.backends.call import AttentionCall
 from axattn.backends.sparse_indices import only_selected, selected
 from axattn.hf.torch_sdpa import avoids_cudnn, takes_grouped_heads, without_cudnn
@@ -38,6 +39,14 @@ CAPABILITY = dataclasses.replace(
 
 def sdpa(call: AttentionCall) -> torch.Tensor:
     """Attention through ``F.scaled_dot_product_attention``; returns ``[B, S, H, Dv]``."""
+    out = by_document(call, _sdpa)
+    if out is None:
+        return _sdpa(call)
+    call.ran = "sdpa"
+    return out
+
+
+def _sdpa(call: AttentionCall) -> torch.Tensor:
     flag = call.mask.as_flag if isinstance(call.mask, LazyMask) else None
     query, key, value = call.query, call.key, call.value
     kept = selected(call)
