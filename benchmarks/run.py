@@ -166,6 +166,7 @@ BENCHMARKS = {
     "bound": speed.bound,
     "documents": speed.documents,
     "unpad": speed.unpad,
+    "fallback": speed.fallback,
     "trainer_step": training.trainer_step,
     "rows_over_ranks": training.rows_over_ranks,
     "compilation": training.compilation,

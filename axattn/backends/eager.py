@@ -29,7 +29,10 @@ CAPABILITY = dataclasses.replace(
     dense_mask=True,
     weights=True,
     second_gradient=True,
-    notes={"segments": "through a dense S x S mask when called by axattn, as under `auto`"},
+    notes={
+        "segments": "document by document when called by axattn, as under `auto`: L x L weights for each. One dense "
+        "S x S mask in graphs, over a cache and for masks that hold more than documents, windows and padding"
+    },
 )
 
 

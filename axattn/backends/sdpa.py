@@ -1,4 +1,4 @@
-"""``sdpa``: torch's ``scaled_dot_product_attention`` with a dense mask; exact for every mask that is a tensor."""
+"""``sdpa``: torch's ``scaled_dot_product_attention``, by document or with a dense mask; exact for every mask."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ CAPABILITY = dataclasses.replace(
     sparse=True,
     second_gradient=True,
     notes={
-        "segments": "through a dense S x S mask when called by axattn, as under `auto`",
+        "segments": "document by document when called by axattn, as under `auto`. One dense S x S mask in graphs, over "
+        "a cache and for masks that hold more than documents, windows and padding",
         "second_gradient": "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); torch raises for its other kernels",
         "cuDNN": "on Hopper and Blackwell torch 2.11 prefers its kernel, which plans every new length anew (0.15 to "
         "0.5 s: FunASR#3704). axattn never runs it with a mask or a single query, nor on Hopper for a bidirectional "
