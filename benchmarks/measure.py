@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -22,6 +23,21 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warmup
             run()
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
+    return times
+
+
+def in_random_turns(
+    candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """CPU seconds of this thread for every call, in a new order each round: for one thread, on a busy machine."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    order = random.Random(0)
+    for turn in range(warmup + rounds):
+        for name in order.sample(list(candidates), len(candidates)):
+            start = time.thread_time()
+            candidates[name]()
+            if turn >= warmup:
+                times[name].append(time.thread_time() - start)
     return times
 
 

@@ -24,6 +24,28 @@ def llama(hidden: int, layers: int, heads: int, vocabulary: int) -> Any:
     return LlamaForCausalLM(config)
 
 
+def gemma2(hidden: int, layers: int, heads: int, vocabulary: int, window: int, dropout: float = 0.0) -> Any:
+    """A seeded Gemma 2 on eager: softcap 50, windowed and full layers in turn, two heads to a KV head."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=hidden // heads,
+        max_position_embeddings=1 << 16,
+        sliding_window=window,
+        attn_logit_softcapping=50.0,
+        attention_dropout=dropout,
+    )
+    return Gemma2ForCausalLM._from_config(config, attn_implementation="eager").train()
+
+
 def packed(tokens: int, documents: int, vocabulary: int) -> dict[str, Any]:
     """One row of documents of equal length."""
     import torch

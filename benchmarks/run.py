@@ -168,6 +168,7 @@ BENCHMARKS = {
     "documents": speed.documents,
     "unpad": speed.unpad,
     "shared_prefixes": shared_prefixes,
+    "fallback": speed.fallback,
     "trainer_step": training.trainer_step,
     "rows_over_ranks": training.rows_over_ranks,
     "compilation": training.compilation,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.measure import interleaved, ratios
-from benchmarks.models import llama, packed, step
+from benchmarks.measure import in_random_turns, interleaved, ratios
+from benchmarks.models import gemma2, llama, packed, step
 
 _lengths: list[int] = []
 
@@ -124,4 +124,46 @@ def unpad() -> dict[str, Any]:
         runs = {"sdpa": step(theirs, batch), "unpad": step(whole, batch), "varlen": step(attention, batch)}
         compared = ratios(interleaved(runs, 4, 1), "sdpa")
         found[f"padded on the {side}"] = {name: round(1 / compared[name]["ratio"], 3) for name in ("unpad", "varlen")}
+    return found
+
+
+def fallback() -> dict[str, Any]:
+    """A packed step of Gemma 2 (softcap: no varlen kernel serves it) and its documents as rows on eager; one thread.
+
+    ``one dense mask`` is the same packed step if documents do not run by themselves. 4 layers of 256, 8 heads.
+    """
+    import torch
+
+    import axattn
+    from axattn.backends import by_document
+
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"tokens": 2048, "aim": "documents of 256: <= 1.15 of their time as rows"}
+
+    def one_mask(run: Callable[[], None]) -> Callable[[], None]:
+        def dense() -> None:
+            before = by_document.CALL["cpu"]
+            by_document.CALL["cpu"] = 1 << 60  # nothing pays
+            try:
+                run()
+            finally:
+                by_document.CALL["cpu"] = before
+
+        return dense
+
+    for length, dropout in ((256, 0.0), (256, 0.1), (64, 0.0)):
+        theirs = gemma2(256, 4, 8, 1024, window=128, dropout=dropout)
+        ours = axattn.apply(copy.deepcopy(theirs), "auto")
+        batch = packed(2048, 2048 // length, 1024)
+        rows = {key: batch[key].view(-1, length) for key in ("input_ids", "labels")} | {"use_cache": False}
+        runs = {
+            "rows": step(theirs, rows),
+            "documents": step(ours, batch),
+            "one dense mask": one_mask(step(ours, batch)),
+        }
+        compared = ratios(in_random_turns(runs, 5), "rows")
+        found[f"documents of {length}" + (f", dropout {dropout}" if dropout else "")] = {
+            name: compared[name] for name in ("documents", "one dense mask")
+        }
+    torch.set_num_threads(2)
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import torch
 
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
+from axattn.backends.by_document import by_document
 from axattn.backends.call import AttentionCall
 from axattn.backends.sparse_indices import only_selected, selected
 from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.weak_cache import weak_cache
 
 CAPABILITY = dataclasses.replace(
     TORCH_KERNEL,
@@ -25,7 +29,10 @@ CAPABILITY = dataclasses.replace(
     dense_mask=True,
     weights=True,
     second_gradient=True,
-    notes={"segments": "through a dense S x S mask when called by axattn, as under `auto`"},
+    notes={
+        "segments": "document by document when called by axattn, as under `auto`: L x L weights for each. One dense "
+        "S x S mask in graphs, over a cache and for masks that hold more than documents, windows and padding"
+    },
 )
 
 
@@ -54,6 +61,14 @@ def eager(call: AttentionCall) -> torch.Tensor:
             [Reason("model", f"{type(call.module).__module__} defines no eager_attention_forward")],
         )
     call.ran = "eager"
+    if _takes_documents(function, call):
+        out = by_document(call, functools.partial(_eager, function))
+        if out is not None:
+            return out
+    return _eager(function, call)
+
+
+def _eager(function: Callable[..., Any], call: AttentionCall) -> torch.Tensor:
     mask, kept = call.dense_mask(), selected(call)
     if kept is not None:  # eager functions ignore the keywords of the selected keys
         mask = only_selected(mask, kept)
@@ -74,6 +89,21 @@ def eager(call: AttentionCall) -> torch.Tensor:
     if call.want_weights:
         call.weights = weights
     return out
+
+
+_CUT = frozenset({"position_bias", "sinks", "s_aux"})
+"""Tensors that `by_document` passes to an eager function as each document needs them."""
+
+
+def _takes_documents(function: Callable[..., Any], call: AttentionCall) -> bool:
+    """Whether documents may be its rows: no tensor of the whole rows reaches a parameter (``**kwargs`` are unused)."""
+    given = {key for key, x in call.extras.items() if isinstance(x, torch.Tensor)} - _CUT
+    return not given & _parameters(function)
+
+
+@weak_cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 BACKENDS = (Backend("eager", "the model's own eager function", CAPABILITY, always_usable, eager),)

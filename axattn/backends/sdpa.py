@@ -1,4 +1,4 @@
-"""``sdpa``: torch's ``scaled_dot_product_attention`` with a dense mask; exact for every mask that is a tensor."""
+"""``sdpa``: torch's ``scaled_dot_product_attention``, by document or with a dense mask; exact for every mask."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable, keep_nan
+from axattn.backends.by_document import by_document
 from axattn.backends.call import AttentionCall
 from axattn.backends.sparse_indices import only_selected, selected
 from axattn.hf.torch_sdpa import avoids_cudnn, takes_grouped_heads, without_cudnn
@@ -24,7 +25,8 @@ CAPABILITY = dataclasses.replace(
     sparse=True,
     second_gradient=True,
     notes={
-        "segments": "through a dense S x S mask when called by axattn, as under `auto`",
+        "segments": "document by document when called by axattn, as under `auto`. One dense S x S mask in graphs, over "
+        "a cache and for masks that hold more than documents, windows and padding",
         "second_gradient": "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); torch raises for its other kernels",
         "cuDNN": "on Hopper and Blackwell torch 2.11 prefers its kernel, which plans every new length anew (0.15 to "
         "0.5 s: FunASR#3704). axattn never runs it with a mask or a single query, nor on Hopper for a bidirectional "
@@ -38,6 +40,14 @@ CAPABILITY = dataclasses.replace(
 
 def sdpa(call: AttentionCall) -> torch.Tensor:
     """Attention through ``F.scaled_dot_product_attention``; returns ``[B, S, H, Dv]``."""
+    out = by_document(call, _sdpa)
+    if out is None:
+        return _sdpa(call)
+    call.ran = "sdpa"
+    return out
+
+
+def _sdpa(call: AttentionCall) -> torch.Tensor:
     flag = call.mask.as_flag if isinstance(call.mask, LazyMask) else None
     query, key, value = call.query, call.key, call.value
     kept = selected(call)

@@ -26,7 +26,7 @@ def runs_on(environment: Environment) -> str:
     if environment.sm in (90, 100):
         order.insert(0, "cuDNN")
     if environment.sm < 80:
-        return "varlen: memory-efficient attention, packed rows under a dense mask (torch's flash kernels need sm80)"
+        return "varlen: memory-efficient attention, packed rows document by document (torch's flash kernels need sm80)"
     return (
         f"varlen: packed rows run on {packed}; whole rows on the first that serves them of {', '.join(order)} "
         "(aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)"

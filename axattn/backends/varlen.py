@@ -31,8 +31,8 @@ CAPABILITY = dataclasses.replace(
         "": "packed rows run on FlashAttention 2, or on what the process has activated instead "
         "(torch.nn.attention.activate_flash_attention_impl, which axattn never calls); a plan names it",
         "dense_mask": "through sdpa",
-        "dropout": "through sdpa",
-        "dtypes": "on CUDA, float32 and head dims above 256 go through sdpa with a dense mask",
+        "dropout": "through sdpa, document by document",
+        "dtypes": "on CUDA, float32 and head dims above 256 go through sdpa, document by document",
     },
 )
 

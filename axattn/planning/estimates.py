@@ -13,12 +13,13 @@ _HALF = 2
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One layer, one row of `seq_len` tokens, 16 bit.
+    """One layer, one row of `seq_len` tokens (one document), 16 bit.
 
     Attributes:
         flops: of Q.K^T and P.V in the forward; backward takes 2.5 times as many.
         kv_bytes: keys and values in a cache (at most a window of them).
-        extra_bytes: memory of the kernel besides its output: a dense mask (``sdpa``), or the weights (``eager``).
+        extra_bytes: memory of the kernel besides its output: a dense mask (``sdpa``), or the weights (``eager``);
+            by chunk, which run as rows of their own (`axattn.backends.by_document`).
     """
 
     flops: int
@@ -38,14 +39,17 @@ def estimate(entry: LayerPlan, seq_len: int) -> Estimate:
     heads, kv_heads = need.heads or 1, need.kv_heads or need.heads or 1
     size, value_size = need.head_dim or 0, need.value_dim or need.head_dim or 0
     span = min(seq_len, need.window or need.chunk or seq_len)
+    parts = [seq_len]
     if need.window is None and need.chunk is not None:
-        pairs = sum(_triangle(min(span, seq_len - start)) for start in range(0, seq_len, span))
+        parts = [min(span, seq_len - start) for start in range(0, seq_len, span)]
+        pairs = sum(map(_triangle, parts))
     elif not need.causal:
         pairs = seq_len * min(seq_len, 2 * span - 1) if need.window else seq_len * seq_len
     else:
         pairs = _triangle(span) + (seq_len - span) * span
-    extra = {"sdpa": seq_len * seq_len, "eager": heads * seq_len * seq_len * (4 + _HALF)}.get(entry.chosen, 0)
-    if entry.chosen == "sdpa" and need.causal and span == seq_len and not need.bias:
+    cells = sum(part * part for part in parts)
+    extra = {"sdpa": cells, "eager": heads * cells * (4 + _HALF)}.get(entry.chosen, 0)
+    if entry.chosen == "sdpa" and need.causal and (need.window is None or span == seq_len) and not need.bias:
         extra = 0  # without a window, a causal mask is a flag of the kernel
     return Estimate(2 * heads * pairs * (size + value_size), _HALF * span * kv_heads * (size + value_size), extra)
 

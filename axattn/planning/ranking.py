@@ -49,8 +49,8 @@ _XFORMERS = Rank(
     "xformers", "calls FlashAttention 2 or torch's memory-efficient kernel; repeats grouped heads in training"
 )
 _LAST = (
-    Rank("sdpa", "any mask, as a dense tensor: S x S; the kernels above read lengths"),
-    Rank("eager", "forms the S x S weights: serves what no other kernel does"),
+    Rank("sdpa", "any mask, as a dense tensor; documents one by one, in padded groups; the kernels above read lengths"),
+    Rank("eager", "forms the weights, L x L for each document: serves what no other kernel does"),
 )
 _CPU = (
     Rank(
@@ -87,7 +87,7 @@ PREFERENCES = (
         "flash_attention_2",
         "varlen",
         lambda need: need.dropout > 0 and need.device == "cuda",
-        "with dropout varlen needs a dense mask, which costs S x S",
+        "with dropout varlen runs documents in padded groups on sdpa",
     ),
     Preference(
         "xformers",
@@ -95,7 +95,7 @@ PREFERENCES = (
         lambda need: (
             need.device == "cuda" and (need.dropout > 0 or need.dtype == "float32" or (need.head_dim or 0) > 256)
         ),
-        "with dropout, in float32 and above head dim 256 varlen needs a dense mask on CUDA, which costs S x S",
+        "with dropout, in float32 and above head dim 256 varlen runs documents in padded groups on sdpa on CUDA",
     ),
 )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from axattn.attention import interface, registry_functions
-from axattn.backends import fp8, int8_operator, sdpa
+from axattn.backends import by_document, fp8, int8_operator, sdpa
 from axattn.backends.call import AttentionCall
 from axattn.backends.varlen_engine import packed
 from axattn.documents import input_hook, inputs, mrope, native_flash_guard, native_guard, read_inputs, traced
@@ -155,6 +155,22 @@ def tokens_of_a_document_come_back_in_another_place(patch: Patch) -> None:
         return found._replace(back=found.back.roll(1))
 
     patch.setattr(recurrent, "as_rows", moved)
+
+
+@fault("auto", "gemma2", "packed gradients")
+def outputs_of_a_document_come_back_in_another_place(patch: Patch) -> None:
+    real = by_document.as_rows
+
+    def moved(*given: Any) -> Any:
+        found = real(*given)
+        return found._replace(back=found.back.roll(1))
+
+    patch.setattr(by_document, "as_rows", moved)
+
+
+@fault("auto", "gemma2", "packed, cache off")
+def documents_that_run_as_rows_lose_their_window(patch: Patch) -> None:
+    patch.setattr(by_document, "_mask_of", lambda *given: None)
 
 
 @fault("auto", "llama", "packed, many rows")

@@ -45,6 +45,8 @@ def test_what_a_kernel_forms_besides() -> None:
     assert estimate(entry("sdpa"), 100).extra_bytes == 0
     assert estimate(entry("sdpa", window=10), 100).extra_bytes == 100 * 100
     assert estimate(entry("eager"), 100).extra_bytes == 8 * 100 * 100 * 6
+    assert estimate(entry("eager", chunk=30), 100).extra_bytes == 8 * (3 * 30 * 30 + 10 * 10) * 6
+    assert estimate(entry("sdpa", chunk=30), 100).extra_bytes == 0
 
 
 def test_a_model_is_the_sum_of_its_layers_and_the_hungriest_of_them() -> None:

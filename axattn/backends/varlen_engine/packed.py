@@ -24,7 +24,7 @@ def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
     """Attention over a layout, that of the call's mask, without dropout.
 
     Returns:
-        ``[B, S, H, Dv]``, computed under a dense mask if torch's flash kernel does not run.
+        ``[B, S, H, Dv]``, computed by `sdpa` if torch's flash kernel does not run.
     """
     if decoding.serves(call) or decoding.pays_on_cpu(call):
         return decoding.single_query_attention(call, layout)
