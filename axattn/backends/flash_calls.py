@@ -128,7 +128,7 @@ def _pair_2(options: dict[str, Any]) -> PackedForwardBackward:
         grad: Any, q: Any, k: Any, v: Any, out: Any, logsumexp: Any, packed: Packed, _: Layout
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        run = importlib.import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_backward
+        run = _private(2, "_flash_attn_varlen_backward")
         inputs = (grad, q, k, v, out, logsumexp, dq, dk, dv)
         lengths = (packed.cu_q, packed.cu_k, packed.max_q, packed.max_k)
         settings = (0.0, packed.scale, options["causal"], *options["window_size"], softcap, None, deterministic)
@@ -151,14 +151,14 @@ def _pair_3(options: dict[str, Any]) -> PackedForwardBackward:
         return {**ends, "max_seqlen_q": packed.max_q, "max_seqlen_k": packed.max_k}
 
     def forward(q: Any, k: Any, v: Any, packed: Packed, _: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        run = _interface_3()._flash_attn_forward
+        run = _private(3, "_flash_attn_forward")
         out, logsumexp, *_unused = run(q, k, v, **_accepted(run, {**settings, **lengths(packed)}, ("q", "k", "v")))
         return out, logsumexp
 
     def backward(
         grad: Any, q: Any, k: Any, v: Any, out: Any, logsumexp: Any, packed: Packed, _: Layout
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        run = _interface_3()._flash_attn_backward
+        run = _private(3, "_flash_attn_backward")
         gradients = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
         inputs = ("dout", "q", "k", "v", "out", "softmax_lse")
         given = _accepted(run, {**settings, **lengths(packed), **gradients}, inputs)
@@ -172,8 +172,10 @@ _LOGSUMEXP: dict[int, Callable[[dict[str, Any]], PackedForwardBackward]] = {2: _
 """The versions whose sinks come from their logsumexp; FlashAttention 4 takes them itself."""
 
 
-def _interface_3() -> Any:
-    return importlib.import_module(_MODULES[3])
+def _private(version: int, name: str) -> Callable[..., Any]:
+    """A function of the file that defines `varlen_function`."""
+    function: Callable[..., Any] = varlen_function(version).__globals__[name]
+    return function
 
 
 def _same_keys(key: torch.Tensor, _: Layout) -> torch.Tensor:
