@@ -16,6 +16,7 @@ from benchmarks import speed, training
 from benchmarks.call_path import call_path
 from benchmarks.measure import ROOT, interleaved, machine, ratios
 from benchmarks.models import llama, packed, step
+from benchmarks.sinks import sinks
 
 
 def import_time() -> dict[str, Any]:
@@ -166,6 +167,7 @@ BENCHMARKS = {
     "bound": speed.bound,
     "documents": speed.documents,
     "unpad": speed.unpad,
+    "sinks": sinks,
     "trainer_step": training.trainer_step,
     "rows_over_ranks": training.rows_over_ranks,
     "compilation": training.compilation,
