@@ -17,6 +17,7 @@ from benchmarks.call_path import call_path
 from benchmarks.measure import ROOT, interleaved, machine, ratios
 from benchmarks.models import llama, packed, step
 from benchmarks.shared_prefixes import shared_prefixes
+from benchmarks.sinks import sinks
 
 
 def import_time() -> dict[str, Any]:
@@ -169,6 +170,7 @@ BENCHMARKS = {
     "unpad": speed.unpad,
     "shared_prefixes": shared_prefixes,
     "fallback": speed.fallback,
+    "sinks": sinks,
     "trainer_step": training.trainer_step,
     "rows_over_ranks": training.rows_over_ranks,
     "compilation": training.compilation,

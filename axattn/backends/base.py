@@ -76,6 +76,7 @@ QUANTISED = Capability(
     bidirectional=True,
     chunk=True,
     softcap=True,
+    sinks=True,
     padding=True,
     segments=True,
     stems=True,
@@ -83,7 +84,10 @@ QUANTISED = Capability(
     gradient=True,
     deterministic=True,
     traced=True,
-    refuses=(Refused("serves it in inference only", ("softcap", "gradient")),),  # torch's flash backward has none
+    refuses=(
+        Refused("serves it in inference only", ("softcap", "gradient")),  # torch's flash backward has none
+        Refused("serves no sinks under a softcap", ("sinks", "softcap")),
+    ),
 )
 """What every quantised kernel serves when axattn calls it; each backend adds its own features."""
 
@@ -115,8 +119,10 @@ class Backend:
         forward: `AttentionCall` → output ``[B, S, H, Dv]``; None if only Transformers runs it.
         install: the command that installs it, or ``""``.
         on: its capability on a given machine, if that differs from `capability`.
+        direct: ``(capability, machine)`` → its capability where axattn calls it, if that differs from the one where
+            Transformers does.
         options: the ``kernel_options`` it takes.
-        spans: it takes a mask's `Layout` and no sinks; inside a compiled graph it runs as one operator.
+        spans: it takes a mask's `Layout`; inside a compiled graph it runs as one operator.
         notice: a warning for the user, shown once, when it runs on a given machine; ``""`` for none.
         runs_on: for plans, whose kernels it calls on a given machine, with the source; ``""`` for nothing to add.
         patches: names in `axattn.loading.PATCHES` of further patches for a model that runs on it.
@@ -141,10 +147,16 @@ class Backend:
     notice: Callable[[Environment], str] | None = None
     runs_on: Callable[[Environment], str] | None = None
     forward_backward: Callable[[AttentionCall], ForwardBackward | None] | None = None
+    direct: Callable[[Capability, Environment], Capability] | None = None
 
     def capability_on(self, environment: Environment) -> Capability:
-        """Its capability on a machine."""
+        """Its capability on a machine, under a name that Transformers runs too: where Transformers runs it."""
         return self.capability if self.on is None else self.on(environment)
+
+    def called_capability_on(self, environment: Environment) -> Capability:
+        """Its capability on a machine where axattn calls it."""
+        served = self.capability_on(environment)
+        return served if self.direct is None else self.direct(served, environment)
 
     def called(self, call: AttentionCall) -> torch.Tensor:
         """`forward`: ``[B, S, H, Dv]``. No plan lets axattn call a backend that only Transformers runs."""

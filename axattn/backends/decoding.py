@@ -43,6 +43,8 @@ def single_query_attention(call: AttentionCall, layout: Layout) -> torch.Tensor:
     spans, window = layout.spans, layout.window
     if not spans:
         zero = call.query[:0].sum() + call.key[:0].sum() + call.value[:0].sum()  # with zero gradients
+        if call.sinks is not None:
+            zero = zero + call.sinks[:0].sum()
         return zero.expand(layout.rows, 1, call.query.shape[1], call.value.shape[-1])
     low, high = min(span.k0 for span in spans), max(span.k1 for span in spans)
     first = spans[0]
@@ -53,7 +55,7 @@ def single_query_attention(call: AttentionCall, layout: Layout) -> torch.Tensor:
     if not all_rows:
         mask = call.dense_mask()[..., low:high]  # type: ignore[index]  # without a mask, one span covers all rows
     call.ran = "sdpa"
-    out = sdpa.attention(call.query, keys, values, mask, call.dropout, False, call.scale).transpose(1, 2)
+    out = sdpa.attention(call.query, keys, values, mask, call.dropout, False, call.scale, call.sinks).transpose(1, 2)
     if mask is not None and sum(span.row1 - span.row0 for span in spans) < layout.rows:
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out

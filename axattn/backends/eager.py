@@ -1,4 +1,4 @@
-"""``eager``: the model's own eager attention function, the exact fallback for sinks, softcap and sparse indices."""
+"""``eager``: the model's own eager attention function, the exact fallback for softcap and for what no kernel serves."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from axattn.errors import Reason
 from axattn.machine.environment import Environment
 from axattn.spec.capability import Capability, Refused
 
+_SINKS_NOTE = "called by axattn, from the kernel's logsumexp"
 _COMMON = dataclasses.replace(FLASH_KERNEL, softcap=True)
 _MINIMUM_4 = (("nvidia_cutlass_dsl", "nvidia-cutlass-dsl", "4.6.2"), ("quack_kernels", "quack-kernels", "0.5.3"))
 """From the metadata of flash-attn-4 4.0.0b36."""
@@ -59,12 +60,16 @@ TWO = dataclasses.replace(
     dropout=True,
     traced=True,
     refuses=(Refused("serves no dropout under a softcap", ("softcap", "dropout")),),
-    notes={"softcap": "from flash-attn 2.6 on; not on AMD GPUs"},
+    notes={
+        "softcap": "from flash-attn 2.6 on; not on AMD GPUs",
+        "sinks": f"{_SINKS_NOTE}, from flash-attn 2.8 on; not on AMD GPUs",
+    },
 )
 THREE = dataclasses.replace(
     _COMMON,
     traced=True,
     refuses=(Refused("takes deterministic=True, but not every build of hopper/ is deterministic", ("deterministic",)),),
+    notes={"sinks": _SINKS_NOTE},
 )
 FOUR = dataclasses.replace(_COMMON, sinks=True)
 FOUR_ON_BLACKWELL = dataclasses.replace(
@@ -132,6 +137,20 @@ def _capability_4(environment: Environment) -> Capability:
     return FOUR_ON_BLACKWELL if family in (10, 11) else FOUR_ON_SM120 if family == 12 else FOUR
 
 
+_NO_SINKS = Refused("serves no dropout with sinks", ("sinks", "dropout"))
+
+
+def _called_2(served: Capability, environment: Environment) -> Capability:
+    """Sinks from flash-attn 2.8 on (older ones lay out the logsumexp of packed rows otherwise), not on AMD GPUs."""
+    if environment.device == "rocm" or environment.flash_attn_triton or not environment.has("flash_attn", "2.8"):
+        return served
+    return dataclasses.replace(served, sinks=True, refuses=(*served.refuses, _NO_SINKS))
+
+
+def _called_3(served: Capability, _: Environment) -> Capability:
+    return dataclasses.replace(served, sinks=True)
+
+
 BACKENDS = (
     Backend(
         "flash_attention_2",
@@ -142,6 +161,7 @@ BACKENDS = (
         install=_INSTALL[2],
         spans=True,
         on=_capability_2,
+        direct=_called_2,
     ),
     Backend(
         "flash_attention_3",
@@ -151,6 +171,7 @@ BACKENDS = (
         flash_3,
         install=_INSTALL[3],
         spans=True,
+        direct=_called_3,
     ),
     Backend(
         "flash_attention_4",

@@ -30,7 +30,8 @@ from axattn.backends.torch_flash import unusable
 from axattn.backends.varlen_engine.flash_backward import BACKWARD, Packed, exact_forward, flash_backward
 from axattn.backends.varlen_engine.forward_backward import ForwardBackward, PackedForwardBackward, over_packed
 from axattn.backends.varlen_engine.packed import one_head_dim, packed_call
-from axattn.backends.varlen_engine.per_document import documents_of
+from axattn.backends.varlen_engine.per_document import documents_of, mean_of_keys
+from axattn.backends.varlen_engine.sinks import with_sinks
 from axattn.errors import BackendUnavailableError, Reason
 from axattn.hf import integrations
 from axattn.kernels.hadamard import hadamard
@@ -62,6 +63,8 @@ HADAMARD = Option(
 def fp8(call: AttentionCall) -> torch.Tensor:
     """FP8 attention; returns ``[B, S, H, Dv]``."""
     layout = layout_of(call)
+    if call.sinks is not None:
+        return with_sinks(call, layout, _pair(call))
     rotation = BACKEND.option(call, "hadamard")
     exact_backward = BACKEND.option(call, "backward") == "exact"
 
@@ -125,8 +128,10 @@ def _forward(
 
 def forward_backward(call: AttentionCall) -> ForwardBackward | None:
     """Its forward and backward as separate functions; None under a softcap, which has no gradient."""
-    if call.softcap is not None:
-        return None
+    return None if call.softcap is not None else _pair(call)
+
+
+def _pair(call: AttentionCall) -> ForwardBackward:
     rotation = BACKEND.option(call, "hadamard")
 
     def forward(q: Any, k: Any, v: Any, packed: Packed, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +139,7 @@ def forward_backward(call: AttentionCall) -> ForwardBackward | None:
         return out, lse
 
     recompute = exact_forward if BACKEND.option(call, "backward") == "exact" else None
-    return over_packed(PackedForwardBackward(forward, smoothed_keys, recompute))
+    return over_packed(PackedForwardBackward(forward, smoothed_keys, recompute, mean_of_keys))
 
 
 Quantised = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -26,7 +26,8 @@ from axattn.backends.torch_flash import unusable
 from axattn.backends.varlen_engine.flash_backward import BACKWARD, Packed, exact_forward, flash_backward
 from axattn.backends.varlen_engine.forward_backward import ForwardBackward, PackedForwardBackward, over_packed
 from axattn.backends.varlen_engine.packed import one_head_dim, packed_call
-from axattn.backends.varlen_engine.per_document import documents_of, smoothed_keys
+from axattn.backends.varlen_engine.per_document import documents_of, mean_of_keys, smoothed_keys
+from axattn.backends.varlen_engine.sinks import with_sinks
 from axattn.errors import Reason
 from axattn.hf import hub_kernels
 from axattn.kernels.document_statistics import Documents, smoothed
@@ -80,6 +81,8 @@ def sage(call: AttentionCall) -> torch.Tensor:
     if call.query.shape[2] == 1:
         return exact_attention(call)
     layout = layout_of(call)
+    if call.sinks is not None:
+        return with_sinks(call, layout, _pair(call))
     exact = BACKEND.option(call, "backward") == "exact"
 
     def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
@@ -112,10 +115,14 @@ def forward_backward(call: AttentionCall) -> ForwardBackward | None:
     """Its forward and backward as separate functions; None without a gradient, and for a single query."""
     if call.softcap is not None or call.query.shape[2] == 1:
         return None
+    return _pair(call)
+
+
+def _pair(call: AttentionCall) -> ForwardBackward:
     return over_packed(_FORWARD_BACKWARD_EXACT if BACKEND.option(call, "backward") == "exact" else _FORWARD_BACKWARD)
 
 
-_FORWARD_BACKWARD = PackedForwardBackward(_quantised, smoothed_keys)
+_FORWARD_BACKWARD = PackedForwardBackward(_quantised, smoothed_keys, key_mean=mean_of_keys)
 _FORWARD_BACKWARD_EXACT = _FORWARD_BACKWARD._replace(recompute=exact_forward)
 
 

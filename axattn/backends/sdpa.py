@@ -15,6 +15,7 @@ from axattn.backends.sparse_indices import only_selected, selected
 from axattn.hf.torch_sdpa import avoids_cudnn, takes_grouped_heads, without_cudnn
 from axattn.machine.environment import Environment
 from axattn.masks.lazy_mask import LazyMask
+from axattn.spec.capability import Capability
 
 CAPABILITY = dataclasses.replace(
     TORCH_KERNEL,
@@ -27,6 +28,7 @@ CAPABILITY = dataclasses.replace(
     notes={
         "segments": "document by document when called by axattn, as under `auto`. One dense S x S mask in graphs, over "
         "a cache and for masks that hold more than documents, windows and padding",
+        "sinks": "called by axattn, as one more key",
         "second_gradient": "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); torch raises for its other kernels",
         "cuDNN": "on Hopper and Blackwell torch 2.11 prefers its kernel, which plans every new length anew (0.15 to "
         "0.5 s: FunASR#3704). axattn never runs it with a mask or a single query, nor on Hopper for a bidirectional "
@@ -59,9 +61,9 @@ def _sdpa(call: AttentionCall) -> torch.Tensor:
         mask, causal = None, call.causal and bool(query.shape[2] > 1)
     else:
         mask, causal = _with_bias(call.dense_mask(), call.bias, query.dtype), False
-    if mask is not None or call.dropout:
+    if mask is not None or call.dropout or call.sinks is not None:
         call.ran = "sdpa"  # a backend that passes on whole rows without dropout is counted itself
-    out = attention(query, key, value, mask, call.dropout, causal, call.scale)
+    out = attention(query, key, value, mask, call.dropout, causal, call.scale, call.sinks)
     return keep_nan(out.transpose(1, 2), query)
 
 
@@ -87,6 +89,7 @@ def attention(
     dropout: float,
     causal: bool,
     scale: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``F.scaled_dot_product_attention``, with grouped heads in a form that one of torch's fused kernels takes.
 
@@ -103,11 +106,18 @@ def attention(
         dropout: probability of attention dropout.
         causal: a query attends to no later key, aligned top-left.
         scale: factor on the logits, None for ``D ** -0.5``.
+        sinks: ``[H]``, or None. A single query is computed with its logits, which copies no key; for several, the sinks
+            are one more key.
 
     Returns:
         ``[B, H, S, Dv]``.
     """
     B, heads, S, D = query.shape
+    if sinks is not None:
+        if S == 1 and not (causal and key.shape[2] > 1):
+            return _single_query_with_sinks(query, key, value, mask, dropout, scale, sinks)
+        key, value, mask = _with_sink_key(query, key, value, mask, causal, sinks)
+        causal = False
     kv_heads, keys = key.shape[1], key.shape[2]
     groups, enable_gqa, heads_as_rows = heads // kv_heads, False, False
     if groups > 1:
@@ -127,6 +137,50 @@ def attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=enable_gqa
         )
     return out.reshape(B, heads, S, value.shape[-1]) if heads_as_rows else out
+
+
+def _single_query_with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scale: float | None,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """`attention` of one query per row, softmax in float32."""
+    B, heads, _, D = query.shape
+    kv_heads = key.shape[1]
+    grouped = (query * (D**-0.5 if scale is None else scale)).reshape(B, kv_heads, heads // kv_heads, D)
+    logits = (grouped @ key.transpose(-1, -2)).reshape(B, heads, 1, -1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    column = sinks.to(logits.dtype)[None, :, None, None].expand(B, heads, 1, 1)
+    weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+    weights = F.dropout(weights, dropout) if dropout else weights
+    out = weights.to(value.dtype).reshape(B, kv_heads, heads // kv_heads, -1) @ value
+    return out.reshape(B, heads, 1, -1)
+
+
+def _with_sink_key(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    sinks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Key, value and additive mask ``[B|1, H, S, T + 1]`` with one more key of zeros, whose bias is the sink."""
+    heads, S, keys = query.shape[1], query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(1, 1, S, keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril() if causal else mask
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    column = sinks.to(query.dtype)[None, :, None, None].expand(mask.shape[0], heads, S, 1)
+    mask = torch.cat([mask.to(query.dtype).expand(-1, heads, S, -1), column], -1)
+    return F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1)), mask
 
 
 def repeated(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -156,6 +210,20 @@ def native_note(environment: Environment) -> str:
     )
 
 
+def _called(served: Capability, _: Environment) -> Capability:
+    """Transformers' own ``sdpa`` ignores sinks."""
+    return dataclasses.replace(served, sinks=True)
+
+
 BACKENDS = (
-    Backend("sdpa", "torch scaled_dot_product_attention", CAPABILITY, always_usable, sdpa, is_sdpa=True, notice=notice),
+    Backend(
+        "sdpa",
+        "torch scaled_dot_product_attention",
+        CAPABILITY,
+        always_usable,
+        sdpa,
+        is_sdpa=True,
+        notice=notice,
+        direct=_called,
+    ),
 )

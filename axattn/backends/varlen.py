@@ -15,9 +15,9 @@ from axattn.backends import sdpa, torch_flash
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable
 from axattn.backends.call import AttentionCall
 from axattn.backends.compiled_ops import varlen_op
-from axattn.backends.varlen_engine.flash_backward import exact_forward
-from axattn.backends.varlen_engine.forward_backward import TILES, ForwardBackward, PackedForwardBackward, over_packed
-from axattn.backends.varlen_engine.packed import over_layout, runs_flash
+from axattn.backends.varlen_engine.forward_backward import ForwardBackward, of_torch
+from axattn.backends.varlen_engine.packed import over_layout
+from axattn.backends.varlen_engine.sinks import exact_with_sinks
 from axattn.errors import Reason
 from axattn.hf.torch_internals import is_tracing
 from axattn.machine.environment import Environment
@@ -25,6 +25,7 @@ from axattn.masks.lazy_mask import LazyMask
 
 CAPABILITY = dataclasses.replace(
     TORCH_KERNEL,
+    sinks=True,
     dropout=True,
     dense_mask=True,
     notes={
@@ -32,6 +33,7 @@ CAPABILITY = dataclasses.replace(
         "(torch.nn.attention.activate_flash_attention_impl, which axattn never calls); a plan names it",
         "dense_mask": "through sdpa",
         "dropout": "through sdpa, document by document",
+        "sinks": "from the kernel's logsumexp; on AMD GPUs through sdpa",
         "dtypes": "on CUDA, float32 and head dims above 256 go through sdpa, document by document",
     },
 )
@@ -39,27 +41,22 @@ CAPABILITY = dataclasses.replace(
 
 def varlen(call: AttentionCall) -> torch.Tensor:
     """Attention whose cost follows the document lengths; returns ``[B, S, H, Dv]``."""
-    if call.dropout or not isinstance(call.mask, LazyMask) or call.mask.as_flag is not None:
+    flagged = isinstance(call.mask, LazyMask) and call.mask.as_flag is not None and call.sinks is None
+    if call.dropout or not isinstance(call.mask, LazyMask) or flagged:
         return sdpa.sdpa(call)
     if is_tracing():
         return varlen_op.over_documents(call, "varlen")
     layout = call.mask.layout()
-    return sdpa.sdpa(call) if layout is None else over_layout(call, layout)
+    if layout is None:
+        return sdpa.sdpa(call)
+    return over_layout(call, layout) if call.sinks is None else exact_with_sinks(call, layout)
 
 
 def forward_backward(call: AttentionCall) -> ForwardBackward | None:
     """Its forward and backward as separate functions if torch's flash kernel runs: on a GPU only for packed or padded
-    rows (whole rows run on the fastest kernel that ``F.scaled_dot_product_attention`` finds)."""
-    if call.query.device.type == "cpu":
-        return TILES
-    whole = isinstance(call.mask, LazyMask) and call.mask.as_flag is not None
-    widest = call.query if call.query.shape[-1] >= call.value.shape[-1] else call.value
-    return None if whole or torch.version.hip is not None or not runs_flash(widest) else _PACKED
-
-
-_PACKED = over_packed(
-    PackedForwardBackward(lambda q, k, v, packed, _: exact_forward(q, k, v, packed), lambda key, _: key)
-)
+    rows and with sinks (other whole rows run on the fastest kernel that ``F.scaled_dot_product_attention`` finds)."""
+    whole = isinstance(call.mask, LazyMask) and call.mask.as_flag is not None and call.sinks is None
+    return None if whole and call.query.device.type != "cpu" else of_torch(call)
 
 
 def probe(environment: Environment) -> list[Reason]:

@@ -22,7 +22,10 @@ from axattn.backends import decoding
 from axattn.backends.base import HALVES, Backend, check_gpu, check_library
 from axattn.backends.call import AttentionCall
 from axattn.backends.flash_calls import layout_of
+from axattn.backends.varlen_engine.flash_backward import Packed
+from axattn.backends.varlen_engine.forward_backward import PackedForwardBackward, over_packed
 from axattn.backends.varlen_engine.packed import one_head_dim, packed_call, span_lengths
+from axattn.backends.varlen_engine.sinks import with_sinks
 from axattn.errors import Reason
 from axattn.machine.environment import Environment
 from axattn.masks.varlen_layout import Layout
@@ -33,6 +36,11 @@ _BOTH_WAYS = ("window", "bidirectional")
 _NO_BACKWARD = "has no backward for it: its memory-efficient kernel refuses windows there"
 _VARIES = "runs FlashAttention's non-deterministic backward there"
 _ONE_WAY = "has bidirectional windows in FlashAttention only, which does not run there"
+_NO_LOGSUMEXP = "serves sinks in FlashAttention only, which does not run there"
+_SINKS = (
+    Refused("serves no dropout with sinks", ("sinks", "dropout")),
+    Refused("has sinks for causal windows only", ("sinks", *_BOTH_WAYS)),
+)
 CAPABILITY = Capability(
     devices=frozenset({"cuda"}),
     dtypes=HALVES | {"float32"},
@@ -44,6 +52,7 @@ CAPABILITY = Capability(
     bidirectional=True,
     window=True,
     chunk=True,
+    sinks=True,
     dropout=True,
     padding=True,
     segments=True,
@@ -53,6 +62,9 @@ CAPABILITY = Capability(
     deterministic=True,
     traced=True,
     refuses=(
+        *_SINKS,
+        Refused(_NO_LOGSUMEXP, ("sinks",), dtypes=frozenset({"float32"})),
+        Refused(_NO_LOGSUMEXP, ("sinks",), dtypes=HALVES, head_dims=(257, None)),
         Refused(_NO_BACKWARD, ("window", "gradient"), dtypes=frozenset({"float32"})),
         Refused(_NO_BACKWARD, ("window", "gradient"), dtypes=HALVES, head_dims=(257, None)),
         Refused(_ONE_WAY, _BOTH_WAYS, dtypes=frozenset({"float32"})),
@@ -69,10 +81,11 @@ head dim 256, torch's memory-efficient kernel for the rest. ``tests/real`` check
 _BEFORE_AMPERE = dataclasses.replace(
     CAPABILITY,
     dtypes=frozenset({"float16", "float32"}),
+    sinks=False,
     refuses=(Refused(_NO_BACKWARD, ("window", "gradient")), Refused(_ONE_WAY, _BOTH_WAYS)),
 )
 _AFTER_HOPPER = dataclasses.replace(
-    CAPABILITY, dtypes=HALVES, max_head_dim=256, refuses=(Refused(_VARIES, ("deterministic",)),)
+    CAPABILITY, dtypes=HALVES, max_head_dim=256, refuses=(*_SINKS, Refused(_VARIES, ("deterministic",)))
 )
 """Its memory-efficient operator stops at sm90."""
 
@@ -96,8 +109,10 @@ def _capability(environment: Environment) -> Capability:
 def xformers(call: AttentionCall) -> torch.Tensor:
     """Memory-efficient attention; returns ``[B, S, H, Dv]``."""
     layout = layout_of(call)
-    if decoding.serves(call):
+    if decoding.serves(call) or (call.sinks is not None and call.query.shape[2] == 1):
         return decoding.single_query_attention(call, layout)
+    if call.sinks is not None:
+        return with_sinks(call, layout, over_packed(_PAIR))
     memory_efficient_attention = _library().memory_efficient_attention
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
 
@@ -109,12 +124,51 @@ def xformers(call: AttentionCall) -> torch.Tensor:
     def kernel(q: Any, k: Any, v: Any, *_: Any) -> torch.Tensor:
         q, k, v = q[None], k[None], v[None]
         if layout.causal or layout.window is None:
-            return run(q, k, v, layout.kept("xformers", lambda: block_diagonal(layout, call.query.device)))
+            return run(q, k, v, _bias(layout, call.query.device))
         blocks = _blocks(layout, q, k, v)
         return torch.cat([run(q1, k1, v1, bidirectional_window(layout)) for q1, k1, v1 in blocks])
 
     query, key, value = one_head_dim(call.query, call.key, call.value)
     return packed_call(query, key, value, layout, kernel)[..., : call.value.shape[-1]]
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[tokens, H, D]`` and logsumexp ``[H, tokens]``."""
+    run = _library().memory_efficient_attention_forward_requires_grad
+    inputs = grouped(q[None], k[None], v[None], gradient=True)
+    out, logsumexp = run(*inputs, attn_bias=_bias(layout, q.device), scale=packed.scale)
+    return out[0], logsumexp[0, :, : q.shape[0]]
+
+
+def _backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    packed: Packed,
+    layout: Layout,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `_forward`; those of repeated KV heads are added up in float32."""
+    run = _library().memory_efficient_attention_backward
+    inputs = grouped(q[None], k[None], v[None], gradient=True)
+    saved = (grad[None], out[None], logsumexp[None])
+    dq, dk, dv = run(*saved, *inputs, attn_bias=_bias(layout, q.device), scale=packed.scale)
+    tokens, kv_heads, size = k.shape
+    if kv_heads != q.shape[1]:
+        dk, dv = (x.reshape(tokens, kv_heads, -1, size).sum(2, dtype=torch.float32).to(k.dtype) for x in (dk, dv))
+    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
+
+
+_PAIR = PackedForwardBackward(_forward, lambda key, _: key, backward=_backward)
+
+
+def _bias(layout: Layout, device: torch.device) -> Any:
+    """`block_diagonal`, made once for all layers that share a layout."""
+    return layout.kept("xformers", lambda: block_diagonal(layout, device))
 
 
 def _library() -> Any:

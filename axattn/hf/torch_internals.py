@@ -6,8 +6,9 @@ One function per use, so that a new torch needs changes in this file only. The c
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -137,6 +138,11 @@ def flash_backward(
         window_size_right=window[1],
     )
     return found
+
+
+def parameters_of(function: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a function, also if ``torch.library.custom_op`` has wrapped it."""
+    return inspect.signature(getattr(function, "_init_fn", function)).parameters
 
 
 def autograd_in_operator() -> Any:

@@ -180,10 +180,19 @@ def _features(found: list[Backend]) -> list[tuple[str, list[str]]]:
     rows.append(("dtypes", [", ".join(sorted(_short(name) for name in record.dtypes)) for record in records]))
     rows.append(("head dims", [_head_dims(record) for record in records]))
     for name in records[0].features():
-        rows.append((_LABELS[name], [_mark(record.features()[name]) for record in records]))
+        rows.append((_LABELS[name], [_cell(backend, name) for backend in found]))
         if name == "segments":
             rows.append(("packed documents, by its own name", [_packs(backend.name) for backend in found]))
     return rows
+
+
+def _cell(backend: Backend, feature: str) -> str:
+    if backend.capability.features()[feature]:
+        return "yes"
+    if backend.direct is None:
+        return "-"
+    hopper = dataclasses.replace(dict(_MACHINES)["Hopper (sm90)"], libraries=EVERY_LIBRARY)
+    return "called by axattn" if backend.direct(backend.capability, hopper).features()[feature] else "-"
 
 
 def _refused(backend: Backend) -> list[str]:
@@ -191,7 +200,7 @@ def _refused(backend: Backend) -> list[str]:
     where: dict[str, list[str]] = {}
     runs = [(label, found) for label, found in _everywhere() if not _ruled_out(backend, found)]
     for label, machine in runs:
-        for refused in backend.capability_on(machine).refuses:
+        for refused in backend.called_capability_on(machine).refuses:
             where.setdefault(f"{refused.together()} ({refused.why})", []).append(label)
     return [
         f"{clause}{'' if len(labels) == len(runs) else ': ' + ', '.join(labels)}." for clause, labels in where.items()

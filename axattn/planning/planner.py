@@ -216,7 +216,7 @@ def _plan_path(
     if names.is_native(name):
         kernel = hub_kernel(name, environment)
         runs = name if kernel is None else str(kernel)
-        planned = _plan_layers(layers, name, (runs,), environment)
+        planned = _plan_layers(layers, name, (runs,), environment, native=True)
         failed = [entry for entry in planned if not entry.chosen]
         if not failed and (kernel is not None or name not in names.FLASH or _trains(layers, name, environment)):
             notes += _hub_notes(name, kernel, path, layers, environment)
@@ -290,7 +290,7 @@ def _upgraded(name: str, layers: list[LayerNeed], environment: Environment) -> l
     slower = "flash_attention_4" not in ranked[: ranked.index(name)]
     if slower and not backend_of(name).probe(environment):
         return None
-    planned = _plan_layers(layers, name, ("flash_attention_4",), environment)
+    planned = _plan_layers(layers, name, ("flash_attention_4",), environment, native=True)
     served = all(entry.chosen for entry in planned) and _trains(layers, "flash_attention_4", environment)
     return planned if served else None
 
@@ -298,26 +298,29 @@ def _upgraded(name: str, layers: list[LayerNeed], environment: Environment) -> l
 def _trains(layers: list[LayerNeed], name: str, environment: Environment) -> bool:
     """Whether a kernel serves every layer in training too. Only the calls show whether there is any."""
     trained = [replaced(layer, need=replaced(layer.need, gradient=True)) for layer in layers]
-    return all(entry.chosen for entry in _plan_layers(trained, name, (name,), environment))
+    return all(entry.chosen for entry in _plan_layers(trained, name, (name,), environment, native=True))
 
 
 def _plan_layers(
-    layers: list[LayerNeed], asked: str, order: tuple[str, ...], environment: Environment
+    layers: list[LayerNeed], asked: str, order: tuple[str, ...], environment: Environment, *, native: bool = False
 ) -> list[LayerPlan]:
-    """A plan per layer; layers with the same need are decided once."""
+    """A plan per layer; layers with the same need are decided once. `native`: Transformers calls the kernel."""
     decided: dict[Need, LayerPlan] = {}
     for layer in layers:
         if layer.need not in decided:
-            decided[layer.need] = _plan_layer(layer, asked, order, environment)
+            decided[layer.need] = _plan_layer(layer, asked, order, environment, native)
     return [replaced(decided[layer.need], layer=layer) for layer in layers]
 
 
-def _plan_layer(layer: LayerNeed, asked: str, order: tuple[str, ...], environment: Environment) -> LayerPlan:
+def _plan_layer(
+    layer: LayerNeed, asked: str, order: tuple[str, ...], environment: Environment, native: bool
+) -> LayerPlan:
     rejected: list[Rejected] = []
     need: Need = replaced(layer.need, device=environment.torch_device)
     for name in by_need(order, need) if asked == "auto" else order:
         backend = backend_of(name)
-        lacking = missing(need, backend.capability_on(environment), name)
+        served = backend.capability_on(environment) if native else backend.called_capability_on(environment)
+        lacking = missing(need, served, name)
         reasons = [*backend.probe(environment), *lacking] if len(order) > 1 else lacking
         if not reasons:
             return LayerPlan(layer, asked, name, tuple(rejected))

@@ -60,7 +60,7 @@ class Route:
         self.options_json = json.dumps(dict(self.options))  # torch.compile can't trace it
         self.options_json_deterministic = json.dumps({**self.options, "deterministic": True})
         machine, found = Environment.current(), [backends.get(name) for name in self.candidates]
-        self.kernels = {backend.name: (backend, backend.capability_on(machine)) for backend in found}
+        self.kernels = {backend.name: (backend, backend.called_capability_on(machine)) for backend in found}
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "decisions": {}, "short": {}}

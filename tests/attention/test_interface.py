@@ -154,8 +154,6 @@ def test_an_unsupported_keyword_is_refused(value: Any) -> None:
     ("keyword", "value", "part"),
     [
         ("softcap", 30.0, "softcap=30.0"),
-        ("s_aux", torch.zeros(4), "sinks"),
-        ("sinks", torch.zeros(4), "sinks"),
         ("position_bias", torch.zeros(1, 4, 6, 6), "bias"),
         ("indices", torch.zeros(2, 6, 1), "sparse"),
         ("output_attentions", True, "no attention weights"),
@@ -166,6 +164,16 @@ def test_what_varlen_does_not_have_is_refused_not_dropped(keyword: str, value: A
     mask = after_a_plain_call()
     with pytest.raises(UnsupportedAttentionError, match=part):
         run(mask, **{keyword: value})
+
+
+@pytest.mark.parametrize("keyword", ["s_aux", "sinks"])
+def test_the_shortcut_for_plain_calls_lets_sinks_through(keyword: str) -> None:
+    mask, (q, k, v), sinks = after_a_plain_call(), qkv(), torch.tensor([2.0, -1.0, 0.5, 3.0])
+    key, value = (x.repeat_interleave(2, 1) for x in (k, v))
+    logits = (q @ key.transpose(-1, -2) * 8**-0.5).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -1e9)
+    weights = torch.cat([logits, sinks[None, :, None, None].expand(2, 4, 6, 1)], -1).softmax(-1)[..., :-1]
+    assert torch.allclose(run(mask, **{keyword: sinks}), (weights @ value).transpose(1, 2), atol=1e-6)
+    assert torch.allclose(run(mask), reference(q, k, v, is_causal=True), atol=1e-6)
 
 
 def test_dropout_is_stochastic_never_ignored() -> None:

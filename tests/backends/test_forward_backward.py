@@ -12,7 +12,7 @@ import torch
 
 import axattn
 from axattn import backends
-from axattn.backends import fp8, sage, varlen
+from axattn.backends import fp8, sage
 from axattn.backends.compiled_ops.varlen_op import attention_op
 from axattn.backends.varlen_engine import forward_backward
 from axattn.backends.varlen_engine.flash_backward import exact_forward
@@ -21,7 +21,7 @@ from tests.models import build, positions, tokens
 from tests.operators import RULES, documents, inputs, padding, rule
 from tests.sampling import part_of
 
-PASSES = {"tiles": forward_backward.TILES, "packed": varlen._PACKED, "none, so run again": None}
+PASSES = {"tiles": forward_backward.TILES, "packed": forward_backward.PACKED, "none, so run again": None}
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ the rounding. Signatures: flash-attn 2.8.3 and flash_attn_interface (hopper/) 3.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,6 +134,91 @@ def _varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any
     return torch.cat([done, out[done.shape[0] :]])
 
 
+def _pair_forward(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[tokens, H, D]``, and the logsumexp ``[H, tokens]``: +inf where a query sees nothing."""
+    ends = zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True)
+    parts = [_with_logsumexp(q[a:b], k[c:d], v[c:d], **options) for (a, b), (c, d) in ends]
+    lse = torch.cat([part[1] for part in parts], 1)
+    return torch.cat([part[0] for part in parts]).to(q.dtype), lse.masked_fill(lse == float("-inf"), float("inf"))
+
+
+@torch.autocast("cpu", enabled=False)
+def _pair_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_q: Any, cu_k: Any,
+    scale: float, causal: bool, window: tuple[int, int], softcap: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Gradients from the output and the logsumexp that it is given, as the kernel does it, fp32 inside."""
+    group, dq, dk, dv = q.shape[1] // k.shape[1], *(torch.zeros_like(x) for x in (q, k, v))
+    for (a, b), (c, d) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True):
+        wide_k, wide_v = (x[c:d].float().repeat_interleave(group, 1) for x in (k, v))
+        logits = torch.einsum("shd,thd->hst", q[a:b].float(), wide_k) * scale
+        capped = softcap * torch.tanh(logits / softcap) if softcap else logits
+        rows, columns = torch.arange(b - a)[:, None] + (d - c) - (b - a), torch.arange(d - c)
+        left, right = window[0], 0 if causal else window[1]
+        seen = (left < 0) | (columns >= rows - left)
+        seen = seen & ((right < 0) | (columns <= rows + right))
+        weights = (capped - lse[:, a:b, None]).exp().masked_fill(~seen, 0.0)
+        given = grad[a:b].float()
+        ds = torch.einsum("shd,thd->hst", given, wide_v) - (given * out[a:b].float()).sum(-1).T[..., None]
+        ds = weights * ds * ((1 - (capped / softcap) ** 2) if softcap else 1.0)
+        dq[a:b] = (torch.einsum("hst,thd->shd", ds, wide_k) * scale).to(dq.dtype)
+        wide = torch.einsum("hst,shd->thd", ds, q[a:b].float()) * scale, torch.einsum("hst,shd->thd", weights, given)
+        for target, found in zip((dk, dv), wide, strict=True):
+            target[c:d] = found.view(d - c, -1, group, found.shape[-1]).sum(2).to(target.dtype)
+    return dq, dk, dv
+
+
+def _flash_attn_varlen_backward(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any, dq: Any, dk: Any, dv: Any,
+    cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float,
+    causal: bool, window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Any, deterministic: bool,
+    rng_state: Any = None, zero_tensors: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Of FlashAttention 2: fills the gradients that it is given."""
+    assert not dropout_p
+    assert alibi_slopes is None
+    if softmax_lse.shape != (q.shape[1], q.shape[0]) or softmax_lse.dtype != torch.float32:
+        raise RuntimeError("softmax_lse must be float32 [H, tokens]")
+    if not softmax_lse.is_contiguous():
+        raise RuntimeError("softmax_lse must be contiguous")
+    repeats.append(deterministic)
+    _lengths(cu_seqlens_q, cu_seqlens_k, q, k, max_seqlen_q, max_seqlen_k)
+    rule = (softmax_scale, causal, (window_size_left, window_size_right), softcap)
+    found = _pair_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, *rule)
+    for target, grad in zip((dq, dk, dv), found, strict=True):
+        target.copy_(grad)
+    return softmax_lse.new_empty(0)
+
+
+def _flash_attn_forward(
+    q: Any, k: Any, v: Any, k_new: Any, v_new: Any, qv: Any, out: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
+    cu_seqlens_k_new: Any, seqused_q: Any, seqused_k: Any, max_seqlen_q: Any, max_seqlen_k: Any, page_table: Any,
+    kv_batch_idx: Any, leftpad_k: Any, rotary_cos: Any, rotary_sin: Any, seqlens_rotary: Any, q_descale: Any,
+    k_descale: Any, v_descale: Any, softmax_scale: Any, causal: Any, window_size: Any = (-1, -1),
+    attention_chunk: int = 0, softcap: float = 0.0, rotary_interleaved: bool = True, scheduler_metadata: Any = None,
+    num_splits: int = 1, pack_gqa: Any = None, sm_margin: int = 0,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Of FlashAttention 3 (``hopper/flash_attn_interface.py``)."""
+    assert k_new is v_new is qv is out is seqused_q is seqused_k is page_table is q_descale is None
+    calls.append("flash_attention_3")
+    _check(q, k, v)
+    _lengths(cu_seqlens_q, cu_seqlens_k, q, k, max_seqlen_q, max_seqlen_k)
+    options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+    return *_pair_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, **options), None, None
+
+
+def _flash_attn_backward(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, sequed_q: Any,
+    sequed_k: Any, max_seqlen_q: Any, max_seqlen_k: Any, dq: Any, dk: Any, dv: Any, softmax_scale: Any, causal: Any,
+    window_size: Any = (-1, -1), softcap: float = 0.0, deterministic: bool = False, sm_margin: int = 0,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Of FlashAttention 3: fills the gradients that it is given."""
+    settings = (0.0, softmax_scale, causal, *window_size, softcap, None, deterministic)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _flash_attn_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, *lengths, *settings)
+    return dq, dk, dv, softmax_lse
+
+
 def _no_dropout_under_a_softcap(softcap: float, dropout: float) -> None:
     if softcap and dropout:
         raise RuntimeError("Softcapping does not support dropout for now")
@@ -183,7 +269,7 @@ class FlashAttention2:
         deterministic: bool = False,
         return_attn_probs: bool = False,
         block_table: Any = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         """``[tokens, H, D]`` → ``[tokens, H, D]``."""
         calls.append("flash_attention_2")
         repeats.append(deterministic)
@@ -191,6 +277,9 @@ class FlashAttention2:
         _no_dropout_under_a_softcap(softcap, dropout_p)
         options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        if return_attn_probs:
+            _lengths(cu_seqlens_q, cu_seqlens_k, q, k, max_seqlen_q, max_seqlen_k)
+            return *_pair_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, **options), q.new_empty(0)
         return _varlen(q, k, v, *lengths, dropout=dropout_p, **options)
 
     @staticmethod

@@ -80,7 +80,9 @@ def hopper(*installed: str, sm: int = 90) -> Iterator[Environment]:
         if "xformers" in installed:
             from tests.fakes import xformers as fake
 
-            patch.setattr(xformers.ops, "memory_efficient_attention", fake.memory_efficient_attention)
+            for part in ("", "_forward_requires_grad", "_backward"):
+                name = f"memory_efficient_attention{part}"
+                patch.setattr(xformers.ops, name, getattr(fake, name))
             fake.calls.clear()
         if "fp8" in installed:
             patch.setattr(torchao, "STORAGE", torch.float32)  # unrounded: what is left is the adapter's own

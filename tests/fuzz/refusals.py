@@ -38,7 +38,6 @@ TRUE: tuple[tuple[str, Callable[[Example | Chat], bool]], ...] = (
     (r"would leak on (eager|sdpa)", lambda e: e.name in ("eager", "sdpa") and _counts_padding(e)),
     (r"varlen has no softcap", _lacks("varlen", "gemma2")),
     (r"sdpa has no softcap", _lacks("sdpa", "gemma2")),
-    (r"varlen has no attention sinks", _lacks("varlen", "gpt_oss")),
     (r"sdpa has no attention sinks", _lacks("sdpa", "gpt_oss")),
 )
 """(a pattern of the message, whether it is true of an example)."""

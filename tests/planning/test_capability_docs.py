@@ -25,7 +25,9 @@ def test_what_the_page_says_of_some_kernels() -> None:
     columns = rows["feature"].split(" | ")
     at = {name.strip("` |"): i for i, name in enumerate(columns)}
     assert rows["attention sinks (gpt-oss)"].split(" | ")[at["flash_attention_4"]].strip(" |") == "yes"
-    assert rows["attention sinks (gpt-oss)"].split(" | ")[at["flash_attention_2"]] == "-"
+    assert rows["attention sinks (gpt-oss)"].split(" | ")[at["flash_attention_2"]] == "called by axattn"
+    assert rows["attention sinks (gpt-oss)"].split(" | ")[at["varlen"]] == "yes"
+    assert rows["sliding window"].split(" | ")[at["fp8"]] == "-"
     assert rows["Turing (sm75)"].split(" | ")[at["flash_attention_2"]] == "-"
     assert rows["Hopper (sm90)"].split(" | ")[at["flash_attention_4"]].strip(" |") == "yes"
     assert rows["exact"].split(" | ")[at["sage"]] == "-"

@@ -26,7 +26,7 @@ def chosen(family: str, name: str = "auto", environment: Environment = CPU, **kw
         ("llama4", "varlen"),
         ("deepseek_v3", "varlen"),
         ("gemma2", "eager"),
-        ("gpt_oss", "eager"),
+        ("gpt_oss", "varlen"),
     ],
 )
 def test_auto_takes_the_fastest_exact_kernel_that_serves_each_layer(family: str, kernel: str) -> None:
@@ -34,9 +34,9 @@ def test_auto_takes_the_fastest_exact_kernel_that_serves_each_layer(family: str,
 
 
 def test_why_a_faster_kernel_was_not_taken_is_data() -> None:
-    layer = axattn.plan(CONFIGS["gpt_oss"](), "auto", environment=CPU).layers[0]
+    layer = axattn.plan(CONFIGS["gemma2"](), "auto", environment=CPU).layers[0]
     assert [r.backend for r in layer.rejected] == ["varlen", "sdpa"]
-    assert all(reason.feature == "sinks" for r in layer.rejected for reason in r.reasons)
+    assert all(reason.feature == "softcap" for r in layer.rejected for reason in r.reasons)
 
 
 def test_a_named_kernel_that_can_not_serve_a_layer_is_refused_with_every_reason() -> None:
@@ -88,6 +88,23 @@ def test_dropout_rules_flash_attention_3_out_but_not_2() -> None:
 def test_sinks_rule_flash_attention_2_out() -> None:
     with pytest.raises(UnsupportedAttentionError, match="sinks"):
         chosen("gpt_oss", "flash_attention_2", AMPERE)
+
+
+def test_routed_flash_attention_2_has_sinks_because_axattn_calls_it() -> None:
+    found = axattn.plan(
+        CONFIGS["gpt_oss"](head_dim=64), "flash_attention_2", environment=AMPERE, on_unsupported="route"
+    )
+    assert found.running == {"": "auto"}
+    assert [layer.chosen for layer in found.layers] == ["flash_attention_2"] * 2
+    old = machine("cuda", 80, flash_attn="2.7.4")
+    found = axattn.plan(CONFIGS["gpt_oss"](head_dim=64), "flash_attention_2", environment=old, on_unsupported="route")
+    assert [layer.chosen for layer in found.layers] == ["varlen"] * 2
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_3"])
+def test_where_transformers_calls_a_kernel_its_record_has_no_sinks(name: str) -> None:
+    with pytest.raises(UnsupportedAttentionError, match="no attention sinks"):
+        chosen("gpt_oss", name, HOPPER)
 
 
 def test_s2_is_for_llama_only() -> None:

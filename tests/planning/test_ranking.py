@@ -79,7 +79,10 @@ GEMMA = {"head_dim": 256, "heads": 8, "kv_heads": 4}
         (100, {**GEMMA, "window": 512, "gradient": True}, "varlen"),
         (100, {**GEMMA, "softcap": 50.0, "gradient": True}, "flash_attention_2"),
         (100, {"head_dim": 64, "sinks": True, "gradient": True}, "flash_attention_4"),
-        (120, {"head_dim": 64, "sinks": True}, "eager"),
+        (120, {"head_dim": 64, "sinks": True}, "varlen"),
+        (100, {"head_dim": 256, "sinks": True, "gradient": True}, "varlen"),
+        (80, {"head_dim": 64, "sinks": True, "gradient": True}, "varlen"),
+        (90, {"head_dim": 64, "sinks": True, "gradient": True}, "flash_attention_3"),
         (120, GEMMA, "varlen"),
         (120, {"head_dim": 64, "softcap": 30.0, "gradient": True}, "flash_attention_2"),
         (120, {"head_dim": 256, "softcap": 30.0}, "flash_attention_2"),
@@ -89,7 +92,9 @@ def test_auto_takes_no_kernel_that_would_raise(sm: int, fields: dict[str, Any], 
     """What flash-attn-4 4.0.0b36 lacks on each Blackwell."""
     there, need = machine("cuda", sm), Need(**fields, dtype="bfloat16", device="cuda")
     order = by_need(usable(there), need)
-    assert next(name for name in order if not missing(need, backends.get(name).capability_on(there), name)) == first
+    assert (
+        next(name for name in order if not missing(need, backends.get(name).called_capability_on(there), name)) == first
+    )
 
 
 def test_on_consumer_blackwell_nothing_is_said_of_tensor_memory_that_it_has_not() -> None:
@@ -137,12 +142,13 @@ def test_the_plan_says_why_not_the_faster_kernels() -> None:
 
 
 def test_layers_get_what_serves_them(caplog: pytest.LogCaptureFixture) -> None:
-    """Gemma 2's softcap and gpt-oss's sinks leave eager where a flash kernel has them."""
+    """Gemma 2's softcap leaves eager where a flash kernel has it; gpt-oss's sinks run on the first of all."""
     for family, installed, wanted in (
         ("gemma2", "flash_attention_2", "flash_attention_2"),
         ("gemma2", "flash_attention_3", "flash_attention_3"),
         ("gpt_oss", "flash_attention_4", "flash_attention_4"),
-        ("gpt_oss", "flash_attention_3", "eager"),
+        ("gpt_oss", "flash_attention_3", "flash_attention_3"),
+        ("gpt_oss", "xformers", "varlen"),
         ("mistral", "flash_attention_3", "flash_attention_3"),
         ("mistral", "xformers", "varlen"),
     ):

@@ -34,7 +34,7 @@ def test_an_fp32_call_of_a_16_bit_kernel_is_refused_with_the_way_out() -> None:
 def test_when_nothing_serves_every_candidates_reasons_are_given() -> None:
     route = Route("auto", "layer", ("varlen", "sdpa"), "varlen")
     with pytest.raises(UnsupportedAttentionError) as caught:
-        route.choose(Need(softcap=1.0, sinks=True))
+        route.choose(Need(softcap=1.0, weights=True))
     assert len(caught.value.reasons) == 4
 
 

@@ -16,7 +16,8 @@ import torch
 from axattn import backends
 from axattn.backends import sdpa
 from axattn.backends.call import AttentionCall
-from axattn.backends.varlen_engine.forward_backward import ForwardBackward, Gradients, logsumexp_like
+from axattn.backends.varlen_engine import sinks as sinks_of_kernel
+from axattn.backends.varlen_engine.forward_backward import ForwardBackward, logsumexp_like
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.torch_internals import autograd_in_operator
 from axattn.masks.lazy_mask import LazyMask
@@ -33,6 +34,7 @@ class OpBody:
         kernel: the backend's name.
         options: the user's ``kernel_options`` as JSON, with ``deterministic`` of `axattn.hf.determinism`.
         dense_mask: makes the dense mask, for non-contiguous padding.
+        sinks: ``[H]``, or None.
     """
 
     mask: LazyMask
@@ -41,6 +43,7 @@ class OpBody:
     kernel: str
     options: str
     dense_mask: Callable[[], torch.Tensor]
+    sinks: torch.Tensor | None = None
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Output ``[B, S, H, Dv]``, and a logsumexp of the shape that `fake_output` gives.
@@ -49,12 +52,15 @@ class OpBody:
             UnsupportedAttentionError: non-contiguous padding, with a softcap or a kernel that no exact one may
                 replace.
         """
-        call = self._call(query, key, value)
+        call = self._call(query, key, value, self.sinks)
         forward_backward, layout = self._forward_backward(call), self.mask.layout()
         if forward_backward is None or layout is None:
             out, unused = self._run(call), _logsumexp(query, self.kernel)
             return out.contiguous(), unused
-        out, logsumexp = forward_backward.forward(call, layout)
+        if call.sinks is None:
+            out, logsumexp = forward_backward.forward(call, layout)
+        else:
+            out, logsumexp = sinks_of_kernel.forward(call, layout, forward_backward)
         return out.contiguous(), logsumexp.contiguous()
 
     def backward(
@@ -64,8 +70,8 @@ class OpBody:
         key: torch.Tensor,
         value: torch.Tensor,
         saved: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> Gradients:
-        """Gradients to query, key and value.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients to query, key, value and sinks (empty without sinks).
 
         Args:
             grad: gradient of the output, ``[B, S, H, Dv]``.
@@ -74,22 +80,29 @@ class OpBody:
             value: ``[B, Hkv, S, Dv]``.
             saved: what `forward` returned, if the kernel has a `ForwardBackward`.
         """
-        call = self._call(query, key, value)
+        call = self._call(query, key, value, self.sinks)
         forward_backward, layout = self._forward_backward(call), self.mask.layout()
-        if forward_backward is not None and layout is not None and saved is not None:
+        of_sinks = grad.new_empty(0)
+        if forward_backward is None or layout is None or saved is None:
+            given = (query, key, value, *(() if self.sinks is None else (self.sinks,)))
+            with autograd_in_operator(), torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in given]
+                dq, dk, dv, *rest = torch.autograd.grad(self._run(self._call(*inputs)), inputs, grad)
+            of_sinks = rest[0] if rest else of_sinks
+        elif call.sinks is None:
             dq, dk, dv = forward_backward.backward(grad, call, layout, *saved)
         else:
-            with autograd_in_operator(), torch.enable_grad():
-                inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-                dq, dk, dv = torch.autograd.grad(self._run(self._call(*inputs)), inputs, grad)
-        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+            (dq, dk, dv), of_sinks = sinks_of_kernel.backward(grad, call, layout, forward_backward, *saved)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous(), of_sinks.contiguous()
 
-    def _call(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionCall:
+    def _call(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> AttentionCall:
         causal = self.mask.pattern is None or self.mask.pattern.causal
         options = json.loads(self.options)
         extras: dict[str, object] = {"deterministic": True} if options.pop("deterministic", False) else {}
         call = AttentionCall(
-            _NO_MODULE, query, key, value, self.mask, causal, None, self.scale, 0.0, self.softcap, None, None, extras
+            _NO_MODULE, query, key, value, self.mask, causal, None, self.scale, 0.0, self.softcap, sinks, None, extras
         )
         call.options = options
         return call
@@ -128,22 +141,39 @@ def _logsumexp(query: torch.Tensor, kernel: str) -> torch.Tensor:
 
 def fake_output(query: Any, key: Any, value: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Fake output of the attention operators: ``[B, S, H, Dv]``, and ``[B, H, S]`` or an empty tensor."""
-    *_, kernel, _options = rest
     B, H, S, _D = query.shape
-    return query.new_empty(B, S, H, value.shape[-1]), _logsumexp(query, kernel)
+    return query.new_empty(B, S, H, value.shape[-1]), _logsumexp(query, _kernel(rest))
 
 
-def fake_gradients(grad: Any, query: Any, key: Any, value: Any, *_: Any) -> Gradients:
+def fake_gradients(
+    grad: Any, query: Any, key: Any, value: Any, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fake output of their backward operators."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    return dq, dk, dv
+    sinks = rest[-1]
+    return dq, dk, dv, torch.empty_like(sinks) if isinstance(sinks, torch.Tensor) else grad.new_empty(0)
 
 
 def save_for_backward(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor], tensors: int
 ) -> None:
-    """Save the first `tensors` arguments of an operator, and its output if the kernel has a `ForwardBackward`."""
-    ctx.settings = inputs[tensors:]
-    *_, kernel, _options = inputs
+    """Save the first `tensors` arguments of an operator, its sinks (the last argument), and its output if the kernel
+    has a `ForwardBackward`."""
+    ctx.settings, sinks = inputs[tensors:-1], inputs[-1]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:tensors], *(output if has_forward_backward(kernel) else (None, None)))
+    kept = output if has_forward_backward(_kernel(inputs)) else (None, None)
+    ctx.save_for_backward(*inputs[:tensors], *kept, sinks)
+
+
+def gradients(
+    ctx: Any, grad: torch.Tensor, backward_op: Callable[..., tuple[torch.Tensor, ...]], arguments: int
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradient of each of the operator's `arguments`, the last of which are its sinks."""
+    *saved, sinks = ctx.saved_tensors
+    dq, dk, dv, of_sinks = backward_op(grad, *saved, *ctx.settings, sinks)
+    return dq, dk, dv, *(None,) * (arguments - 4), None if sinks is None else of_sinks
+
+
+def _kernel(arguments: tuple[Any, ...]) -> str:
+    """The kernel's name: the first string among an operator's arguments; the second is its options."""
+    return next(one for one in arguments if isinstance(one, str))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from axattn.backends.compiled_ops.body import OpBody, fake_gradients, fake_output, save_for_backward
+from axattn.backends.compiled_ops.body import OpBody, fake_gradients, fake_output, gradients, save_for_backward
 from axattn.hf.tensor_snapshots import READS_ON_HOST
 from axattn.masks.lazy_mask import of_handle
 
@@ -24,6 +24,7 @@ def masked_attention_op(
     softcap: float | None,
     kernel: str,
     options: str,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of whole rows under the mask of a ``LazyMask.handle``; the other arguments are those of `OpBody`.
 
@@ -31,7 +32,7 @@ def masked_attention_op(
         Output ``[B, S, H, Dv]``, and what its backward needs besides.
     """
     mask = of_handle(handle)
-    return OpBody(mask, scale, softcap, kernel, options, mask.dense).forward(query, key, value)
+    return OpBody(mask, scale, softcap, kernel, options, mask.dense, sinks).forward(query, key, value)
 
 
 masked_attention_op.register_fake(fake_output)
@@ -50,11 +51,12 @@ def masked_attention_backward_op(
     softcap: float | None,
     kernel: str,
     options: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `masked_attention_op` to query, key and value."""
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `masked_attention_op` to query, key, value and sinks (empty without sinks)."""
     mask = of_handle(handle)
     saved = None if out is None or logsumexp is None else (out, logsumexp)
-    return OpBody(mask, scale, softcap, kernel, options, mask.dense).backward(grad, query, key, value, saved)
+    return OpBody(mask, scale, softcap, kernel, options, mask.dense, sinks).backward(grad, query, key, value, saved)
 
 
 masked_attention_backward_op.register_fake(fake_gradients)
@@ -65,8 +67,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    dq, dk, dv = masked_attention_backward_op(grad, *ctx.saved_tensors, *ctx.settings)
-    return dq, dk, dv, *(None,) * 5
+    return gradients(ctx, grad, masked_attention_backward_op, arguments=9)
 
 
 masked_attention_op.register_autograd(_backward, setup_context=_setup)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.weak import WeakIdRef
 
 from axattn.backends.call import AttentionCall
-from axattn.backends.compiled_ops.body import OpBody, fake_gradients, fake_output, save_for_backward
+from axattn.backends.compiled_ops.body import OpBody, fake_gradients, fake_output, gradients, save_for_backward
 from axattn.backends.compiled_ops.masked_op import masked_attention_op
 from axattn.backends.exact_fallback import exact_attention
 from axattn.documents.traced import TracedSegments
@@ -45,7 +45,7 @@ def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> tor
     out: torch.Tensor
     if isinstance(mask, LazyMask) and mask.handle is not None:  # made outside the graph: a layer compiled by itself
         out, _ = masked_attention_op(
-            call.query, call.key, call.value, mask.handle, call.scale, call.softcap, kernel, options
+            call.query, call.key, call.value, mask.handle, call.scale, call.softcap, kernel, options, call.sinks
         )
         return out
     out, _ = attention_op(
@@ -61,6 +61,7 @@ def over_documents(call: AttentionCall, kernel: str, options: str = "{}") -> tor
         call.softcap,
         kernel,
         options,
+        call.sinks,
     )
     return out
 
@@ -133,6 +134,7 @@ def _body(
     softcap: float | None,
     kernel: str,
     options: str,
+    sinks: torch.Tensor | None,
 ) -> OpBody:
     B, _, S, _ = query.shape
     mask = _mask(documents, padding, (B, S), causal, window, chunk, query.device)
@@ -151,7 +153,7 @@ def _body(
             device=query.device,
         )
 
-    return OpBody(mask, scale, softcap, kernel, options, dense_mask)
+    return OpBody(mask, scale, softcap, kernel, options, dense_mask, sinks)
 
 
 @torch.library.custom_op("axattn::attention", mutates_args=(), tags=READS_ON_HOST)
@@ -168,6 +170,7 @@ def attention_op(
     softcap: float | None,
     kernel: str,
     options: str,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of whole rows (S == T) over documents.
 
@@ -184,11 +187,12 @@ def attention_op(
         softcap: see `axattn.spec.capability.Need`.
         kernel: the backend that runs.
         options: the user's ``kernel_options`` as JSON.
+        sinks: ``[H]``, or None.
 
     Returns:
         Output ``[B, S, H, Dv]``, and what its backward needs besides (`axattn.backends.compiled_ops.body`).
     """
-    body = _body(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
+    body = _body(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options, sinks)
     return body.forward(query, key, value)
 
 
@@ -212,9 +216,10 @@ def attention_backward_op(
     softcap: float | None,
     kernel: str,
     options: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `attention_op` to query, key and value."""
-    body = _body(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options)
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attention_op` to query, key, value and sinks (empty without sinks)."""
+    body = _body(query, documents, padding, causal, window, chunk, scale, softcap, kernel, options, sinks)
     saved = None if out is None or logsumexp is None else (out, logsumexp)
     return body.backward(grad, query, key, value, saved)
 
@@ -227,8 +232,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    dq, dk, dv = attention_backward_op(grad, *ctx.saved_tensors, *ctx.settings)
-    return dq, dk, dv, *(None,) * 9
+    return gradients(ctx, grad, attention_backward_op, arguments=13)
 
 
 attention_op.register_autograd(_backward, setup_context=_setup)

@@ -22,3 +22,9 @@ def documents_of(layout: Layout, device: torch.device) -> tuple[Documents, Docum
 def smoothed_keys(key: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Keys ``[tokens, Hkv, D]`` minus the mean of each document of a layout."""
     return smoothed(key, documents_of(layout, key.device)[1])
+
+
+def mean_of_keys(key: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """For each query, the mean of the keys ``[tokens, Hkv, D]`` of its document: float32 ``[query tokens, Hkv, D]``."""
+    queries, keys = documents_of(layout, key.device)
+    return queries.spread(keys.mean(key))
