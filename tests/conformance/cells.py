@@ -132,7 +132,7 @@ def run(backend: str, family: str, scenario: str) -> Cell:
 
     What no varlen kernel serves runs document by document, as in rows that are long enough for it to pay.
     """
-    with mock.patch.dict(by_document.CALL, cpu=0):
+    with mock.patch.dict(by_document.CALL, cpu=0, gpu=0):
         if backend in OVER_FAKES:
             everything = (*FLASH, "xformers")
             with hopper(*(everything if backend == "auto, Hopper" else (backend.removesuffix(", route"),))):
