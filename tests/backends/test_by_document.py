@@ -222,7 +222,7 @@ def _calls(mask: LazyMask, which: str) -> tuple[AttentionCall, list[torch.Tensor
     return call, inputs
 
 
-def _function(which: str, module: Any) -> Callable[[AttentionCall], torch.Tensor]:
+def _function(which: str) -> Callable[[AttentionCall], torch.Tensor]:
     return sdpa.sdpa if which in ("bias", "indices", "block_indices") else eager.eager
 
 
@@ -241,7 +241,7 @@ def _eager_with_sinks(module: Any, q: Any, k: Any, v: Any, mask: Any, **given: A
 
 
 def _run(call: AttentionCall, inputs: list[torch.Tensor], which: str, real: torch.Tensor) -> dict[str, torch.Tensor]:
-    out = _function(which, call.module)(call)
+    out = _function(which)(call)
     weights = torch.zeros(1) if call.weights is None else call.weights * real[:, None, :, None]
     loss = (out * real[:, :, None, None] * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
     if call.weights is not None:
