@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from axattn.backends import varlen
-from axattn.backends.varlen_engine import packed
+from axattn.backends.varlen_engine import forward_backward, packed
 from axattn.machine.environment import Environment
 from tests.conformance import cells
 from tests.conformance.cases import Case
@@ -66,7 +65,7 @@ def kernels() -> Iterator[None]:
         return query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
     with pytest.MonkeyPatch.context() as patch, flash.sharp():
-        for room in (packed, varlen):
+        for room in (packed, forward_backward):
             patch.setattr(room, "runs_flash", serves)
         for holder, (names, sets_device) in _FAKES.items():
             for name in names:
