@@ -29,12 +29,16 @@ _FAKES: dict[Any, tuple[tuple[str, ...], bool]] = {
     flash.FlashAttention2: (_FUNCTIONS, True),
     flash.FlashAttention3: (_FUNCTIONS, True),
     flash.FlashAttention4: (_FUNCTIONS, True),
+    flash: (("_flash_attn_forward", "_flash_attn_backward", "_flash_attn_varlen_backward"), True),
     flash.FlashAttention3Forward: (_FUNCTIONS[1:], True),
     fp8_quantiser: (("quantise", "quantise_smoothed", "smoothed"), False),
     int8: (("quantise", "forward"), False),
     sageattention: (("sageattn", "sageattn_varlen"), False),
     torchao: (("fp8_sdpa_quantize",), False),
-    xformers: (("memory_efficient_attention",), False),
+    xformers: (
+        tuple(f"memory_efficient_attention{part}" for part in ("", "_forward_requires_grad", "_backward")),
+        False,
+    ),
 }
 _NONE = dict.fromkeys(("flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "sageattention", "torchao"))
 HOPPER_ALONE = environment("cuda", 90, **_NONE)
