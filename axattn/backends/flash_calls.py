@@ -174,7 +174,7 @@ _LOGSUMEXP: dict[int, Callable[[dict[str, Any]], PackedForwardBackward]] = {2: _
 
 def _private(version: int, name: str) -> Callable[..., Any]:
     """A function of the file that defines `varlen_function`."""
-    function: Callable[..., Any] = varlen_function(version).__globals__[name]
+    function: Callable[..., Any] = inspect.unwrap(varlen_function(version)).__globals__[name]
     return function
 
 

@@ -177,17 +177,25 @@ def _flash_attn_varlen_backward(
     """Of FlashAttention 2: fills the gradients that it is given."""
     assert not dropout_p
     assert alibi_slopes is None
-    if softmax_lse.shape != (q.shape[1], q.shape[0]) or softmax_lse.dtype != torch.float32:
+    rule = (softmax_scale, causal, (window_size_left, window_size_right), softcap, deterministic)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _fill(dout, q, k, v, out, softmax_lse, (dq, dk, dv), lengths, *rule)
+
+
+def _fill(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, targets: Any, lengths: Any, scale: float, causal: bool,
+    window: tuple[int, int], softcap: float, deterministic: bool,
+) -> torch.Tensor:  # fmt: skip
+    if lse.shape != (q.shape[1], q.shape[0]) or lse.dtype != torch.float32:
         raise RuntimeError("softmax_lse must be float32 [H, tokens]")
-    if not softmax_lse.is_contiguous():
+    if not lse.is_contiguous():
         raise RuntimeError("softmax_lse must be contiguous")
     repeats.append(deterministic)
-    _lengths(cu_seqlens_q, cu_seqlens_k, q, k, max_seqlen_q, max_seqlen_k)
-    rule = (softmax_scale, causal, (window_size_left, window_size_right), softcap)
-    found = _pair_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, *rule)
-    for target, grad in zip((dq, dk, dv), found, strict=True):
+    _lengths(*lengths[:2], q, k, *lengths[2:])
+    found = _pair_backward(dout, q, k, v, out, lse, *lengths[:2], scale, causal, window, softcap)
+    for target, grad in zip(targets, found, strict=True):
         target.copy_(grad)
-    return softmax_lse.new_empty(0)
+    return lse.new_empty(0)
 
 
 def _flash_attn_forward(
@@ -213,9 +221,9 @@ def _flash_attn_backward(
     window_size: Any = (-1, -1), softcap: float = 0.0, deterministic: bool = False, sm_margin: int = 0,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Of FlashAttention 3: fills the gradients that it is given."""
-    settings = (0.0, softmax_scale, causal, *window_size, softcap, None, deterministic)
+    rule = (softmax_scale, causal, window_size, softcap, deterministic)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    _flash_attn_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, *lengths, *settings)
+    _fill(dout, q, k, v, out, softmax_lse, (dq, dk, dv), lengths, *rule)
     return dq, dk, dv, softmax_lse
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from axattn.backends import varlen
-from axattn.backends.varlen_engine import packed
+from axattn.backends.varlen_engine import forward_backward, packed
 from axattn.machine.environment import Environment
 from tests.conformance import cells
 from tests.conformance.cases import Case
@@ -30,12 +29,16 @@ _FAKES: dict[Any, tuple[tuple[str, ...], bool]] = {
     flash.FlashAttention2: (_FUNCTIONS, True),
     flash.FlashAttention3: (_FUNCTIONS, True),
     flash.FlashAttention4: (_FUNCTIONS, True),
+    flash: (("_flash_attn_forward", "_flash_attn_backward", "_flash_attn_varlen_backward"), True),
     flash.FlashAttention3Forward: (_FUNCTIONS[1:], True),
     fp8_quantiser: (("quantise", "quantise_smoothed", "smoothed"), False),
     int8: (("quantise", "forward"), False),
     sageattention: (("sageattn", "sageattn_varlen"), False),
     torchao: (("fp8_sdpa_quantize",), False),
-    xformers: (("memory_efficient_attention",), False),
+    xformers: (
+        tuple(f"memory_efficient_attention{part}" for part in ("", "_forward_requires_grad", "_backward")),
+        False,
+    ),
 }
 _NONE = dict.fromkeys(("flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "sageattention", "torchao"))
 HOPPER_ALONE = environment("cuda", 90, **_NONE)
@@ -66,7 +69,7 @@ def kernels() -> Iterator[None]:
         return query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
     with pytest.MonkeyPatch.context() as patch, flash.sharp():
-        for room in (packed, varlen):
+        for room in (packed, forward_backward):
             patch.setattr(room, "runs_flash", serves)
         for holder, (names, sets_device) in _FAKES.items():
             for name in names:
