@@ -44,16 +44,16 @@ pretend: $(READY)
 # `make nightly` runs every test that touches Transformers on it, with larger samples.
 oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python $(PYTEST) -m "not nightly and not slow" -k "not compil and not graph" \
-	    $(addprefix tests/,traits conformance/test_matrix.py \
-	    census/test_census.py hf/test_contracts.py hf/test_forward_inputs.py hf/test_post_import.py masks/test_lazy_mask.py \
-	    $(addprefix documents/test_,boundaries.py foreign_hooks.py input_hook.py numbered_masks.py packed_caches.py \
-	    padding.py) patches/test_recurrent.py attention/test_interface.py attention/test_registration.py \
-	    e2e/test_peft.py e2e/test_trainer.py test_loading.py)
+	    $(addprefix tests/,$(addprefix traits/test_,attention_configs.py layer_needs.py losses.py pooling.py \
+	    position_ids.py token_mixers.py) conformance/test_matrix.py census/test_census.py hf/test_contracts.py \
+	    hf/test_forward_inputs.py hf/test_post_import.py masks/test_lazy_mask.py $(addprefix documents/test_,boundaries.py \
+	    foreign_hooks.py input_hook.py packed_caches.py) attention/test_interface.py e2e/test_peft.py e2e/test_trainer.py \
+	    test_loading.py)
 
 ALL_ON_OLDEST := $(addprefix tests/,traits conformance census e2e \
 	    hf/test_contracts.py hf/test_forward_inputs.py hf/test_post_import.py hf/test_probes.py masks/test_lazy_mask.py \
 	    $(addprefix documents/test_,boundaries.py foreign_hooks.py input_hook.py numbered_masks.py packed_caches.py \
-	    padding.py padding_read.py) planning/test_planner.py planning/test_ranking.py \
+	    padding.py padding_read.py) unpadding planning/test_planner.py planning/test_ranking.py \
 	    $(addprefix backends/test_,compiled_ops.py determinism.py exporting.py flash.py fp8.py s2.py) \
 	    $(addprefix patches/test_,paged_steps.py recurrent.py token_dropout.py) \
 	    attention/test_interface.py attention/test_registration.py test_bad_input.py test_loading.py test_training.py)
