@@ -164,10 +164,10 @@ BUDGETS = {"sage": 0.03, "fp8": 0.06}
 
 
 @pytest.mark.parametrize("name", [pytest.param("sage", marks=needs_interpreter), "fp8"])
-def test_quantised_kernels_stay_within_their_budgets(name: str, monkeypatch: Patch) -> None:
+def test_quantised_kernels_stay_within_their_budgets(name: str) -> None:
     dtype = torch.float32 if name == "sage" else torch.bfloat16  # Triton's interpreter
-    with interpreting() if name == "sage" else hopper(name):
-        monkeypatch.setattr(torchao, "STORAGE", torch.float8_e4m3fn)
+    with interpreting() if name == "sage" else hopper(name), Patch.context() as patch:  # undone before hopper's own
+        patch.setattr(torchao, "STORAGE", torch.float8_e4m3fn)
         at = dataclasses.replace(LONGER, memo={})
         errors = relative_errors(
             lambda *given: backends.get(name).called(call_of(*given, Spanned(at))), longer(dtype, 0, shift=4.0), at

@@ -84,7 +84,7 @@ def note_of(environment: Environment) -> str:
         (BLACKWELL, ("FlashAttention 2, which torch ships", "of cuDNN, Flash")),
         (machine("cuda", 120), ("FlashAttention 2, which torch ships", "first that serves them of FlashAttention 2")),
         (machine("cuda", 90, torch="2.15.0"), ("packed rows run on cuDNN or FlashAttention 2",)),
-        (TURING, ("memory-efficient attention, packed rows under a dense mask",)),
+        (TURING, ("memory-efficient attention, packed rows document by document",)),
         (
             dataclasses.replace(HOPPER, flash_impl="FA3"),
             ("packed rows run on FlashAttention 3", "cuDNN, FlashAttention 3"),

@@ -25,6 +25,7 @@ ASKED = {
     "non_contiguous_padding": True,
     "traced": True,
     "segments": True,
+    "stems": True,
     "cross_lengths": True,
     "gradient": True,
     "deterministic": True,
