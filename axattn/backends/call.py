@@ -12,6 +12,11 @@ from axattn.masks.dense_rule import dense_rule
 from axattn.masks.lazy_mask import LazyMask
 
 
+def sink_column(sinks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sinks ``[H]`` (gpt-oss) or ``[B, H, S, 1]`` (per token: Inkling 2) as logits ``[1 or B, H, 1 or S, 1]``."""
+    return (sinks[None, :, None, None] if sinks.ndim == 1 else sinks).to(dtype)
+
+
 @dataclass(slots=True, eq=False)
 class AttentionCall:
     """One call of an attention module, without Transformers' conventions.

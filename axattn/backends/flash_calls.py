@@ -71,6 +71,9 @@ def flash_3(call: AttentionCall) -> torch.Tensor:
 def flash_4(call: AttentionCall) -> torch.Tensor:
     """FlashAttention 4 (``flash_attn.cute``); returns ``[B, S, H, Dv]``."""
     options = _softcap(call)
+    if call.sinks is not None and call.sinks.ndim > 1:
+        reason = Reason("sinks", "attention sinks per token (it has one per head)")
+        raise UnsupportedAttentionError("FlashAttention 4 can't serve this call", [reason], 'Use "auto" or "varlen".')
     if call.sinks is not None:
         options["learnable_sink"] = call.sinks.to(call.query.dtype)
     return _call(call, 4, options, unlimited=None)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from axattn.backends.base import TORCH_KERNEL, Backend, always_usable, keep_nan
 from axattn.backends.by_document import by_document
-from axattn.backends.call import AttentionCall
+from axattn.backends.call import AttentionCall, sink_column
 from axattn.backends.sparse_indices import only_selected, selected
 from axattn.hf.torch_sdpa import avoids_cudnn, takes_grouped_heads, without_cudnn
 from axattn.machine.environment import Environment
@@ -106,8 +106,8 @@ def attention(
         dropout: probability of attention dropout.
         causal: a query attends to no later key, aligned top-left.
         scale: factor on the logits, None for ``D ** -0.5``.
-        sinks: ``[H]``, or None. A single query is computed with its logits, which copies no key; for several, the sinks
-            are one more key.
+        sinks: ``[H]`` or ``[B, H, S, 1]``, or None. A single query is computed with its logits, which copies no key;
+            for several, the sinks are one more key.
 
     Returns:
         ``[B, H, S, Dv]``.
@@ -156,7 +156,7 @@ def _single_query_with_sinks(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
-    column = sinks.to(logits.dtype)[None, :, None, None].expand(B, heads, 1, 1)
+    column = sink_column(sinks, logits.dtype).expand(B, heads, 1, 1)
     weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
     weights = F.dropout(weights, dropout) if dropout else weights
     out = weights.to(value.dtype).reshape(B, kv_heads, heads // kv_heads, -1) @ value
@@ -178,8 +178,9 @@ def _with_sink_key(
         mask = mask.tril() if causal else mask
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-    column = sinks.to(query.dtype)[None, :, None, None].expand(mask.shape[0], heads, S, 1)
-    mask = torch.cat([mask.to(query.dtype).expand(-1, heads, S, -1), column], -1)
+    column = sink_column(sinks, query.dtype)
+    rows = max(mask.shape[0], column.shape[0])
+    mask = torch.cat([mask.to(query.dtype).expand(rows, heads, S, -1), column.expand(rows, heads, S, 1)], -1)
     return F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1)), mask
 
 

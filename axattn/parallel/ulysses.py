@@ -66,6 +66,8 @@ def over_ranks(
     P = shard.ranks
     B, H, part, D = query.shape
     reasons = [Reason(keyword, text) for keyword, text in _REFUSED.items() if kwargs.get(keyword) is not None]
+    if any(isinstance(kwargs.get(word), torch.Tensor) and kwargs[word].ndim > 1 for word in _PER_HEAD):
+        reasons.append(Reason("sinks", "the model computes its sinks from the tokens of one rank"))
     if kwargs.get("output_attentions"):
         reasons.append(Reason("weights", "output_attentions=True (the weights of a row are on several ranks)"))
     if key.shape[2] != part or part != shard.part or shard.rows != B:

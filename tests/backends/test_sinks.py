@@ -488,3 +488,24 @@ def test_a_fault_of_smoothed_keys_turns_quantised_kernels_red(monkeypatch: Patch
     for name in ("sage", "fp8"):
         with pytest.raises(AssertionError):
             test_output_and_every_gradient_of_other_kernels(name, {}, "packed")
+
+
+@pytest.mark.parametrize("name", ["varlen", "sdpa"])
+def test_sinks_per_token(name: str) -> None:
+    """Inkling 2 computes them from hidden states: ``[B, H, S, 1]``."""
+    q, k, v = (torch.randn(2, heads, 12, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    sinks = torch.randn(2, 4, 12, 1, dtype=torch.float64, requires_grad=True)
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    logits = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~causal, float("-inf"))
+    weights = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+    expected = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    call = AttentionCall(
+        torch.nn.Identity(), q, k, v, lazy_mask(2, 12, 12), True, None, 0.3, 0.0, None, sinks, None, {}
+    )
+    found = backends.get(name).called(call)
+    assert torch.allclose(found, expected, atol=1e-10)
+    weight = torch.randn_like(found)
+    inputs = (q, k, v, sinks)
+    wanted = torch.autograd.grad((expected * weight).sum(), inputs)
+    for a, b in zip(torch.autograd.grad((found * weight).sum(), inputs), wanted, strict=True):
+        assert torch.allclose(a, b, atol=1e-10)

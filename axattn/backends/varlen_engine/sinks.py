@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 
 from axattn.backends import decoding, sdpa
-from axattn.backends.call import AttentionCall
+from axattn.backends.call import AttentionCall, sink_column
 from axattn.backends.varlen_engine.forward_backward import ForwardBackward, Gradients, of_torch
 from axattn.masks.varlen_layout import Layout
 
@@ -91,7 +91,7 @@ def backward(
     out: torch.Tensor,
     logsumexp: torch.Tensor,
 ) -> tuple[Gradients, torch.Tensor]:
-    """Gradients to query, key and value, and to the sinks ``[H]``.
+    """Gradients to query, key and value, and to the sinks.
 
     Args:
         grad: gradient of the output, ``[B, S, H, Dv]``.
@@ -110,7 +110,9 @@ def backward(
     of_logits = -weight * (grad.to(weight.dtype) * out).sum(-1).transpose(1, 2)  # [B, H, S]
     if mean is not None:
         dq = (dq - call.scale * of_logits[..., None] * mean).to(dq.dtype)
-    return (dq, dk, dv), of_logits.sum((0, 2)).to(cast("torch.Tensor", call.sinks).dtype)
+    sinks = cast("torch.Tensor", call.sinks)
+    of_sinks = of_logits.sum((0, 2)) if sinks.ndim == 1 else of_logits[..., None]
+    return (dq, dk, dv), of_sinks.to(sinks.dtype)
 
 
 def joined(out: torch.Tensor, logsumexp: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +134,7 @@ def _logits(call: AttentionCall, mean: torch.Tensor | None) -> torch.Tensor:
     same term: the columns of dS sum to zero without sinks only.
     """
     wide = torch.promote_types(call.query.dtype, torch.float32)
-    logits = cast("torch.Tensor", call.sinks).to(wide)[None, :, None]
+    logits = sink_column(cast("torch.Tensor", call.sinks), wide)[..., 0]
     return logits if mean is None else logits - call.scale * (call.query.to(wide) * mean).sum(-1)
 
 
