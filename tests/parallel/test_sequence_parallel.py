@@ -30,6 +30,8 @@ FAKES = [
     ("llama", "fp8", "[fp8]", "packed"),
     ("llama", "auto", "[flash_attention_3]", "packed uneven"),
     ("mistral", "auto", "[flash_attention_3]", "right padded"),
+    ("gpt_oss", "auto", "[flash_attention_3]", "packed"),
+    ("gpt_oss", "sage", "[sage]", "packed"),
 ]
 
 

@@ -37,12 +37,13 @@ class Small:
 
 def small(need: Need) -> Small:
     """The call that a need describes, with lengths and a window that a CPU can afford."""
-    assert not any((need.sinks, need.chunk, need.bias, need.sparse))
+    assert not any((need.chunk, need.bias, need.sparse))
     torch.manual_seed(0)
     S, T, D, H = LENGTH, LONGER if need.cross_lengths else LENGTH, need.head_dim or 64, need.heads or 8
     dtype, value_dim = getattr(torch, str(need.dtype)), need.value_dim or D
     shapes = ((H, S, D), (need.kv_heads or H, T, D), (need.kv_heads or H, T, value_dim))
     q, k, v = (torch.randn(ROWS, *shape, dtype=dtype, requires_grad=need.gradient) for shape in shapes)
+    sinks = torch.randn(H, dtype=dtype, requires_grad=need.gradient) if need.sinks else None
     window = WINDOW if need.window is not None else None
     padding = torch.ones(ROWS, T, dtype=torch.bool)
     padding[1, :5] = False
@@ -51,7 +52,7 @@ def small(need: Need) -> Small:
     seen = (distance >= 0) if need.causal else torch.ones_like(distance, dtype=torch.bool)
     seen = seen if window is None else seen & (distance.abs() < window)
     call = AttentionCall(
-        torch.nn.Identity(), q, k, v, mask, need.causal, window, D**-0.5, need.dropout, need.softcap, None, None, {}
+        torch.nn.Identity(), q, k, v, mask, need.causal, window, D**-0.5, need.dropout, need.softcap, sinks, None, {}
     )
     real = padding[:, T - S :]
     loss = torch.randn(ROWS, S, H, value_dim) * real[..., None, None]
@@ -74,13 +75,18 @@ def expected(case: Small) -> torch.Tensor:
     logits = call.query.float() @ k.transpose(-1, -2) * call.scale
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
-    return (logits.masked_fill(~case.seen, -1e30).softmax(-1) @ v).transpose(1, 2)
+    logits = logits.masked_fill(~case.seen, -1e30)
+    if call.sinks is not None:
+        column = call.sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, column], -1)
+    return (logits.softmax(-1)[..., : k.shape[2]] @ v).transpose(1, 2)
 
 
 def wrong(need: Need, kernel: Callable[[AttentionCall], torch.Tensor]) -> str:
     """What a kernel gets wrong of a need: an error that it raises, or how far it is off; ``""`` where it is right."""
     case = small(need)
-    call, inputs = case.call, (case.call.query, case.call.key, case.call.value)
+    call = case.call
+    inputs = (call.query, call.key, call.value, *(() if call.sinks is None else (call.sinks,)))
     try:
         out = kernel(call)
         found = torch.autograd.grad((out.float() * case.loss).sum(), inputs) if need.gradient else ()
@@ -95,7 +101,7 @@ def wrong(need: Need, kernel: Callable[[AttentionCall], torch.Tensor]) -> str:
     said = _far("output", out.float()[case.real], wanted[case.real], need)
     if need.gradient and not said:
         grads = torch.autograd.grad((wanted * case.loss).sum(), inputs)
-        names = ("d query", "d key", "d value")
+        names = ("d query", "d key", "d value", "d sinks")[: len(inputs)]
         said = next(filter(None, (_far(n, f, w, need) for n, f, w in zip(names, found, grads, strict=True))), "")
     return said
 

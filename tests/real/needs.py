@@ -45,7 +45,7 @@ def served(backend: str, machine: str | Environment, thin: int | None = None) ->
     environment = machine if isinstance(machine, Environment) else machine_by_name(machine)
     if found.probe(environment):
         return
-    capability = found.capability_on(environment)
+    capability = found.called_capability_on(environment)
     for chosen in _combinations(thin):
         need = Need(
             **{name: value for name, value in chosen.items() if name != "local"},

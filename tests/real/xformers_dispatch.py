@@ -64,7 +64,9 @@ def refusals(need: Need, capability: tuple[int, int], layout: Layout) -> list[st
         inputs = fmha.Inputs(query=q, key=k, value=v, attn_bias=attn_bias, p=p, scale=scale)
         inputs.validate_inputs()
         try:
-            forward = fmha._dispatch_fw(inputs, need.gradient)
+            forward = fmha._dispatch_fw(inputs, need.gradient or need.sinks)
+            if need.sinks and not forward.VARLEN_LSE_PACKED:
+                found.append(f"{forward.NAME} returns a logsumexp that is not packed")
             if need.gradient and need.dropout:  # the random numbers are the forward's: its own backward runs, unasked
                 backward = sys.modules[forward.__module__].BwOp
                 found.extend(f"{backward.NAME}: {reason}" for reason in backward.not_supported_reasons(inputs))
@@ -75,7 +77,16 @@ def refusals(need: Need, capability: tuple[int, int], layout: Layout) -> list[st
         return query.new_empty(query.shape)
 
     torch.cuda.get_device_capability = lambda device=None: capability  # type: ignore[assignment]
-    xformers._library = lambda: type("Library", (), {"memory_efficient_attention": staticmethod(asked)})
+
+    def with_logsumexp(*given: Any, attn_bias: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        out = asked(*given, attn_bias, 0.0, scale)
+        return out, out.new_empty(1, out.shape[2], out.shape[1], dtype=torch.float32)
+
+    functions = {
+        "memory_efficient_attention": staticmethod(asked),
+        "memory_efficient_attention_forward_requires_grad": staticmethod(with_logsumexp),
+    }
+    xformers._library = lambda: type("Library", (), functions)
     xformers.layout_of = lambda call: layout  # type: ignore[attr-defined,assignment]
     call = _call(need, layout)
     out = xformers.xformers(call)
@@ -95,7 +106,8 @@ def _call(need: Need, layout: Layout) -> AttentionCall:
     query = tensor(need.heads, layout.q_length, need.head_dim)
     key = tensor(need.kv_heads, layout.kv_length, need.head_dim)
     value = tensor(need.kv_heads, layout.kv_length, value_dim)
-    options = {"softcap": None, "sinks": None, "bias": None, "extras": {}}
+    sinks = torch.empty(need.heads or 1, device="meta") if need.sinks else None
+    options = {"softcap": None, "sinks": sinks, "bias": None, "extras": {}}
     return AttentionCall(
         torch.nn.Identity(), query, key, value, None, need.causal, need.window, SCALE, need.dropout, **options
     )
@@ -126,7 +138,7 @@ def main() -> int:
     asked = wrong = 0
     for name in given.machines:
         capability = machine(name).architecture
-        record = backends.get("xformers").capability_on(machine(name))
+        record = backends.get("xformers").called_capability_on(machine(name))
         assert capability is not None
         for need in served("xformers", name, given.thin):
             if need.window is not None and not need.causal and need.cross_lengths:
