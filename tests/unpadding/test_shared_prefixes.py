@@ -25,7 +25,7 @@ from tests.faults import Patch, fault
 from tests.interpreter import INTERPRETED, interpreting
 from tests.models import CONFIGS, HYBRIDS, build, tokens
 from tests.parallel_jobs import compare, gradients
-from tests.sampling import part_of
+from tests.sampling import OLDEST, part_of
 
 PROMPT = 20
 """Longer than every window and chunk of `tests.models`."""
@@ -268,7 +268,10 @@ def test_it_is_kept_copied_restored_and_loaded(tmp_path: Path) -> None:
         sizes = Sizes(model)
         model(**batch())
         assert sizes.seen == [9 * 33]
-    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    copies = [copy.deepcopy(model)]
+    if not OLDEST:  # stock models of 5.17 can't be pickled
+        copies.append(pickle.loads(pickle.dumps(model)))
+    for one in (model, *copies):
         sizes = Sizes(one)
         one(**batch())
         assert sizes.seen[-1] == 117
