@@ -53,7 +53,7 @@ oldest: $(OLDEST_READY)
 ALL_ON_OLDEST := $(addprefix tests/,traits conformance census e2e \
 	    hf/test_contracts.py hf/test_forward_inputs.py hf/test_post_import.py hf/test_probes.py masks/test_lazy_mask.py \
 	    $(addprefix documents/test_,boundaries.py foreign_hooks.py input_hook.py numbered_masks.py packed_caches.py \
-	    padding.py padding_read.py) unpadding planning/test_planner.py planning/test_ranking.py \
+	    padding.py padding_read.py) unpadding/test_shared_prefixes.py planning/test_planner.py planning/test_ranking.py \
 	    $(addprefix backends/test_,compiled_ops.py determinism.py exporting.py flash.py fp8.py s2.py) \
 	    $(addprefix patches/test_,paged_steps.py recurrent.py token_dropout.py) \
 	    attention/test_interface.py attention/test_registration.py test_bad_input.py test_loading.py test_training.py)
