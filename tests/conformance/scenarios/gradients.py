@@ -37,7 +37,7 @@ def _gradients(
     weight(logits).backward()
 
     def found() -> Result:
-        model = case.candidate(share_prefixes).train()
+        model = (case.candidate(True) if share_prefixes else case.candidate()).train()
         if checkpointing is not None:
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
             model.enable_input_require_grads()
