@@ -287,6 +287,11 @@ def is_executing(frame: FrameType) -> bool:
     return False
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 def pre_hooks(module: torch.nn.Module) -> list[Any]:
     """The forward pre-hooks of a module."""
     return list(module._forward_pre_hooks.values())

@@ -22,7 +22,7 @@ from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.forward_inputs import TARGETS, unpadded_as
 from axattn.hf.module_walk import modules_of
 from axattn.hf.source_inspection import signature_of
-from axattn.hf.torch_internals import is_tracing
+from axattn.hf.torch_internals import is_compiled, is_tracing
 from axattn.hf.transfers import on_device
 from axattn.patches.forward_wrapper import Forward, add_model_wrappers, wants_cache
 from axattn.patches.patchset import PatchSet
@@ -106,7 +106,7 @@ class SharePrefixes:
         if batch is None or (self.longest is not None and batch.highest >= self.longest):
             return forward(inputs)
         reasons = [*reasons_against_batch(model, inputs), *(random_parts(model) if model.training else ())]
-        if _is_compiled(model):
+        if is_compiled(model):
             reasons.append(Reason("traced", "it is compiled as a whole; compile its layers"))
         if reasons:
             texts = "; ".join(dict.fromkeys(reason.text for reason in reasons))
@@ -195,7 +195,3 @@ class _Batch(NamedTuple):
     places: np.ndarray
     positions: torch.Tensor
     highest: int
-
-
-def _is_compiled(model: torch.nn.Module) -> bool:
-    return getattr(model, "_compiled_call_impl", None) is not None

@@ -187,7 +187,7 @@ def restore_outputs(model: torch.nn.Module, output: Any, unpadded: UnpaddedBatch
             # (one value per row comes from a pooler, which has read padded rows)
             reasons.append(Reason("model", f"axattn does not know how to pad its output {key}"))
     if reasons:
-        text = f"{type(model).__name__} can't run unpadded"
+        text = f"{type(model).__name__} can't run with {option}=True"
         raise UnsupportedAttentionError(text, reasons, f"Leave {option} out.")
 
 

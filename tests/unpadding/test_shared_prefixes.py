@@ -15,10 +15,9 @@ import transformers as tf
 
 import axattn
 from axattn.documents.boundaries import Segments
-from axattn.errors import InvalidConfigError, UnsupportedAttentionError
+from axattn.errors import UnsupportedAttentionError
 from axattn.masks.varlen_layout import Layout
 from axattn.spec import notices
-from axattn.unpadding import prefixes
 from axattn.unpadding.shared_prefixes import backbone_of
 from tests.fakes.machine import hopper
 from tests.faults import Patch, fault
@@ -207,12 +206,14 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> C
     return lambda: " ".join(record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize("what", ["attention", "module", "noise"])
+@pytest.mark.parametrize("what", ["attention", "config", "module", "noise"])
 def test_random_numbers_per_token_run_the_batch_as_it_came_and_say_so(what: str, said: Callable[[], str]) -> None:
     model = build("llama", attention_dropout=0.1 if what == "attention" else 0.0)
     if what == "module":
         model.model.layers[1].mlp = torch.nn.Sequential(torch.nn.Dropout(0.2), model.model.layers[1].mlp)
     axattn.apply(model, "auto", share_prefixes=True)
+    if what == "config":  # read there in each forward (Persimmon)
+        model.config.attention_dropout = 0.1
     if what == "noise":
         model.get_input_embeddings().neftune_noise_alpha = 5.0
     sizes = Sizes(model)
@@ -220,7 +221,12 @@ def test_random_numbers_per_token_run_the_batch_as_it_came_and_say_so(what: str,
         model.train()(**batch())
     assert sizes.seen == [9 * 33] * 2
     assert said().count("one draw would serve several documents") == 1
-    assert {"attention": "attention_dropout is 0.1", "module": "mlp.0 drops", "noise": "NEFTune"}[what] in said()
+    assert {
+        "attention": "attention_dropout is 0.1",
+        "config": "config.attention_dropout",
+        "module": "mlp.0 drops",
+        "noise": "NEFTune",
+    }[what] in said()
     model.eval()
     with torch.no_grad():
         model(**batch())
@@ -370,10 +376,3 @@ def test_a_fault_is_seen(put_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = axattn.apply(build("llama").train(), "varlen", share_prefixes=True)
     with pytest.raises(AssertionError):
         require_equal(model, stock("llama"), batch())
-
-
-def test_a_threshold_for_what_is_worth_it() -> None:
-    assert prefixes.SHORTEST > 8
-    assert 0 < prefixes.WORTH < 0.5
-    with pytest.raises((TypeError, InvalidConfigError)):
-        axattn.apply(build("llama"), "auto", share_prefix=True)  # type: ignore[call-arg]
