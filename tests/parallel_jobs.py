@@ -54,28 +54,34 @@ def worst(pairs: Any) -> float:
     return max(float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1e-3)) for a, b in pairs)
 
 
-def errors(cases: list[tuple[str, str, str, str]]) -> dict[str, Any]:
+def errors(cases: list[tuple[str, str, str, str]], strategy: str = "ulysses") -> dict[str, Any]:
     """The largest error of loss, logits and gradients against the same model whole; the text of a refusal.
 
     Args:
         cases: (family, name, kernel that must serve, scenario); a kernel in brackets runs as a strict fake on an H200.
+        strategy: of `axattn.sequence_parallel`; ``"both"`` for a mesh of two dimensions.
     """
     found: dict[str, Any] = {}
     for family, name, kernel, scenario in cases:
         inside = hopper(kernel[1:-1]) if kernel.startswith("[") else contextlib.nullcontext()
         with inside:
-            found[f"{family} {name} {kernel} {scenario}"] = _error(family, name, kernel.strip("[]"), scenario)
+            found[f"{family} {name} {kernel} {scenario}"] = _error(
+                family, name, kernel.strip("[]"), scenario, strategy
+            )
     return found
 
 
-def _error(family: str, name: str, kernel: str, scenario: str) -> float | str:
+def _error(family: str, name: str, kernel: str, scenario: str, strategy: str) -> float | str:
     heads = {"num_attention_heads": 8, "head_dim": 8} if family == "llama" and name != "s2" else {}
     whole, split = build(family, **heads), build(family, **heads)
     whole.set_attn_implementation("eager")
     inputs = batch(scenario)
     try:
         axattn.apply(split, name)
-        axattn.sequence_parallel(split, dist.group.WORLD, gather=True)
+        if strategy == "both":
+            axattn.sequence_parallel(split, grid(), gather=True)
+        else:
+            axattn.sequence_parallel(split, dist.group.WORLD, strategy=strategy, gather=True)
         if scenario == "checkpointed":
             split.gradient_checkpointing_enable({"use_reentrant": False})
             split.train()
@@ -93,6 +99,11 @@ def _error(family: str, name: str, kernel: str, scenario: str) -> float | str:
     pairs = [(got.loss, expected.loss), (got.logits[real], expected.logits[real])]
     both = zip(split.parameters(), whole.parameters(), strict=True)
     return worst([*pairs, *((a.grad, b.grad) for a, b in both if b.grad is not None)])
+
+
+def grid() -> Any:
+    """A mesh of two dimensions, the second of two ranks."""
+    return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("keys", "heads"))
 
 
 def packed_batch(seed: int, length: int = 24) -> dict[str, Any]:

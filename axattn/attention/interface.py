@@ -23,7 +23,7 @@ from axattn.hf.forward_inputs import AT_ATTENTION, CACHES, PAGED
 from axattn.hf.registries import require_mask
 from axattn.hf.torch_internals import is_tracing, needs_torch_operators
 from axattn.masks.lazy_mask import LazyMask
-from axattn.masks.shard_mask import ShardMask
+from axattn.masks.shard_mask import PlacedMask, ShardMask
 from axattn.masks.user_masks import read_mask, with_keyword_segments
 from axattn.patches.double_backward import refuse_second_gradient
 from axattn.planning.routes import ATTRIBUTE, Route, route_of
@@ -101,6 +101,11 @@ def attend(
 
         shared: tuple[torch.Tensor, None] = over_ranks(attend, name, module, query, key, value, attention_mask, kwargs)
         return shared
+    if type(attention_mask) is PlacedMask:
+        from axattn.parallel.fetch import over_placed
+
+        placed: tuple[torch.Tensor, None] = over_placed(attend, name, module, query, key, value, attention_mask, kwargs)
+        return placed
     if attention_mask is None or isinstance(attention_mask, torch.Tensor):
         _require_document_mask(route, query, key, attention_mask)
     elif type(attention_mask) is LazyMask and attention_mask.shape[2:] != (query.shape[2], key.shape[2]):

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from axattn.documents.boundaries import Segments
+from axattn.documents.placement import Placement
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceShard:
-    """One forward of B rows of S tokens split over P ranks, S / P consecutive tokens each.
+    """One rank's tokens of a batch of B rows of S tokens.
+
+    Rows are split into S / P consecutive tokens for each rank, or the batch's tokens are placed on ranks by document;
+    on a two-dimensional mesh both: tokens are placed on groups of ranks, and split within each group.
 
     Attributes:
-        group: the ``torch.distributed`` process group of the P ranks.
-        ranks: P.
+        group: the ``torch.distributed`` process group of the P ranks that split rows.
+        ranks: P; 1 if tokens are only placed.
         rank: the index of this rank, from 0.
-        rows: B.
-        length: S, including padding to a multiple of P.
-        segments: the documents of the whole rows, None when every row is one.
+        rows: B; 1 if tokens are placed.
+        length: S, including padding to a multiple of P; with a placement its `slots`.
+        segments: the documents of the whole rows, None when every row is one, or with a placement.
         padding: bool ``[B, S]`` (True: a real key) of the whole rows, or None.
+        placement: of the batch's tokens, None if rows are split only.
+        fetch_group: the process group of the ranks that tokens are placed on.
+        fetch_rank: this rank's index among them.
+        memo: values derived from the placement once for all layers of a forward.
     """
 
     group: Any
@@ -31,6 +39,10 @@ class SequenceShard:
     length: int
     segments: Segments | None
     padding: torch.Tensor | None
+    placement: Placement | None = None
+    fetch_group: Any = None
+    fetch_rank: int = 0
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def part(self) -> int:

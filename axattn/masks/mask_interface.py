@@ -19,7 +19,7 @@ from axattn.hf.torch_internals import is_tracing
 from axattn.masks.dense_rule import chunk_positions, dense_rule
 from axattn.masks.image_blocks import blocks_in_place, require_one_document
 from axattn.masks.lazy_mask import LazyMask
-from axattn.masks.shard_mask import ShardMask
+from axattn.masks.shard_mask import PlacedMask, ShardMask
 
 
 def lazy_mask(
@@ -203,7 +203,7 @@ def _shard_mask(
     kv_offset: int,
     use_vmap: bool,
     device: torch.device | str,
-) -> ShardMask:
+) -> ShardMask | PlacedMask:
     """The mask of the whole rows for a model that runs one shard of them; documents are those of the shard."""
     function = known().causal if mask_function is None else mask_function
     pattern = None if use_vmap else recognise(function)
@@ -215,6 +215,10 @@ def _shard_mask(
     if pattern is None or reasons:
         raise UnsupportedAttentionError("this model can't run sequence-parallel", reasons)
     length, device = shard.length, torch.device(device)
+    rule = Pattern(causal=pattern.causal, window=pattern.window, chunk=pattern.chunk)
+    if shard.placement is not None:
+        placed = PlacedMask(shard, rule, device)
+        return placed if shard.ranks == 1 else ShardMask(shard, placed)
     segments = None if shard.segments is None else shard.segments.to(device)
 
     def materialise() -> torch.Tensor:
@@ -235,7 +239,7 @@ def _shard_mask(
 
     whole = LazyMask(
         shape=(shard.rows, 1, length, length),
-        pattern=Pattern(causal=pattern.causal, window=pattern.window, chunk=pattern.chunk),
+        pattern=rule,
         segments=segments,
         padding=shard.padding,
         materialise=materialise,

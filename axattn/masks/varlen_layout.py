@@ -43,7 +43,8 @@ class Layout:
         q_length: S.
         kv_length: T.
         stems: for each span, the ranges of keys that its queries attend to before ``[k0, k1)``; empty if no span has
-            any. Spans of such a layout are of one row each, causal, and aligned bottom-right along all their keys.
+            any. Spans of such a layout are of one row each, and if causal aligned bottom-right along all their keys; if
+            not, they have no window, and their other keys are in any order.
         memo: values that backends derive from the layout (`kept`).
     """
 
@@ -70,7 +71,7 @@ class Layout:
                 rule = dense_rule(
                     q1 - q0,
                     len(keys),
-                    causal=True,
+                    causal=self.causal,
                     window=self.window,
                     offset=len(keys) - (q1 - q0),
                     device=device,

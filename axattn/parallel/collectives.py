@@ -5,6 +5,7 @@ They are never traced: torch 2.11 loses the gradient of a traced sum (its all-re
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,6 +43,37 @@ def _all_to_all(x: torch.Tensor, group: Any) -> torch.Tensor:
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x, group=group)
     return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: Any) -> torch.Tensor:
+    """All-to-all of blocks of different sizes: the first `sent[0]` rows go to rank 0, the next `sent[1]` to rank 1, ...
+
+    Args:
+        x: ``[sum(sent), C]``.
+        sent: rows for each rank of the group.
+        received: rows from each rank.
+        group: process group.
+
+    Returns:
+        ``[sum(received), C]``, by rank; its gradient goes the way back.
+    """
+    result: torch.Tensor = _ExchangeRows.apply(x, sent, received, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, sent: list[int], received: list[int], group: Any) -> torch.Tensor:
+        ctx.way = sent, received, group
+        out = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        sent, received, group = ctx.way
+        return exchange_rows(grad, received, sent, group), None, None, None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -95,13 +127,21 @@ def average_gradients(model: torch.nn.Module, group: Any) -> None:
 
     Args:
         model: after its backward, the same weights on every rank.
-        group: a process group or one-dimensional ``DeviceMesh``.
+        group: a process group, or a ``DeviceMesh``: all of its dimensions.
     """
-    group = getattr(group, "get_group", lambda: group)()
-    ranks = dist.get_world_size(group)
+    groups = process_groups(group)
+    ranks = math.prod(map(dist.get_world_size, groups))
     for parameter in model.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:  # this rank had no token for it (such as an expert); others may have
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=group)
+            for one in groups:
+                dist.all_reduce(parameter.grad, group=one)
             parameter.grad /= ranks
+
+
+def process_groups(group: Any) -> list[Any]:
+    """The process groups of a process group or of a ``DeviceMesh``, one for each of its dimensions."""
+    if not hasattr(group, "get_group"):
+        return [group]
+    return [group.get_group(dim) for dim in range(group.ndim)]

@@ -1,5 +1,6 @@
 """Whether the rows of a model can take another form: packed with several documents, unpadded into one row, split over
-ranks, or with prefixes that documents share. One table of all rules, each with the forms that it rules out.
+ranks, placed on ranks by document, or with prefixes that documents share. One table of all rules, each with the forms
+that it rules out.
 
 Checks that depend on a batch (a cache, its length) are in `axattn.documents.inputs`, checks that depend on backends in
 the callers (`axattn.unpadding`, `axattn.parallel`).
@@ -22,9 +23,9 @@ from axattn.traits import losses, pooling
 from axattn.traits.dynamic_rope import by_length
 from axattn.traits.layer_needs import sub_configs
 from axattn.traits.position_ids import counting_layers, unread_positions
-from axattn.traits.token_mixers import mixers
+from axattn.traits.token_mixers import mixers, scaled_by_share, text_model
 
-Form = Literal["packed", "unpadded", "split", "shared"]
+Form = Literal["packed", "unpadded", "split", "placed", "shared"]
 
 
 class Subject(NamedTuple):
@@ -66,13 +67,20 @@ def _token_mixers(subject: Subject) -> list[Reason]:
     return mixers(subject.model, by_document=subject.form != "split")
 
 
+def _scaled_by_share(subject: Subject) -> list[Reason]:
+    scaled = [name for name, _ in scaled_by_share(text_model(subject.model))]
+    return (
+        [Reason("model", f"{scaled[0]} scales a row by its share of masked tokens (token_dropout)")] if scaled else []
+    )
+
+
 def _counting_layers(subject: Subject) -> list[Reason]:
     return counting_layers(subject.model)
 
 
 def _positions(subject: Subject) -> list[Reason]:
     cls = code_of(subject.model)
-    if subject.form == "split" and "position_ids" not in signature_of(subject.model).parameters:
+    if subject.form in ("split", "placed") and "position_ids" not in signature_of(subject.model).parameters:
         return [Reason("position_ids", f"{cls.__name__} takes no position_ids")]
     return unread_positions(subject.model)
 
@@ -82,7 +90,7 @@ def _outputs(subject: Subject) -> list[Reason]:
     model = subject.model
     if subject.form == "packed":
         return pooling.classifies_rows(model)
-    if subject.form == "split":
+    if subject.form in ("split", "placed"):
         return pooling.one_a_row(model)
     return [*pooling.contradictions(model), *pooling.one_a_row(inner_part(model), unless_first=True)]
 
@@ -127,7 +135,7 @@ def _bias(subject: Subject) -> list[Reason]:
 
 def _sparse(subject: Subject) -> list[Reason]:
     sparse = any(need.sparse for need in subject.needs)
-    among = "one rank" if subject.form == "split" else "one row, which would hold those of other documents"
+    among = "one rank" if subject.form in ("split", "placed") else "one row, which would hold those of other documents"
     return [Reason("sparse", f"it selects keys among the tokens of {among}")] if sparse else []
 
 
@@ -153,21 +161,23 @@ def _versions(subject: Subject) -> list[Reason]:
     return contracts.reasons("packed rows", *(("unpadded rows",) if subject.form in ("unpadded", "shared") else ()))
 
 
+EVERY: tuple[Form, ...] = ("packed", "unpadded", "split", "placed", "shared")
 RULES: tuple[tuple[tuple[Form, ...], Callable[[Subject], Iterable[Reason]]], ...] = (
-    (("packed", "unpadded", "split", "shared"), _token_mixers),
-    (("unpadded", "split", "shared"), _counting_layers),
-    (("packed", "unpadded", "split", "shared"), _positions),
-    (("unpadded", "split"), _loss),
-    (("unpadded", "split", "shared"), _native),
-    (("unpadded", "split", "shared"), _encoder_decoder),  # packed: `axattn.documents.inputs.refusals`
-    (("unpadded", "split", "shared"), _composite),
-    (("unpadded", "split", "shared"), _bias),
-    (("split", "shared"), _sparse),
-    (("split",), _rope),
-    (("split",), _experts),
+    (EVERY, _token_mixers),
+    (("placed",), _scaled_by_share),
+    (("unpadded", "split", "placed", "shared"), _counting_layers),
+    (EVERY, _positions),
+    (("unpadded", "split", "placed"), _loss),
+    (("unpadded", "split", "placed", "shared"), _native),
+    (("unpadded", "split", "placed", "shared"), _encoder_decoder),  # packed: `axattn.documents.inputs.refusals`
+    (("unpadded", "split", "placed", "shared"), _composite),
+    (("unpadded", "split", "placed", "shared"), _bias),
+    (("split", "placed", "shared"), _sparse),
+    (("split", "placed"), _rope),
+    (("split", "placed"), _experts),
     (("shared",), _bidirectional),
-    (("packed", "unpadded", "split"), _outputs),  # shared: outputs of the backbone return to their places
-    (("packed", "unpadded", "split", "shared"), _versions),
+    (("packed", "unpadded", "split", "placed"), _outputs),  # shared: outputs of the backbone return to their places
+    (EVERY, _versions),
 )
 """The forms that each rule rules out. Counting layers (Llama 4's) are correct in packed rows that are short enough. The
 rules for packed rows run on every ``PreTrainedModel`` inside a model, the others on the whole model."""

@@ -45,8 +45,11 @@ def cut_tiles(layout: Layout) -> list[Tile]:
     result: list[Tile] = []
     for span, stem in layout.with_stems:
         row0, row1, q0, q1, k0, k1 = span
-        if stem:
+        if stem and layout.causal:
             result += _along_stem(span, stem, layout.window)
+            continue
+        if stem:
+            result.append(Tile(*span, causal=False, offset=None, stem=stem))
             continue
         queries, keys, window = q1 - q0, k1 - k0, layout.window
         offset = keys - queries  # bottom-right: the last query sits at the last key

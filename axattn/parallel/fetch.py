@@ -1,0 +1,125 @@
+"""Attention of tokens that are placed on ranks by document: every rank fetches the keys that its queries attend to, and
+makes one ordinary call of the kernel. Any number of heads and ranks; documents, windows and stems decide what is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from axattn.documents.sequence_shard import SequenceShard
+from axattn.errors import Reason, UnsupportedAttentionError
+from axattn.hf.transfers import on_device
+from axattn.masks.shard_mask import LayoutMask, PlacedMask
+from axattn.parallel.collectives import exchange_rows
+from axattn.parallel.fetch_plan import Rule, fetched, layout_of
+
+REFUSED = {
+    "position_bias": "the model computes its position bias from the tokens of one rank",
+    "indices": "the model selects keys among the tokens of one rank",
+    "block_indices": "the model selects blocks of keys among the tokens of one rank",
+}
+
+
+class FetchPlan(NamedTuple):
+    """One rank's part in fetching keys.
+
+    Attributes:
+        mask: of its queries over its own keys and the fetched ones behind them.
+        send: int64, its tokens that others fetch, by rank.
+        sent: how many of them each rank gets.
+        received: how many keys each rank sends.
+        idle: no rank fetches anything.
+    """
+
+    mask: LayoutMask
+    send: torch.Tensor
+    sent: list[int]
+    received: list[int]
+    idle: bool
+
+
+def plan_of(shard: SequenceShard, rule: Rule, device: torch.device) -> FetchPlan:
+    """The plan of a forward for one rule, made once for all layers."""
+    key = ("fetch", rule, device)
+    if key not in shard.memo:
+        shard.memo[key] = _plan(shard, rule, device)
+    found: FetchPlan = shard.memo[key]
+    return found
+
+
+def _plan(shard: SequenceShard, rule: Rule, device: torch.device) -> FetchPlan:
+    placement, rank = shard.placement, shard.fetch_rank
+    if placement is None:
+        raise AssertionError("only placed tokens fetch keys")
+    lists = fetched(placement, rule)
+    owner, slot = placement.owner, placement.slot
+    wanted = [tokens[owner[tokens] == rank] for tokens in lists]
+    received = np.bincount(owner[lists[rank]], minlength=placement.ranks).tolist()
+    return FetchPlan(
+        LayoutMask(layout_of(placement, rank, rule, lists[rank]), device),
+        on_device(torch.from_numpy(slot[np.concatenate(wanted)]), device),
+        [len(tokens) for tokens in wanted],
+        received,
+        not any(map(len, lists)),
+    )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer breaks its graph here
+def over_placed(
+    attend: Callable[..., Any],
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: PlacedMask,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """Run `attend` on this rank's queries and all keys that they see.
+
+    Args:
+        attend: the attention function (`axattn.attention.interface.attend`).
+        name: for `attend`.
+        module: the attention module.
+        query: this rank's tokens, ``[1, H, slots, D]``.
+        key: ``[1, Hkv, slots, D]``.
+        value: ``[1, Hkv, slots, Dv]``.
+        mask: of the call.
+        kwargs: keywords of the call.
+
+    Returns:
+        ``[1, slots, H, Dv]`` and None.
+
+    Raises:
+        UnsupportedAttentionError: the call has an input that needs whole rows.
+    """
+    shard = mask.shard
+    reasons = [Reason(keyword, text) for keyword, text in REFUSED.items() if kwargs.get(keyword) is not None]
+    if kwargs.get("output_attentions"):
+        reasons.append(Reason("weights", "output_attentions=True (the weights of a row are on several ranks)"))
+    if query.shape[0] != 1 or query.shape[2] != shard.length or key.shape[2] != shard.length:
+        reasons.append(Reason("cross_lengths", "queries and keys are not this rank's tokens"))
+    if reasons:
+        ranks = shard.ranks * (1 if shard.placement is None else shard.placement.ranks)
+        raise UnsupportedAttentionError(f"{type(module).__name__} can't run over {ranks} ranks", reasons)
+    rule = Rule(mask.rule.causal, mask.rule.window, mask.rule.chunk)
+    plan = plan_of(shard, rule, query.device)
+    if not plan.idle:
+        key, value = _with_fetched(key, value, plan, shard.fetch_group)
+    out, _ = attend(name, module, query, key, value, plan.mask, **kwargs)
+    return out, None
+
+
+def _with_fetched(
+    key: torch.Tensor, value: torch.Tensor, plan: FetchPlan, group: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of this rank, and behind them those that it fetches: ``[1, Hkv, slots + fetched, D]``."""
+    heads, D, Dv = key.shape[1], key.shape[3], value.shape[3]
+    own = torch.cat([key[0].transpose(0, 1), value[0].transpose(0, 1)], -1).flatten(1)  # [slots, Hkv x (D + Dv)]
+    got = exchange_rows(own.index_select(0, plan.send), plan.sent, plan.received, group)
+    whole = torch.cat([own, got]).view(-1, heads, D + Dv).transpose(0, 1)[None]
+    return whole[..., :D], whole[..., D:]
