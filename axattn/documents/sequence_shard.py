@@ -29,6 +29,8 @@ class SequenceShard:
         placement: of the batch's tokens, None if rows are split only.
         fetch_group: the process group of the ranks that tokens are placed on.
         fetch_rank: this rank's index among them.
+        travel: brings the documents of placed tokens whole to one rank each (`axattn.parallel.travel.Travel`), for
+            layers with a state; None for models without any.
         memo: values derived from the placement once for all layers of a forward.
     """
 
@@ -42,6 +44,7 @@ class SequenceShard:
     placement: Placement | None = None
     fetch_group: Any = None
     fetch_rank: int = 0
+    travel: Any = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

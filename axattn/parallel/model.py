@@ -20,6 +20,8 @@ from axattn.parallel.strategy import LayerSizes, Strategy, fetch_values, ulysses
 from axattn.patches.forward_wrapper import Forward, OncePerCall, add_model_wrappers, changes_around, wants_cache
 from axattn.patches.state import ATTRIBUTE, state_of, transformers_model
 from axattn.traits.model_traits import ModelTraits
+from axattn.traits.recurrent import recurrent
+from axattn.traits.token_mixers import text_model
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Gather = bool | Literal["auto"]
@@ -88,7 +90,8 @@ def _split(
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run over {group.ranks} ranks", reasons, advice)
     rules = [entry.layer.need for entry in state.plan.layers]
     ways = replace(ways, windows=any(one.window is not None or one.chunk is not None for one in rules))
-    change = Split(group, replace(ways, sizes=sizes_of(state.plan)), gather, state.patches, mean)
+    ways = replace(ways, state=bool(recurrent(text_model(model))), sizes=sizes_of(state.plan))
+    change = Split(group, ways, gather, state.patches, mean)
     add_model_wrappers(state.patches, model, change, at_head=True)
     again = functools.partial(_split, group=group, strategy=strategy, gather=gather, mean=mean, reapplied=True)
     state.later.append(again)
@@ -101,12 +104,14 @@ class Ways:
     Attributes:
         ulysses: by exchanging heads.
         fetch: by fetching keys.
+        state: a layer has a state, and runs whole documents.
         windows: a layer has a window or chunks, which padding between the tokens of a document would shift.
         sizes: of its layers; None if unknown.
     """
 
     ulysses: bool
     fetch: bool
+    state: bool = False
     windows: bool = False
     sizes: list[LayerSizes] | None = None
 
@@ -186,7 +191,7 @@ class Split:
         if placement is None:
             shard, part = split_rows(batch, self.group)
         else:
-            shard, part = place_tokens(batch, self.group, placement)
+            shard, part = place_tokens(batch, self.group, placement, self.ways.state)
         as_tuple = part.get("return_dict") is False
         own = Context(None, (shard.rows, shard.part), False, BoundaryInputs(), self, current(), shard)
         with (

@@ -21,6 +21,7 @@ from axattn.hf.forward_inputs import COMPARED, INPUTS, Role, is_given, split_as,
 from axattn.hf.forward_outputs import Holds, tensors_of
 from axattn.hf.transfers import on_device
 from axattn.parallel.collectives import gather
+from axattn.parallel.travel import travel_of
 from axattn.traits.losses import IGNORE_INDEX, predicts_next, shifted
 from axattn.traits.model_traits import ModelTraits
 from axattn.traits.position_ids import own_positions
@@ -165,16 +166,27 @@ def _runs(real: torch.Tensor, start: int) -> Ranges:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def place_tokens(batch: Batch, group: Group, placement: Placement) -> tuple[SequenceShard, dict[str, Any]]:
-    """This rank's tokens of a batch in one row, by a placement on the ranks of the group (on a two-dimensional mesh on
-    those of its first dimension); and its inputs."""
+def place_tokens(
+    batch: Batch, group: Group, placement: Placement, travels: bool
+) -> tuple[SequenceShard, dict[str, Any]]:
+    """This rank's tokens of a batch in one row, and its inputs.
+
+    Args:
+        batch: the batch.
+        group: of the ranks.
+        placement: on the ranks of the group, on a two-dimensional mesh on those of its first dimension.
+        travels: the model has layers with a state.
+    """
     if group.outer is None:
         inner, ranks, rank, fetch_group = None, 1, 0, group.handle
     else:
         inner, fetch_group = group.handle, group.outer
         ranks, rank = dist.get_world_size(inner), dist.get_rank(inner)
     fetch_rank = dist.get_rank(fetch_group)
-    shard = SequenceShard(inner, ranks, rank, 1, placement.slots, None, None, placement, fetch_group, fetch_rank)
+    travel = travel_of(placement, fetch_rank, fetch_group, batch.device) if travels else None
+    shard = SequenceShard(
+        inner, ranks, rank, 1, placement.slots, None, None, placement, fetch_group, fetch_rank, travel
+    )
     held = torch.from_numpy(placement.held(fetch_rank))[rank * shard.part : (rank + 1) * shard.part]
     index = on_device(held, batch.device)
     given = dict(batch.settings)

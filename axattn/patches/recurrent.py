@@ -32,13 +32,15 @@ class DocumentMask:
     Attributes:
         mask: the mask, ``[B, S]`` or None.
         segments: the documents of the rows, None if every row is one document.
+        travel: brings documents whole to one rank each if tokens are placed on ranks (`SequenceShard.travel`).
     """
 
-    __slots__ = ("mask", "segments")
+    __slots__ = ("mask", "segments", "travel")
 
-    def __init__(self, mask: torch.Tensor | None, segments: Segments | None) -> None:
+    def __init__(self, mask: torch.Tensor | None, documents: Any) -> None:
         self.mask = mask
-        self.segments = segments
+        self.segments = documents if isinstance(documents, Segments) else None
+        self.travel = None if isinstance(documents, Segments) else documents
 
 
 def add_document_runs(patches: PatchSet, model: torch.nn.Module) -> None:
@@ -63,11 +65,12 @@ class _DocumentMaskHook:
     def __reduce__(self) -> Any:
         return _DocumentMaskHook, (self.parameter,)  # a copy starts empty
 
-    def _documents(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> list[Segments | None]:
-        """The documents of the rows in a list, ``[None]`` for one document per row; empty if unknown."""
+    def _documents(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> list[Any]:
+        """The documents of the rows in a list, ``[None]`` for one document per row; empty if unknown. For tokens that
+        are placed on ranks their `SequenceShard.travel`."""
         context = current()
         if context is not None:
-            found = context.segments
+            found: Any = context.segments if context.shard is None else context.shard.travel
             if isinstance(found, TracedSegments):  # refused earlier, when a graph reads documents
                 raise AssertionError("layers that run document by document are not traced")
             if module.training:
@@ -135,6 +138,12 @@ class _RunByDocument:
         if isinstance(tensor, torch.Tensor):
             # the layer may be on another device; accelerate does not move a tensor inside a `DocumentMask`
             tensor = tensor.to(hidden.device)
+        if mask.travel is not None:
+            self.packed = True
+            found = _run(forward, mask.travel.collect(hidden), None, mask.travel.segments)
+            parts = found if isinstance(found, tuple) else (found,)
+            back = tuple(mask.travel.put_back(x) if isinstance(x, torch.Tensor) else x for x in parts)
+            return back if isinstance(found, tuple) else back[0]
         if mask.segments is None or hidden.shape[1] == 1:
             return forward({**inputs, "attention_mask": tensor})
         self.packed = True
@@ -152,7 +161,7 @@ class _RunByDocument:
             if self.packed and torch.is_grad_enabled():
                 text = "it runs outside its model's forward (again, in a checkpoint), and its documents are unknown"
                 _refuse(self.name, text)
-        elif isinstance(context.segments, Segments):
+        elif isinstance(context.segments, Segments) or context.shard is not None:
             _refuse(self.name, "the documents of its rows did not reach it")
 
 
