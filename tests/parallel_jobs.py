@@ -65,9 +65,7 @@ def errors(cases: list[tuple[str, str, str, str]], strategy: str = "ulysses") ->
     for family, name, kernel, scenario in cases:
         inside = hopper(kernel[1:-1]) if kernel.startswith("[") else contextlib.nullcontext()
         with inside:
-            found[f"{family} {name} {kernel} {scenario}"] = _error(
-                family, name, kernel.strip("[]"), scenario, strategy
-            )
+            found[f"{family} {name} {kernel} {scenario}"] = _error(family, name, kernel.strip("[]"), scenario, strategy)
     return found
 
 

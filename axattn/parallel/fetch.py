@@ -7,15 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from axattn.documents.sequence_shard import SequenceShard
 from axattn.errors import Reason, UnsupportedAttentionError
-from axattn.hf.transfers import on_device
 from axattn.masks.shard_mask import LayoutMask, PlacedMask
-from axattn.parallel.collectives import exchange_rows
 from axattn.parallel.fetch_plan import Rule, fetched, layout_of
+from axattn.parallel.redistribution import Redistribution, redistribution
 
 REFUSED = {
     "position_bias": "the model computes its position bias from the tokens of one rank",
@@ -29,43 +27,25 @@ class FetchPlan(NamedTuple):
 
     Attributes:
         mask: of its queries over its own keys and the fetched ones behind them.
-        send: int64, its tokens that others fetch, by rank.
-        sent: how many of them each rank gets.
-        received: how many keys each rank sends.
-        idle: no rank fetches anything.
+        fetch: what it sends, and what it gets.
     """
 
     mask: LayoutMask
-    send: torch.Tensor
-    sent: list[int]
-    received: list[int]
-    idle: bool
+    fetch: Redistribution
 
 
 def plan_of(shard: SequenceShard, rule: Rule, device: torch.device) -> FetchPlan:
     """The plan of a forward for one rule, made once for all layers."""
-    key = ("fetch", rule, device)
-    if key not in shard.memo:
-        shard.memo[key] = _plan(shard, rule, device)
-    found: FetchPlan = shard.memo[key]
-    return found
-
-
-def _plan(shard: SequenceShard, rule: Rule, device: torch.device) -> FetchPlan:
-    placement, rank = shard.placement, shard.fetch_rank
+    placement, rank, key = shard.placement, shard.fetch_rank, (rule, device)
     if placement is None:
         raise AssertionError("only placed tokens fetch keys")
-    lists = fetched(placement, rule)
-    owner, slot = placement.owner, placement.slot
-    wanted = [tokens[owner[tokens] == rank] for tokens in lists]
-    received = np.bincount(owner[lists[rank]], minlength=placement.ranks).tolist()
-    return FetchPlan(
-        LayoutMask(layout_of(placement, rank, rule, lists[rank]), device),
-        on_device(torch.from_numpy(slot[np.concatenate(wanted)]), device),
-        [len(tokens) for tokens in wanted],
-        received,
-        not any(map(len, lists)),
-    )
+    if key not in shard.memo:
+        wanted = fetched(placement, rule)
+        mask = LayoutMask(layout_of(placement, rank, rule, wanted[rank]), device)
+        way = redistribution(wanted, placement.owner, placement.slot, rank, shard.fetch_group, device)
+        shard.memo[key] = FetchPlan(mask, way)
+    found: FetchPlan = shard.memo[key]
+    return found
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer breaks its graph here
@@ -108,18 +88,15 @@ def over_placed(
         raise UnsupportedAttentionError(f"{type(module).__name__} can't run over {ranks} ranks", reasons)
     rule = Rule(mask.rule.causal, mask.rule.window, mask.rule.chunk)
     plan = plan_of(shard, rule, query.device)
-    if not plan.idle:
-        key, value = _with_fetched(key, value, plan, shard.fetch_group)
+    if not plan.fetch.idle:
+        key, value = _with_fetched(key, value, plan.fetch)
     out, _ = attend(name, module, query, key, value, plan.mask, **kwargs)
     return out, None
 
 
-def _with_fetched(
-    key: torch.Tensor, value: torch.Tensor, plan: FetchPlan, group: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _with_fetched(key: torch.Tensor, value: torch.Tensor, fetch: Redistribution) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of this rank, and behind them those that it fetches: ``[1, Hkv, slots + fetched, D]``."""
     heads, D, Dv = key.shape[1], key.shape[3], value.shape[3]
     own = torch.cat([key[0].transpose(0, 1), value[0].transpose(0, 1)], -1).flatten(1)  # [slots, Hkv x (D + Dv)]
-    got = exchange_rows(own.index_select(0, plan.send), plan.sent, plan.received, group)
-    whole = torch.cat([own, got]).view(-1, heads, D + Dv).transpose(0, 1)[None]
+    whole = torch.cat([own, fetch.run(own)]).view(-1, heads, D + Dv).transpose(0, 1)[None]
     return whole[..., :D], whole[..., D:]

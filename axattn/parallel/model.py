@@ -90,7 +90,8 @@ def _split(
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run over {group.ranks} ranks", reasons, advice)
     rules = [entry.layer.need for entry in state.plan.layers]
     ways = replace(ways, windows=any(one.window is not None or one.chunk is not None for one in rules))
-    ways = replace(ways, state=bool(recurrent(text_model(model))), sizes=sizes_of(state.plan))
+    ways = replace(ways, state=bool(recurrent(text_model(model))), shares=state.share_prefixes)
+    ways = replace(ways, sizes=sizes_of(state.plan))
     change = Split(group, ways, gather, state.patches, mean)
     add_model_wrappers(state.patches, model, change, at_head=True)
     again = functools.partial(_split, group=group, strategy=strategy, gather=gather, mean=mean, reapplied=True)
@@ -105,6 +106,7 @@ class Ways:
         ulysses: by exchanging heads.
         fetch: by fetching keys.
         state: a layer has a state, and runs whole documents.
+        shares: prefixes of documents run once if tokens are placed (``share_prefixes=True``).
         windows: a layer has a window or chunks, which padding between the tokens of a document would shift.
         sizes: of its layers; None if unknown.
     """
@@ -112,6 +114,7 @@ class Ways:
     ulysses: bool
     fetch: bool
     state: bool = False
+    shares: bool = False
     windows: bool = False
     sizes: list[LayerSizes] | None = None
 
@@ -234,7 +237,7 @@ class Split:
             )
         inner = torch.distributed.get_world_size(group.handle) if both else 1
         placed = place(documents, batch.rows * batch.length, group.ranks // inner, inner)
-        if both or not self.ways.ulysses:
+        if both or self.ways.shares or not self.ways.ulysses:
             return placed
         tokens = -(-batch.length // group.ranks) * batch.rows
         sizes = self.ways.sizes

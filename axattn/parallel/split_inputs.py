@@ -22,6 +22,7 @@ from axattn.hf.forward_outputs import Holds, tensors_of
 from axattn.hf.transfers import on_device
 from axattn.parallel.collectives import gather
 from axattn.parallel.travel import travel_of
+from axattn.parallel.whole_batch import WholeBatch
 from axattn.traits.losses import IGNORE_INDEX, predicts_next, shifted
 from axattn.traits.model_traits import ModelTraits
 from axattn.traits.position_ids import own_positions
@@ -184,9 +185,12 @@ def place_tokens(
         ranks, rank = dist.get_world_size(inner), dist.get_rank(inner)
     fetch_rank = dist.get_rank(fetch_group)
     travel = travel_of(placement, fetch_rank, fetch_group, batch.device) if travels else None
-    shard = SequenceShard(
-        inner, ranks, rank, 1, placement.slots, None, None, placement, fetch_group, fetch_rank, travel
-    )
+    whole = None
+    if inner is None:
+        of_batch = batch.rows, batch.length, batch.segments, batch.mask, batch.per_token
+        whole = WholeBatch(*of_batch, placement, fetch_rank, fetch_group, travels)
+    own = placement, fetch_group, fetch_rank, travel, whole
+    shard = SequenceShard(inner, ranks, rank, 1, placement.slots, None, None, *own)
     held = torch.from_numpy(placement.held(fetch_rank))[rank * shard.part : (rank + 1) * shard.part]
     index = on_device(held, batch.device)
     given = dict(batch.settings)

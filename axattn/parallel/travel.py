@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from axattn.documents.boundaries import Segments, total
+from axattn.documents.boundaries import Ranges, Segments, total
 from axattn.documents.placement import Placement
-from axattn.hf.transfers import on_device
-from axattn.parallel.collectives import exchange_rows
+from axattn.parallel.redistribution import Redistribution, redistribution
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,89 +21,55 @@ class Travel:
     """Whole documents on one rank each, and the way there and back.
 
     Attributes:
-        group: of the ranks.
-        slots: tokens on every rank.
         segments: the documents of this rank, in one row of N tokens; one token if it has none.
-        leaving: int64, this rank's tokens by the rank that they travel to.
-        left: how many of them travel to each rank.
-        arrived: how many tokens come from each rank.
-        order: int64 ``[N]``, the index of each token of the row among those that arrived.
-        returning: int64, the tokens of the row that travel back, by rank; a stem (`Segments.stems`) does not.
-        returned: how many of them travel to each rank.
-        came_back: how many tokens come back from each rank.
-        places: int64, the slots of these.
-        idle: no document is on several ranks.
+        there: from the slots of the ranks to the rows of documents.
+        back: from the rows to the slots.
     """
 
-    group: Any
-    slots: int
     segments: Segments
-    leaving: torch.Tensor
-    left: list[int]
-    arrived: list[int]
-    order: torch.Tensor
-    returning: torch.Tensor
-    returned: list[int]
-    came_back: list[int]
-    places: torch.Tensor
-    idle: bool
+    there: Redistribution
+    back: Redistribution
 
     def collect(self, x: torch.Tensor) -> torch.Tensor:
         """The whole documents of this rank: ``[1, slots, ...]`` → ``[1, N, ...]``."""
-        sent = x[0].index_select(0, self.leaving)
-        got = sent if self.idle else exchange_rows(sent, self.left, self.arrived, self.group)
-        if not len(self.order):  # the layer runs on every rank: its weights may be sharded
-            return torch.cat([got, got.new_zeros(1, *got.shape[1:])])[None]
-        return got.index_select(0, self.order)[None]
+        got = self.there.run(x[0])
+        if len(got):
+            return got[None]
+        # the layer runs on every rank: its weights may be sharded
+        return torch.cat([got, got.new_zeros(1, *got.shape[1:])])[None]
 
     def put_back(self, x: torch.Tensor) -> torch.Tensor:
         """The outputs of this rank's tokens: ``[1, N, ...]`` → ``[1, slots, ...]``, zero at padding."""
-        sent = x[0].index_select(0, self.returning)
-        got = sent if self.idle else exchange_rows(sent, self.returned, self.came_back, self.group)
-        return got.new_zeros(self.slots, *got.shape[1:]).index_copy(0, self.places, got)[None]
+        return self.back.run(x[0])[None]
 
 
 def travel_of(placement: Placement, rank: int, group: Any, device: torch.device) -> Travel:
     """The `Travel` of a forward on one rank.
 
-    A document that one rank holds stays there; others go to the rank with the fewest tokens so far, longest first.
+    A document that one rank holds stays there; others go to the rank with the fewest tokens so far, longest first. The
+    stem of a document (`Segments.stems`) travels with it, once for each document that goes on from it.
     """
-    owner, slot, ranks = placement.owner, placement.slot, placement.ranks
-    paths = [_tokens((*one.stem, *one.own)) for one in placement.documents]
+    documents = placement.documents
+    paths = [_tokens((*one.stem, *one.own)) for one in documents]
     homes = _homes(placement, paths)
-    rows, own = [], []
-    for there in range(ranks):
-        mine = [number for number, home in enumerate(homes) if home == there]
-        rows.append(np.concatenate([np.arange(0), *(paths[number] for number in mine)]))
-        fronts = [np.arange(len(paths[number])) >= total(placement.documents[number].stem) for number in mine]
-        own.append(np.concatenate([np.zeros(0, dtype=bool), *fronts]))
-    by_owner = [np.argsort(owner[row], kind="stable") for row in rows]
-    arrived = by_owner[rank]
-    back = arrived[own[rank][arrived]]
-    leaving = [row[owner[row] == rank] for row in rows]
-    coming = [row[(owner[row] == rank) & mine] for row, mine in zip(rows, own, strict=True)]
-    lengths = [len(paths[number]) for number, home in enumerate(homes) if home == rank]
-
-    def index(x: np.ndarray) -> torch.Tensor:
-        return on_device(torch.from_numpy(x), device)
-
-    def counts(tokens: np.ndarray) -> list[int]:
-        found: list[int] = np.bincount(owner[tokens], minlength=ranks).tolist()
-        return found
-
+    at_home = [[number for number, home in enumerate(homes) if home == there] for there in range(placement.ranks)]
+    rows = [np.concatenate([np.arange(0), *(paths[number] for number in mine)]) for mine in at_home]
+    where = np.full(placement.tokens, -1)  # of each token, among the tokens of all rows
+    home, place = np.repeat(np.arange(len(rows)), list(map(len, rows))), np.concatenate(list(map(_counted, rows)))
+    at = 0
+    for number in (number for mine in at_home for number in mine):
+        front, end = total(documents[number].stem), len(paths[number])
+        where[paths[number][front:]] = np.arange(at + front, at + end)
+        at += end
+    back = [np.full(placement.slots, -1) for _ in rows]
+    for there, found in enumerate(back):
+        held = placement.held(there)
+        found[: len(held)] = where[held]
+    lengths = [len(paths[number]) for number in at_home[rank]]
     return Travel(
-        group=group,
-        slots=placement.slots,
-        segments=Segments((tuple(accumulate(lengths, initial=0)) if lengths else (0, 1),), device),
-        leaving=index(slot[np.concatenate(leaving)]),
-        left=list(map(len, leaving)),
-        arrived=counts(rows[rank]),
-        order=index(np.argsort(arrived)),
-        returning=index(back),
-        returned=counts(rows[rank][back]),
-        came_back=list(map(len, coming)),
-        places=index(slot[np.concatenate(coming)]),
-        idle=all(bool((owner[row] == there).all()) for there, row in enumerate(rows)),
+        Segments((tuple(accumulate(lengths, initial=0)) if lengths else (0, 1),), device),
+        redistribution(rows, placement.owner, placement.slot, rank, group, device),
+        redistribution(back, home, place, rank, group, device),
     )
 
 
@@ -119,5 +84,9 @@ def _homes(placement: Placement, paths: list[np.ndarray]) -> list[int]:
     return homes
 
 
-def _tokens(ranges: tuple[tuple[int, int], ...]) -> np.ndarray:
+def _tokens(ranges: Ranges) -> np.ndarray:
     return np.concatenate([np.arange(a, b) for a, b in ranges])
+
+
+def _counted(row: np.ndarray) -> np.ndarray:
+    return np.arange(len(row))

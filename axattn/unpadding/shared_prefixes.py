@@ -16,6 +16,7 @@ from axattn import backends
 from axattn.documents.boundaries import Segments
 from axattn.documents.forward_context import BoundaryInputs, Context, assume, current, reading, slot
 from axattn.documents.inputs import require_axattn_backend
+from axattn.documents.placement import Document
 from axattn.documents.read_inputs import documents
 from axattn.documents.unpadded_batch import UnpaddedBatch
 from axattn.errors import Reason, UnsupportedAttentionError
@@ -89,20 +90,26 @@ class SharePrefixes:
 
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
         """Run one forward; returns the model's output. A batch runs as it came if it shares too little, if it reads a
-        cache or returns one that the caller may use, over ranks, and inside a compiled graph; with a warning if the
+        cache or returns one that the caller may use, where rows are split over ranks by exchanging heads, and inside a
+        compiled graph; with a warning if the
         model draws random numbers per token (dropout)."""
-        ids, around = inputs.get("input_ids"), current()
+        ids, around, shard = inputs.get("input_ids"), current(), slot().shard
+        given, whole = inputs, None if shard is None else shard.batch
+        if whole is not None and isinstance(ids, torch.Tensor):
+            ids = whole.per_token.get("input_ids")
+            given = {key: whole.per_token.get(key, value) for key, value in inputs.items()}
+            given["attention_mask"] = whole.mask
         if (
             is_tracing()
             or not isinstance(ids, torch.Tensor)
             or ids.ndim != 2
             or ids.numel() < 2
             or (around is not None and around.reads_padding)
-            or slot().shard is not None
+            or (shard is not None and whole is None)
             or wants_cache(model, inputs)
         ):
             return forward(inputs)
-        batch = self._read(model, inputs, ids)
+        batch = self._read(model, given, ids, None if whole is None else whole.segments)
         if batch is None or (self.longest is not None and batch.highest >= self.longest):
             return forward(inputs)
         reasons = [*reasons_against_batch(model, inputs), *(random_parts(model) if model.training else ())]
@@ -114,13 +121,17 @@ class SharePrefixes:
             warn_once(f"share_prefixes=True: batches of {name} run with their prefixes repeated: {texts}")
             return forward(inputs)
         require_axattn_backend(self.traits, model)
+        if whole is not None:
+            return self._run_over_ranks(model, forward, given, batch, whole)
         return self._run(model, forward, inputs, batch)
 
     def missed(self, context: Context) -> str:
         """See `axattn.patches.forward_wrapper.WholeModel`: without it a batch is only slower."""
         return ""
 
-    def _read(self, model: torch.nn.Module, inputs: dict[str, Any], ids: torch.Tensor) -> _Batch | None:
+    def _read(
+        self, model: torch.nn.Module, inputs: dict[str, Any], ids: torch.Tensor, known: Segments | None
+    ) -> _Batch | None:
         """What a batch shares; None if it runs as it came."""
         import numpy as np
 
@@ -128,7 +139,7 @@ class SharePrefixes:
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
             return None
-        known = slot().known_documents
+        known = slot().known_documents if known is None else known
         if known is None or (known.rows, known.length) != (rows, length):
             known = documents(self.traits, model, inputs)
         elif known.stems is not None:
@@ -178,6 +189,26 @@ class SharePrefixes:
         with assume(documents=segments), reading(context):  # `reading`: for models without an input hook
             output = forward(given)
         restore_outputs(model, output, one_row, "share_prefixes")
+        return output.to_tuple() if inputs.get("return_dict") is False else output
+
+    def _run_over_ranks(
+        self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any], batch: _Batch, whole: Any
+    ) -> Any:
+        """As `_run`, with the row placed on the ranks of the batch; `inputs` are of the whole batch."""
+        import numpy as np
+
+        shared = batch.shared
+        stems = shared.stems
+        documents = [Document(((a, b),), stem) for (a, b), stem in zip(pairwise(shared.boundaries), stems, strict=True)]
+        source = np.full(whole.rows * whole.length, -1)
+        source[batch.places] = shared.source
+        per_token = {**unpadded_as(inputs, "cut"), "position_ids": batch.positions}
+        other = whole.other_tokens(documents, batch.places[shared.tokens], source, per_token)
+        given = {**unpadded_as(inputs, "copy"), **other.inputs, "use_cache": False, "return_dict": True}
+        context = Context(None, (1, other.shard.part), False, BoundaryInputs(), self, current(), other.shard)
+        with assume(shard=other.shard), reading(context):
+            output = forward(given)
+        restore_outputs(model, output, other, "share_prefixes")
         return output.to_tuple() if inputs.get("return_dict") is False else output
 
 

@@ -163,13 +163,13 @@ def _flat_documents(packed: Segments | None, keep: torch.Tensor, rows: int, leng
     return Segments((tuple(ends),), keep.device)
 
 
-def restore_outputs(model: torch.nn.Module, output: Any, unpadded: UnpaddedBatch, option: str) -> None:
+def restore_outputs(model: torch.nn.Module, output: Any, unpadded: Any, option: str) -> None:
     """Put every output that has a value per token back into the places of the batch.
 
     Args:
         model: the model.
         output: of the unpadded row; changed in place.
-        unpadded: the row.
+        unpadded: the row: an `UnpaddedBatch`, or one of its form.
         option: the user's, for errors.
 
     Raises:

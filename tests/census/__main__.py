@@ -36,13 +36,13 @@ def _one(key: tuple[str, str]) -> Record:
     return examine(key[1], key[0])
 
 
-def _over_ranks(keys: list[tuple[str, str]]) -> dict[tuple[str, str], Finding]:
+def _over_ranks(keys: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Finding]]:
     """What splitting the rows of decoders over two processes gives."""
-    found = {}
+    found: dict[tuple[str, str], dict[str, Finding]] = {}
     for at in range(0, len(keys), TOGETHER):
         mine, other = distributed.run(RANKS, split.examine, keys[at : at + TOGETHER])
         assert mine == other, "the ranks disagree"
-        found |= {(record.head, record.model_type): split.summary(record) for record in mine if not record.skipped}
+        found |= split.summaries(mine)
     return found
 
 
@@ -63,7 +63,7 @@ def main() -> int:
     parts = _over_ranks([key for key in split.decoders() if key in built])
     for at, record in enumerate(records):
         if (record.head, record.model_type) in parts:
-            findings = {**record.findings, "split: auto": parts[record.head, record.model_type]}
+            findings = {**record.findings, **parts[record.head, record.model_type]}
             records[at] = dataclasses.replace(record, findings=findings)
     console = rich.console.Console()
     bad = [(r, key, f) for r in records for key, f in r.findings.items() if f.status == "wrong"]

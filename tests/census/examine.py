@@ -96,16 +96,16 @@ def examine(model_type: str, head: str) -> Record:
         expected = Expected(model, head)
     except Exception as failure:  # sizes that do not fit, an optional library, inputs beyond text
         return Record(model_type, head, skipped=first_line(failure))
-    tried: dict[tuple[str, bool], list[Scenario]] = {}
+    tried: dict[tuple[str, bool, bool], list[Scenario]] = {}
     for scenario in SCENARIOS:
         if (scenario.heads and head not in scenario.heads) or (scenario.image and expected.image is None):
             continue
         for name in scenario.names:
             if head not in FEWER or name in ON_FEWER:
-                tried.setdefault((name, scenario.unpad), []).append(scenario)
+                tried.setdefault((name, scenario.unpad, scenario.share), []).append(scenario)
     found: dict[str, Finding] = {}
-    for (name, unpad), scenarios in tried.items():
-        found |= _on_one_copy(model, name, unpad, scenarios, expected)
+    for (name, unpad, share), scenarios in tried.items():
+        found |= _on_one_copy(model, name, {"unpad": unpad, "share_prefixes": share}, scenarios, expected)
     order = (f"{scenario.name}: {name}" for scenario in SCENARIOS for name in scenario.names)
     findings = {key: found[key] for key in order if key in found}
     return Record(model_type, head, type(model).__name__, findings=findings)
@@ -138,7 +138,7 @@ def _fails_on_eager(model: Any, scenario: Scenario, expected: Expected) -> bool:
 
 
 def _on_one_copy(
-    model: Any, name: str, unpad: bool, scenarios: list[Scenario], expected: Expected
+    model: Any, name: str, options: dict[str, Any], scenarios: list[Scenario], expected: Expected
 ) -> dict[str, Finding]:
     """What scenarios give on one name, one after the other on one copy of the model, which is patched once."""
     findings: dict[str, Finding] = {}
@@ -149,7 +149,7 @@ def _on_one_copy(
             key = f"{scenario.name}: {name}"
             try:
                 if candidate is None or remembers:
-                    candidate = axattn.apply(copy.deepcopy(model), name, unpad=unpad)
+                    candidate = axattn.apply(copy.deepcopy(model), name, **options)
                 with torch.set_grad_enabled(scenario.gradients):
                     findings[key] = _compared(*scenario.run(candidate, expected), scenario.tolerance, expected)
             except AxattnError as refusal:

@@ -77,6 +77,36 @@ class Expected:
         found: torch.Tensor = model.get_input_embeddings().weight.grad
         return found
 
+    @functools.cached_property
+    def completions(self) -> torch.Tensor:
+        """int64 ``[3, 24]``: a prompt of 18 tokens with three completions, padded on the right."""
+        generator = torch.Generator().manual_seed(4)
+        prompt, rest = (torch.randint(3, 60, size, generator=generator) for size in ((1, 18), (3, 6)))
+        return torch.cat([prompt.expand(3, -1), rest], 1) * self.completions_mask
+
+    @functools.cached_property
+    def completions_mask(self) -> torch.Tensor:
+        """The mask of `completions`."""
+        return (torch.arange(24) < torch.tensor([[24], [21], [23]])).long()
+
+    @functools.cached_property
+    def completions_alone(self) -> torch.Tensor:
+        """What `with_gradients` gives of `completions`, each row alone."""
+        model = copy.deepcopy(self.model)
+        rows = [row[mask.bool()][None] for row, mask in zip(self.completions, self.completions_mask, strict=True)]
+        with torch.enable_grad():
+            parts = [self.with_gradients(model, row) for row in rows]
+        gradient = model.get_input_embeddings().weight.grad
+        return torch.cat([part[: -gradient.numel()] for part in parts] + [gradient.flatten()])
+
+    def with_gradients(self, model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The real tokens' logits and the gradient of the embeddings, so far, of the sum of their squares; flat."""
+        given = {} if mask is None else {"attention_mask": mask}
+        real = torch.ones_like(ids) if mask is None else mask
+        found = self.logits(model, input_ids=ids, **given)[real.bool()]
+        found.square().sum().backward()
+        return torch.cat([found.detach().flatten(), model.get_input_embeddings().weight.grad.flatten()])
+
     def logits(self, model: Any, **inputs: Any) -> torch.Tensor:
         """Logits ``[B, S, ...]``, of a head with one output a row ``[B, labels]``."""
         return logits_of(model(**inputs, **self.options))

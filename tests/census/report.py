@@ -33,6 +33,8 @@ COLUMNS = {
     ),
     "unpad": ("right padding, unpad: auto", "left padding, unpad: auto"),
     "over ranks": ("split: auto",),
+    "documents over ranks": ("fetch: auto",),
+    "shared prefixes": ("shared prefixes: auto",),
     "images": tuple(f"image{how}: auto" for how in ("", ", left padding", ", packed")),
     **{name: tuple(f"{scenario}: {name}" for scenario in ("dense", "packed")) for name in ("varlen", *FAKED)},
 }

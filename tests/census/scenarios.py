@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import axattn
+from axattn.errors import Reason, UnsupportedAttentionError
 from tests.census.configs import FEWER
 from tests.census.expected import LENGTHS, Expected
 from tests.census.images import TEXT
@@ -37,6 +38,7 @@ class Scenario:
         names: the names it is tried on.
         heads: only for these; for all when empty.
         unpad: with ``unpad=True``.
+        share: with ``share_prefixes=True``.
         gradients: run with gradients.
         image: only where an image could be made for the model.
         tolerance: largest error, relative to the largest value.
@@ -47,6 +49,7 @@ class Scenario:
     names: tuple[str, ...] = NAMES
     heads: tuple[str, ...] = ()
     unpad: bool = False
+    share: bool = False
     gradients: bool = False
     image: bool = False
     tolerance: float = 1e-4
@@ -103,6 +106,25 @@ def _gradients(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tens
     return found, expected.gradients
 
 
+def _shared(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
+    """Completions of one prompt: their logits and the gradient of the token embeddings, each document alone on eager.
+
+    Raises:
+        UnsupportedAttentionError: the prompt ran several times.
+    """
+    model.zero_grad()
+    table, ran = model.get_input_embeddings(), []
+    handle = table.register_forward_hook(lambda module, args, out: ran.append(out.shape[:-1].numel()))
+    try:
+        found = expected.with_gradients(model, expected.completions, expected.completions_mask)
+    finally:
+        handle.remove()
+        model.zero_grad()
+    if not ran or max(ran) >= int(expected.completions_mask.sum()):
+        raise UnsupportedAttentionError("the batch ran as it came", [Reason("stems", "its prefixes ran repeated")])
+    return found, expected.completions_alone
+
+
 def _generate(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
     """Six more tokens behind rows padded on the left, from the logits at each step."""
 
@@ -147,6 +169,7 @@ SCENARIOS = (
     Scenario("packed gradients", _gradients, NAMES, _ONE_SIDED, gradients=True),
     Scenario("right padding, unpad", _right, ("auto",), unpad=True),
     Scenario("left padding, unpad", _left, ("auto",), unpad=True),
+    Scenario("shared prefixes", _shared, ("auto",), ("causal",), share=True, gradients=True),
     Scenario("generate, left padding", _generate, ("auto",), ("causal", "vision")),
     Scenario("image", _image, ON_IMAGES, ("vision",), image=True),
     Scenario("image, left padding", _image_padded, ON_IMAGES, ("vision",), image=True),

@@ -23,19 +23,26 @@ def decoders() -> list[tuple[str, str]]:
     return [(head, model_type) for head, model_type in keys if head in ("causal", "none") and model_type in causal]
 
 
-def examine(keys: list[tuple[str, str]]) -> list[Record]:
-    """In every process of a group: each ``(head, model_type)``, dense, packed and padded."""
+STRATEGIES = {"split: auto": "ulysses", "fetch: auto": "fetch"}
+"""What is tried, and the strategy of `axattn.sequence_parallel` that it is tried with."""
+
+
+def examine(keys: list[tuple[str, str]]) -> list[dict[str, Record]]:
+    """In every process of a group: each ``(head, model_type)``, dense, packed and padded, by `STRATEGIES`."""
     return [_examine(*key) for key in keys]
 
 
-def _examine(head: str, model_type: str) -> Record:
+def _examine(head: str, model_type: str) -> dict[str, Record]:
     try:
         model = build(model_type, head)
         wanted = {name: _run(model, name) for name in _BATCHES}
     except Exception as failure:  # as in the census of one process
-        return Record(model_type, head, skipped=first_line(failure))
-    findings = {name: _find(head, model_type, name, wanted[name]) for name in _BATCHES}
-    return Record(model_type, head, type(model).__name__, findings=findings)
+        return {tried: Record(model_type, head, skipped=first_line(failure)) for tried in STRATEGIES}
+    records = {}
+    for tried, strategy in STRATEGIES.items():
+        findings = {name: _find(head, model_type, name, strategy, wanted[name]) for name in _BATCHES}
+        records[tried] = Record(model_type, head, type(model).__name__, findings=findings)
+    return records
 
 
 def _batch(name: str) -> dict[str, Any]:
@@ -85,13 +92,13 @@ def _run(model: Any, name: str, group: Any = None) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), "logits": logits.detach()[real], "gradient": table.grad.clone()}
 
 
-def _find(head: str, model_type: str, name: str, wanted: dict[str, torch.Tensor]) -> Finding:
+def _find(head: str, model_type: str, name: str, strategy: Any, wanted: dict[str, torch.Tensor]) -> Finding:
     import torch.distributed as dist
 
     candidate = build(model_type, head)
     try:
         axattn.apply(candidate, "auto")
-        axattn.sequence_parallel(candidate, dist.group.WORLD, gather=True)
+        axattn.sequence_parallel(candidate, dist.group.WORLD, strategy=strategy, gather=True)
         found = _run(candidate, name, dist.group.WORLD)
     except AxattnError as refusal:
         return Finding("refused", "; ".join(dict.fromkeys(r.text for r in refusal.reasons)) or str(refusal))
@@ -102,6 +109,16 @@ def _find(head: str, model_type: str, name: str, wanted: dict[str, torch.Tensor]
         if not error <= (1e-3 if key == "gradient" else 1e-4):  # gradients are sums over ranks, in another order
             return Finding("wrong", f"{key}: relative error {error:.2g}")
     return Finding("ok")
+
+
+def summaries(records: list[dict[str, Record]]) -> dict[tuple[str, str], dict[str, Finding]]:
+    """What each ``(head, model_type)`` gave, by `STRATEGIES`; nothing of those that could not be tried."""
+    found: dict[tuple[str, str], dict[str, Finding]] = {}
+    for each in records:
+        for tried, record in each.items():
+            if not record.skipped:
+                found.setdefault((record.head, record.model_type), {})[tried] = summary(record)
+    return found
 
 
 def summary(record: Record) -> Finding:

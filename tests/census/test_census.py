@@ -44,7 +44,7 @@ def test_an_architecture_is_right_or_refused(head: str, model_type: str) -> None
     if recorded.skipped:  # an optional library (timm) may be there
         return
     assert not record.skipped
-    before = {key: finding.status for key, finding in recorded.findings.items() if key != "split: auto"}
+    before = {key: finding.status for key, finding in recorded.findings.items() if key not in split.STRATEGIES}
     assert {key: finding.status for key, finding in record.findings.items()} == before, "stale: run `make census`"
 
 
@@ -54,10 +54,13 @@ def test_rows_of_decoders_split_over_ranks_are_right_or_refused() -> None:
     sample = [key for key in split.decoders() if zlib.crc32("".join(key).encode()) % share == 36 % share]
     mine, other = distributed.run(2, split.examine, sample)
     assert mine == other
-    findings = {(record.head, record.model_type): split.summary(record) for record in mine if not record.skipped}
-    assert {key: found.detail for key, found in findings.items() if found.status == "wrong"} == {}
+    findings = split.summaries(mine)
+    flat = {(*key, tried): found for key, by_way in findings.items() for tried, found in by_way.items()}
+    assert {key: found.detail for key, found in flat.items() if found.status == "wrong"} == {}
     for each in ("causal", "none"):
-        assert sum(found.status == "ok" for (head, _), found in findings.items() if head == each) > 1
+        for way in split.STRATEGIES:
+            right = [key for key, found in flat.items() if found.status == "ok" and (key[0], key[2]) == (each, way)]
+            assert len(right) > 1
 
 
 def test_the_page_is_made_of_the_record() -> None:
