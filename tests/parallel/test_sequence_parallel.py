@@ -99,7 +99,13 @@ REFUSED = {
     "bamba": "mix tokens outside of attention",
     "twice": "it is sequence-parallel already",
     "group": "group is a str",
-    "mesh": "the mesh has 2 dimensions",
+    "mesh": "the mesh has 3 dimensions",
+    "strategy": "strategy='ring' is not one of",
+    "both": "on a mesh of two dimensions, which uses both",
+    "both, a state": "mix tokens outside of attention",
+    "both sides": "windows to both sides",
+    "no stems": "s2 can't attend to keys in several ranges",
+    "holes": "padding between the tokens of a document",
     "other batch": "hold different batches",
     "other labels": "they differ in labels",
     "other length": "rank 0: 1 x 24, rank 1: 1 x 25",
@@ -198,7 +204,7 @@ def test_the_page_s_tables_are_those_of_the_formulas() -> None:
 
 def test_an_output_that_may_hold_a_value_for_each_token_of_a_rank_is_not_taken_for_whole() -> None:
     share = SequenceShard(None, 2, 0, 1, 10, None, None)
-    join(ModelOutput(score=torch.zeros(1, 3), loss=torch.zeros(())), share, 9)
+    join(ModelOutput(score=torch.zeros(1, 3), loss=torch.zeros(())), share, 1, 9)
     for part in (torch.zeros(1, 5, 3), (torch.zeros(1, 5),)):
         with pytest.raises(UnsupportedAttentionError, match="its output score is unknown and can't be gathered"):
-            join(ModelOutput(score=part), share, 9)
+            join(ModelOutput(score=part), share, 1, 9)
