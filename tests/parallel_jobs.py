@@ -17,7 +17,7 @@ from tests.fakes.machine import hopper
 from tests.models import CONFIGS, build, positions, tokens
 
 _PACKED = ("packed", "packed uneven", "numbered in the mask")
-SCENARIOS = ("dense", *_PACKED, "right padded", "left padded", "uneven", "many rows", "checkpointed")
+SCENARIOS = ("dense", *_PACKED, "right padded", "left padded", "uneven", "many rows", "checkpointed", "tiny")
 
 
 def batch(scenario: str) -> dict[str, Any]:
@@ -28,6 +28,8 @@ def batch(scenario: str) -> dict[str, Any]:
         ids, where = tokens(2, 21), positions((5, 9, 7), (20, 1))
     elif scenario == "uneven":
         ids, where = tokens(1, 21), None
+    elif scenario == "tiny":  # with three ranks, one has no token
+        ids, where = tokens(2, 2), None
     elif scenario == "many rows":
         ids, where = tokens(3, 16), None
     else:
@@ -99,6 +101,84 @@ def _error(family: str, name: str, kernel: str, scenario: str, strategy: str) ->
     return worst([*pairs, *((a.grad, b.grad) for a, b in both if b.grad is not None)])
 
 
+def shared_prefixes(families: list[str]) -> dict[str, tuple[float, int, int]]:
+    """Completions of a prompt with ``share_prefixes=True``: the largest error against each alone; the tokens that a
+    layer runs on this rank, and those of the batch."""
+    found = {}
+    for family in families:
+        whole, split = axattn.apply(build(family), "auto"), axattn.apply(build(family), "auto", share_prefixes=True)
+        axattn.sequence_parallel(split, dist.group.WORLD, gather=True)
+        ids = torch.cat([tokens(1, 40, 1).expand(4, -1), tokens(4, 9, 2)], 1)
+        ids[3, :20] = tokens(1, 20, 7)  # it shares nothing
+        mask = torch.ones_like(ids)
+        mask[1, 45:] = 0
+        given = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        seen: list[int] = []
+        norm = next(m for m in split.modules() if "norm" in type(m).__name__.lower())
+        norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[-2]))
+        got, wanted = split(**given), whole(**given, use_cache=False)
+        got.loss.backward()
+        wanted.loss.backward()
+        axattn.parallel.average_gradients(split, dist.group.WORLD)
+        both = zip(split.parameters(), whole.parameters(), strict=True)
+        pairs = [(got.loss, wanted.loss), (got.logits[mask > 0], wanted.logits[mask > 0])]
+        pairs += [(a.grad, b.grad) for a, b in both if b.grad is not None]
+        found[family] = worst(pairs), seen[0], int(mask.sum())
+    return found
+
+
+def strategies() -> dict[str, str]:
+    """How ``auto`` splits batches: of one document, of short ones, with heads that can't be divided."""
+    from axattn.documents.forward_context import current
+
+    odd = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}
+    packed = {"input_ids": tokens(1, 24), "position_ids": positions((6, 6, 6, 6))}
+    found = {}
+    for what, sizes, given in (
+        ("one", {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}, {"input_ids": tokens(1, 24)}),
+        ("packed", {}, packed),
+        ("odd heads", odd, {"input_ids": tokens(1, 24)}),
+    ):
+        model = axattn.sequence_parallel(axattn.apply(build("llama", **sizes), "auto"), dist.group.WORLD)
+
+        def note(*_: Any, what: str = what) -> None:
+            context = current()
+            assert context is not None
+            assert context.shard is not None
+            found[what] = "split" if context.shard.placement is None else "placed"
+
+        model.model.layers[0].register_forward_pre_hook(note)
+        model(**given, use_cache=False)
+    return found
+
+
+def faulty(names: dict[str, tuple[str, str, str, str] | None]) -> dict[str, float]:
+    """The largest error with each fault, and without any.
+
+    Args:
+        names: for each fault a case of `errors`, None for `shared_prefixes`.
+    """
+    import pytest
+
+    import tests.parallel.test_fetch  # it registers the faults
+    from tests.faults import FAULTS
+
+    def error(case: tuple[str, str, str, str] | None) -> float:
+        if case is None:
+            return max(error for error, *_ in shared_prefixes(["llama"]).values())
+        (found,) = errors([case], "fetch").values()
+        assert not isinstance(found, str), found
+        return found
+
+    assert tests.parallel.test_fetch.FAULTY
+    found = {"none": max(map(error, set(names.values())))}
+    for name, case in names.items():
+        with pytest.MonkeyPatch.context() as patch:
+            FAULTS[name].inject(patch)
+            found[name] = error(case)
+    return found
+
+
 def grid() -> Any:
     """A mesh of two dimensions, the second of two ranks."""
     return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("keys", "heads"))
@@ -168,7 +248,7 @@ def hybrid_in_packed_rows(family: str, how: str) -> float:
     return worst((found[name], wanted[name]) for name in wanted)
 
 
-def two_dimensions(order: str) -> tuple[float, float]:
+def two_dimensions(order: str, strategy: str) -> tuple[float, float]:
     """FSDP2 over all four ranks, rows split over two: errors of loss and gradients."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
     flat = mesh["dp", "sp"]._flatten("all")
@@ -176,10 +256,10 @@ def two_dimensions(order: str) -> tuple[float, float]:
     loss, wanted = reference(batches)
     model = axattn.apply(build("llama"), "varlen").train()
     if order == "before":
-        axattn.sequence_parallel(model, mesh["sp"])
+        axattn.sequence_parallel(model, mesh["sp"], strategy=strategy)
     shard(model, flat)
     if order == "after":
-        axattn.sequence_parallel(model, mesh["sp"])
+        axattn.sequence_parallel(model, mesh["sp"], strategy=strategy)
     mine = model(**batches[mesh["dp"].get_local_rank()]).loss
     mine.backward()
     mean = mine.detach().clone()
@@ -371,7 +451,7 @@ def refusals() -> dict[str, str]:
     return found
 
 
-def compiled(parts: tuple[str, ...]) -> dict[str, float]:
+def compiled(parts: tuple[str, ...], strategy: str) -> dict[str, float]:
     """The whole model, the model inside it, or its layers compiled, on packed rows of two lengths: loss, gradients."""
     found = {}
     batches = [packed_batch(1), packed_batch(2, 30)]
@@ -379,7 +459,7 @@ def compiled(parts: tuple[str, ...]) -> dict[str, float]:
     for part in parts:
         torch._dynamo.reset()
         model = axattn.apply(build("llama", num_hidden_layers=1), "varlen").train()
-        axattn.sequence_parallel(model, dist.group.WORLD)
+        axattn.sequence_parallel(model, dist.group.WORLD, strategy=strategy)
         for each in {"whole": [model], "inner": [model.model], "layers": list(model.model.layers)}[part]:
             each.compile(backend="eager")
         losses = [model(**batch, use_cache=False).loss for batch in batches]

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from axattn.documents.boundaries import Ranges, cut, total
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 EVEN = 1.06
-"""Work of the busiest rank over the mean, up to which documents are left whole."""
+"""Work of the busiest rank over the mean that is good enough; less costs more traffic."""
+_SMALLEST_PART = 64
+"""Documents of less than this fraction of a rank's work are not cut for the sake of balance."""
 
 
 class Document(NamedTuple):
@@ -141,10 +144,11 @@ def _pairs(depth: int, tokens: int) -> int:
 def place(documents: Sequence[Document], tokens: int, ranks: int, multiple: int = 1) -> Placement:
     """Place the tokens of a batch on ranks, as many on each.
 
-    A document longer than a rank's share is cut into 2 P chunks, of which rank p takes chunks p and 2 P - 1 - p
-    ("zig-zag": the first chunk of a causal document is the least work, the last one the most). Others stay whole,
-    longest first, on the rank with the least work that has room. If that leaves one rank with more than `EVEN` times
-    the mean, shorter documents are cut too.
+    A document that is longer than a rank's share of the tokens is cut into 2 k chunks for k ranks, as few as it takes,
+    of which the first takes chunks 0 and 2 k - 1, the second 1 and 2 k - 2, ... ("zig-zag": the first chunk of a causal
+    document is the least work, the last one the most). Others stay whole. Longest first, each goes to the ranks with
+    the least work that have room. If that leaves one rank with more than `EVEN` times the mean, documents of more work
+    than twice the mean are cut too, then those of less, step by step.
 
     Args:
         documents: disjoint in their own tokens; tokens in none of them are padding.
@@ -152,19 +156,22 @@ def place(documents: Sequence[Document], tokens: int, ranks: int, multiple: int 
         ranks: P.
         multiple: `Placement.slots` is a multiple of it.
     """
+    ordered = sorted(documents, key=lambda one: -total(one.own))
+    work = sum(_pairs(total(one.stem), total(one.own)) for one in ordered)
+    best = _place(documents, ordered, inf, tokens, ranks, multiple)
+    part = 2 * work / ranks
+    while best.imbalance > EVEN and part >= work / ranks / _SMALLEST_PART:
+        placed = _place(documents, ordered, part, tokens, ranks, multiple)
+        best = min(best, placed, key=lambda one: one.imbalance)
+        part *= 0.8
+    return best
+
+
+def _place(
+    documents: Sequence[Document], ordered: Sequence[Document], part: float, tokens: int, ranks: int, multiple: int
+) -> Placement:
+    """As `place`: `ordered` are the documents, longest first, `part` is the most work that is left whole."""
     share = -(-tokens // ranks)
-    best = None
-    limit = share
-    while True:
-        placed = _place(documents, tokens, ranks, share, limit, multiple)
-        if best is None or placed.imbalance < best.imbalance:
-            best = placed
-        if best.imbalance <= EVEN or limit < 4 * ranks:
-            return best
-        limit //= 2
-
-
-def _place(documents: Sequence[Document], tokens: int, ranks: int, share: int, limit: int, multiple: int) -> Placement:
     held: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     room, work = [share] * ranks, [0] * ranks
 
@@ -174,21 +181,16 @@ def _place(documents: Sequence[Document], tokens: int, ranks: int, share: int, l
         room[rank] -= end - start
         work[rank] += _pairs(total(document.stem) + start, end - start)
 
-    whole = []
-    for document in documents:
+    for document in ordered:
         length = total(document.own)
-        if length <= limit:
-            whole.append(document)
-            continue
-        edges = [length * at // (2 * ranks) for at in range(2 * ranks + 1)]
-        for rank in range(ranks):
-            give(rank, document, edges[rank], edges[rank + 1])
-            give(rank, document, edges[-2 - rank], edges[-1 - rank])
-    for document in sorted(whole, key=lambda one: -total(one.own)):
-        length = total(document.own)
-        free = [rank for rank in range(ranks) if room[rank] >= length]
-        if free:
-            give(min(free, key=lambda rank: (work[rank], -room[rank])), document, 0, length)
+        parts = max(-(-length // share), ceil(_pairs(total(document.stem), length) / part))
+        parts = min(parts, ranks, max(length // 2, 1))
+        free = sorted((rank for rank in range(ranks) if room[rank] >= length // parts), key=lambda rank: work[rank])
+        if len(free) >= parts:
+            edges = [length * at // (2 * parts) for at in range(2 * parts + 1)]
+            for at, rank in enumerate(free[:parts]):
+                give(rank, document, edges[at], edges[at + 1])
+                give(rank, document, edges[-2 - at], edges[-1 - at])
             continue
         start = 0
         for rank in sorted(range(ranks), key=lambda rank: -work[rank]):  # the first tokens are the least work

@@ -48,9 +48,12 @@ def test_kernels_of_libraries_run_on_whole_rows_too() -> None:
         assert not {key: value for key, value in found.items() if isinstance(value, str) or not value < 1e-4}
 
 
-@pytest.mark.parametrize("order", part_of(["before", "after"], kept=["before"]))
-def test_two_dimensions_with_fsdp(order: str) -> None:
-    for loss, gradient in run(4, jobs.two_dimensions, order):
+ORDERS = [(order, strategy) for strategy in ("fetch", "ulysses") for order in ("before", "after")]
+
+
+@pytest.mark.parametrize(("order", "strategy"), part_of(ORDERS, kept=[("before", "fetch")]))
+def test_two_dimensions_with_fsdp(order: str, strategy: str) -> None:
+    for loss, gradient in run(4, jobs.two_dimensions, order, strategy):
         assert loss < BUDGET
         assert gradient < BUDGET
 
@@ -125,10 +128,13 @@ def test_what_can_t_be_split_is_refused_with_the_reason_and_leaves_the_model_usa
         assert not {what: text for what, text in found.items() if REFUSED[what] not in text}
 
 
-@pytest.mark.parametrize("parts", part_of(["layers", "whole inner"], kept=["layers"]))
-def test_compiled_as_a_whole_or_in_parts(parts: str) -> None:
+PARTS = [(parts, strategy) for parts in ("layers", "whole inner") for strategy in ("fetch", "ulysses")]
+
+
+@pytest.mark.parametrize(("parts", "strategy"), part_of(PARTS, kept=[("layers", "fetch")]))
+def test_compiled_as_a_whole_or_in_parts(parts: str, strategy: str) -> None:
     """A graph breaks at the model's input hook, where documents are read and agreed on; traced, they would be lost."""
-    for found in run(2, jobs.compiled, tuple(parts.split())):
+    for found in run(2, jobs.compiled, tuple(parts.split()), strategy):
         assert found.keys() == set(parts.split())
         assert all(value < BUDGET for value in found.values()), found
 
