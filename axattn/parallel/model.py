@@ -68,12 +68,12 @@ def sequence_parallel(model: Model, group: Any, *, strategy: Strategy = "auto", 
     if strategy not in get_args(Strategy):
         shown = ", ".join(f'"{name}"' for name in get_args(Strategy))
         raise InvalidInputError(f"strategy={strategy!r} is not one of {shown}")
-    mean = hasattr(group, "parallelism_config")
+    base, mean = transformers_model(model), hasattr(group, "parallelism_config")
     found = ranks_of(group)
     if found.outer is not None and strategy != "auto":
         text = f'strategy="{strategy}" on a mesh of two dimensions, which uses both'
         raise InvalidInputError(text, advice="Leave strategy out, or give a mesh of one dimension.")
-    _split(transformers_model(model), group=found, strategy=strategy, gather=gather, mean=mean)
+    _split(base, group=found, strategy=strategy, gather=gather, mean=mean)
     return model
 
 

@@ -26,7 +26,6 @@ HYBRIDS = [
 ]
 FAKES = [
     *[("llama", name, f"[{name}]", "packed") for name in ("sage", "fp8", "xformers")],
-    ("llama", "auto", "[flash_attention_2]", "packed"),
     ("llama", "auto", "[flash_attention_3]", "packed uneven"),
     ("mistral", "auto", "[flash_attention_3]", "right padded"),
     ("gpt_oss", "sage", "[sage]", "packed"),
@@ -36,8 +35,9 @@ RUNS = [(2, "fetch", 1), (3, "fetch", 3), (4, "both", 5), (4, "both", 1), (8, "f
 
 
 def wrong(found: dict[str, Any], budget: float) -> dict[str, Any]:
-    """What is refused or off by more than `budget`."""
-    return {key: value for key, value in found.items() if isinstance(value, str) or not value < budget}
+    """What is refused or off by more than `budget`; three times that for a token or two (matrices of one row)."""
+    most = {key: budget * (3 if key.endswith("tiny") else 1) for key in found}
+    return {key: value for key, value in found.items() if isinstance(value, str) or not value < most[key]}
 
 
 @pytest.mark.parametrize(("world", "strategy", "share"), part_of(RUNS, kept=RUNS[1:3]))
