@@ -504,14 +504,15 @@ def trained(folder: str, mode: str, options: dict[str, Any]) -> tuple[list[float
 
     Args:
         folder: for the Trainer.
-        mode: ``"one"`` process, ``"ddp"``, ``"fsdp"``, or ``"rows"``: FSDP2 with rows split over two ranks.
+        mode: ``"one"`` process, ``"ddp"``, ``"balanced"``: DDP with rows of equal work that process 0 makes for all,
+            ``"fsdp"``, or ``"rows"``: FSDP2 with rows split over two ranks.
         options: for `TrainingArguments`.
     """
     from transformers import Trainer, TrainingArguments
 
     world = 1 if mode == "one" else dist.get_world_size()
     model = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen")).train()
-    rows = 1 if mode == "rows" else world
+    rows = 1 if mode in ("rows", "balanced") else world
     settings: dict[str, Any] = {
         "max_steps": 4,
         "per_device_train_batch_size": 8 // rows,
@@ -531,10 +532,14 @@ def trained(folder: str, mode: str, options: dict[str, Any]) -> tuple[list[float
         settings |= {"fsdp": True, "fsdp_config": wrap}
     if mode == "rows":
         settings["parallelism_config"] = axattn.parallel.accelerate_config(world)
+    packing: dict[str, Any] = {}
+    if mode == "balanced":
+        settings["accelerator_config"] = {"dispatch_batches": True, "split_batches": True}
+        packing = {"balance": "flops", "ranks": world, "return_lengths": False}
     arguments = TrainingArguments(output_dir=folder, **settings)
     if mode in ("fsdp", "rows"):
         pretend_accelerator()
-    collator = axattn.PackingCollator(64)
+    collator = axattn.PackingCollator(64, **packing)
     trainer = Trainer(model, arguments, train_dataset=corpus(32), data_collator=collator)
     if mode == "rows":
         axattn.sequence_parallel(model, trainer.accelerator)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
-from axattn.documents.prefix_groups import prefix_groups
+from axattn.documents.packed_rows import LINEAR_COST, balanced_rows, document_work, first_fit_decreasing
+from axattn.documents.prefix_groups import common, prefix_groups
 from axattn.errors import InvalidConfigError, InvalidInputError, Reason
 
 IGNORE_INDEX = -100
 
 TooLong = Literal["split", "error"]
+Balance = Literal["flops"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class PackingStats:
 
     Attributes:
         documents: documents received.
-        tokens: their tokens; each is in exactly one row.
+        tokens: their tokens; each is in exactly one row. Of a collator with a `rank`: those of its own rows.
         rows: rows made.
         padding: padding tokens added.
         splits: how often a document was cut to fit a row.
@@ -55,29 +57,6 @@ class PackingStats:
         """Real tokens over all tokens, from 0 to 1."""
         total = self.tokens + self.padding
         return self.tokens / total if total else 1.0
-
-
-def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack items into as few rows as first-fit decreasing finds (at most 11/9 of the optimum + 6/9; Dósa 2007).
-
-    Args:
-        lengths: size of each item, none above `capacity`.
-        capacity: size of a row.
-
-    Returns:
-        Item numbers by row; rows in order of their first item, items of a row in the order given.
-    """
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = next((row for row, room in enumerate(free) if room >= lengths[item]), None)
-        if at is None:
-            rows.append([])
-            free.append(capacity)
-            at = len(rows) - 1
-        rows[at].append(item)
-        free[at] -= lengths[item]
-    return sorted(sorted(row) for row in rows)
 
 
 class PackingCollator:
@@ -104,6 +83,17 @@ class PackingCollator:
             padding.
         group_by_prefix: put documents of a batch that begin alike (completions of a prompt) into one row, as far as
             they fit, for models with ``share_prefixes=True``.
+        balance: ``"flops"`` makes rows of equal work, not as few rows as possible: L² for attention in a document of L
+            tokens, and `linear_cost` for each of its tokens. What `group_by_prefix` puts together stays together, and
+            what its documents share counts once.
+        ranks: data-parallel ranks that share a batch, for ``balance="flops"``: each gets equally many rows, of equal
+            work. Give the collator of every rank the same examples: those of all ranks.
+        rank: the rank whose rows a batch holds. None: the rows of all ranks, those of rank 0 first, equally many of
+            each (with rows of padding if there are fewer documents than rows), to be split into equal parts, as
+            accelerate's ``dispatch_batches`` and ``split_batches`` do. With ``return_lengths=False`` only: lengths
+            would be split wrongly.
+        linear_cost: FLOPs of a token outside of attention, where a document's attention takes L²: 12 * hidden size
+            (`axattn.documents.packed_rows.document_work`).
 
     Attributes:
         stats: `PackingStats` so far.
@@ -111,7 +101,7 @@ class PackingCollator:
     Raises:
         InvalidConfigError: an argument that can't be used.
         InvalidInputError: on a call: an empty batch, an empty document, features of different lengths or that are not
-            flat lists of integers, a document that is too long.
+            flat lists of integers, a document that is too long, fewer documents (or groups) than ranks.
     """
 
     def __init__(
@@ -126,6 +116,10 @@ class PackingCollator:
         first_position: int = 0,
         return_mask: bool = False,
         group_by_prefix: bool = False,
+        balance: Balance | None = None,
+        ranks: int = 1,
+        rank: int | None = None,
+        linear_cost: int = LINEAR_COST,
     ) -> None:
         for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
             if value is not None and not _is_whole(value):
@@ -147,7 +141,15 @@ class PackingCollator:
             kind = "negative" if _is_whole(first_position) else "not a position"
             raise InvalidConfigError(f"first_position={first_position!r} is {kind}", advice="0, or padding_idx + 1.")
         filler = 0 if pad_token_id is None else pad_token_id
-        needed = max_length is not None or bool(pad_to_multiple_of)
+        _require_balance(balance, ranks, rank, linear_cost)
+        if balance and group_by_prefix and max_length is None:
+            text = f'group_by_prefix=True with balance="{balance}" needs a max_length: groups have no limit without'
+            raise InvalidConfigError(text)
+        whole = ranks > 1 and rank is None
+        if whole and return_lengths:
+            text = f"ranks={ranks} without a rank makes rows of all ranks, and their lengths can't be split"
+            raise InvalidConfigError(text, advice="Give a rank, or return_lengths=False.")
+        needed = max_length is not None or bool(pad_to_multiple_of) or whole
         if (pad_token_id is None and needed) or not _is_whole(filler) or filler < 0:
             advice = "A tokenizer without one: pad_token_id=tokenizer.eos_token_id; padding has no loss."
             raise InvalidConfigError(f"pad_token_id={pad_token_id!r} is no token", advice=advice)
@@ -160,6 +162,10 @@ class PackingCollator:
         self.first_position = first_position
         self.return_mask = return_mask
         self.group_by_prefix = group_by_prefix
+        self.balance = balance
+        self.ranks = ranks
+        self.rank = rank
+        self.linear_cost = linear_cost
         self.stats = PackingStats()
 
     def __call__(self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
@@ -191,6 +197,8 @@ class PackingCollator:
         return self._batch([[pieces[i] for i in row] for row in self._rows(pieces)])
 
     def _rows(self, pieces: list[Document]) -> list[list[int]]:
+        if self.balance:
+            return self._balanced_rows(pieces)
         if self.max_length is None:
             return [list(range(len(pieces)))]
         if not self.group_by_prefix:
@@ -199,6 +207,31 @@ class PackingCollator:
         sizes = [sum(len(pieces[i]) for i in group) for group in groups]
         rows = first_fit_decreasing(sizes, self.max_length)
         return sorted(sorted(i for number in row for i in groups[number]) for row in rows)
+
+    def _balanced_rows(self, pieces: list[Document]) -> list[list[int]]:
+        ids = [piece.features["input_ids"] for piece in pieces]
+        groups = [[number] for number in range(len(pieces))]
+        if self.group_by_prefix and self.max_length is not None:
+            groups = prefix_groups(ids, self.max_length)
+        if len(groups) < self.ranks:
+            kind = "groups that begin alike" if self.group_by_prefix else "documents"
+            text = f"the batch has {len(groups)} {kind} for {self.ranks} ranks"
+            advice = "Give each rank the examples of all ranks; drop_last=True drops a last batch that is too small."
+            raise InvalidInputError(text, advice=advice)
+        shared = [0] * len(pieces)
+        for group in groups:
+            for one, other in pairwise(group):
+                shared[other] = common(ids[one], ids[other])
+        lengths = [sum(len(ids[i]) for i in group) for group in groups]
+        work = [sum(document_work(len(ids[i]), self.linear_cost, shared[i]) for i in group) for group in groups]
+        shares = [
+            [sorted(i for number in row for i in groups[number]) for row in share]
+            for share in balanced_rows(lengths, work, self.max_length, self.ranks)
+        ]
+        if self.rank is not None:
+            return shares[self.rank]
+        most = max(map(len, shares))
+        return [row for share in shares for row in [*share, *[[]] * (most - len(share))]]
 
     def _cut(self, documents: list[Document]) -> list[Document]:
         limit = self.max_length
@@ -246,6 +279,21 @@ class PackingCollator:
             batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = cumulative
             batch["max_length_q"] = batch["max_length_k"] = max(lengths)
         return batch
+
+
+def _require_balance(balance: Any, ranks: Any, rank: Any, linear_cost: Any) -> None:
+    if balance not in (None, "flops"):
+        raise InvalidConfigError(f'balance={balance!r} is neither "flops" nor None')
+    if not _is_whole(ranks) or ranks < 1:
+        raise InvalidConfigError(f"ranks={ranks!r} is not a number of ranks", advice="Give 1 or more.")
+    if rank is not None and (not _is_whole(rank) or not 0 <= rank < ranks):
+        text = f"rank={rank!r} is none of the {ranks} ranks"
+        raise InvalidConfigError(text, advice=f"Give 0 to {ranks - 1}, or None.")
+    if balance is None and ranks > 1:
+        raise InvalidConfigError(f"ranks={ranks} does nothing without a balance", advice='Give balance="flops".')
+    if not _is_whole(linear_cost) or linear_cost < 0:
+        text = f"linear_cost={linear_cost!r} is not a whole number of at least 0"
+        raise InvalidConfigError(text, advice="Give 12 * model.config.hidden_size.")
 
 
 _CONSUMED = ("attention_mask", "position_ids", "seq_lengths", "completion_mask", "assistant_masks")

@@ -23,7 +23,7 @@ def prefix_groups(documents: Sequence[Sequence[int]], capacity: int) -> list[lis
     size = 0
     for number in sorted(range(len(documents)), key=lambda i: list(documents[i])):
         document = documents[number]
-        alike = bool(groups) and _common(documents[groups[-1][-1]], document) >= SHORTEST
+        alike = bool(groups) and common(documents[groups[-1][-1]], document) >= SHORTEST
         if alike and size + len(document) <= capacity:
             groups[-1].append(number)
             size += len(document)
@@ -33,5 +33,6 @@ def prefix_groups(documents: Sequence[Sequence[int]], capacity: int) -> list[lis
     return groups
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that two documents begin with alike."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
