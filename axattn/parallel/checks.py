@@ -1,5 +1,4 @@
-"""Reasons why a model can't be split over ranks: its class (`axattn.traits.row_forms`), its heads and backends; and
-what decides the traffic of its layers."""
+"""Reasons why a model can't be split over ranks: its class (`axattn.traits.row_forms`), its heads and backends."""
 
 from __future__ import annotations
 
@@ -11,8 +10,6 @@ import torch
 from axattn import backends
 from axattn.errors import Reason
 from axattn.hf.module_walk import modules_of
-from axattn.parallel.fetch_plan import Rule
-from axattn.parallel.strategy import LayerSizes
 from axattn.patches.state import state_of
 from axattn.planning.plan import Plan
 from axattn.planning.routes import ATTRIBUTE
@@ -66,15 +63,3 @@ def _stems(plan: Plan) -> list[Reason]:
         text = "windows to both sides of a query need the whole document on one rank"
         reasons.append(Reason("window", text, 'strategy="ulysses"'))
     return reasons
-
-
-def sizes_of(plan: Plan) -> list[LayerSizes] | None:
-    """What decides the traffic of the layers of a plan; None if a size is unknown."""
-    found = []
-    for need in (entry.layer.need for entry in plan.layers):
-        dim = need.head_dim
-        if need.heads is None or dim is None:
-            return None
-        sizes = need.heads, need.kv_heads or need.heads, dim, need.value_dim or dim
-        found.append(LayerSizes(*sizes, Rule(need.causal, need.window, need.chunk)))
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -13,10 +13,10 @@ from axattn.documents.inputs import require_axattn_backend
 from axattn.documents.placement import Placement, place
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.parallel import accelerate
-from axattn.parallel.checks import reasons_against, sizes_of
+from axattn.parallel.checks import reasons_against
 from axattn.parallel.collectives import process_groups, total
 from axattn.parallel.split_inputs import Batch, Group, documents_of, join, place_tokens, read_batch, split_rows
-from axattn.parallel.strategy import LayerSizes, Strategy, fetch_values, ulysses_values
+from axattn.parallel.strategy import LayerSizes, Strategy, fetch_values, layer_sizes, require_strategy, ulysses_values
 from axattn.patches.forward_wrapper import Forward, OncePerCall, add_model_wrappers, changes_around, wants_cache
 from axattn.patches.state import ATTRIBUTE, state_of, transformers_model
 from axattn.traits.model_traits import ModelTraits
@@ -65,9 +65,7 @@ def sequence_parallel(model: Model, group: Any, *, strategy: Strategy = "auto", 
     """
     if gather not in (True, False, "auto"):
         raise InvalidInputError(f'gather={gather!r} is not one of True, False, "auto"')
-    if strategy not in get_args(Strategy):
-        shown = ", ".join(f'"{name}"' for name in get_args(Strategy))
-        raise InvalidInputError(f"strategy={strategy!r} is not one of {shown}")
+    require_strategy(strategy)
     base, mean = transformers_model(model), hasattr(group, "parallelism_config")
     found = ranks_of(group)
     if found.outer is not None and strategy != "auto":
@@ -88,10 +86,10 @@ def _split(
     if state is None or state.plan is None or reasons:
         advice = "axattn.restore(model) removes its sequence parallelism." if reapplied else ""
         raise UnsupportedAttentionError(f"{type(model).__name__} can't run over {group.ranks} ranks", reasons, advice)
-    rules = [entry.layer.need for entry in state.plan.layers]
-    ways = replace(ways, windows=any(one.window is not None or one.chunk is not None for one in rules))
+    needs = [entry.layer.need for entry in state.plan.layers]
+    ways = replace(ways, windows=any(one.window is not None or one.chunk is not None for one in needs))
     ways = replace(ways, state=bool(recurrent(text_model(model))), shares=state.share_prefixes)
-    ways = replace(ways, sizes=sizes_of(state.plan))
+    ways = replace(ways, sizes=layer_sizes(needs))
     change = Split(group, ways, gather, state.patches, mean)
     add_model_wrappers(state.patches, model, change, at_head=True)
     again = functools.partial(_split, group=group, strategy=strategy, gather=gather, mean=mean, reapplied=True)

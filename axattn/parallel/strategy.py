@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from axattn.documents.placement import Placement
+from axattn.errors import InvalidInputError
 from axattn.parallel.fetch_plan import Rule, fetched
 from axattn.parallel.ulysses import repeats
+from axattn.spec.capability import Need
 
 Strategy = Literal["auto", "ulysses", "fetch"]
-STRATEGIES = ("auto", "ulysses", "fetch")
+
+
+def require_strategy(strategy: object) -> None:
+    """Raise for an unknown strategy.
+
+    Raises:
+        InvalidInputError: it is none of `Strategy`.
+    """
+    if strategy not in get_args(Strategy):
+        shown = ", ".join(f'"{name}"' for name in get_args(Strategy))
+        raise InvalidInputError(f"strategy={strategy!r} is not one of {shown}")
 
 
 class LayerSizes(NamedTuple):
@@ -34,6 +46,17 @@ class LayerSizes(NamedTuple):
     def kv_values(self) -> int:
         """Values in the keys and values of a token."""
         return self.kv_heads * (self.head_dim + self.value_dim)
+
+
+def layer_sizes(needs: Iterable[Need]) -> list[LayerSizes] | None:
+    """The sizes of attention layers; None if one is unknown."""
+    found = []
+    for need in needs:
+        if need.heads is None or need.head_dim is None:
+            return None
+        sizes = need.heads, need.kv_heads or need.heads, need.head_dim, need.value_dim or need.head_dim
+        found.append(LayerSizes(*sizes, Rule(need.causal, need.window, need.chunk)))
+    return found
 
 
 def ulysses_values(layers: Iterable[LayerSizes], tokens: int, ranks: int) -> int:

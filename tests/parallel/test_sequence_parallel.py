@@ -186,7 +186,7 @@ def test_a_config_of_accelerate_names_our_backend() -> None:
 def test_the_arithmetic_counts_weights_and_halves_with_twice_the_ranks() -> None:
     config: Any = CONFIGS["llama"]()
     weights = sum(p.numel() for p in tf.LlamaForCausalLM(config).parameters())
-    one, two = estimate(config, 1024, 1), estimate(config, 1024, 2)
+    one, two = (estimate(config, 1024, ranks, strategy="ulysses") for ranks in (1, 2))
     assert one.states == 16 * weights
     assert one.sent == 0
     assert two.states * 2 == one.states
@@ -194,7 +194,7 @@ def test_the_arithmetic_counts_weights_and_halves_with_twice_the_ranks() -> None
     q, kv = 32, 16  # heads x head_dim
     assert two.sent == 2 * 3 * 512 * (2 * q + 2 * kv) * 2 // 2
     with pytest.raises(ValueError, match="can't be divided"):
-        estimate(config, 1024, 3)
+        estimate(config, 1024, 3, strategy="ulysses")
 
 
 def big(layers: int, heads: int, width: int, inner: int) -> Any:
