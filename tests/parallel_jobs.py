@@ -505,14 +505,15 @@ def trained(folder: str, mode: str, options: dict[str, Any]) -> tuple[list[float
     Args:
         folder: for the Trainer.
         mode: ``"one"`` process, ``"ddp"``, ``"balanced"``: DDP with rows of equal work that process 0 makes for all,
-            ``"fsdp"``, or ``"rows"``: FSDP2 with rows split over two ranks.
+            ``"fsdp"``, or FSDP2 with rows split over two ranks: ``"rows"`` by fetching keys, ``"heads"`` by exchanging
+            heads.
         options: for `TrainingArguments`.
     """
     from transformers import Trainer, TrainingArguments
 
     world = 1 if mode == "one" else dist.get_world_size()
     model = axattn.prepare_for_training(axattn.apply(build("llama"), "varlen")).train()
-    rows = 1 if mode in ("rows", "balanced") else world
+    rows = 1 if mode in ("rows", "heads", "balanced") else world
     settings: dict[str, Any] = {
         "max_steps": 4,
         "per_device_train_batch_size": 8 // rows,
@@ -527,22 +528,22 @@ def trained(folder: str, mode: str, options: dict[str, Any]) -> tuple[list[float
         "seed": 1,
         "disable_tqdm": True,
     } | options
-    if mode in ("fsdp", "rows"):
+    if mode in ("fsdp", "rows", "heads"):
         wrap = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         settings |= {"fsdp": True, "fsdp_config": wrap}
-    if mode == "rows":
+    if mode in ("rows", "heads"):
         settings["parallelism_config"] = axattn.parallel.accelerate_config(world)
     packing: dict[str, Any] = {}
     if mode == "balanced":
         settings["accelerator_config"] = {"dispatch_batches": True, "split_batches": True}
         packing = {"balance": "flops", "ranks": world, "return_lengths": False}
     arguments = TrainingArguments(output_dir=folder, **settings)
-    if mode in ("fsdp", "rows"):
+    if mode in ("fsdp", "rows", "heads"):
         pretend_accelerator()
     collator = axattn.PackingCollator(64, **packing)
     trainer = Trainer(model, arguments, train_dataset=corpus(32), data_collator=collator)
-    if mode == "rows":
-        axattn.sequence_parallel(model, trainer.accelerator)
+    if mode in ("rows", "heads"):
+        axattn.sequence_parallel(model, trainer.accelerator, strategy="fetch" if mode == "rows" else "ulysses")
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, plain(dict(trainer.model_wrapped.named_parameters()))

@@ -21,10 +21,10 @@ def alone(tmp_path_factory: Any) -> Any:
     return run(1, jobs.trained, str(tmp_path_factory.mktemp("one")), "one", {})[0]
 
 
-@pytest.mark.parametrize("mode", part_of(["ddp", "balanced", "fsdp", "rows"], kept=["ddp", "rows"]))
+@pytest.mark.parametrize("mode", part_of(["ddp", "balanced", "fsdp", "rows", "heads"], kept=["ddp", "rows"]))
 def test_a_trainer_over_two_processes_follows_one(mode: str, alone: Any, tmp_path: Path) -> None:
-    """``balanced``: process 0 packs for both, rows of equal work; ``rows``: each row split over the two, through
-    accelerate's ParallelismConfig, and the script has one line more."""
+    """``balanced``: process 0 packs for both, rows of equal work; ``rows`` and ``heads``: rows split over the two,
+    through accelerate's ParallelismConfig, and the script has one line more."""
     losses, weights = alone
     for found, mine in run(2, jobs.trained, str(tmp_path), mode, {}):
         assert found == pytest.approx(losses, rel=1e-5)
