@@ -161,6 +161,7 @@ def _default_kind(config: Any) -> str:
     return "chunked_attention" if _first(config, "attention_chunk_size") else "full_attention"
 
 
+_BIDIRECTIONAL = "create_bidirectional_mask"
 _CAUSAL_MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
 """RecurrentGemma makes only the second."""
 
@@ -170,10 +171,12 @@ def _is_causal(config: Any, source: _SourceNames) -> bool:
         return False
     if any(tower in type(config).__name__ for tower in ("Vision", "Audio", "Speech")):
         return False
-    if source.names & _CAUSAL_MASKS:
-        both = "create_bidirectional_mask" in source.names
-        return bool(getattr(config, "is_decoder", False)) if both else True
-    return not source.names  # a file we can't read: assume the common case
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # Gemma 3 and 4 ("vision": images alone)
+        return False
+    masks = source.masks.get(type(config).__name__) or frozenset().union(*source.masks.values())
+    if masks & _CAUSAL_MASKS:
+        return bool(getattr(config, "is_decoder", False)) if _BIDIRECTIONAL in masks else True
+    return not source.readable  # a file we can't read: assume the common case
 
 
 def _dropout(config: Any) -> float:
@@ -191,10 +194,18 @@ def _first(config: Any, *names: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _SourceNames:
-    """The keywords that a modeling file passes to the attention function, and the names that it uses."""
+    """What a modeling file says of its attention.
+
+    Attributes:
+        keywords: what it passes to the attention function.
+        masks: by the name of a config class, the functions of Transformers that make the masks of self-attention in the
+            classes that take such a config; ``""`` for other code.
+        readable: its source was found.
+    """
 
     keywords: frozenset[str]
-    names: frozenset[str]
+    masks: dict[str, frozenset[str]]
+    readable: bool = True
 
 
 def _modeling_names(config: Any) -> _SourceNames:
@@ -207,12 +218,43 @@ def _read_names(module: str) -> _SourceNames:
     try:
         source = inspect.getsource(sys.modules.get(module) or importlib.import_module(module))
     except (ImportError, OSError, TypeError):
-        return _SourceNames(frozenset(), frozenset())
-    keywords: set[str] = set()
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name):
-            names.add(node.id)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface":
-            keywords |= {kw.arg for kw in node.keywords if kw.arg is not None}
-    return _SourceNames(frozenset(keywords), frozenset(names))
+        return _SourceNames(frozenset(), {}, readable=False)
+    tree = ast.parse(source)
+    keywords = {
+        keyword.arg
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface"
+        for keyword in node.keywords
+        if keyword.arg is not None
+    }
+    masks: dict[str, set[str]] = {}
+    for part in tree.body:
+        made = _mask_functions(part)
+        for name in _config_classes(part) or {""}:
+            masks.setdefault(name, set()).update(made)
+    return _SourceNames(frozenset(keywords), {name: frozenset(made) for name, made in masks.items() if made})
+
+
+def _mask_functions(part: ast.stmt) -> set[str]:
+    """The functions with which a part of a file makes masks; not those of cross-attention, which have the hidden states
+    of an encoder (GPT-2 has both)."""
+    crossing = {
+        id(node.func)
+        for node in ast.walk(part)
+        if isinstance(node, ast.Call) and any(keyword.arg == "encoder_hidden_states" for keyword in node.keywords)
+    }
+    names = {node.id for node in ast.walk(part) if isinstance(node, ast.Name) and id(node) not in crossing}
+    return names & {*_CAUSAL_MASKS, _BIDIRECTIONAL}
+
+
+def _config_classes(part: ast.stmt) -> set[str]:
+    """The config classes that a class is annotated with: ``config: GPT2Config``."""
+    if not isinstance(part, ast.ClassDef):
+        return set()
+    noted = [n.annotation for n in ast.walk(part) if isinstance(n, ast.arg) and n.arg == "config"]
+    noted += [
+        n.annotation
+        for n in part.body
+        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.target.id == "config"
+    ]
+    return {n.id for found in noted if found is not None for n in ast.walk(found) if isinstance(n, ast.Name)}

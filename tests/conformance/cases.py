@@ -72,11 +72,17 @@ class Case:
         family: the architecture.
         backend: canonical name under test, ``""`` for the reference.
         options: for the model's config.
+        saved: the folder of the weights, "" to save them (one process of a group alone may do that).
     """
 
     family: Family
     backend: str
     options: dict[str, Any] = field(default_factory=dict)
+    saved: str = ""
+
+    def folder(self, **options: Any) -> str:
+        """Where the family's weights are saved."""
+        return self.saved or str(_saved(self.family.name, tuple(sorted(options.items()))))
 
     def reference(self, **options: Any) -> Any:
         """A fresh copy of the family's model on eager."""
@@ -89,9 +95,8 @@ class Case:
 
     def candidate(self, share_prefixes: bool = False, **options: Any) -> Any:
         """The same weights, loaded by `axattn.from_pretrained` on the kernel under test."""
-        folder = _saved(self.family.name, tuple(sorted(options.items())))
         model = axattn.from_pretrained(
-            folder,
+            self.folder(**options),
             attn_implementation=self.backend.split(", ")[0],
             on_unsupported="route" if self.backend.endswith(", route") else "raise",
             model_class=type(_made(self.family.name, tuple(sorted(options.items())))),

@@ -134,10 +134,16 @@ def run(backend: str, family: str, scenario: str) -> Cell:
     """
     with mock.patch.dict(by_document.CALL, cpu=0, gpu=0):
         if backend in OVER_FAKES:
-            everything = (*FLASH, "xformers")
-            with hopper(*(everything if backend == "auto, Hopper" else (backend.removesuffix(", route"),))):
+            with hopper(*fakes_of(backend)):
                 return _run(backend, family, scenario)
         return _run(backend, family, scenario)
+
+
+def fakes_of(backend: str) -> tuple[str, ...]:
+    """The libraries that stand in for those that a name under test needs."""
+    if backend == "auto, Hopper":
+        return (*FLASH, "xformers")
+    return (backend.removesuffix(", route"),) if backend in OVER_FAKES else ()
 
 
 def _run(backend: str, family: str, scenario: str) -> Cell:

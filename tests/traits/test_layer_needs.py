@@ -92,3 +92,19 @@ def test_a_model_with_windowed_layers_alone_is_causal() -> None:
     """Its file makes no full causal mask."""
     config = tf.RecurrentGemmaConfig(num_hidden_layers=3)
     assert all(layer.need.causal for layer in model_needs(config).layers)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "causal"),
+    [
+        ("gpt2", True),  # its file makes masks to both sides for cross-attention alone
+        ("gemma4_text", True),  # ... for images and sound
+        ("gemma4_text, bidirectional", False),
+        ("gemma3_text, bidirectional", False),
+        ("phi4_multimodal", True),
+        ("bert", False),
+    ],
+)
+def test_the_masks_of_the_class_that_takes_the_config_count_not_those_of_its_file(model_type: str, causal: bool) -> None:
+    needs = model_needs(tiny(model_type, "masked" if model_type == "bert" else "causal"))
+    assert {layer.need.causal for layer in needs.layers if not layer.path} == {causal}
