@@ -97,32 +97,43 @@ def _two_processes(tokens: int, rounds: int) -> dict[str, float]:
     import torch.distributed as dist
 
     import axattn
-    from axattn.parallel import collectives
 
     torch.set_num_threads(1)
     model = llama(384, 4, 6, 1024)
-    whole, split = copy.deepcopy(model), copy.deepcopy(model)
-    axattn.apply(whole, "varlen")
-    axattn.sequence_parallel(axattn.apply(split, "varlen"), dist.group.WORLD)
+    models = {name: copy.deepcopy(model) for name in ("whole", *_STRATEGIES)}
+    for name, one in models.items():
+        axattn.apply(one.train(), "varlen")
+        if name in _STRATEGIES:
+            axattn.sequence_parallel(one, dist.group.WORLD, strategy=_STRATEGIES[name])
     batch = packed(tokens, tokens // 512, 1024)
     batch["use_cache"] = False
-    spent = 0.0
-    real = collectives._all_to_all
+    spent = dict.fromkeys(models, 0.0)
+    real, running = dist.all_to_all_single, ""
 
-    def timed(x: Any, group: Any) -> Any:
-        nonlocal spent
+    def timed(*args: Any, **options: Any) -> Any:
         start = time.perf_counter()
-        out = real(x, group)
-        spent += time.perf_counter() - start
+        out = real(*args, **options)
+        spent[running] += time.perf_counter() - start
         return out
 
-    collectives._all_to_all = timed
-    for one in (whole, split):
-        one.train()
-    times = interleaved({"whole": step(whole, batch), "split": step(split, batch)}, rounds, 1)
-    collectives._all_to_all = real
-    compared = ratios(times, "whole")["split"]
-    return {"split against whole": compared["ratio"], "exchange share": spent / (rounds + 1) / min(times["split"])}
+    def stepped(name: str) -> Callable[[], object]:
+        run = step(models[name], batch)
+
+        def one() -> None:
+            nonlocal running
+            running = name
+            run()
+
+        return one
+
+    dist.all_to_all_single = timed
+    times = interleaved({name: stepped(name) for name in models}, rounds, 1)
+    dist.all_to_all_single = real
+    found = {f"{name}: against whole": ratios(times, "whole")[name]["ratio"] for name in _STRATEGIES}
+    return found | {f"{name}: share of exchange": spent[name] / (rounds + 1) / min(times[name]) for name in _STRATEGIES}
+
+
+_STRATEGIES: dict[str, Any] = {"exchanging heads": "ulysses", "fetching keys": "fetch"}
 
 
 def rows_over_ranks() -> dict[str, Any]:
@@ -132,7 +143,11 @@ def rows_over_ranks() -> dict[str, Any]:
     found: dict[str, Any] = {"ideal": 0.5, "documents": 512}
     for tokens in (1024, 4096):
         ranks = run(2, _two_processes, tokens, 3)
-        found[f"{tokens} tokens"] = {key: round(max(rank[key] for rank in ranks), 3) for key in ranks[0]}
+        for name in _STRATEGIES:
+            keys = ("against whole", "share of exchange")
+            found[f"{tokens:,} tokens, {name}"] = {
+                key: round(max(rank[f"{name}: {key}"] for rank in ranks), 3) for key in keys
+            }
     return found
 
 

@@ -105,6 +105,6 @@ def test_a_model_with_windowed_layers_alone_is_causal() -> None:
         ("bert", False),
     ],
 )
-def test_the_masks_of_the_class_that_takes_the_config_count_not_those_of_its_file(model_type: str, causal: bool) -> None:
+def test_masks_of_the_class_that_takes_the_config_count_not_those_of_its_file(model_type: str, causal: bool) -> None:
     needs = model_needs(tiny(model_type, "masked" if model_type == "bert" else "causal"))
     assert {layer.need.causal for layer in needs.layers if not layer.path} == {causal}
