@@ -14,12 +14,7 @@ from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.masks.shard_mask import LayoutMask, PlacedMask
 from axattn.parallel.fetch_plan import Rule, fetched, layout_of
 from axattn.parallel.redistribution import Redistribution, redistribution
-
-REFUSED = {
-    "position_bias": "the model computes its position bias from the tokens of one rank",
-    "indices": "the model selects keys among the tokens of one rank",
-    "block_indices": "the model selects blocks of keys among the tokens of one rank",
-}
+from axattn.parallel.ulysses import reasons_against_call
 
 
 class FetchPlan(NamedTuple):
@@ -78,9 +73,7 @@ def over_placed(
         UnsupportedAttentionError: the call has an input that needs whole rows.
     """
     shard = mask.shard
-    reasons = [Reason(keyword, text) for keyword, text in REFUSED.items() if kwargs.get(keyword) is not None]
-    if kwargs.get("output_attentions"):
-        reasons.append(Reason("weights", "output_attentions=True (the weights of a row are on several ranks)"))
+    reasons = reasons_against_call(kwargs)
     if query.shape[0] != 1 or query.shape[2] != shard.length or key.shape[2] != shard.length:
         reasons.append(Reason("cross_lengths", "queries and keys are not this rank's tokens"))
     if reasons:

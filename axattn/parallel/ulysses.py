@@ -33,6 +33,14 @@ def repeats(heads: int, kv_heads: int, ranks: int) -> int:
     return next(r for r in range(least, heads // kv_heads + 1, least) if heads % (r * kv_heads) == 0)
 
 
+def reasons_against_call(kwargs: dict[str, Any]) -> list[Reason]:
+    """Every reason why a call of attention can't run over ranks, among its keywords."""
+    reasons = [Reason(keyword, text) for keyword, text in _REFUSED.items() if kwargs.get(keyword) is not None]
+    if kwargs.get("output_attentions"):
+        reasons.append(Reason("weights", "output_attentions=True (the weights of a row are on several ranks)"))
+    return reasons
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer breaks its graph here
 def over_ranks(
     attend: Callable[..., Any],
@@ -65,11 +73,9 @@ def over_ranks(
     shard = mask.shard
     P = shard.ranks
     B, H, part, D = query.shape
-    reasons = [Reason(keyword, text) for keyword, text in _REFUSED.items() if kwargs.get(keyword) is not None]
+    reasons = reasons_against_call(kwargs)
     if any(isinstance(kwargs.get(word), torch.Tensor) and kwargs[word].ndim > 1 for word in _PER_HEAD):
         reasons.append(Reason("sinks", "the model computes its sinks from the tokens of one rank"))
-    if kwargs.get("output_attentions"):
-        reasons.append(Reason("weights", "output_attentions=True (the weights of a row are on several ranks)"))
     if key.shape[2] != part or part != shard.part or shard.rows != B:
         reasons.append(Reason("cross_lengths", "queries and keys are not this rank's part of the same rows"))
     if H % P:
