@@ -12,7 +12,8 @@ from tests import interpreter
 from tests.pretend import machine
 
 torch.set_num_threads(1)
-gc.set_threshold(50_000, 20, 50)  # with `gc.freeze` below a third less time: torch and Transformers are a million objects
+# with `gc.freeze` below a third less time: what torch and Transformers leave behind is a million objects
+gc.set_threshold(50_000, 20, 50)
 interpreter.choose()
 collect_ignore = [] if machine.loaded() or machine.WHY_NOT else ["pretend"]  # `make pretend`
 

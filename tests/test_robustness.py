@@ -89,7 +89,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
     } | {"config": copy.deepcopy(vars(model.config))}
 
 
-@pytest.mark.parametrize("times", part_of([25, 200], kept=[25]))
+@pytest.mark.parametrize("times", part_of([12, 25, 200], kept=[12]))
 def test_many_patches_leave_no_trace(times: int) -> None:
     model = build("llama")
     ids, where = tokens(1, 8), positions((3, 5))
@@ -106,7 +106,7 @@ def test_many_patches_leave_no_trace(times: int) -> None:
     tables = [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
     before, registered = fingerprint(model), [dict(table) for table in tables]
     once("eager")
-    for at in range(20):  # until what is kept once is kept
+    for at in range(12):  # until what is kept once is kept
         once(("varlen", "auto")[at % 2])
     tracemalloc.start()
     for at in range(times):

@@ -22,6 +22,7 @@ from axattn.errors import RegistrationError
 from axattn.hf import registries
 from axattn.spec import names
 from tests.models import build, positions, tokens
+from tests.sampling import SAMPLE
 
 TABLES = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
 INTERFACES = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
@@ -197,7 +198,7 @@ def test_a_compiled_model_is_traced_anew_and_refused() -> None:
     model = axattn.apply(build("llama", num_hidden_layers=1), "varlen")
     compiled = torch.compile(model, backend="eager")
     expected = packed(compiled)
-    for how in ("a partial of ours", "mask"):
+    for how in ("mask", "a partial of ours") if SAMPLE == "nightly" else ("mask",):
         FOREIGN[how]("varlen")
         with pytest.raises(RegistrationError, match="held by"):
             packed(compiled)
@@ -300,9 +301,10 @@ print(axattn.registered())
 importlib.reload(axattn)
 transformers.LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as A
-print(axattn.registered(), 'varlen' in A)
+from axattn.hf import contracts
+print(axattn.registered(), 'varlen' in A, contracts._broken.cache_info().misses)
 """
-    assert python(code).split() == ["False", "True", "True"]
+    assert python(code).split() == ["False", "True", "True", "0"]  # nothing was checked while it was being imported
 
 
 def test_transformers_first_with_a_name_taken() -> None:

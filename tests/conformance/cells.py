@@ -80,7 +80,7 @@ def every_key() -> Iterator[tuple[str, str, str]]:
                     yield backend, family.name, scenario.name
 
 
-SHARE = {"auto": 5, "varlen": 24, "s2": 48, "eager": 24, "sdpa": 24, "flex_attention": 144}
+SHARE = {"auto": 5, "varlen": 24, "s2": 48, "eager": 24, "sdpa": 24, "flex_attention": 140}
 """One cell in how many ``make test`` runs; of the fakes one in `_OF_FAKES`."""
 _OF_FAKES = 96
 _NIGHTLY = {"auto": 1, "varlen": 4, "s2": 8, "eager": 4, "sdpa": 4, "flex_attention": 40}
