@@ -223,12 +223,17 @@ def test_any_order_of_imports_runs_the_same(order: str, expected: torch.Tensor) 
             pytest.importorskip(library)
     code = f"""
 {order}
+from transformers import LlamaForCausalLM
+from axattn.hf import contracts
+checked = contracts._broken.cache_info().misses
 from tests.models import build, positions, tokens
 import axattn, torch
+print(axattn.registered(), checked)
 model = axattn.apply(build("llama"), "varlen")
 print(float(model(tokens(1, 18), position_ids=positions({LENGTHS!r})).logits.double().sum()))
 """
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stderr[-1500:]
+    assert done.stdout.split()[:2] == ["True", "0"]  # nothing is checked while Transformers is being imported
     assert float(done.stdout.split()[-1]) == pytest.approx(expected.double().sum().item(), rel=1e-4)
