@@ -227,7 +227,6 @@ def test_a_compiled_forward_method_takes_packed_rows(model_type: str, hooks: str
         ],
         kept=[
             ("auto", "camembert", "masked", "left"),
-            ("eager", "opt", "causal", "left"),
         ],
     ),
 )
