@@ -14,7 +14,7 @@ OLDEST_KERNELS := 0.16.2
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
 
-# Fifteen minutes on two cores. What is marked `nightly` runs in `make nightly`, as does all that is a sample here.
+# Eight minutes on two cores. What is marked `nightly` runs in `make nightly`, as does all that is a sample here.
 test: checks unit pretend oldest
 
 checks: $(READY)
@@ -125,8 +125,8 @@ torch-%: $(READY)
 conformance: $(READY)
 	$(BIN)/python -m tests.conformance --write
 
-# Every architecture of Transformers, also over two ranks; writes docs/models.{json,md}. `make test` tries a twelfth of those
-# whose head predicts tokens and a 24th of the others, and splits a 48th of the decoders.
+# Every architecture of Transformers, also over two ranks; writes docs/models.{json,md}. `make test` tries a 24th of
+# them, and splits a 96th of the decoders.
 census: $(READY)
 	$(BIN)/python -m tests.census --write
 

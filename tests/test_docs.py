@@ -14,7 +14,6 @@ import pytest
 from axattn.spec import names
 from tests import forked
 from tests.models import build
-from tests.sampling import part_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -67,13 +66,14 @@ def forked_example(name: str, folder: Path, *arguments: str) -> forked.Ended:
     return forked.script(path, *arguments, folder=folder, environment={"CUDA_VISIBLE_DEVICES": ""})
 
 
-@pytest.mark.parametrize("name", part_of(["trainer", "lora", "sft", "several_kernels"], kept=["trainer"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["trainer", "lora", "sft", "several_kernels"])
 def test_examples_run(name: str, tmp_path: Path) -> None:
     done = example(name, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", ["lora", "sft", "several_kernels"])
+@pytest.mark.parametrize("name", ["trainer", "lora", "sft", "several_kernels"])
 def test_examples_do_what_they_show(name: str, tmp_path: Path) -> None:
     done = forked_example(name, tmp_path)
     assert not done.failed, done.result + done.output[-2000:]

@@ -89,7 +89,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
     } | {"config": copy.deepcopy(vars(model.config))}
 
 
-@pytest.mark.parametrize("times", part_of([25, 200], kept=[25]))
+@pytest.mark.parametrize("times", part_of([12, 25, 200], kept=[12]))
 def test_many_patches_leave_no_trace(times: int) -> None:
     model = build("llama")
     ids, where = tokens(1, 8), positions((3, 5))
@@ -106,7 +106,7 @@ def test_many_patches_leave_no_trace(times: int) -> None:
     tables = [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
     before, registered = fingerprint(model), [dict(table) for table in tables]
     once("eager")
-    for at in range(20):  # until what is kept once is kept
+    for at in range(12):  # until what is kept once is kept
         once(("varlen", "auto")[at % 2])
     tracemalloc.start()
     for at in range(times):
@@ -223,12 +223,17 @@ def test_any_order_of_imports_runs_the_same(order: str, expected: torch.Tensor) 
             pytest.importorskip(library)
     code = f"""
 {order}
+from transformers import LlamaForCausalLM
+from axattn.hf import contracts
+checked = contracts._broken.cache_info().misses
 from tests.models import build, positions, tokens
 import axattn, torch
+print(axattn.registered(), checked)
 model = axattn.apply(build("llama"), "varlen")
 print(float(model(tokens(1, 18), position_ids=positions({LENGTHS!r})).logits.double().sum()))
 """
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stderr[-1500:]
+    assert done.stdout.split()[:2] == ["True", "0"]  # nothing is checked while Transformers is being imported
     assert float(done.stdout.split()[-1]) == pytest.approx(expected.double().sum().item(), rel=1e-4)

@@ -47,10 +47,23 @@ def test_plug_ins_are_imported_only_when_named(tmp_path: Path) -> None:
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: plug-in\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[axattn.backends]\nsneaky = plug_in:backend\n")
     (tmp_path / "plug_in.py").write_text("print('plug-in imported')\nbackend = None\n")
-    code = """
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    imports = subprocess.run(
+        [sys.executable, "-c", "import axattn; print(axattn.registered())"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert imports.stdout == "False\n", imports.stderr[-800:]
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
 import axattn
-from tests import forked
+from axattn.spec import names
 from tests.models import build, tokens
+names.installed.cache_clear()
 model = axattn.apply(build("llama"), "auto")
 model(tokens(1, 8)); axattn.plan(model, "auto"); axattn.diagnose(); axattn.status(model)
 print("before")
@@ -59,16 +72,8 @@ try:
 except axattn.AxattnError as error:
     print(type(error).__name__)
 """
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.stdout.split("\n")[:3] == ["before", "plug-in imported", "BackendUnavailableError"], done.stderr[-800:]
+    done = forked.python(code, folder=tmp_path)
+    assert done.stdout.split("\n")[:3] == ["before", "plug-in imported", "BackendUnavailableError"], done.output[-800:]
 
 
 def test_remote_code_is_never_allowed_by_axattn(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch._dynamo.backends.debugging import aot_eager
 import axattn
 from tests.models import build, positions, tokens
 from tests.parallel_jobs import compare, gradients, packed_batch
-from tests.sampling import part_of
+from tests.sampling import SAMPLE, part_of
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_lengths_that_change_make_two_graphs_and_the_results_of_eager(
     family: str, name: str, kind: str, what: str
 ) -> None:
     reference, model = (axattn.apply(build(family, **SIZES.get(family, {})), name).train() for _ in range(2))
-    counted, kinds_of_layers = Counted(backward=what == "model"), 1
+    counted, kinds_of_layers = Counted(backward=what == "model" and SAMPLE == "nightly"), 1
     runs: Any = model
     if what == "model":
         runs = torch.compile(model, backend=counted, fullgraph=True)
@@ -166,7 +166,7 @@ def test_masks_of_compiled_layers_are_freed_with_their_batch() -> None:
     ("family", "described"),
     part_of(
         itertools.product(("llama", "mistral", "gemma2", "llama4"), ("packed", "padded", "numbered", "dense")),
-        kept=[("llama", "numbered")],
+        kept=[("llama", "packed")],
     ),
 )
 def test_a_graph_broken_between_the_masks_and_the_layers(family: str, described: str) -> None:

@@ -17,6 +17,7 @@ from axattn.backends import flex as backend
 from axattn.machine.environment import Environment
 from axattn.patches import flex
 from tests.models import alone, build, positions, tokens
+from tests.sampling import SAMPLE
 
 pytestmark = pytest.mark.skipif(
     bool(backend.BACKENDS[0].probe(Environment.current())), reason="no C++ compiler for torch's CPU code generator"
@@ -44,7 +45,8 @@ def test_packed_rows_of_changing_lengths_are_right(caplog: pytest.LogCaptureFixt
     before = config.recompile_limit, config.automatic_dynamic_shapes
     # Torch alone raises at the second: a C++ error. No row of 24 tokens: with AVX2 its CPU kernel (2.13) gives other
     # numbers at every call for heads of 8 where a row of up to 128 tokens leaves 8 over 16.
-    for rows in (((8, 12),), ((6, 19),), ((9, 11), (4, 16))):
+    batches = ((8, 12),), ((6, 19),), ((9, 11), (4, 16))
+    for rows in batches if SAMPLE == "nightly" else batches[:2]:
         assert run(model, *rows) < 1e-4
     assert (config.recompile_limit, config.automatic_dynamic_shapes) == before
     assert not [record for record in caplog.records if record.name == "axattn"]

@@ -202,13 +202,13 @@ def test_lora_follows_the_exact_run_and_without_the_gradient_it_does_not(
     from peft import LoraConfig, get_peft_model
 
     base = softened(head_dim=16, num_hidden_layers=1)
-    losses(base, 60, 4, 1e-2)
+    losses(base, 40, 4, 1e-2)
 
     def trained(name: str) -> list[float]:
         torch.manual_seed(0)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         model = get_peft_model(axattn.apply(copy.deepcopy(base), name), LoraConfig(r=8, target_modules=targets))
-        return losses(model, 20, 3, 4e-2, rows=3)
+        return losses(model, 12, 3, 4e-2, rows=2)
 
     exact, ours = trained("varlen"), trained("sage")
     assert exact[-1] < 0.3 * exact[0]

@@ -65,7 +65,7 @@ def test_numbers_of_any_dtype_separate_documents(dtype: torch.dtype) -> None:
     assert torch.allclose(cut(ROWS, found), alone(build("llama"), ROWS), atol=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["", "compiled"])
 @torch.no_grad()
 def test_the_loss_that_balances_experts_does_not_weigh_documents_by_their_numbers(compiled: bool) -> None:
     torch.manual_seed(0)

@@ -150,7 +150,7 @@ def test_keys_of_packed_rows_are_plain_tensors_to_all_others() -> None:
 
 @torch.no_grad()
 def test_a_graph_stops_at_a_packed_cache() -> None:
-    model = axattn.apply(build("llama"), "auto")
+    model = axattn.apply(build("llama", num_hidden_layers=1), "auto")
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     word = cache_keyword(model)
     for lengths, packed in (((13,), False), (LENGTHS, True)):

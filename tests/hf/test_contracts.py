@@ -343,7 +343,9 @@ def test_the_canary_leaves_the_process_as_it_was() -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.nightly
 def test_nothing_is_checked_while_transformers_is_being_imported() -> None:
+    """`make test` looks at it in ``tests/test_robustness.py``, where orders of imports are tried."""
     code = "import axattn, transformers; from transformers import LlamaModel; from axattn.hf import contracts as c"
     code += "; print(axattn.registered(), c._broken.cache_info().misses)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

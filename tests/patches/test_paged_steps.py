@@ -64,7 +64,7 @@ def test_a_copy_batches_on_its_own() -> None:
 def test_a_flash_name_that_transformers_switches_to_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers.generation.continuous_batching.continuous_api as api
 
-    wanted = _answers(build("llama"))
+    wanted = _alone(build("llama"))
     with hopper("flash_attention_2"):
         monkeypatch.setattr(api, "is_flash_attn_3_available", lambda **_: False, raising=False)
         monkeypatch.setattr(api, "is_flash_attn_2_available", lambda **_: True, raising=False)
@@ -74,7 +74,7 @@ def test_a_flash_name_that_transformers_switches_to_by_itself(monkeypatch: pytes
 
 
 def test_a_model_put_on_another_name_behind_us_batches_there() -> None:
-    wanted = _answers(build("llama"))
+    wanted = _alone(build("llama"))
     model: Any = axattn.apply(build("llama"), "varlen")
     model.set_attn_implementation("sdpa")
     assert _answers(model) == wanted

@@ -274,7 +274,7 @@ def test_a_compiled_model_runs_its_padded_rows() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("what", part_of(["graph break", "inner model"], kept=["inner model"]))
+@pytest.mark.parametrize("what", part_of(["graph break", "inner model", "layers"], kept=["layers"]))
 def test_parts_of_it_compiled_run_unpadded_or_padded_but_right(what: str) -> None:
     torch._dynamo.reset()
     model, reference = (
@@ -284,7 +284,10 @@ def test_parts_of_it_compiled_run_unpadded_or_padded_but_right(what: str) -> Non
     real = given["attention_mask"].bool()
     expected = reference(**given).logits[real]
     runs: Any = model
-    if what == "inner model":
+    if what == "layers":
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+    elif what == "inner model":
         model.model.compile(backend="eager")
         model(tokens(1, sum(LENGTHS)), use_cache=False)  # the same shape, one document
     else:

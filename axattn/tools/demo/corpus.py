@@ -21,14 +21,20 @@ def documents(limit: int = 3000) -> list[str]:
             tree = ast.parse(source)
         except (UnicodeDecodeError, SyntaxError):
             continue  # a few files of the library intentionally use other encodings
+        lines = source.split("\n")
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
-                text = ast.get_source_segment(source, node)
-                if text is not None:
-                    found.append(textwrap.dedent(" " * node.col_offset + text))
+                found.append(textwrap.dedent(_source_of(node, lines)))
         if len(found) >= limit:
             break
     return found[:limit]
+
+
+def _source_of(node: ast.FunctionDef, lines: list[str]) -> str:
+    """What `ast.get_source_segment` gives, indented; that one splits the whole file again for every function."""
+    whole = lines[node.lineno - 1 : node.end_lineno]
+    whole[-1] = whole[-1].encode()[: node.end_col_offset].decode()  # columns are counted in bytes
+    return "\n".join(whole)
 
 
 def train_tokenizer(texts: list[str]) -> Any:
