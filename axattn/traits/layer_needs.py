@@ -162,6 +162,8 @@ def _default_kind(config: Any) -> str:
 
 
 _BIDIRECTIONAL = "create_bidirectional_mask"
+_BY_OPTION = "use_bidirectional_attention"
+"""Gemma 3 reads this setting where it makes its masks; Gemma 1 and 2 only tell their kernel, and eager is causal."""
 _CAUSAL_MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
 """RecurrentGemma makes only the second."""
 
@@ -171,9 +173,9 @@ def _is_causal(config: Any, source: _SourceNames) -> bool:
         return False
     if any(tower in type(config).__name__ for tower in ("Vision", "Audio", "Speech")):
         return False
-    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # Gemma 3 and 4 ("vision": images alone)
-        return False
     masks = source.masks.get(type(config).__name__) or frozenset().union(*source.masks.values())
+    if _BY_OPTION in masks and getattr(config, _BY_OPTION, None) in (True, "all"):  # "vision": images alone
+        return False
     if masks & _CAUSAL_MASKS:
         return bool(getattr(config, "is_decoder", False)) if _BIDIRECTIONAL in masks else True
     return not source.readable  # a file we can't read: assume the common case
@@ -199,7 +201,7 @@ class _SourceNames:
     Attributes:
         keywords: what it passes to the attention function.
         masks: by the name of a config class, the functions of Transformers that make the masks of self-attention in the
-            classes that take such a config; ``""`` for other code.
+            classes that take such a config, and `_BY_OPTION` if these read it; ``""`` for other code.
         readable: its source was found.
     """
 
@@ -244,7 +246,9 @@ def _mask_functions(part: ast.stmt) -> set[str]:
         if isinstance(node, ast.Call) and any(keyword.arg == "encoder_hidden_states" for keyword in node.keywords)
     }
     names = {node.id for node in ast.walk(part) if isinstance(node, ast.Name) and id(node) not in crossing}
-    return names & {*_CAUSAL_MASKS, _BIDIRECTIONAL}
+    found = names & {*_CAUSAL_MASKS, _BIDIRECTIONAL}
+    reads = found and any(isinstance(node, ast.Attribute) and node.attr == _BY_OPTION for node in ast.walk(part))
+    return found | {_BY_OPTION} if reads else found
 
 
 def _config_classes(part: ast.stmt) -> set[str]:

@@ -101,6 +101,7 @@ def test_a_model_with_windowed_layers_alone_is_causal() -> None:
         ("gemma4_text", True),  # ... for images and sound
         ("gemma4_text, bidirectional", False),
         ("gemma3_text, bidirectional", False),
+        ("gemma2, bidirectional", True),  # on eager the setting does nothing
         ("phi4_multimodal", True),
         ("bert", False),
     ],
