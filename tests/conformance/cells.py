@@ -74,12 +74,17 @@ def every_key() -> Iterator[tuple[str, str, str]]:
             for scenario in SCENARIOS.values():
                 if scenario.name == "compiled, fullgraph" and not traced:
                     continue
+                if scenario.name == OVER_RANKS and backend not in _OVER_RANKS:
+                    continue
                 if backend == "s2" and "gradients" in scenario.name:
                     continue  # sparse in training by definition: tests/backends/test_s2.py has the paper's rule
                 if family.kind in scenario.kinds and not scenario.applies(family):
                     yield backend, family.name, scenario.name
 
 
+OVER_RANKS = "two ranks, keys fetched, gradients"
+_OVER_RANKS = ("auto", "varlen", "xformers", "fp8", "sage", "auto, Hopper")
+"""Names that run in processes of their own, a few seconds a cell: native names are refused there, whatever the family."""
 SHARE = {"auto": 5, "varlen": 24, "s2": 48, "eager": 24, "sdpa": 24, "flex_attention": 140}
 """One cell in how many ``make test`` runs; of the fakes one in `_OF_FAKES`."""
 _OF_FAKES = 96
