@@ -84,7 +84,7 @@ def every_key() -> Iterator[tuple[str, str, str]]:
 
 OVER_RANKS = "two ranks, keys fetched, gradients"
 _OVER_RANKS = ("auto", "varlen", "xformers", "fp8", "sage", "auto, Hopper")
-"""Names that run in processes of their own, a few seconds a cell: native names are refused there, whatever the family."""
+"""Tried in processes of their own, a few seconds a cell: native names are refused there, whatever the family."""
 SHARE = {"auto": 5, "varlen": 24, "s2": 48, "eager": 24, "sdpa": 24, "flex_attention": 140}
 """One cell in how many ``make test`` runs; of the fakes one in `_OF_FAKES`."""
 _OF_FAKES = 96
