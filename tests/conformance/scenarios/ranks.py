@@ -44,9 +44,9 @@ def on_a_rank(family: str, backend: str, folder: str, fakes: tuple[str, ...], ba
             logits = case.cut(batch, case.forward(model, batch.ids, **inputs, use_cache=False))
         except AxattnError as refusal:
             return list(refusal.reasons) or [Reason("model", str(refusal))]
-    _weighted(logits).backward()
-    axattn.parallel.average_gradients(model, dist.group.WORLD)
-    return _taken(model, logits)
+        _weighted(logits).backward()
+        axattn.parallel.average_gradients(model, dist.group.WORLD)
+        return _taken(model, logits)
 
 
 @scenario("two ranks, keys fetched, gradients", SELF, tolerance=2e-5)
