@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup
+.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup dist
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -87,6 +87,7 @@ nightly: newest $(READY) $(OLDEST_READY)
 	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/hf/test_probes.py
 	$(MAKE) upstream
 	$(MAKE) real-kernels
+	$(MAKE) dist
 
 # What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice). What is not
 # installed is fetched into build/real (40 MB, pinned).
@@ -138,6 +139,21 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
 
+# What a release uploads: built, checked, installed in an empty environment, and the demo run from outside of the repository.
+TOOLS := build/tools
+dist: $(TOOLS)/.ready
+	rm -rf dist
+	$(TOOLS)/bin/python -m build
+	$(TOOLS)/bin/python -m twine check --strict dist/*
+	$(TOOLS)/bin/check-wheel-contents dist
+	$(TOOLS)/bin/python -m tests.dist dist
+
+$(TOOLS)/.ready:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q --upgrade pip
+	$(TOOLS)/bin/python -m pip install -q build twine check-wheel-contents trove-classifiers
+	touch $@
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
@@ -153,4 +169,4 @@ $(OLDEST_READY): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
