@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup dist workflows
+.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -81,13 +81,13 @@ nightly: newest $(READY) $(OLDEST_READY)
 	AXATTN_SAMPLE=nightly $(BIN)/python $(PYTEST) tests
 	AXATTN_SAMPLE=nightly $(BIN)/python $(PYTEST) -p tests.pretend.plugin tests/pretend
 	AXATTN_SAMPLE=nightly $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(ALL_ON_OLDEST)
+	$(MAKE) workflows dist
 	$(BIN)/python -m tests.conformance
 	$(BIN)/python -m tests.census
 	$(BIN)/python -m tests.fuzz --examples 20000
 	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/hf/test_probes.py
 	$(MAKE) upstream
 	$(MAKE) real-kernels
-	$(MAKE) workflows dist
 
 # What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice). What is not
 # installed is fetched into build/real (40 MB, pinned).
@@ -141,6 +141,7 @@ bench: $(READY)
 
 # What a release uploads: built, checked, installed in an empty environment, and the demo run from outside of the repository.
 TOOLS := build/tools
+.PHONY: dist workflows
 dist: $(TOOLS)/.ready
 	rm -rf dist
 	$(TOOLS)/bin/python -m build
