@@ -58,20 +58,21 @@ def _lacking(wanted: str, found: Diagnosis) -> AxattnError | None:
 
 def _print_table(found: Diagnosis) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     from axattn.spec.names import WITHOUT_A_CACHE
+    from axattn.tools.rows import Rows
 
     console = Console()
     libraries = ", ".join(f"{name} {version}" for name, version in found.environment.libraries.items())
     console.print(f"[bold]{found.environment.describe()}[/bold]; Python {found.environment.python}; {libraries}")
-    table = Table("kernel", "runs here", "exact", "packs", "why not, and the fix; notes")
+    table = Rows("kernel", "runs here", "exact", "packs", reason="why not, and the fix; notes")
     for kernel in found.kernels:
         why = "\n".join(r.text + (f"\n  → {r.fix}" if r.fix else "") for r in kernel.reasons) or kernel.notice
         if kernel.hub:
             why = f"as the hub kernel {kernel.hub}, for whole models only: its library is not installed"
-        runs = "[green]yes[/green]" if kernel.usable else "[red]no[/red]"
-        table.add_row(kernel.name, runs, "yes" if kernel.exact else "lossy", kernel.packing, why)
+        runs = Text("yes", "green") if kernel.usable else Text("no", "red")
+        table.add(kernel.name, runs, "yes" if kernel.exact else "lossy", kernel.packing, reason=why)
     console.print(table)
     console.print(
         f"packs without a cache: {WITHOUT_A_CACHE}. axolotl's flag attn_supports_packing: "

@@ -62,7 +62,9 @@ def verify(
 
 def _print(found: Verification) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
+
+    from axattn.tools.rows import Rows
 
     console = Console()
     used = ", ".join(f"{name} {count}" for name, count in found.kernels.items()) or "Transformers' own"
@@ -70,11 +72,11 @@ def _print(found: Verification) -> None:
         f"[bold]{found.model}[/bold] on {found.asked}: {found.layers} layers, {found.weights} weights, "
         f"{found.dtype}, {found.device}; calls: {used}"
     )
-    table = Table("scenario", "", "error", "budget", "detail")
+    table = Rows("scenario", "result", "error", "budget", reason="detail")
     colours = {"ok": "green", "refused": "yellow", "wrong": "red"}
     for check in found.checks:
-        shown = f"[{colours[check.outcome]}]{check.outcome}[/]"
+        shown = Text(check.outcome, colours[check.outcome])
         numbers = ["-" if value is None else f"{value:.2g}" for value in (check.error, check.budget)]
-        table.add_row(check.scenario, shown, *numbers, check.detail)
+        table.add(check.scenario, shown, *numbers, reason=check.detail)
     console.print(table)
     console.print(found.verdict if found.right else f"[red]{found.verdict}[/red]")

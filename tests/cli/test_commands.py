@@ -89,12 +89,16 @@ def test_a_plan_keeps_flash_attention_2_where_it_is_told_to(folder: Path) -> Non
 def test_a_plan_for_another_machine_with_its_costs_and_flags(folder: Path, tmp_path: Path) -> None:
     done = runner.invoke(app, ["plan", str(folder), "--environment", "sm90", "--seq-len", "4096"])
     assert "flash_attention_3" in done.output
-    assert "TFLOP forward" in done.output
+    assert "FLOP forward" in done.output
     assert "attn_supports_packing: true" in done.output
     assert "Assumed on that machine: torch" in done.output
     arguments = ["plan", str(folder), "--environment", "sm90", "--seq-len", "4096", "--json"]
     found = json.loads(runner.invoke(app, arguments).output)
     assert found["flags"]["attn_supports_packing"] is True
+    others = {one["backend"]: one for one in found["layers"][1]["alternatives"]}
+    assert "after 3" in others["flash_attention_4"]["reasons"][0]
+    assert others["eager"]["serves"] is True
+    assert others["eager"]["extra_bytes"] == 6 * 4 * 4096**2
     assert found["estimate"]["flops"] == sum(layer["estimate"]["flops"] for layer in found["layers"])
     written = tmp_path / "doctor.json"
     written.write_text(runner.invoke(app, ["doctor", "--json"]).output)
