@@ -18,6 +18,8 @@ def demo(
 ) -> None:
     """Fine-tune a small LLaMA on packed rows of Python's standard library, and check that no document leaks.
 
+    Downloads nothing; leaves the model, loss.png and report.json in the output folder.
+
     Examples:
         axattn demo
 
@@ -38,6 +40,9 @@ def demo(
                 'Type: pip install "axattn[demo]".',
             )
         wanted = names.canonicalise(attn)  # before any work
+        from axattn.tools.demo.announcement import announcement
+
+        typer.echo(announcement(output, wanted, steps), err=as_json)  # before torch is imported, which takes seconds
         quiet_transformers()
         from axattn.machine.environment import Environment
         from axattn.planning.planner import require_available
