@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 if TYPE_CHECKING:
     from axattn.errors import AxattnError
+    from axattn.planning.advice import Advice
     from axattn.planning.diagnosis import Diagnosis
 
 
@@ -17,6 +21,8 @@ def doctor(
 ) -> None:
     """Show which kernels this machine can run, why not the others, and the command that fixes it.
 
+    Ends with the one or two commands that would gain most here.
+
     Examples:
         axattn doctor
 
@@ -25,17 +31,21 @@ def doctor(
         axattn doctor --require flash_attention_2
     """
     from axattn.cli.output import described, print_json, user_errors
+    from axattn.planning.advice import advice
     from axattn.planning.diagnosis import diagnose
     from axattn.spec import names
 
     with user_errors(as_json):
         wanted = names.canonicalise(require) if require else ""
         found = diagnose()
+        given = advice(found, nvidia_driver=Path("/proc/driver/nvidia").exists())
     lacking = _lacking(wanted, found)
     if as_json:
-        print_json(found.to_dict() | ({} if lacking is None else {"error": described(lacking)}))
+        value = found.to_dict() | {"advice": [asdict(one) for one in given]}
+        print_json(value | ({} if lacking is None else {"error": described(lacking)}))
     else:
         _print_table(found)
+        _print_advice(given)
     if lacking is not None:
         typer.echo(f"axattn: {lacking}", err=True)
         raise typer.Exit(1)
@@ -83,3 +93,14 @@ def _print_table(found: Diagnosis) -> None:
     for finding in broken:
         cost = f"{finding.contract.refused} are refused" if finding.contract.refused else "nothing is refused"
         console.print(f"[red]{finding.text}[/red] ({cost}; used by {', '.join(finding.contract.users)})")
+
+
+def _print_advice(given: Sequence[Advice]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text("\nWhat would gain most here:", style="bold"))
+    for one in given:
+        console.print(Text(f"  {one.command}", style="bold"))
+        console.print(Text(f"    {one.gain}"))

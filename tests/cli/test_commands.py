@@ -52,6 +52,11 @@ def test_doctor_prints_every_kernel_and_json_is_json() -> None:
     for kernel in found["kernels"]:
         assert kernel["name"] in done.output
         assert kernel["usable"] == (not kernel["reasons"])
+    end = done.output.split("What would gain most here:")[1]
+    assert 1 <= len(found["advice"]) <= 2
+    for one in found["advice"]:
+        assert one["command"] in end
+        assert " ".join(one["gain"].split()) in " ".join(end.split())
 
 
 def test_doctor_requires() -> None:
@@ -132,6 +137,7 @@ def test_doctor_works_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     found = json.loads(done.stdout)
     assert "torch" not in found["environment"]["libraries"]
+    assert [one["command"] for one in found["advice"]] == ["pip install torch"]
     assert {kernel["reasons"][0]["fix"] for kernel in found["kernels"]} == {"pip install torch"}
 
 
