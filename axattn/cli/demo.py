@@ -18,7 +18,8 @@ def demo(
 ) -> None:
     """Fine-tune a small LLaMA on packed rows of Python's standard library, and check that no document leaks.
 
-    Downloads nothing; leaves the model, loss.png and report.json in the output folder.
+    Downloads nothing; leaves the model, loss.png and report.json in the output folder (matplotlib and torch keep caches
+    of their own: a list of fonts, and torchinductor_USER in the temporary folder).
 
     Examples:
         axattn demo

@@ -38,7 +38,7 @@ def doctor(
     with user_errors(as_json):
         wanted = names.canonicalise(require) if require else ""
         found = diagnose()
-        given = advice(found, nvidia_driver=Path("/proc/driver/nvidia").exists())
+        given = advice(found.environment, nvidia_driver=Path("/proc/driver/nvidia").exists())
     lacking = _lacking(wanted, found)
     if as_json:
         value = found.to_dict() | {"advice": [asdict(one) for one in given]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from axattn.errors import Reason
-from axattn.planning.diagnosis import Diagnosis
+from axattn.machine.environment import Environment
 
 MEASURE = "axattn bench MODEL --model-step"
 
@@ -23,15 +23,14 @@ class Advice:
     gain: str
 
 
-def advice(found: Diagnosis, *, nvidia_driver: bool = False) -> tuple[Advice, ...]:
+def advice(environment: Environment, *, nvidia_driver: bool = False) -> tuple[Advice, ...]:
     """One or two commands, the one that gains most first: what is missing altogether; then the fastest exact kernel
     that only lacks packages, if it ranks before all that run; last, how to measure what runs.
 
     Args:
-        found: the machine.
+        environment: the machine.
         nvidia_driver: it has an NVIDIA driver, whether or not torch sees a GPU.
     """
-    environment = found.environment
     for name in ("torch", "transformers"):
         if not environment.has(name):
             return (Advice(f"pip install {name}", f"no kernel runs without {name}"),)
@@ -39,37 +38,33 @@ def advice(found: Diagnosis, *, nvidia_driver: bool = False) -> tuple[Advice, ..
     if nvidia_driver and environment.device == "cpu" and environment.libraries["torch"].endswith("+cpu"):
         gain = "this machine has an NVIDIA driver, and this torch is built without CUDA: every GPU kernel waits for it"
         given.append(Advice("pip install --force-reinstall torch", gain))
-    elif (kernel := _missing_kernel(found)) is not None:
+    elif (kernel := _missing_kernel(environment)) is not None:
         given.append(kernel)
-    return (*given, Advice(MEASURE, _measured(found)))
+    return (*given, Advice(MEASURE, _measured(environment)))
 
 
-def _missing_kernel(found: Diagnosis) -> Advice | None:
-    from axattn.planning.ranking import ranking
+def _missing_kernel(environment: Environment) -> Advice | None:
+    from axattn import backends
+    from axattn.hf.flash_stand_ins import stand_in
+    from axattn.planning.planner import why_not
+    from axattn.planning.ranking import ranking, usable
 
-    runs = {kernel.name for kernel in found.kernels if kernel.usable}
-    order = ranking(found.environment)
-    best = next((rank.name for rank in order if rank.name in runs), "")
-    for rank in order:
-        if rank.name == best:
+    best = next(iter(usable(environment)), "")
+    for name, source in ranking(environment):
+        if name == best:
             break
-        commands = _commands(rank.name, found)
-        if commands:
-            gain = f'attn_implementation="auto" would run {rank.name} before {best or "all others"} ({rank.source})'
+        if commands := _commands(backends.get(name).probe(environment)):
+            gain = f'attn_implementation="auto" would run {name} before {best or "all others"} ({source})'
+            return Advice(" && ".join(commands), gain)
+        kernel = stand_in(name, environment)  # `auto` takes libraries only; by name, Transformers runs a hub kernel
+        if kernel is not None and (commands := _commands(why_not(str(kernel), environment))):
+            gain = f'attn_implementation="{name}" would run the hub kernel {kernel} ({source})'
             return Advice(" && ".join(commands), gain)
     return None
 
 
-def _commands(name: str, found: Diagnosis) -> list[str]:
-    """The commands that make a kernel run; none if commands alone don't."""
-    from axattn.hf.flash_stand_ins import stand_in
-    from axattn.planning.planner import why_not
-
-    kernel = stand_in(name, found.environment)
-    if kernel is not None:  # Transformers runs a hub kernel in place of the library
-        reasons = why_not(str(kernel), found.environment)
-    else:
-        reasons = next((list(one.reasons) for one in found.kernels if one.name == name), [])
+def _commands(reasons: list[Reason]) -> list[str]:
+    """The commands that remove every reason; none if commands alone can't."""
     commands = [_command(reason) for reason in reasons]
     return list(dict.fromkeys(commands)) if all(commands) else []
 
@@ -79,8 +74,8 @@ def _command(reason: Reason) -> str:
     return reason.fix.split(" (", maxsplit=1)[0] if reason.fix.startswith("pip install ") else ""
 
 
-def _measured(found: Diagnosis) -> str:
+def _measured(environment: Environment) -> str:
     from axattn.planning.ranking import usable
 
-    first = next(iter(usable(found.environment)), "eager")
+    first = next(iter(usable(environment)), "eager")
     return f'shows what attn_implementation="auto" ({first} first) gains over sdpa on your model'

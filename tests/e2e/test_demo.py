@@ -111,9 +111,9 @@ def test_the_loss_is_smoothed_over_its_dots_and_the_title_says_what_happened() -
         up = texts(drawn([1.0, 2.0]))
     require_plain(found)
     start, end = ends(falling)
-    assert f"Loss falls: {start:.2f} to {end:.2f} in 200 packed steps" in found
-    assert f"{end:.2f}\n({end / start:.0%})" in found
-    assert any(text.startswith("Loss does not fall") for text in up)
+    assert f"Loss falls from {start:.2f} to {end:.2f} in 200 packed steps" in found
+    assert f"{end:.2f}\n({plotting.times(end / start)})" in found
+    assert any(text.startswith("Loss rises from") for text in up)
     assert [len(one.get_xdata()) for one in figure.axes[0].get_lines()] == [200, 200]
 
 

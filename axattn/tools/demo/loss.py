@@ -34,14 +34,18 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 def drawn(losses: Sequence[float], theme: plotting.Theme = plotting.LIGHT) -> Figure:
     """The plot, within `plotting.style`."""
+    from matplotlib.ticker import MaxNLocator
+
     start, end = ends(losses)
-    verb = "falls" if end < start else "does not fall"
-    figure = plotting.new_figure(7, 4, f"Loss {verb}: {start:.2f} to {end:.2f} in {len(losses)} packed steps")
+    verb = "falls" if end < start else "rises"
+    figure = plotting.new_figure(7, 4, f"Loss {verb} from {start:.2f} to {end:.2f} in {len(losses)} packed steps")
     axes, colour, steps = figure.subplots(), theme.series[0], range(1, len(losses) + 1)
     axes.plot(steps, losses, ".", color=theme.muted, alpha=0.6, markersize=4)
     axes.plot(steps, smoothed(losses), color=colour)
     axes.set(xlabel="step", title="nats per token; dots: each step, line: smoothed")
-    plotting.end_labels(axes, [(len(losses), smoothed(losses)[-1], f"{end:.2f}\n({end / start:.0%})", colour)])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    label = f"{end:.2f}\n({plotting.times(end / start)})"
+    plotting.end_labels(axes, [(len(losses), smoothed(losses)[-1], label, colour)])
     return figure
 
 
