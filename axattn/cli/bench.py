@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from axattn.cli.completion import attention_names
+
 
 def bench(
     model: str = typer.Argument("", metavar="[MODEL]", help="Folder, config.json or hub name; its shapes are timed."),
@@ -16,7 +18,7 @@ def bench(
     seq_len: int = typer.Option(2048, "--seq-len", min=1, help="Tokens per row, for MODEL's shapes and steps."),
     packed: int = typer.Option(0, "--packed", metavar="DOCS", min=0, help="Pack the tokens as this many documents."),
     backward: bool = typer.Option(False, "--backward", help="Time forward and backward."),
-    attn: list[str] = typer.Option([], "--attn", metavar="NAME", help="Time only this one (repeatable)."),
+    attn: list[str] = typer.Option([], "--attn", metavar="NAME", autocompletion=attention_names, help="Time only this one (repeatable).",),
     rounds: int = typer.Option(10, "--rounds", min=1, help="Timed calls per kernel; kernels take turns."),
     model_step: bool = typer.Option(False, "--model-step", help="Time whole training steps of MODEL."),
     output: Path | None = typer.Option(None, "--output", "-o", metavar="FOLDER", help="Write bench.json and plots."),

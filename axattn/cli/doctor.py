@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from axattn.cli.completion import attention_names
+
 if TYPE_CHECKING:
     from axattn.errors import AxattnError
     from axattn.planning.advice import Advice
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 def doctor(
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
-    require: str = typer.Option("", "--require", metavar="NAME", help="Exit with 1 if this kernel can't run here."),
+    require: str = typer.Option("", "--require", metavar="NAME", autocompletion=attention_names, help="Exit with 1 if this kernel can't run here.",),
 ) -> None:
     """Show which kernels this machine can run, why not the others, and the command that fixes it.
 

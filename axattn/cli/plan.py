@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from axattn.cli.completion import attention_names, machines
+
 
 def plan(
     model: str = typer.Argument(..., metavar="MODEL", help="Local folder, config.json, or hub name."),
-    attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to plan for."),
+    attn: str = typer.Option("auto", "--attn", metavar="NAME", autocompletion=attention_names, help="Attention implementation to plan for.",),
     route: bool = typer.Option(False, "--route", help="Route layers that NAME can't serve to the next exact kernel."),
     upgrade_flash: bool = typer.Option(
         True, "--upgrade-flash/--no-upgrade-flash", help="Let flash_attention_2 run as flash_attention_4."
@@ -16,6 +18,7 @@ def plan(
         "",
         "--environment",
         metavar="MACHINE",
+        autocompletion=machines,
         help="sm80, sm86, sm89, sm90, sm100, sm120, rocm6, cpu, or a JSON file of `axattn doctor`.",
     ),
     seq_len: int = typer.Option(
