@@ -13,7 +13,13 @@ from axattn.cli.completion import attention_names
 
 def demo(
     output: Path = typer.Option(Path("demo-output"), "--output", "-o", help="Folder for the model, plot and report."),
-    attn: str = typer.Option("auto", "--attn", metavar="NAME", autocompletion=attention_names, help="Attention implementation to train with.",),
+    attn: str = typer.Option(
+        "auto",
+        "--attn",
+        metavar="NAME",
+        autocompletion=attention_names,
+        help="Attention implementation to train with.",
+    ),
     steps: int = typer.Option(200, "--steps", min=2, help="Optimiser steps."),
     seed: int = typer.Option(0, "--seed", help="Seed of weights, data order and split."),
     as_json: bool = typer.Option(False, "--json", help="Print the report on stdout, everything else on stderr."),

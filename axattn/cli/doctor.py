@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 def doctor(
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
-    require: str = typer.Option("", "--require", metavar="NAME", autocompletion=attention_names, help="Exit with 1 if this kernel can't run here.",),
+    require: str = typer.Option(
+        "",
+        "--require",
+        metavar="NAME",
+        autocompletion=attention_names,
+        help="Exit with 1 if this kernel can't run here.",
+    ),
 ) -> None:
     """Show which kernels this machine can run, why not the others, and the command that fixes it.
 

@@ -9,7 +9,13 @@ from axattn.cli.completion import attention_names, machines
 
 def plan(
     model: str = typer.Argument(..., metavar="MODEL", help="Local folder, config.json, or hub name."),
-    attn: str = typer.Option("auto", "--attn", metavar="NAME", autocompletion=attention_names, help="Attention implementation to plan for.",),
+    attn: str = typer.Option(
+        "auto",
+        "--attn",
+        metavar="NAME",
+        autocompletion=attention_names,
+        help="Attention implementation to plan for.",
+    ),
     route: bool = typer.Option(False, "--route", help="Route layers that NAME can't serve to the next exact kernel."),
     upgrade_flash: bool = typer.Option(
         True, "--upgrade-flash/--no-upgrade-flash", help="Let flash_attention_2 run as flash_attention_4."

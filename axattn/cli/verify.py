@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 def verify(
     model: str = typer.Argument(..., metavar="MODEL", help="Local folder, config.json, or hub name."),
-    attn: str = typer.Option("auto", "--attn", metavar="NAME", autocompletion=attention_names, help="Attention implementation to verify.",),
+    attn: str = typer.Option(
+        "auto",
+        "--attn",
+        metavar="NAME",
+        autocompletion=attention_names,
+        help="Attention implementation to verify.",
+    ),
     route: bool = typer.Option(False, "--route", help="Route layers that NAME can't serve to the next exact kernel."),
     data: Path | None = typer.Option(None, "--data", metavar="FILE", help="Text file that supplies the tokens."),
     layers: int = typer.Option(0, "--layers", min=0, help="Keep the first N layers (0: one of each kind, at most 8)."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -92,3 +93,18 @@ def test_the_page_of_numbers_plot_states_its_finding_in_plain_units(
     assert (tmp_path / "performance.svg").read_bytes() == first
     assert "<svg" in committed
     assert (tmp_path / "performance.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_spread_of_the_page_of_numbers_is_drawn_where_it_was_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = json.loads((page.RESULTS / "cpu.json").read_text())
+    for name in ("varlen", "sdpa"):
+        found["results"]["linear"][name]["seconds_largest"] = [
+            1.5 * value for value in found["results"]["linear"][name]["seconds"]
+        ]
+    (tmp_path / "cpu.json").write_text(json.dumps(found))
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    with plotting.style():
+        seconds, memory = page.drawn(plotting.LIGHT).axes
+    assert [len(axes.collections) for axes in (seconds, memory)] == [2, 0]
