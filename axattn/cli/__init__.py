@@ -39,7 +39,6 @@ app = typer.Typer(
     help="Every attention kernel for Hugging Face Transformers behind one argument, and never silently wrong.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)

@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from axattn.cli.completion import attention_names
+
 
 def bench(
     model: str = typer.Argument("", metavar="[MODEL]", help="Folder, config.json or hub name; its shapes are timed."),
@@ -16,10 +18,16 @@ def bench(
     seq_len: int = typer.Option(2048, "--seq-len", min=1, help="Tokens per row, for MODEL's shapes and steps."),
     packed: int = typer.Option(0, "--packed", metavar="DOCS", min=0, help="Pack the tokens as this many documents."),
     backward: bool = typer.Option(False, "--backward", help="Time forward and backward."),
-    attn: list[str] = typer.Option([], "--attn", metavar="NAME", help="Time only this one (repeatable)."),
+    attn: list[str] = typer.Option(
+        [],
+        "--attn",
+        metavar="NAME",
+        autocompletion=attention_names,
+        help="Time only this one (repeatable).",
+    ),
     rounds: int = typer.Option(10, "--rounds", min=1, help="Timed calls per kernel; kernels take turns."),
     model_step: bool = typer.Option(False, "--model-step", help="Time whole training steps of MODEL."),
-    output: Path | None = typer.Option(None, "--output", "-o", metavar="FOLDER", help="Write bench.json and a plot."),
+    output: Path | None = typer.Option(None, "--output", "-o", metavar="FOLDER", help="Write bench.json and plots."),
     compare: tuple[Path, Path] | None = typer.Option(None, "--compare", metavar="A B", help="Compare two bench.json."),
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
 ) -> None:
@@ -78,9 +86,9 @@ def bench(
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             (output / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            if "shapes" in found and find_spec("matplotlib") is None:
+            if find_spec("matplotlib") is None:
                 typer.echo('axattn: no plot: matplotlib is not installed (pip install "axattn[bench]")', err=True)
-            elif "shapes" in found:
+            else:
                 from axattn.tools.bench.report import plot
 
                 plot(found, output / "bench.png")
@@ -130,42 +138,50 @@ def _steps(model: str, attn: list[str], tokens: int, documents: int, rounds: int
 
 def _print(found: Mapping[str, Any], output: Path | None) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from axattn.tools.bench.report import by_speed, finding
+    from axattn.tools.rows import Rows
 
     console = Console()
     if "steps" in found:
-        table = Table("name", "tokens/s", "time / sdpa's", "peak", title=f"{found['model']}, {found['tokens']} tokens")
-        for step in found["steps"]:
+        title = f"{found['model']}, {found['tokens']:,} tokens"
+        table = Rows("name", "time / sdpa's", "spread", "peak", "tokens/s", reason="why it did not run", title=title)
+        for step in by_speed(found["steps"]):
             if "failed" in step:
-                table.add_row(step["name"], "-", "-", step["failed"])
+                table.add(step["name"], "-", "-", "-", "-", reason=step["failed"])
             else:
-                table.add_row(
-                    step["name"], f"{step['tokens_per_s']:,}", _number(step["ratio"]), _mib(step["peak_bytes"])
-                )
+                table.add(step["name"], *_ratio(step), _mib(step["peak_bytes"]), f"{step['tokens_per_s']:,}")
         console.print(table)
     for shape in found.get("shapes", ()):
         title = f"{shape['label']}, {found['dtype']}, forward{' and backward' if found['backward'] else ''}"
-        table = Table("kernel", "ms", "spread", "time / sdpa's", "TFLOP/s", "of matmul", "peak", "error", title=title)
-        for k in shape["kernels"]:
+        columns = ("kernel", "time / sdpa's", "spread", "peak", "ms", "TFLOP/s", "of matmul", "error")
+        table = Rows(*columns, reason="why it did not run", title=title)
+        for k in by_speed(shape["kernels"]):
             if k["failed"]:
-                table.add_row(k["kernel"], "-", "", "", "", "", "", k["failed"])
+                table.add(k["kernel"], *["-"] * 7, reason=k["failed"])
                 continue
-            cells = [_number(k["ms"]), f"{k['spread']:.0%}", _number(k["ratio"]), _number(k["tflops"])]
-            table.add_row(
-                k["kernel"], *cells, f"{k['share']:.0%}", _mib(k["peak_bytes"]), _number(k["error"], "{:.1e}")
-            )
+            speeds = (_number(k["ms"]), _number(k["tflops"]), f"{k['share']:.0%}", _number(k["error"], "{:.1e}"))
+            table.add(k["kernel"], *_ratio(k), _mib(k["peak_bytes"]), *speeds)
         console.print(table)
+    console.print(f"{finding(found)}.")
     if output is not None:
         console.print(f"Wrote {', '.join(str(path) for path in sorted(output.glob('bench.*')))}")
 
 
+def _ratio(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """The ratio to ``sdpa``, and its quartiles."""
+    low, high = entry.get("ratio_low"), entry.get("ratio_high")
+    return _number(entry["ratio"]), "-" if low is None or high is None else f"{low:.3g} to {high:.3g}"
+
+
 def _print_comparison(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("shape", "kernel", "before", "after", "after / before")
+    from axattn.tools.rows import Rows
+
+    table = Rows("shape", "kernel", "before", "after", "after / before")
     for row in rows:
-        table.add_row(row["shape"], row["kernel"], *(_number(row[key]) for key in ("before", "after", "change")))
+        table.add(row["shape"], row["kernel"], *(_number(row[key]) for key in ("before", "after", "change")))
     Console().print(table)
 
 

@@ -8,15 +8,26 @@ from pathlib import Path
 
 import typer
 
+from axattn.cli.completion import attention_names
+
 
 def demo(
     output: Path = typer.Option(Path("demo-output"), "--output", "-o", help="Folder for the model, plot and report."),
-    attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to train with."),
+    attn: str = typer.Option(
+        "auto",
+        "--attn",
+        metavar="NAME",
+        autocompletion=attention_names,
+        help="Attention implementation to train with.",
+    ),
     steps: int = typer.Option(200, "--steps", min=2, help="Optimiser steps."),
     seed: int = typer.Option(0, "--seed", help="Seed of weights, data order and split."),
     as_json: bool = typer.Option(False, "--json", help="Print the report on stdout, everything else on stderr."),
 ) -> None:
     """Fine-tune a small LLaMA on packed rows of Python's standard library, and check that no document leaks.
+
+    Downloads nothing; leaves the model, loss.png and report.json in the output folder (matplotlib and torch keep caches
+    of their own: a list of fonts, and torchinductor_USER in the temporary folder).
 
     Examples:
         axattn demo
@@ -38,6 +49,9 @@ def demo(
                 'Type: pip install "axattn[demo]".',
             )
         wanted = names.canonicalise(attn)  # before any work
+        from axattn.tools.demo.announcement import announcement
+
+        typer.echo(announcement(output, wanted, steps), err=as_json)  # before torch is imported, which takes seconds
         quiet_transformers()
         from axattn.machine.environment import Environment
         from axattn.planning.planner import require_available

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from axattn.cli.completion import attention_names
+
 if TYPE_CHECKING:
     from axattn.errors import AxattnError
+    from axattn.planning.advice import Advice
     from axattn.planning.diagnosis import Diagnosis
 
 
 def doctor(
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
-    require: str = typer.Option("", "--require", metavar="NAME", help="Exit with 1 if this kernel can't run here."),
+    require: str = typer.Option(
+        "",
+        "--require",
+        metavar="NAME",
+        autocompletion=attention_names,
+        help="Exit with 1 if this kernel can't run here.",
+    ),
 ) -> None:
     """Show which kernels this machine can run, why not the others, and the command that fixes it.
+
+    Ends with the one or two commands that would gain most here.
 
     Examples:
         axattn doctor
@@ -25,17 +39,21 @@ def doctor(
         axattn doctor --require flash_attention_2
     """
     from axattn.cli.output import described, print_json, user_errors
+    from axattn.planning.advice import advice
     from axattn.planning.diagnosis import diagnose
     from axattn.spec import names
 
     with user_errors(as_json):
         wanted = names.canonicalise(require) if require else ""
         found = diagnose()
+        given = advice(found.environment, nvidia_driver=Path("/proc/driver/nvidia").exists())
     lacking = _lacking(wanted, found)
     if as_json:
-        print_json(found.to_dict() | ({} if lacking is None else {"error": described(lacking)}))
+        value = found.to_dict() | {"advice": [asdict(one) for one in given]}
+        print_json(value | ({} if lacking is None else {"error": described(lacking)}))
     else:
         _print_table(found)
+        _print_advice(given)
     if lacking is not None:
         typer.echo(f"axattn: {lacking}", err=True)
         raise typer.Exit(1)
@@ -58,20 +76,21 @@ def _lacking(wanted: str, found: Diagnosis) -> AxattnError | None:
 
 def _print_table(found: Diagnosis) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     from axattn.spec.names import WITHOUT_A_CACHE
+    from axattn.tools.rows import Rows
 
     console = Console()
     libraries = ", ".join(f"{name} {version}" for name, version in found.environment.libraries.items())
     console.print(f"[bold]{found.environment.describe()}[/bold]; Python {found.environment.python}; {libraries}")
-    table = Table("kernel", "runs here", "exact", "packs", "why not, and the fix; notes")
+    table = Rows("kernel", "runs here", "exact", "packs", reason="why not, and the fix; notes")
     for kernel in found.kernels:
         why = "\n".join(r.text + (f"\n  → {r.fix}" if r.fix else "") for r in kernel.reasons) or kernel.notice
         if kernel.hub:
             why = f"as the hub kernel {kernel.hub}, for whole models only: its library is not installed"
-        runs = "[green]yes[/green]" if kernel.usable else "[red]no[/red]"
-        table.add_row(kernel.name, runs, "yes" if kernel.exact else "lossy", kernel.packing, why)
+        runs = Text("yes", "green") if kernel.usable else Text("no", "red")
+        table.add(kernel.name, runs, "yes" if kernel.exact else "lossy", kernel.packing, reason=why)
     console.print(table)
     console.print(
         f"packs without a cache: {WITHOUT_A_CACHE}. axolotl's flag attn_supports_packing: "
@@ -82,3 +101,14 @@ def _print_table(found: Diagnosis) -> None:
     for finding in broken:
         cost = f"{finding.contract.refused} are refused" if finding.contract.refused else "nothing is refused"
         console.print(f"[red]{finding.text}[/red] ({cost}; used by {', '.join(finding.contract.users)})")
+
+
+def _print_advice(given: Sequence[Advice]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text("\nWhat would gain most here:", style="bold"))
+    for one in given:
+        console.print(Text(f"  {one.command}", style="bold"))
+        console.print(Text(f"    {one.gain}"))

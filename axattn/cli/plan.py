@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import typer
 
+from axattn.cli.completion import attention_names, machines
+
 
 def plan(
     model: str = typer.Argument(..., metavar="MODEL", help="Local folder, config.json, or hub name."),
-    attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to plan for."),
+    attn: str = typer.Option(
+        "auto",
+        "--attn",
+        metavar="NAME",
+        autocompletion=attention_names,
+        help="Attention implementation to plan for.",
+    ),
     route: bool = typer.Option(False, "--route", help="Route layers that NAME can't serve to the next exact kernel."),
     upgrade_flash: bool = typer.Option(
         True, "--upgrade-flash/--no-upgrade-flash", help="Let flash_attention_2 run as flash_attention_4."
@@ -16,14 +24,15 @@ def plan(
         "",
         "--environment",
         metavar="MACHINE",
+        autocompletion=machines,
         help="sm80, sm86, sm89, sm90, sm100, sm120, rocm6, cpu, or a JSON file of `axattn doctor`.",
     ),
     seq_len: int = typer.Option(
-        0, "--seq-len", metavar="TOKENS", min=0, help="Estimate FLOPs and memory at this length."
+        0, "--seq-len", metavar="TOKENS", min=0, help="Costs are estimated at this length (0: 4,096, table only)."
     ),
     as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
 ) -> None:
-    """Show which kernel each layer of a model gets, and why not the others. No weights are loaded.
+    """Show which kernel each layer of a model gets, why not the others, and what each costs. No weights are loaded.
 
     Examples:
         axattn plan ./my-model
@@ -42,6 +51,7 @@ def plan(
 
         import axattn
         from axattn.machine.presets import machine
+        from axattn.planning.alternatives import alternatives
         from axattn.planning.estimates import estimate, total
         from axattn.planning.routes import OnUnsupported
         from axattn.tools.axolotl.config import COMPUTED, AttentionConfig
@@ -57,6 +67,8 @@ def plan(
                 value["estimate"] = {"seq_len": seq_len, **asdict(total(found, seq_len))}
                 for shown, entry in zip(value["layers"], found.layers, strict=True):
                     shown["estimate"] = asdict(estimate(entry, seq_len))
+                    others = alternatives(entry, found.environment, seq_len)
+                    shown["alternatives"] = [other.to_dict() for other in others]
             print_json(value)
         else:
             from axattn.tools.tables import print_plan

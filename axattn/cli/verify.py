@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from axattn.cli.completion import attention_names
+
 if TYPE_CHECKING:
     from axattn.tools.verify.records import Verification
 
 
 def verify(
     model: str = typer.Argument(..., metavar="MODEL", help="Local folder, config.json, or hub name."),
-    attn: str = typer.Option("auto", "--attn", metavar="NAME", help="Attention implementation to verify."),
+    attn: str = typer.Option(
+        "auto",
+        "--attn",
+        metavar="NAME",
+        autocompletion=attention_names,
+        help="Attention implementation to verify.",
+    ),
     route: bool = typer.Option(False, "--route", help="Route layers that NAME can't serve to the next exact kernel."),
     data: Path | None = typer.Option(None, "--data", metavar="FILE", help="Text file that supplies the tokens."),
     layers: int = typer.Option(0, "--layers", min=0, help="Keep the first N layers (0: one of each kind, at most 8)."),
@@ -62,7 +70,9 @@ def verify(
 
 def _print(found: Verification) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
+
+    from axattn.tools.rows import Rows
 
     console = Console()
     used = ", ".join(f"{name} {count}" for name, count in found.kernels.items()) or "Transformers' own"
@@ -70,11 +80,11 @@ def _print(found: Verification) -> None:
         f"[bold]{found.model}[/bold] on {found.asked}: {found.layers} layers, {found.weights} weights, "
         f"{found.dtype}, {found.device}; calls: {used}"
     )
-    table = Table("scenario", "", "error", "budget", "detail")
+    table = Rows("scenario", "result", "error", "budget", reason="detail")
     colours = {"ok": "green", "refused": "yellow", "wrong": "red"}
     for check in found.checks:
-        shown = f"[{colours[check.outcome]}]{check.outcome}[/]"
+        shown = Text(check.outcome, colours[check.outcome])
         numbers = ["-" if value is None else f"{value:.2g}" for value in (check.error, check.budget)]
-        table.add_row(check.scenario, shown, *numbers, check.detail)
+        table.add(check.scenario, shown, *numbers, reason=check.detail)
     console.print(table)
     console.print(found.verdict if found.right else f"[red]{found.verdict}[/red]")

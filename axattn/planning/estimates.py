@@ -39,19 +39,39 @@ def estimate(entry: LayerPlan, seq_len: int) -> Estimate:
     heads, kv_heads = need.heads or 1, need.kv_heads or need.heads or 1
     size, value_size = need.head_dim or 0, need.value_dim or need.head_dim or 0
     span = min(seq_len, need.window or need.chunk or seq_len)
-    parts = [seq_len]
     if need.window is None and need.chunk is not None:
-        parts = [min(span, seq_len - start) for start in range(0, seq_len, span)]
-        pairs = sum(map(_triangle, parts))
+        pairs = sum(_triangle(min(span, seq_len - start)) for start in range(0, seq_len, span))
     elif not need.causal:
         pairs = seq_len * min(seq_len, 2 * span - 1) if need.window else seq_len * seq_len
     else:
         pairs = _triangle(span) + (seq_len - span) * span
-    cells = sum(part * part for part in parts)
+    cells = _cells(entry, seq_len)
     extra = {"sdpa": cells, "eager": heads * cells * (4 + _HALF)}.get(entry.chosen, 0)
     if entry.chosen == "sdpa" and need.causal and (need.window is None or span == seq_len) and not need.bias:
         extra = 0  # without a window, a causal mask is a flag of the kernel
     return Estimate(2 * heads * pairs * (size + value_size), _HALF * span * kv_heads * (size + value_size), extra)
+
+
+def computed_flops(entry: LayerPlan, seq_len: int) -> int:
+    """FLOPs that the kernel computes in a layer's forward: `Estimate.flops`, and the masked pairs where it forms the
+    weights (``eager``) or reads a dense mask (``sdpa``), since such kernels skip nothing.
+
+    Raises:
+        InvalidConfigError: `seq_len` is not positive.
+    """
+    found = estimate(entry, seq_len)
+    need = entry.layer.need
+    if not found.extra_bytes:
+        return found.flops
+    size, value_size = need.head_dim or 0, need.value_dim or need.head_dim or 0
+    return 2 * (need.heads or 1) * _cells(entry, seq_len) * (size + value_size)
+
+
+def _cells(entry: LayerPlan, seq_len: int) -> int:
+    """Elements of the score matrix of a head: of each chunk, if the layer attends by chunk."""
+    chunk = entry.layer.need.chunk if entry.layer.need.window is None else None
+    span = min(seq_len, chunk or seq_len)
+    return sum(min(span, seq_len - start) ** 2 for start in range(0, seq_len, span))
 
 
 def _triangle(n: int) -> int:

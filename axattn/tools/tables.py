@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
 
-from axattn.planning.estimates import Estimate, estimate, total
-from axattn.planning.plan import Plan
+from axattn.planning.alternatives import alternatives
+from axattn.planning.estimates import Estimate, computed_flops, estimate, total
+from axattn.planning.plan import LayerPlan, Plan
 from axattn.tools.axolotl.config import COMPUTED, AttentionConfig
+from axattn.tools.rows import Rows
+
+LENGTH = 4096
+"""Tokens of the row whose costs are shown if no length is given."""
 
 
-def plan_table(plan: Plan, seq_len: int = 0) -> Table:
-    """A row per group of equal layers: its kernel, the reasons against the others, and with a length a layer's cost."""
-    cost = [f"per layer at {seq_len:,}"] if seq_len else []
-    columns = ["layers", "kind", "needs", "requested", "kernel", *cost, "why not the others"]
-    table = Table(title=f"Plan for {plan.model} on {plan.environment.describe()}")
-    for column in columns:
-        table.add_column(column, no_wrap=column == "kernel")
+def plan_table(plan: Plan, seq_len: int = 0) -> Rows:
+    """A row per group of equal layers: its kernel, what it costs in a row of this length (0 for `LENGTH`), and the
+    reason and the cost of each alternative."""
+    length = seq_len or LENGTH
+    title = f"Plan for {plan.model} on {plan.environment.describe()}"
+    reason = f"cost of a forward at {length:,} tokens, and memory of a mask or weights; why not the others"
+    rows = Rows("layers", "kernel", "requested", "kind", "needs", reason=reason, title=title)
     for members, first in plan.groups():
         need = first.layer.need
         shown = [f"{need.heads} heads" + (f" / {need.kv_heads} KV" if need.kv_heads != need.heads else "")]
@@ -26,15 +30,36 @@ def plan_table(plan: Plan, seq_len: int = 0) -> Table:
         numbers = [entry.layer.index for entry in members]
         label = f"{numbers[0]}-{numbers[-1]}" if _consecutive(numbers) else ", ".join(map(str, numbers))
         path = f"{first.layer.path} " if first.layer.path else ""
-        why = "\n".join(f"{r.backend}: {'; '.join(reason.text for reason in r.reasons)}" for r in first.rejected)
-        cost = [_cost(estimate(first, seq_len))] if seq_len else []
-        table.add_row(path + label, first.layer.kind, ", ".join(shown), first.asked, first.chosen, *cost, why or "-")
-    return table
+        cells = (path + label, first.chosen, first.asked, first.layer.kind, ", ".join(shown))
+        rows.add(*cells, reason="\n".join(_reasons(plan, first, length)))
+    return rows
+
+
+def _reasons(plan: Plan, entry: LayerPlan, length: int) -> list[str]:
+    own = estimate(entry, length)
+    cost = _work(computed_flops(entry, length), own.extra_bytes)
+    lines = [f"{entry.chosen}, {cost}: chosen; {_bytes(own.kv_bytes)} of keys and values"]
+    for other in alternatives(entry, plan.environment, length):
+        why = ("ranks lower: " if other.serves else "") + "; ".join(other.reasons)
+        lines.append(f"{other.backend}, {_work(other.flops, other.extra_bytes)}: {why}")
+    return lines
+
+
+def _work(flops: int, extra: int) -> str:
+    return f"{_flops(flops)} and {_bytes(extra)}" if extra else _flops(flops)
 
 
 def _cost(value: Estimate) -> str:
-    text = f"{value.flops / 1e12:.3g} TFLOP forward, {_bytes(value.kv_bytes)} of keys and values"
+    text = f"{_flops(value.flops)} forward, {_bytes(value.kv_bytes)} of keys and values"
     return text + (f", {_bytes(value.extra_bytes)} of mask or weights" if value.extra_bytes else "")
+
+
+def _flops(count: float) -> str:
+    for unit in ("MFLOP", "GFLOP"):
+        count /= 1000 if unit == "GFLOP" else 1e6
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+    return f"{count / 1000:,.4g} TFLOP"
 
 
 def _bytes(count: float) -> str:

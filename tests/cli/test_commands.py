@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
 import axattn
@@ -35,10 +39,52 @@ def test_help_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize("verb", ["doctor", "plan", "verify", "bench", "migrate", "demo"])
-def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
+def test_every_verb_explains_itself_with_examples_that_it_accepts(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     done = runner.invoke(app, [verb, "--help"])
     assert done.exit_code == 0
-    assert f"axattn {verb}" in done.output
+    examples = re.findall(rf"axattn {verb}\b[^\n│]*", done.output.split("Examples:")[1].split("─")[0])
+    assert examples
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]  # the verbs are a group
+    for example in examples:
+        command.make_context(verb, shlex.split(example)[2:])  # raises for an option that the verb does not have
+
+
+def complete(*words: str, shell: str = "bash") -> list[str]:
+    """What the shell's completion offers for the last word, as the generated script asks for it."""
+    environment = {"_AXATTN_COMPLETE": f"complete_{shell}", "COMP_WORDS": " ".join(words)}
+    environment |= {"COMP_CWORD": str(len(words) - 1), "_TYPER_COMPLETE_ARGS": " ".join(words)}
+    code = "import atexit, sys\n"
+    code += "heavy = lambda: [m for m in ('torch', 'transformers') if m in sys.modules]\n"
+    code += "atexit.register(lambda: print('heavy:', heavy(), file=sys.stderr))\n"
+    code += "sys.argv = ['axattn']\nfrom axattn.cli import main; main()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    assert "heavy: []" in done.stderr, done.stderr  # the Tab key answers at once
+    return done.stdout.split()
+
+
+def test_the_shell_completes_verbs_options_names_and_machines() -> None:
+    assert complete("axattn", "") == ["doctor", "plan", "verify", "bench", "migrate", "demo"]
+    assert complete("axattn", "ver") == ["verify"]
+    assert complete("axattn", "plan", "--env") == ["--environment"]
+    assert complete("axattn", "plan", "model", "--attn", "flash_") == [f"flash_attention_{n}" for n in (2, 3, 4)]
+    assert complete("axattn", "plan", "model", "--environment", "sm9") == ["sm90"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_of_a_shell_is_printed(shell: str) -> None:
+    from typer import completion
+
+    script = completion.get_completion_script(prog_name="axattn", complete_var="_AXATTN_COMPLETE", shell=shell)
+    code = f"import sys; sys.argv = ['axattn', '--show-completion', {shell!r}]; from axattn.cli import main; main()"
+    unknown = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | unknown
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == script.strip()
+    assert "_AXATTN_COMPLETE" in script
 
 
 def test_the_version_is_the_packages() -> None:
@@ -52,6 +98,11 @@ def test_doctor_prints_every_kernel_and_json_is_json() -> None:
     for kernel in found["kernels"]:
         assert kernel["name"] in done.output
         assert kernel["usable"] == (not kernel["reasons"])
+    end = done.output.split("What would gain most here:")[1]
+    assert 1 <= len(found["advice"]) <= 2
+    for one in found["advice"]:
+        assert one["command"] in end
+        assert " ".join(one["gain"].split()) in " ".join(end.split())
 
 
 def test_doctor_requires() -> None:
@@ -89,12 +140,16 @@ def test_a_plan_keeps_flash_attention_2_where_it_is_told_to(folder: Path) -> Non
 def test_a_plan_for_another_machine_with_its_costs_and_flags(folder: Path, tmp_path: Path) -> None:
     done = runner.invoke(app, ["plan", str(folder), "--environment", "sm90", "--seq-len", "4096"])
     assert "flash_attention_3" in done.output
-    assert "TFLOP forward" in done.output
+    assert "FLOP forward" in done.output
     assert "attn_supports_packing: true" in done.output
     assert "Assumed on that machine: torch" in done.output
     arguments = ["plan", str(folder), "--environment", "sm90", "--seq-len", "4096", "--json"]
     found = json.loads(runner.invoke(app, arguments).output)
     assert found["flags"]["attn_supports_packing"] is True
+    others = {one["backend"]: one for one in found["layers"][1]["alternatives"]}
+    assert "after 3" in others["flash_attention_4"]["reasons"][0]
+    assert others["eager"]["serves"] is True
+    assert others["eager"]["extra_bytes"] == 6 * 4 * 4096**2
     assert found["estimate"]["flops"] == sum(layer["estimate"]["flops"] for layer in found["layers"])
     written = tmp_path / "doctor.json"
     written.write_text(runner.invoke(app, ["doctor", "--json"]).output)
@@ -128,6 +183,7 @@ def test_doctor_works_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     found = json.loads(done.stdout)
     assert "torch" not in found["environment"]["libraries"]
+    assert [one["command"] for one in found["advice"]] == ["pip install torch"]
     assert {kernel["reasons"][0]["fix"] for kernel in found["kernels"]} == {"pip install torch"}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from axattn.errors import InvalidConfigError
 from axattn.machine.presets import NAMES, machine
-from axattn.planning.estimates import estimate, total
+from axattn.planning.estimates import computed_flops, estimate, total
 from axattn.planning.plan import LayerPlan, Plan
 from axattn.spec.capability import Need
 from axattn.traits.layer_needs import LayerNeed
@@ -47,6 +47,14 @@ def test_what_a_kernel_forms_besides() -> None:
     assert estimate(entry("eager"), 100).extra_bytes == 8 * 100 * 100 * 6
     assert estimate(entry("eager", chunk=30), 100).extra_bytes == 8 * (3 * 30 * 30 + 10 * 10) * 6
     assert estimate(entry("sdpa", chunk=30), 100).extra_bytes == 0
+
+
+def test_kernels_that_form_every_pair_compute_the_masked_ones_too() -> None:
+    assert computed_flops(entry("varlen"), 100) == estimate(entry("varlen"), 100).flops
+    assert computed_flops(entry("sdpa"), 100) == estimate(entry("varlen"), 100).flops  # the causal flag skips them
+    every = 2 * 8 * (64 + 64) * 100 * 100
+    assert computed_flops(entry("eager"), 100) == computed_flops(entry("sdpa", window=10), 100) == every
+    assert computed_flops(entry("eager", chunk=30), 100) == 2 * 8 * (64 + 64) * (3 * 30 * 30 + 10 * 10)
 
 
 def test_a_model_is_the_sum_of_its_layers_and_the_hungriest_of_them() -> None:

@@ -16,11 +16,14 @@ from typer.testing import CliRunner
 import axattn
 from axattn.cli import app
 from axattn.errors import InvalidConfigError, UnknownAttentionError
+from axattn.tools import plotting
 from axattn.tools.bench import kernels, report, steps
 from axattn.tools.bench.kernels import bench, usable_kernels
 from axattn.tools.bench.shapes import Shape, document_lengths, shapes_of
+from axattn.tools.bench.timing import ratio_of
 from tests.fakes.machine import hopper
 from tests.models import build
+from tests.tools.test_plotting import require_plain, texts
 
 runner = CliRunner()
 SMALL = Shape(1, 4, 2, 64, 16)
@@ -119,6 +122,95 @@ def test_steps_of_a_model_leave_it_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def _entry(name: str, ratio: float, low: float, high: float, peak: int = 0, failed: str = "") -> dict[str, Any]:
+    found = {"kernel": name, "ms": 10 * ratio, "spread": 0.1, "ratio": ratio, "ratio_low": low, "ratio_high": high}
+    return {**found, "tflops": 1.0, "share": 0.1, "peak_bytes": peak, "error": 1e-6, "failed": failed}
+
+
+MADE: dict[str, Any] = {
+    "machine": {},
+    "dtype": "bfloat16",
+    "backward": True,
+    "shapes": [
+        {
+            "label": "B 1, H 32/8, S 8192, D 128",
+            "kernels": [
+                _entry("sdpa", 1.0, 1.0, 1.0, 900 << 20),
+                _entry("fp8", 0.0, 0.0, 0.0, failed="RuntimeError: no kernel image for this GPU"),
+                _entry("xformers", 0.9, 0.7, 1.2, 410 << 20),
+                _entry("varlen", 0.25, 0.2, 0.4, 300 << 20),
+            ],
+        }
+    ],
+}
+STEPS: dict[str, Any] = {
+    "model": "LlamaForCausalLM",
+    "tokens": 8192,
+    "documents": 16,
+    "steps": [
+        {"name": "sdpa", "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0, "peak_bytes": None, "tokens_per_s": 1200},
+        {"name": "auto", "ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.625, "peak_bytes": None, "tokens_per_s": 2400},
+        {"name": "fp8", "failed": "BackendUnavailableError: fp8 can't run on this machine"},
+    ],
+}
+
+
+def test_a_plot_sorts_kernels_and_writes_ratio_spread_and_memory_beside_them() -> None:
+    for theme in (plotting.LIGHT, plotting.DARK):
+        with plotting.style(theme):
+            figure = report.drawn(MADE, theme)
+            found = texts(figure)
+        require_plain(found)
+        names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        assert names == ["varlen", "xformers", "sdpa"]
+        assert "varlen is the fastest in attention with backward: 4x as fast as sdpa" in found
+        assert "4x as fast (2.5x to 5x)" in found
+        assert {"300 MiB", "410 MiB", "900 MiB", "peak memory, MiB"} <= set(found)
+    with plotting.style():
+        found = texts(report.drawn(STEPS))
+    require_plain(found)
+    assert "auto is the fastest in a training step: 2x as fast as sdpa" in found
+    assert "2x as fast (1.6x to 2.5x), 2,400 tokens/s" in found
+    assert "LlamaForCausalLM, 8k tokens in 16 documents" in found
+    assert "peak memory, MiB" not in found  # none was measured
+
+
+def test_a_kernel_whose_quartiles_include_the_baseline_is_not_called_faster() -> None:
+    unsure = json.loads(json.dumps(MADE))
+    unsure["shapes"][0]["kernels"][3]["ratio_high"] = 1.1
+    assert report.finding(unsure) == "No kernel is faster than sdpa in attention with backward here"
+    older = json.loads(json.dumps(MADE))  # a file from before the quartiles
+    for kernel in older["shapes"][0]["kernels"]:
+        del kernel["ratio_low"], kernel["ratio_high"]
+    assert "4x as fast as sdpa" in report.finding(older)
+    assert report.against_sdpa(older["shapes"][0]["kernels"][3]) == "4x as fast"
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_the_tables_of_the_verb_are_sorted_and_cut_nothing(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from axattn.cli.bench import _print
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    _print(MADE, None)
+    _print(STEPS, None)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= width
+    assert "…" not in out
+    assert out.index("varlen") < out.index("xformers") < out.index("fp8")
+    for part in ("0.2 to 0.4", "300 MiB", "no kernel image", "is the fastest", "2,400"):
+        assert "".join(part.split()) in "".join(out.translate(str.maketrans("", "", "│┃")).split()), part
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    assert ratio_of([2.0, 4.0, 8.0], [1.0, 2.0, 4.0]) == (2.0, 2.0, 2.0)
+    middle, low, high = ratio_of([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+    assert (middle, low, high) == (3.0, 2.0, 4.0)
+    assert ratio_of([3.0], [2.0]) == (1.5, 1.5, 1.5)
+    assert all(math.isnan(value) for value in ratio_of([1.0], None))
+
+
 def test_comparing_two_files(tmp_path: Path) -> None:
     found = bench([SMALL], rounds=1).to_dict()
     changed = json.loads(json.dumps(found))
@@ -148,8 +240,10 @@ def test_the_verb(tmp_path: Path) -> None:
     model = str(tmp_path / "model")
     found = json.loads(runner.invoke(app, ["bench", model, "--seq-len", "32", "--rounds", "1", "--json"]).output)
     assert found["shapes"][0]["label"].startswith("B 1, H 4/2, S 32")
-    stepped = runner.invoke(app, ["bench", model, "--model-step", "--seq-len", "32", "--rounds", "1", "--json"])
+    step = ["bench", model, "--model-step", "--seq-len", "32", "--rounds", "1", "-o", str(tmp_path / "step"), "--json"]
+    stepped = runner.invoke(app, step)
     assert {entry["name"] for entry in json.loads(stepped.output)["steps"]} == {"sdpa", "auto", "varlen"}
+    assert {path.name for path in (tmp_path / "step").iterdir()} == {"bench.json", "bench.png", "bench.svg"}
 
 
 @pytest.mark.parametrize(

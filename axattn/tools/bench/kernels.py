@@ -22,7 +22,7 @@ from axattn.masks.lazy_mask import LazyMask
 from axattn.masks.mask_interface import lazy_mask
 from axattn.planning.routes import ATTRIBUTE, Route
 from axattn.tools.bench.shapes import Shape
-from axattn.tools.bench.timing import Run, matmul_tflops, peak_bytes, timed, working
+from axattn.tools.bench.timing import Run, matmul_tflops, peak_bytes, ratio_of, timed, working
 
 KERNELS = (
     "sdpa",
@@ -48,6 +48,8 @@ class Timing:
         ms: median.
         spread: (largest - smallest) / median.
         ratio: time divided by that of ``sdpa`` in the same round, median; below 1 is faster.
+        ratio_low: the lower quartile of these ratios.
+        ratio_high: the upper quartile.
         tflops: useful TFLOP/s (causal pairs only).
         share: fraction of the measured matrix-product speed.
         peak_bytes: peak allocation, None on a CPU.
@@ -59,6 +61,8 @@ class Timing:
     ms: float = math.nan
     spread: float = math.nan
     ratio: float = math.nan
+    ratio_low: float = math.nan
+    ratio_high: float = math.nan
     tflops: float = math.nan
     share: float = math.nan
     peak_bytes: int | None = None
@@ -230,15 +234,11 @@ def _shape(
             timings.append(Timing(name, failed=failed[name]))
             continue
         middle = statistics.median(spent[name])
-        ratio = (
-            statistics.median(a / b for a, b in zip(spent[name], spent[BASE], strict=True))
-            if BASE in runs
-            else math.nan
-        )
+        ratios = ratio_of(spent[name], spent[BASE] if BASE in runs else None)
         speed = flops / middle / 1e9
         spread = (max(spent[name]) - min(spent[name])) / middle
         memory = peak_bytes(runs[name])
-        timings.append(Timing(name, middle, spread, ratio, speed, speed / peak, memory, errors.get(name)))
+        timings.append(Timing(name, middle, spread, *ratios, speed, speed / peak, memory, errors.get(name)))
     return timings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from axattn import loading
 from axattn.spec.names import canonicalise
 from axattn.tools.bench.shapes import document_lengths
-from axattn.tools.bench.timing import peak_bytes, timed
+from axattn.tools.bench.timing import peak_bytes, ratio_of, timed
 
 
 def bench_step(
@@ -34,7 +35,8 @@ def bench_step(
         progress: called with each name before it runs.
 
     Returns:
-        Per name: ``tokens_per_s``, ``ratio`` to ``sdpa``, ``peak_bytes``; or ``failed`` with the reason.
+        Per name: ``tokens_per_s``, ``ratio`` to ``sdpa`` with its quartiles
+        ``ratio_low`` and ``ratio_high``, ``peak_bytes``; or ``failed`` with the reason.
 
     Raises:
         UnknownAttentionError: an unknown name.
@@ -71,6 +73,6 @@ def bench_step(
     base = spent.get("sdpa")
     for name, values in spent.items():
         found[name]["tokens_per_s"] = round(tokens / statistics.median(values) * 1e3)
-        each = None if base is None else [a / b for a, b in zip(values, base, strict=True)]
-        found[name]["ratio"] = None if each is None else round(statistics.median(each), 4)
+        each = [None if math.isnan(ratio) else round(ratio, 4) for ratio in ratio_of(values, base)]
+        found[name].update(zip(("ratio", "ratio_low", "ratio_high"), each, strict=True))
     return list(found.values())

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 Run = Callable[[], object]
+
+
+def ratio_of(spent: Sequence[float], base: Sequence[float] | None) -> tuple[float, float, float]:
+    """Median and quartiles of the round-by-round ratios of two candidates that took turns; NaN without a base."""
+    if base is None:
+        return math.nan, math.nan, math.nan
+    each = [a / b for a, b in zip(spent, base, strict=True)]
+    if len(each) == 1:
+        return each[0], each[0], each[0]
+    low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
+    return middle, low, high
 
 
 def timed(candidates: dict[str, Run], rounds: int, warmup: int = 3, device: str = "cpu") -> dict[str, list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sysconfig
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ VOCABULARY = 2048
 END = "<|end|>"
 
 
-def documents(limit: int = 3000) -> list[str]:
-    """Source of the standard library's documented functions and methods, in a fixed order."""
+def documents(limit: int = 3000, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """Source of the standard library's documented functions and methods, in a fixed order.
+
+    `progress` is called with the number found and `limit` after each file.
+    """
     found: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:
@@ -25,6 +29,8 @@ def documents(limit: int = 3000) -> list[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
                 found.append(textwrap.dedent(_source_of(node, lines)))
+        if progress is not None:
+            progress(min(len(found), limit), limit)
         if len(found) >= limit:
             break
     return found[:limit]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 import axattn
 from axattn.tools.demo.corpus import documents, tokenise, train_tokenizer
+from axattn.tools.demo.loss import ends, plot
 from axattn.tools.demo.proof import Proof, no_leak, packed_equals_alone
+from axattn.tools.rows import Rows
 from axattn.tools.tables import print_plan
 
 ROW = 1024
@@ -28,15 +32,18 @@ PROMPT = "def "
 
 def run(output: Path, attn: str, steps: int, seed: int) -> bool:
     """Run the demo and write everything to `output`. Returns whether a proof failed."""
+    with tempfile.TemporaryDirectory(prefix="axattn-demo-") as scratch:
+        return _run(output, Path(scratch), attn, steps, seed)
+
+
+def _run(output: Path, scratch: Path, attn: str, steps: int, seed: int) -> bool:
     console = Console()
     start = time.perf_counter()
     set_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
-    fresh, tuned = output / "fresh-model", output / "model"
+    fresh, tuned = scratch / "fresh-model", output / "model"
 
-    texts = documents()
-    tokenizer = train_tokenizer(texts)
-    examples = tokenise(texts, tokenizer)
+    texts, tokenizer, examples = build_corpus(Console(stderr=True))
     tokens = sum(len(example["input_ids"]) for example in examples)
     console.print(f"{len(texts)} functions of Python's library, {tokens:,} tokens")
     _make_model(tokenizer, fresh)
@@ -44,11 +51,11 @@ def run(output: Path, attn: str, steps: int, seed: int) -> bool:
     model = axattn.from_pretrained(fresh, attn_implementation=attn)
     console.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     plan = axattn.plan(model, attn)
-    print_plan(plan, console)
+    print_plan(plan, console, seq_len=ROW)
 
     collator = axattn.PackingCollator(max_length=ROW, pad_token_id=tokenizer.pad_token_id)
     held, train = examples[:BATCH], examples[BATCH:]
-    losses = _train(model, train, collator, output, steps, seed)
+    losses = _train(model, train, collator, scratch, steps, seed)
     console.print(
         f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {len(losses)} steps; rows {100 * collator.stats.fill:.1f} % full, "
         f"{collator.stats.documents} documents, {collator.stats.splits} cuts"
@@ -63,7 +70,7 @@ def run(output: Path, attn: str, steps: int, seed: int) -> bool:
     _print_proofs(console, proofs)
     console.print(f"{PROMPT!r} continues: {text!r}")
 
-    _plot(losses, output / "loss.png")
+    plot(losses, output / "loss.png")
     report = {
         "asked": attn,
         "plan": plan.to_dict(),
@@ -76,6 +83,22 @@ def run(output: Path, attn: str, steps: int, seed: int) -> bool:
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.print(f"{report['seconds']} s; wrote {output}/report.json, {output}/loss.png and {output}/model")
     return not all(proof.holds for proof in proofs)
+
+
+def build_corpus(console: Console) -> tuple[list[str], Any, list[dict[str, list[int]]]]:
+    """The documents, a tokenizer trained on them, and the examples, with a progress bar on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading Python's library", total=None)
+        texts = documents(progress=lambda done, total: bar.update(task, completed=done, total=total))
+        bar.update(task, description="training a tokenizer", total=None)
+        tokenizer = train_tokenizer(texts)
+        bar.update(task, description="tokenising", completed=0, total=len(texts))
+        examples = []
+        for at in range(0, len(texts), 100):
+            examples += tokenise(texts[at : at + 100], tokenizer)
+            bar.update(task, completed=len(examples))
+    return texts, tokenizer, examples
 
 
 def _make_model(tokenizer: Any, folder: Path) -> None:
@@ -111,11 +134,11 @@ class _Progress(ProgressCallback):  # type: ignore[misc]  # Transformers ships n
                 self.training_bar.set_postfix(loss=f"{self.losses[-1]:.3f}")
 
 
-def _train(model: Any, train: list[Any], collator: Any, output: Path, steps: int, seed: int) -> list[float]:
+def _train(model: Any, train: list[Any], collator: Any, scratch: Path, steps: int, seed: int) -> list[float]:
     axattn.prepare_for_training(model)
     progress = _Progress()
     arguments = TrainingArguments(
-        output_dir=str(output / "trainer"),
+        output_dir=str(scratch / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
         learning_rate=1.2e-3,
@@ -144,7 +167,7 @@ def _prove(model: Any, tokenizer: Any, held: list[Any], tuned: Path, losses: lis
     collator = axattn.PackingCollator(max_length=ROW, pad_token_id=tokenizer.pad_token_id)
     batch = collator([{"input_ids": example["input_ids"][: ROW // 2]} for example in held])
     batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
-    first, last = sum(losses[:5]) / len(losses[:5]), sum(losses[-5:]) / len(losses[-5:])
+    first, last = ends(losses)
     fell = Proof("the loss fell (last five steps over the first five)", last / first, 0.9)
     return [fell, no_leak(model, batch), *packed_equals_alone(model, reference, batch)]
 
@@ -174,22 +197,8 @@ def _generate_both(model: Any, tokenizer: Any, tuned: Path) -> tuple[str, str]:
 
 
 def _print_proofs(console: Console, proofs: list[Proof]) -> None:
-    table = Table("claim", "measured", "at most", "holds", title="Proofs")
+    table = Rows("claim", "measured", "at most", "holds", title="Proofs")
     for proof in proofs:
-        holds = "[green]yes[/green]" if proof.holds else "[red]NO[/red]"
-        table.add_row(proof.claim, f"{proof.error:.2g}", f"{proof.limit:.2g}", holds)
+        holds = Text("yes", "green") if proof.holds else Text("NO", "red")
+        table.add(proof.claim, f"{proof.error:.2g}", f"{proof.limit:.2g}", holds)
     console.print(table)
-
-
-def _plot(losses: list[float], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(range(1, len(losses) + 1), losses)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Packed fine-tune on Python's standard library")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
