@@ -14,6 +14,7 @@ PAGE = Path(__file__).with_suffix(".md")
 WHERE = (
     "tests.conformance.test_mutations",
     "tests.backends.test_sage",
+    "tests.backends.test_softcap_tiles",
     "tests.fuzz.test_fuzz",
     "tests.tools.test_verify",
     "tests.unpadding.test_shared_prefixes",

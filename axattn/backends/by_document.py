@@ -49,6 +49,7 @@ class Group(NamedTuple):
         starts: int64 ``[documents]``, the index of each first token in its row.
         mask: bool ``[documents or 1, 1, L, L]`` (True: attend); None if causality says it all. Causal rows need no
             padding mask, because no token attends to the padding behind it.
+        window: of `mask`, None if it hides nothing of L tokens.
     """
 
     documents: tuple[Document, ...]
@@ -56,6 +57,7 @@ class Group(NamedTuple):
     tokens: torch.Tensor
     starts: torch.Tensor
     mask: torch.Tensor | None
+    window: int | None
 
     def on(self, device: torch.device) -> Group:
         """The same on a device."""
@@ -126,7 +128,7 @@ def by_document(call: AttentionCall, attention: Callable[[AttentionCall], torch.
         return None
     rows = layout.kept("documents as rows", lambda: as_rows(members, layout, device))
     calls = [
-        dataclasses.replace(call, query=q, key=k, value=v, mask=group.mask, causal=layout.causal, window=None)
+        dataclasses.replace(call, query=q, key=k, value=v, mask=group.mask, causal=layout.causal, window=group.window)
         for group, q, k, v in zip(rows.groups, *map(rows.take, (call.query, call.key, call.value)), strict=True)
     ]
     if bias is not None:
@@ -181,7 +183,9 @@ def as_rows(members: list[list[Document]], layout: Layout, device: torch.device)
         at = torch.arange(length)
         tokens = starts[:, None] + torch.minimum(at, lengths[:, None] - 1)
         real.append(at < lengths[:, None])
-        groups.append(Group(tuple(each), length, tokens, starts % layout.q_length, _mask_of(layout, real[-1])))
+        window = None if layout.window is None or layout.window >= length else layout.window
+        mask = _mask_of(real[-1], layout.causal, window)
+        groups.append(Group(tuple(each), length, tokens, starts % layout.q_length, mask, window))
     tokens, is_real = torch.cat([group.tokens.flatten() for group in groups]), torch.cat([x.flatten() for x in real])
     back = torch.full((layout.rows * layout.q_length,), len(tokens))
     back[tokens[is_real]] = is_real.nonzero()[:, 0]
@@ -190,12 +194,11 @@ def as_rows(members: list[list[Document]], layout: Layout, device: torch.device)
     return Rows(tuple(there), on_device(tokens, device), on_device(back, device), layout.q_length, padded)
 
 
-def _mask_of(layout: Layout, real: torch.Tensor) -> torch.Tensor | None:
+def _mask_of(real: torch.Tensor, causal: bool, window: int | None) -> torch.Tensor | None:
     """The mask of a group whose tokens are `real` (bool ``[documents, L]``), see `Group.mask`."""
     length = real.shape[1]
-    window = None if layout.window is None or layout.window >= length else layout.window
-    if layout.causal or bool(real.all()):
-        return None if window is None else dense_rule(length, length, causal=layout.causal, window=window)
+    if causal or bool(real.all()):
+        return None if window is None else dense_rule(length, length, causal=causal, window=window)
     mask = dense_rule(length, length, causal=False, window=window, padding=real)
     return (
         mask | ~real[:, None, :, None]

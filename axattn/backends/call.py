@@ -28,7 +28,7 @@ class AttentionCall:
         value: ``[B, Hkv, T, Dv]``.
         mask: a `LazyMask`, a user's 4-D tensor (bool: True attends; float: added to the logits), or None.
         causal: without a mask, a query attends to no later key (S equals T); ignored under a mask.
-        window: without a mask, keys attended to on the left, the query's own included.
+        window: without a mask, keys attended to on the left, the query's own included; ignored under a mask.
         scale: factor on the logits.
         dropout: probability of attention dropout.
         softcap: see `Need.softcap`.
