@@ -17,18 +17,40 @@ from tests.models import build
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+GOES_ON = "# after the lines above\n"
+"""The first line of code on a page that needs the code before it."""
+
+
+def snippets(page: Path) -> list[str]:
+    """The code of a page; what goes on from other code is one piece with it."""
+    found: list[str] = []
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        found.append(found.pop() + code if code.startswith(GOES_ON) else code)
+    return found
+
+
+def interpreted(code: str, folder: Path) -> forked.Ended:
+    """Code that chooses Triton's interpreter, which only a process that has not imported triton can."""
+    pytest.importorskip("sageattention")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    return forked.Ended("", done.returncode != 0, done.stdout, done.stderr)
+
+
 CODE = [
-    pytest.param(code, id=f"{page.stem}-{number}")
-    for page in PAGES
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+    pytest.param(code, id=f"{page.stem}-{number}") for page in PAGES for number, code in enumerate(snippets(page))
 ]
 
 
 @pytest.mark.parametrize("code", CODE)
 def test_code_in_the_docs_runs(code: str, tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "my-model")
-    done = forked.python(code, folder=tmp_path)
+    done = interpreted(code, tmp_path) if "TRITON_INTERPRET" in code else forked.python(code, folder=tmp_path)
     assert not done.failed, done.result + done.output[-2000:]
+    if promised := re.findall(r"# → (.*)", code):  # a page that says what its code prints
+        assert done.stdout.splitlines() == promised
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
