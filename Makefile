@@ -134,6 +134,7 @@ census: $(READY)
 # The pages that are made, not written.
 docs: $(READY)
 	$(BIN)/python -m axattn.planning.capability_docs > docs/backends.md
+	$(BIN)/python -m axattn.planning.choice_docs > docs/choose.md
 	$(BIN)/python -m tests.mutations
 
 # The site, static files in site/: docs/*.md by mkdocs-material, the API reference from docstrings by mkdocstrings. A broken

@@ -39,9 +39,7 @@ def interpreted(code: str, folder: Path) -> forked.Ended:
     return forked.Ended("", done.returncode != 0, done.stdout, done.stderr)
 
 
-CODE = [
-    pytest.param(code, id=f"{page.stem}-{number}") for page in PAGES for number, code in enumerate(snippets(page))
-]
+CODE = [pytest.param(code, id=f"{page.stem}-{number}") for page in PAGES for number, code in enumerate(snippets(page))]
 
 
 @pytest.mark.parametrize("code", CODE)

@@ -1,4 +1,4 @@
-"""What the site adds to docs/*.md: pages of the repository's root, tables with a search box, links, a check of docstrings.
+"""What the site adds to docs/*.md: pages of the repository's root, tables with a search box, links, checks.
 
 Run by MkDocs (``hooks`` in mkdocs.yml). Imports no axattn: the site is built in an environment without torch.
 """
