@@ -76,8 +76,8 @@ Under `auto` every kernel takes documents one by one: a packed row costs the sum
 ## What a name of your own does not serve
 
 Asked for by name, a kernel that does not serve a layer is refused before the weights load; with
-`on_unsupported="route"` the layer runs on the next exact kernel. The last column is that of `sm90` where the kernel runs
-there, else of the first machine on which it does.
+`on_unsupported="route"` the layer runs on the next exact kernel. The last column is that of `sm90` where the kernel
+runs there, else of the first machine on which it does.
 
 | name | exact | runs on | does not serve |
 |---|---|---|---|
@@ -87,8 +87,8 @@ _LOSSY = """
 
 `auto` never takes a lossy kernel. `sage` (INT8) is off by 0.6 to 0.8 %, `fp8` by 4.5 %, their gradients by 1 to 3 %,
 or not at all with `kernel_options={"backward": "exact"}`
-([errors of the lossy kernels](attention.md#errors-of-the-lossy-kernels)). Take one if attention dominates the step (long
-documents), measure with `axattn bench MODEL`, and compare the losses of a short run.
+([errors of the lossy kernels](attention.md#errors-of-the-lossy-kernels)). Take one if attention dominates the step
+(long documents), measure with `axattn bench MODEL`, and compare the losses of a short run.
 """
 _COLUMNS = ("cpu", "sm75", "sm80", "sm90", "sm100", "sm120", "rocm6")
 
