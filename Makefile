@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs site bench clean setup
+.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs site site-check bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -142,6 +142,11 @@ docs: $(READY)
 SITE := .venv-site
 site: $(SITE)/.ready
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --quiet --clean
+
+# The site in a headless Chromium (`apt-get install chromium`): search, tables, console, a screen of 390 pixels.
+site-check: site
+	$(SITE)/bin/python -m pip install -q playwright
+	$(SITE)/bin/python -m website.check
 
 $(SITE)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(SITE)

@@ -14,6 +14,7 @@ import pytest
 from axattn.spec import names
 from tests import forked
 from tests.models import build
+from website import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -86,17 +87,34 @@ def forked_example(name: str, folder: Path, *arguments: str) -> forked.Ended:
     return forked.script(path, *arguments, folder=folder, environment={"CUDA_VISIBLE_DEVICES": ""})
 
 
+IN_MINUTES = ("trainer", "lora", "sft", "several_kernels", "evaluate")
+"""The examples that `make test` runs."""
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"-?\d+(\.\d+)?", "N", text)
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["trainer", "lora", "sft", "several_kernels"])
+@pytest.mark.parametrize("name", recipes.RECIPES)
 def test_examples_run(name: str, tmp_path: Path) -> None:
+    for package in recipes.NEEDS.get(name, ()):
+        pytest.importorskip(package)
     done = example(name, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert without_numbers(recipes.shown(done.stdout)) == without_numbers(recipes.recorded()[name])
 
 
-@pytest.mark.parametrize("name", ["trainer", "lora", "sft", "several_kernels"])
+@pytest.mark.parametrize("name", IN_MINUTES)
 def test_examples_do_what_they_show(name: str, tmp_path: Path) -> None:
     done = forked_example(name, tmp_path)
     assert not done.failed, done.result + done.output[-2000:]
+    assert without_numbers(recipes.shown(done.stdout)) == without_numbers(recipes.recorded()[name])
+
+
+def test_the_page_of_recipes_is_made_of_the_examples() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*recipes.RECIPES, "small"}
+    assert recipes.PAGE.read_text() == recipes.page(recipes.recorded()), "stale: run python -m website.recipes"
 
 
 def test_an_example_explains_its_arguments(tmp_path: Path) -> None:
@@ -148,3 +166,10 @@ def test_the_page_of_numbers_is_made_from_the_committed_ones() -> None:
     text = page.README.read_text()
     assert text == page.readme(text), "run python -m benchmarks.page"
     assert page.PLOT.exists()
+
+
+def test_the_picture_shows_what_is_measured_now() -> None:
+    from benchmarks import picture
+
+    for mode, made in picture.pictures().items():
+        assert picture.picture_path(mode).read_text() == made, "run python -m benchmarks.picture"
