@@ -50,6 +50,7 @@ def test_the_table_of_conformance_has_every_cell() -> None:
 def test_the_pages_of_records_keep_their_introduction_and_what_is_no_table() -> None:
     page = tables.page("models", (DOCS / "models.md").read_text())
     assert page.startswith("# Models")
+    assert "*refused*: an error with its reason" in page
     assert 'data-source="../assets/models.json"' in page
     assert "| llama |" not in page
     assert "## Not tried" in page
