@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import axattn
 from axattn.spec import names
 from tests import forked
 from tests.models import build
@@ -70,6 +71,12 @@ def test_every_error_in_the_list_is_one_that_the_source_raises() -> None:
     for row in re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M):
         for part in (piece.strip(" '") for piece in row.split("…")):
             assert not part or part in flat, (row, part)
+
+
+def test_every_class_of_error_is_in_the_list() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for name in (name for name in axattn.__all__ if name.endswith("Error")):
+        assert f"`{name}`" in text or f"`axattn.{name}`" in text, name
 
 
 def example(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
