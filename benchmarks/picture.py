@@ -77,8 +77,8 @@ def drawn(mode: str, found: dict[str, list[list[bool]]]) -> str:
             size = length * CELL
             parts.append(f'<rect {at} width="{size}" height="{size}" fill="none" stroke="{colour["edge"]}"/>')
             start += length
-    caption = "Three documents in one row. Filled: another token in this column changes the logits in this row."
-    text(LEFT, TOP + side + 24, caption, 'font-size="12"')
+    caption = "Three documents in one row. Filled: the token of this column changes the logits of this row."
+    text(LEFT, TOP + side + 24, caption, 'font-size="11.5"')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
