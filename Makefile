@@ -138,10 +138,11 @@ docs: $(READY)
 	$(BIN)/python -m tests.mutations
 
 # The site, static files in site/: docs/*.md by mkdocs-material, the API reference from docstrings by mkdocstrings. A broken
-# link, a page that is in no menu or a public name without a docstring fails. It needs neither torch nor axattn installed.
+# link, a page that is in no menu or a public name without a docstring fails (not with --quiet, which
+# hides warnings from --strict, too). It needs neither torch nor axattn installed.
 SITE := .venv-site
 site: $(SITE)/.ready
-	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --strict --clean
 
 # The site in a headless Chromium (`apt-get install chromium`): search, tables, console, a screen of 390 pixels.
 site-check: site
