@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, Request, expect, sync_playwright
 
 SITE = Path(__file__).resolve().parents[1] / "site"
 PAGES = sorted(str(path.parent.relative_to(SITE)) for path in SITE.rglob("index.html"))
@@ -56,6 +56,11 @@ def fits(page: Page, width: int) -> None:
     assert found <= width, f"{page.url}: {found} pixels wide on a screen of {width}"
 
 
+def failed(asked: Request) -> bool:
+    """Whether a request failed by itself; one that ends because its page was left has not."""
+    return asked.failure != "net::ERR_ABORTED"
+
+
 def main(pictures: Path | None = None) -> None:
     """Check the built site; keep screenshots in a folder if one is given."""
     handler = functools.partial(Quiet, directory=str(SITE))
@@ -70,7 +75,9 @@ def main(pictures: Path | None = None) -> None:
             page = context.new_page()
             page.on("console", lambda told: errors.append(told.text) if told.type == "error" else None)
             page.on("pageerror", lambda raised: errors.append(str(raised)))
-            page.on("requestfailed", lambda asked: errors.append(f"{asked.url} failed"))
+            page.on(
+                "requestfailed", lambda asked: errors.append(f"{asked.url}: {asked.failure}") if failed(asked) else None
+            )
             for name in PAGES:
                 page.goto(f"{address}/{name}/", wait_until="networkidle")
                 fits(page, width)
