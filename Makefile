@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup
+.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs site site-check bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -88,6 +88,7 @@ nightly: newest $(READY) $(OLDEST_READY)
 	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/hf/test_probes.py
 	$(MAKE) upstream
 	$(MAKE) real-kernels
+	$(MAKE) site
 
 # What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice). What is not
 # installed is fetched into build/real (40 MB, pinned).
@@ -134,7 +135,26 @@ census: $(READY)
 # The pages that are made, not written.
 docs: $(READY)
 	$(BIN)/python -m axattn.planning.capability_docs > docs/backends.md
+	$(BIN)/python -m axattn.planning.choice_docs > docs/choose.md
 	$(BIN)/python -m tests.mutations
+
+# The site, static files in site/: docs/*.md by mkdocs-material, the API reference from docstrings by mkdocstrings. A broken
+# link, a page that is in no menu or a public name without a docstring fails (not with --quiet, which
+# hides warnings from --strict, too). It needs neither torch nor axattn installed.
+SITE := .venv-site
+site: $(SITE)/.ready
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --strict --clean
+
+# The site in a headless Chromium (`apt-get install chromium`): search, tables, console, a screen of 390 pixels.
+site-check: site
+	$(SITE)/bin/python -m pip install -q playwright
+	$(SITE)/bin/python -m website.check
+
+$(SITE)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install -q --upgrade pip
+	$(SITE)/bin/python -m pip install -q --group docs
+	touch $@
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
@@ -178,4 +198,4 @@ $(OLDEST_READY): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(SITE) demo-output build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -28,6 +28,8 @@ def main(folder: str, name: str = "auto") -> float:
             data_collator=axattn.PackingCollator(max_length=256, pad_token_id=tokenizer.pad_token_id),
         )
         loss = trainer.train().training_loss
+    print(f"loss {loss:.2f}")
+    print(axattn.status(model))
     return float(loss)
 
 

@@ -35,6 +35,8 @@ def main(folder: str, name: str = "auto") -> float:
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
         loss = trainer.train().training_loss
+    print(f"loss {loss:.2f}")
+    print(axattn.status(model))
     return float(loss)
 
 

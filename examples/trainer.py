@@ -29,6 +29,7 @@ def main(folder: str, name: str = "auto") -> float:
             callbacks=[axattn.VerifyCallback()],  # stops the run if the kernel is wrong on this model
         )
         loss = trainer.train().training_loss
+    print(f"loss {loss:.2f}")
     print(axattn.status(model))
     return float(loss)
 

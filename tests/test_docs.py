@@ -11,24 +11,46 @@ from pathlib import Path
 
 import pytest
 
+import axattn
 from axattn.spec import names
 from tests import forked
 from tests.models import build
+from website import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-CODE = [
-    pytest.param(code, id=f"{page.stem}-{number}")
-    for page in PAGES
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
-]
+GOES_ON = "# after the lines above\n"
+"""The first line of code on a page that needs the code before it."""
+
+
+def snippets(page: Path) -> list[str]:
+    """The code of a page; what goes on from other code is one piece with it."""
+    found: list[str] = []
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        found.append(found.pop() + code if code.startswith(GOES_ON) else code)
+    return found
+
+
+def interpreted(code: str, folder: Path) -> forked.Ended:
+    """Code that chooses Triton's interpreter, which only a process that has not imported triton can."""
+    pytest.importorskip("sageattention")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    return forked.Ended("", done.returncode != 0, done.stdout, done.stderr)
+
+
+CODE = [pytest.param(code, id=f"{page.stem}-{number}") for page in PAGES for number, code in enumerate(snippets(page))]
 
 
 @pytest.mark.parametrize("code", CODE)
 def test_code_in_the_docs_runs(code: str, tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "my-model")
-    done = forked.python(code, folder=tmp_path)
+    done = interpreted(code, tmp_path) if "TRITON_INTERPRET" in code else forked.python(code, folder=tmp_path)
     assert not done.failed, done.result + done.output[-2000:]
+    if promised := re.findall(r"# → (.*)", code):  # a page that says what its code prints
+        assert done.stdout.splitlines() == promised
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
@@ -51,6 +73,12 @@ def test_every_error_in_the_list_is_one_that_the_source_raises() -> None:
             assert not part or part in flat, (row, part)
 
 
+def test_every_class_of_error_is_in_the_list() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for name in (name for name in axattn.__all__ if name.endswith("Error")):
+        assert f"`{name}`" in text or f"`axattn.{name}`" in text, name
+
+
 def example(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """An example run by its path, from elsewhere, with axattn installed and nothing else of the checkout to import."""
     (folder / "site").mkdir()
@@ -66,17 +94,34 @@ def forked_example(name: str, folder: Path, *arguments: str) -> forked.Ended:
     return forked.script(path, *arguments, folder=folder, environment={"CUDA_VISIBLE_DEVICES": ""})
 
 
+IN_MINUTES = ("trainer", "lora", "sft", "several_kernels", "evaluate")
+"""The examples that `make test` runs."""
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"-?\d+(\.\d+)?", "N", text)
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["trainer", "lora", "sft", "several_kernels"])
+@pytest.mark.parametrize("name", recipes.RECIPES)
 def test_examples_run(name: str, tmp_path: Path) -> None:
+    for package in recipes.NEEDS.get(name, ()):
+        pytest.importorskip(package)
     done = example(name, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert without_numbers(recipes.shown(done.stdout)) == without_numbers(recipes.recorded()[name])
 
 
-@pytest.mark.parametrize("name", ["trainer", "lora", "sft", "several_kernels"])
+@pytest.mark.parametrize("name", IN_MINUTES)
 def test_examples_do_what_they_show(name: str, tmp_path: Path) -> None:
     done = forked_example(name, tmp_path)
     assert not done.failed, done.result + done.output[-2000:]
+    assert without_numbers(recipes.shown(done.stdout)) == without_numbers(recipes.recorded()[name])
+
+
+def test_the_page_of_recipes_is_made_of_the_examples() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*recipes.RECIPES, "small"}
+    assert recipes.PAGE.read_text() == recipes.page(recipes.recorded()), "stale: run python -m website.recipes"
 
 
 def test_an_example_explains_its_arguments(tmp_path: Path) -> None:
@@ -128,3 +173,10 @@ def test_the_page_of_numbers_is_made_from_the_committed_ones() -> None:
     text = page.README.read_text()
     assert text == page.readme(text), "run python -m benchmarks.page"
     assert page.PLOT.exists()
+
+
+def test_the_picture_shows_what_is_measured_now() -> None:
+    from benchmarks import picture
+
+    for mode, made in picture.pictures().items():
+        assert picture.picture_path(mode).read_text() == made, "run python -m benchmarks.picture"

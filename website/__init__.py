@@ -1,0 +1,1 @@
+"""The site: what `make site` adds to docs/."""
