@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs bench clean setup
+.PHONY: demo test checks lint types unit pretend oldest newest nightly frameworks upstream real-kernels real-fa4 conformance census docs bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -86,6 +86,7 @@ nightly: newest $(READY) $(OLDEST_READY)
 	$(BIN)/python -m tests.fuzz --examples 20000
 	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/hf/test_probes.py
 	$(MAKE) upstream
+	$(MAKE) frameworks
 	$(MAKE) real-kernels
 
 # What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice). What is not
@@ -152,5 +153,17 @@ $(OLDEST_READY): $(READY)
 	    "kernels==$(OLDEST_KERNELS)"
 	touch $@
 
+# Frameworks that are not in constraints.txt, and axattn's tests in them, in an environment of its own (axolotl wants Python 3.12,
+# but runs on 3.11). `make nightly` runs it.
+FRAMEWORKS := .venv-frameworks
+frameworks:
+	rm -rf $(FRAMEWORKS)
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install -q --upgrade pip
+	$(FRAMEWORKS)/bin/python -m pip install -q "$(shell grep '^torch==' constraints.txt)"
+	$(FRAMEWORKS)/bin/python -m pip install -q -c constraints.txt -e ".[dev]" "lm_eval==0.4.13" "sentence-transformers==6.2.0"
+	$(FRAMEWORKS)/bin/python -m pip install -q --no-deps --ignore-requires-python -r tests/frameworks/more.txt
+	$(FRAMEWORKS)/bin/python -m pytest -q tests/frameworks
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(FRAMEWORKS) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
