@@ -86,7 +86,6 @@ nightly: newest $(READY) $(OLDEST_READY)
 	$(BIN)/python -m tests.fuzz --examples 20000
 	AXATTN_PROBES=all $(BIN)/python -m pytest -n 2 -q tests/hf/test_probes.py
 	$(MAKE) upstream
-	$(MAKE) frameworks
 	$(MAKE) real-kernels
 
 # What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice). What is not
@@ -154,7 +153,7 @@ $(OLDEST_READY): $(READY)
 	touch $@
 
 # Frameworks that are not in constraints.txt, and axattn's tests in them, in an environment of its own (axolotl wants Python 3.12,
-# but runs on 3.11). `make nightly` runs it.
+# and imports on 3.11).
 FRAMEWORKS := .venv-frameworks
 frameworks:
 	rm -rf $(FRAMEWORKS)

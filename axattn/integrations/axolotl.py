@@ -3,7 +3,7 @@
 axolotl finds it through the entry-point group ``axolotl.plugins`` and loads it with every config, so without the key it
 changes nothing. The model loads on ``eager``, the only name that every model has and that axolotl does not patch, and
 `axattn.apply` then switches it before LoRA is added; ``sdpa_varlen: false`` keeps packed batches' position ids and
-stops axolotl from patching its SDPA path. Tried on axolotl 0.21.
+stops axolotl from patching its SDPA path. Written against axolotl 0.21.
 """
 
 from __future__ import annotations
