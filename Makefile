@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test checks lint types unit pretend oldest newest nightly upstream real-kernels real-fa4 conformance census docs site site-check bench clean setup
+.PHONY: demo test checks lint types unit pretend oldest newest nightly frameworks upstream real-kernels real-fa4 conformance census docs site site-check bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -197,5 +197,17 @@ $(OLDEST_READY): $(READY)
 	    "kernels==$(OLDEST_KERNELS)"
 	touch $@
 
+# Frameworks that are not in constraints.txt, and axattn's tests in them, in an environment of its own (axolotl wants Python 3.12,
+# and imports on 3.11).
+FRAMEWORKS := .venv-frameworks
+frameworks:
+	rm -rf $(FRAMEWORKS)
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install -q --upgrade pip
+	$(FRAMEWORKS)/bin/python -m pip install -q "$(shell grep '^torch==' constraints.txt)"
+	$(FRAMEWORKS)/bin/python -m pip install -q -c constraints.txt -e ".[dev]" "lm_eval==0.4.13" "sentence-transformers==6.2.0"
+	$(FRAMEWORKS)/bin/python -m pip install -q --no-deps --ignore-requires-python -r tests/frameworks/more.txt
+	$(FRAMEWORKS)/bin/python -m pytest -q tests/frameworks
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(SITE) demo-output build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(SITE) $(FRAMEWORKS) demo-output build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

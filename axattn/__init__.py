@@ -3,7 +3,8 @@
 Importing axattn loads neither torch nor Transformers; it registers its backends once Transformers is imported.
 A name that another package has registered keeps that package's function, and loading a model on it is refused.
 ``AXATTN_AUTO_REGISTER=0`` in the environment turns this off: `register` or the first load through axattn then registers
-the names.
+the names. Where axattn is installed, ``import torch`` has the backends registered in the same way
+(``axattn_autoload.py``); ``AXATTN_AUTOLOAD=0`` turns only that off.
 """
 
 from __future__ import annotations

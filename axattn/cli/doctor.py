@@ -61,7 +61,7 @@ def doctor(
 
 def _lacking(wanted: str, found: Diagnosis) -> AxattnError | None:
     """Why the required kernel can't run here, None if it can."""
-    from axattn.errors import AxattnError
+    from axattn.errors import AxattnError, RegistrationError
 
     if not wanted or wanted == "auto":
         return None
@@ -71,7 +71,14 @@ def _lacking(wanted: str, found: Diagnosis) -> AxattnError | None:
         require_available(wanted, found.environment)
     except AxattnError as error:
         return error
-    return None
+    held = [
+        reason
+        for kernel in found.kernels
+        if kernel.name == wanted
+        for reason in kernel.reasons
+        if reason.feature == "name"
+    ]
+    return RegistrationError(f"axattn's {wanted} can't be loaded in this process", held) if held else None
 
 
 def _print_table(found: Diagnosis) -> None:
@@ -96,6 +103,14 @@ def _print_table(found: Diagnosis) -> None:
         f"packs without a cache: {WITHOUT_A_CACHE}. axolotl's flag attn_supports_packing: "
         f"no for {', '.join(kernel.name for kernel in found.kernels if not kernel.packs)}; yes for the others."
     )
+    if found.not_autoloaded:
+        console.print("Processes register axattn's names only once they import axattn, since:")
+        for reason in found.not_autoloaded:
+            console.print(f"  {reason.text}\n  → {reason.fix}", markup=False)
+    else:
+        console.print(
+            "Every process that imports torch registers axattn's names with Transformers (off: AXATTN_AUTOLOAD=0)."
+        )
     broken = [finding for finding in found.contracts if finding.different]
     console.print(f"{len(found.contracts) - len(broken)} of {len(found.contracts)} contracts with other packages hold.")
     for finding in broken:
