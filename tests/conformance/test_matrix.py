@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from tests.conformance import report
-from tests.conformance.cells import every_key, run, sampled
+from tests.conformance.cells import OVER_RANKS, every_key, run, sampled
 from tests.sampling import OLDEST, SAMPLE
 
 EVERYTHING = os.environ.get("AXATTN_CONFORMANCE") == "all"
@@ -57,8 +57,10 @@ def test_auto_is_right_wherever_eager_serves_the_documents_alone() -> None:
     shared_keys = {("gemma4", "packed gradients, reentrant checkpointing")}
     state = {("qwen3_next", "compiled, fullgraph")}  # lengths of documents are not known while a graph is traced
     # images, and keys selected among the tokens of a row: `axattn.traits.row_forms`
-    unshared = {(name, "shared prefixes, gradients") for name in ("gemma3_vl", "gemma4", "qwen2_5_vl", "deepseek_v32")}
-    assert refused == own_code | shared_keys | state | unshared
+    unshared = {(name, "shared prefixes, gradients") for name in ("gemma3_vl", "qwen2_5_vl", "deepseek_v32")}
+    # and outputs that a pooler reads from whole rows, windows to both sides
+    whole = {(name, OVER_RANKS) for name in ("gemma3_vl", "qwen2_5_vl", "deepseek_v32", "bert", "modernbert")}
+    assert refused == own_code | shared_keys | state | unshared | whole
 
 
 def test_nothing_in_the_record_is_wrong() -> None:
