@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -184,13 +185,13 @@ print(json.dumps(tokenizer.decode(out[0], skip_special_tokens=True)))
 
 
 def _generate_both(model: Any, tokenizer: Any, tuned: Path) -> tuple[str, str]:
-    """Greedy tokens from the model, and from stock Transformers in a process that never imports axattn."""
+    """Greedy tokens from the model, and from stock Transformers in a process without axattn (``AXATTN_AUTOLOAD=0``)."""
     inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    stock = subprocess.run(
-        [sys.executable, "-c", _STOCK, str(tuned), PROMPT], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", _STOCK, str(tuned), PROMPT]
+    alone = os.environ | {"AXATTN_AUTOLOAD": "0"}
+    stock = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     if stock.returncode:
         raise RuntimeError(f"stock Transformers could not load the saved model:\n{stock.stderr}")
     return tokenizer.decode(out[0], skip_special_tokens=True), json.loads(stock.stdout.strip().splitlines()[-1])
