@@ -12,6 +12,8 @@ from tests.faults import FAULTS
 
 PAGE = Path(__file__).with_suffix(".md")
 WHERE = (
+    "tests.backends.test_sinks",
+    "tests.parallel.test_fetch",
     "tests.conformance.test_mutations",
     "tests.backends.test_sage",
     "tests.backends.test_softcap_tiles",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_every_file_that_registers_faults_is_on_the_page() -> None:
     files = {
         ".".join(["tests", *path.relative_to(root).with_suffix("").parts])
         for path in root.rglob("*.py")
-        if "\n@fault(" in path.read_text() or "\n    @fault(" in path.read_text()
+        if re.search(r"^ *@(faults\.)?fault\(", path.read_text(), re.M)
     }
     assert files == set(mutations.WHERE)
 

@@ -91,8 +91,7 @@ class SharePrefixes:
     def __call__(self, model: torch.nn.Module, forward: Forward, inputs: dict[str, Any]) -> Any:
         """Run one forward; returns the model's output. A batch runs as it came if it shares too little, if it reads a
         cache or returns one that the caller may use, where rows are split over ranks by exchanging heads, and inside a
-        compiled graph; with a warning if the
-        model draws random numbers per token (dropout)."""
+        compiled graph; with a warning if the model draws random numbers per token (dropout)."""
         ids, around, shard = inputs.get("input_ids"), current(), slot().shard
         given, whole = inputs, None if shard is None else shard.batch
         if whole is not None and isinstance(ids, torch.Tensor):

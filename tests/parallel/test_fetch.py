@@ -105,9 +105,6 @@ def a_state_starts_anew_on_each_rank(patch: Patch) -> None:
     def apart(placement: Any, paths: Any) -> list[int]:
         return [0] * len(paths)
 
-    def pieces(documents: Any) -> Any:
-        return documents
-
     real = travel.Segments
     patch.setattr(travel, "_homes", apart)
     patch.setattr(travel, "Segments", lambda boundaries, device: real((tuple(range(boundaries[0][-1] + 1)),), device))
