@@ -15,8 +15,9 @@ from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.parallel import accelerate
 from axattn.parallel.checks import reasons_against
 from axattn.parallel.collectives import process_groups, total
-from axattn.parallel.split_inputs import Batch, Group, documents_of, join, place_tokens, read_batch, split_rows
+from axattn.parallel.split_inputs import Group, documents_of, join, place_tokens, read_batch, split_rows
 from axattn.parallel.strategy import LayerSizes, Strategy, fetch_values, layer_sizes, require_strategy, ulysses_values
+from axattn.parallel.whole_batch import Batch
 from axattn.patches.forward_wrapper import Forward, OncePerCall, add_model_wrappers, changes_around, wants_cache
 from axattn.patches.state import ATTRIBUTE, state_of, transformers_model
 from axattn.traits.model_traits import ModelTraits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +21,7 @@ from axattn.hf.forward_outputs import Holds, tensors_of
 from axattn.hf.transfers import on_device
 from axattn.parallel.collectives import gather
 from axattn.parallel.travel import travel_of
-from axattn.parallel.whole_batch import WholeBatch
+from axattn.parallel.whole_batch import Batch, WholeBatch
 from axattn.traits.losses import IGNORE_INDEX, predicts_next, shifted
 from axattn.traits.model_traits import ModelTraits
 from axattn.traits.position_ids import own_positions
@@ -58,36 +57,6 @@ class Group:
             "a sequence-parallel model can't be pickled: it holds a process group. Use axattn.restore(model) first, "
             "or save_pretrained."
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """A batch that every rank of a group holds whole.
-
-    Attributes:
-        rows: B.
-        length: S.
-        segments: its documents, None when every row is one.
-        mask: ``[B, S]``, nonzero for real tokens, or None.
-        per_token: inputs with a value for each token, ``[B or 1, S, ...]``: among them ``position_ids``, and targets
-            shifted before the split, so that none is lost between two ranks.
-        settings: inputs that every rank gets as they are.
-        device: of its tokens.
-    """
-
-    rows: int
-    length: int
-    segments: Segments | None
-    mask: torch.Tensor | None
-    per_token: dict[str, torch.Tensor]
-    settings: dict[str, Any]
-    device: torch.device
-
-    @cached_property
-    def mask_on_host(self) -> torch.Tensor | None:
-        """bool ``[B, S]`` on the CPU, None without padding; the one transfer to the host."""
-        found = None if self.mask is None else (self.mask != 0).cpu()
-        return None if found is None or bool(found.all()) else found
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads values and communicates with other ranks
@@ -187,8 +156,7 @@ def place_tokens(
     travel = travel_of(placement, fetch_rank, fetch_group, batch.device) if travels else None
     whole = None
     if inner is None:
-        of_batch = batch.rows, batch.length, batch.segments, batch.mask, batch.per_token
-        whole = WholeBatch(*of_batch, placement, fetch_rank, fetch_group, travels)
+        whole = WholeBatch(batch, placement, fetch_rank, fetch_group, travels)
     own = placement, fetch_group, fetch_rank, travel, whole
     shard = SequenceShard(inner, ranks, rank, 1, placement.slots, None, None, *own)
     held = torch.from_numpy(placement.held(fetch_rank))[rank * shard.part : (rank + 1) * shard.part]

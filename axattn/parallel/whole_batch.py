@@ -1,9 +1,11 @@
-"""`WholeBatch`: lets a change inside a model run other tokens of a batch than those that its ranks hold."""
+"""`Batch`: what every rank of a group is given. `WholeBatch`: lets a change inside a model run other tokens of it than
+those that the ranks hold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,19 +52,18 @@ class OtherTokens:
 
 
 @dataclass(frozen=True, eq=False)
-class WholeBatch:
-    """The batch of a forward whose tokens are placed on ranks.
+class Batch:
+    """A batch that every rank of a group holds whole.
 
     Attributes:
         rows: B.
         length: S.
         segments: its documents, None when every row is one.
         mask: ``[B, S]``, nonzero for real tokens, or None.
-        per_token: its inputs with a value per token, ``[B or 1, S, ...]``.
-        placement: of its tokens.
-        rank: this rank.
-        group: of the ranks.
-        travels: the model has layers with a state.
+        per_token: inputs with a value for each token, ``[B or 1, S, ...]``: among them ``position_ids``, and targets
+            shifted before the split, so that none is lost between two ranks.
+        settings: inputs that every rank gets as they are.
+        device: of its tokens.
     """
 
     rows: int
@@ -70,6 +71,29 @@ class WholeBatch:
     segments: Segments | None
     mask: torch.Tensor | None
     per_token: dict[str, torch.Tensor]
+    settings: dict[str, Any]
+    device: torch.device
+
+    @cached_property
+    def mask_on_host(self) -> torch.Tensor | None:
+        """bool ``[B, S]`` on the CPU, None without padding; the one transfer to the host."""
+        found = None if self.mask is None else (self.mask != 0).cpu()
+        return None if found is None or bool(found.all()) else found
+
+
+@dataclass(frozen=True, eq=False)
+class WholeBatch:
+    """The batch of a forward whose tokens are placed on ranks.
+
+    Attributes:
+        batch: the batch.
+        placement: of its tokens.
+        rank: this rank.
+        group: of the ranks.
+        travels: the model has layers with a state.
+    """
+
+    batch: Batch
     placement: Placement
     rank: int
     group: Any
@@ -91,7 +115,7 @@ class WholeBatch:
         held = on_device(torch.from_numpy(tokens[placed.held(self.rank)]), device)
         given = {}
         for key, value in inputs.items():
-            flat = value.expand(self.rows, *value.shape[1:]).flatten(0, 1).index_select(0, held)
+            flat = value.expand(self.batch.rows, *value.shape[1:]).flatten(0, 1).index_select(0, held)
             given[key] = torch.cat([flat, flat.new_zeros(placed.slots - len(held), *flat.shape[1:])])[None]
         travel = travel_of(placed, self.rank, self.group, device) if self.travels else None
         shard = SequenceShard(None, 1, 0, 1, placed.slots, None, None, placed, self.group, self.rank, travel)

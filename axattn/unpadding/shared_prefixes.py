@@ -95,9 +95,9 @@ class SharePrefixes:
         ids, around, shard = inputs.get("input_ids"), current(), slot().shard
         given, whole = inputs, None if shard is None else shard.batch
         if whole is not None and isinstance(ids, torch.Tensor):
-            ids = whole.per_token.get("input_ids")
-            given = {key: whole.per_token.get(key, value) for key, value in inputs.items()}
-            given["attention_mask"] = whole.mask
+            ids = whole.batch.per_token.get("input_ids")
+            given = {key: whole.batch.per_token.get(key, value) for key, value in inputs.items()}
+            given["attention_mask"] = whole.batch.mask
         if (
             is_tracing()
             or not isinstance(ids, torch.Tensor)
@@ -108,7 +108,7 @@ class SharePrefixes:
             or wants_cache(model, inputs)
         ):
             return forward(inputs)
-        batch = self._read(model, given, ids, None if whole is None else whole.segments)
+        batch = self._read(model, given, ids, None if whole is None else whole.batch.segments)
         if batch is None or (self.longest is not None and batch.highest >= self.longest):
             return forward(inputs)
         reasons = [*reasons_against_batch(model, inputs), *(random_parts(model) if model.training else ())]
@@ -199,7 +199,7 @@ class SharePrefixes:
         shared = batch.shared
         stems = shared.stems
         documents = [Document(((a, b),), stem) for (a, b), stem in zip(pairwise(shared.boundaries), stems, strict=True)]
-        source = np.full(whole.rows * whole.length, -1)
+        source = np.full(whole.batch.rows * whole.batch.length, -1)
         source[batch.places] = shared.source
         per_token = {**unpadded_as(inputs, "cut"), "position_ids": batch.positions}
         other = whole.other_tokens(documents, batch.places[shared.tokens], source, per_token)
