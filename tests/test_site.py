@@ -6,8 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import axattn
-from website import tables
+from website import addresses, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -54,3 +56,58 @@ def test_the_pages_of_records_keep_their_introduction_and_what_is_no_table() -> 
     assert 'data-source="../assets/models.json"' in page
     assert "| llama |" not in page
     assert "## Not tried" in page
+
+
+# ---- addresses -------------------------------------------------------------------------------------------------------
+
+NO_FILE = {
+    "https://pypi.org/project/axattn",
+    *(f"{addresses.repository()}{page}" for page in ("", "/issues", "/security/advisories/new")),
+}
+"""Pages about the project that show no file of the repository."""
+WITH_ADDRESSES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")),
+    *(ROOT / name for name in ("pyproject.toml", "mkdocs.yml", "CITATION.cff")),
+    *sorted(DOCS.glob("*.md")),
+    *sorted((ROOT / ".github").rglob("*.yml")),
+]
+
+
+def require_a_file(address: str) -> None:
+    """An address of ours shows a file that exists, or is a known page about the project."""
+    if address.rstrip("/") in NO_FILE:
+        return
+    file = addresses.file_of(address)
+    assert file is not None, f"{address} is not under the addresses of pyproject.toml"
+    assert (ROOT / file).exists(), f"{address} shows {file}, which does not exist"
+
+
+@pytest.mark.parametrize("path", WITH_ADDRESSES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_address_of_ours_shows_something(path: Path) -> None:
+    for address in re.findall(r"https?://[^\s()<>\"'`]*axattn[^\s()<>\"'`]*", path.read_text()):
+        require_a_file(address.rstrip(".,;:"))
+
+
+def test_readme_has_no_relative_link() -> None:
+    """It is the page of the package index, too."""
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"\]\(([^)\s]+)|(?:src|srcset|href)=\"([^\"]+)\"", text)
+    assert len(found) > 20
+    assert all(one.startswith(("https://", "#")) for pair in found for one in pair if one), found
+
+
+def test_addresses_that_show_nothing_are_found() -> None:
+    site, repository = addresses.project_urls()["documentation"], addresses.repository()
+    for right in ("", "/", "/why/", "/why/#start", "/changelog/", "/leak-dark.svg"):
+        require_a_file(site + right)
+    for right in ("", "/issues", "/blob/main/docs/why.md#start", "/raw/main/docs/leak-dark.svg", "/tree/main/examples"):
+        require_a_file(f"{repository}{right}")
+    for wrong in ("/whi/", "/docs/why.md", "/leak.svg"):
+        with pytest.raises(AssertionError, match="does not exist"):
+            require_a_file(site + wrong)
+    for wrong in ("/blob/main/why.md", "/raw/main/docs/leak.svg"):
+        with pytest.raises(AssertionError, match="does not exist"):
+            require_a_file(f"{repository}{wrong}")
+    for wrong in (f"{repository}/blob/master/README.md", f"{repository}-fork", "https://example.org/axattn/why/"):
+        with pytest.raises(AssertionError, match=r"not under the addresses of pyproject\.toml"):
+            require_a_file(wrong)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,16 @@ from typing import Any
 import griffe
 from mkdocs.structure.files import File
 
-from website import tables
+from website import addresses, tables
+from website.addresses import FROM_ROOT, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-"""Files of the repository's root that are pages of the site."""
 LOG = logging.getLogger("mkdocs.hooks.axattn")
 
 
 def on_config(config: Any) -> Any:
     """Take the address of the repository from pyproject.toml; report public names without a docstring."""
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
-    config.repo_url = next((url for key, url in urls.items() if key.lower() in {"repository", "source"}), None)
+    config.repo_url = addresses.repository()
     for name in undocumented():
         LOG.warning("%s has no docstring", name)
     return config
@@ -77,15 +73,17 @@ _CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.M | re.S)
 def linked(markdown: str, source: str, repository: str | None) -> str:
     """Links of a file of the repository as the site needs them: to its pages, else to the file in the repository.
 
-    Without an address of the repository the text of such a link stays, without a link.
+    Absolute links to files of ours (README's) are turned likewise, so that ``--strict`` checks them. Without an address
+    of the repository the text of a link to it stays, without a link.
     """
 
     def target(match: re.Match[str]) -> str:
         image, text, to = match.groups()
-        if re.match(r"[a-z]+:|#", to):
-            return match[0]
         path, _, anchor = to.partition("#")
-        found = os.path.normpath(Path(source).parent / path)
+        shown = addresses.file_of(to)
+        if shown is None and re.match(r"[a-z]+:|#", to):
+            return match[0]
+        found = shown or os.path.normpath(Path(source).parent / path)
         anchor = f"#{anchor}" if anchor else ""
         if found in FROM_ROOT:
             return f"{image}[{text}]({FROM_ROOT[found]}{anchor})"
