@@ -59,6 +59,23 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize(
+    "page", [ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem
+)
+def test_the_files_that_the_map_of_the_code_names_exist(page: Path) -> None:
+    text = page.read_text()
+    named = re.findall(r"`((?:axattn|benchmarks|tests|website)/[\w./-]*|axattn_autoload\.py)`", text)
+    assert len(named) > 10
+    assert not [name for name in named if not re.search("NAME|SUBJECT", name) and not (ROOT / name).exists()]
+
+
+def test_every_package_is_on_the_map_of_the_code() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "axattn").iterdir():
+        if (path / "__init__.py").exists() or (path.suffix == ".py" and not path.name.startswith("__")):
+            assert f"](../axattn/{path.name})" in text, path.name
+
+
 def test_every_name_and_legacy_flag_is_in_the_docs() -> None:
     text = (ROOT / "docs" / "attention.md").read_text()
     for name in (*names.AXATTN_BACKENDS, "eager", "sdpa", "flex_attention", *names.LEGACY_FLAGS):

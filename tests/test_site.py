@@ -58,6 +58,25 @@ def test_the_pages_of_records_keep_their_introduction_and_what_is_no_table() -> 
     assert "## Not tried" in page
 
 
+def test_the_numbers_in_the_text_are_those_of_the_records() -> None:
+    """What `make census` and `make conformance` count, and the pages written by hand repeat."""
+    made = tables.models(DOCS)
+    rows = [dict(zip(made["columns"], row, strict=True)) for row in made["rows"]]
+    defaults = [row for row in rows if "," not in row["architecture"]]
+    architectures, settings = len({row["architecture"] for row in defaults}), len(rows) - len(defaults)
+    images = sum(row["images"] != "" for row in rows)
+    count = re.search(r"(\d+) tiny models, (\d+) scenarios, (\d+) names", (DOCS / "conformance.md").read_text())
+    assert count is not None
+    families, scenarios, names = count.groups()
+    why, tested = (" ".join((DOCS / page).read_text().split()) for page in ("why.md", "tested.md"))
+    assert f"[{architectures} architectures, {len(defaults)} with their heads]" in why
+    assert f"[{families} families in {scenarios} scenarios on {names} names]" in why
+    assert f"({len(defaults)} can be made tiny)" in tested
+    assert f"({images} of them with images), and {settings} settings" in tested
+    assert f"runs {families} tiny model families" in tested
+    assert f"through {scenarios} scenarios" in tested
+
+
 # ---- addresses -------------------------------------------------------------------------------------------------------
 
 NO_FILE = {

@@ -1,4 +1,6 @@
-"""Sequence parallelism around any kernel (Ulysses): rows are split over ranks; attention exchanges tokens for heads.
+"""Sequence parallelism around any kernel: rows are split over ranks.
+
+Attention exchanges tokens for heads (Ulysses) or fetches the keys and values that its queries attend to.
 
 `sequence_parallel` turns it on for a model; `accelerate_config` builds accelerate's ``ParallelismConfig`` for it;
 `estimate` computes memory and traffic per rank.
