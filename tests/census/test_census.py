@@ -11,6 +11,7 @@ from tests import distributed
 from tests.census import report, split
 from tests.census.configs import tiny
 from tests.census.examine import every, examine
+from tests.forked import FORKED
 from tests.sampling import OLDEST, SAMPLE
 
 RECORDS, VERSIONS = report.load()
@@ -48,6 +49,7 @@ def test_an_architecture_is_right_or_refused(head: str, model_type: str) -> None
     assert {key: finding.status for key, finding in record.findings.items()} == before, "stale: run `make census`"
 
 
+@FORKED
 def test_rows_of_decoders_split_over_ranks_are_right_or_refused() -> None:
     """A part of them, always the same; ``make census`` tries all."""
     share, which = (8, 4) if SAMPLE == "nightly" else (260, 65)

@@ -13,8 +13,11 @@ from tests import faults
 from tests import parallel_jobs as jobs
 from tests.distributed import run
 from tests.faults import Inject, Patch
+from tests.forked import FORKED
 from tests.models import CONFIGS
 from tests.sampling import part_of
+
+pytestmark = FORKED
 
 CASES = [("llama", "varlen", "varlen", scenario) for scenario in jobs.SCENARIOS]
 CASES += [(family, "auto", "", "packed") for family in CONFIGS if family != "llama"]

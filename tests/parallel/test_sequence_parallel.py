@@ -18,8 +18,11 @@ from axattn.parallel.split_inputs import join
 from axattn.parallel.ulysses import repeats
 from tests import parallel_jobs as jobs
 from tests.distributed import run
+from tests.forked import FORKED
 from tests.models import CONFIGS
 from tests.sampling import part_of
+
+pytestmark = FORKED
 
 BUDGET = 1e-5
 CASES = [("llama", "varlen", "varlen", scenario) for scenario in jobs.SCENARIOS]
