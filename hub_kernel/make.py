@@ -220,7 +220,7 @@ def _write(folder: Path, modules: dict[str, str]) -> None:
 def _metadata(settings: dict[str, Any], backend: str, identity: str, variant: Path) -> dict[str, Any]:
     """The ``metadata.json`` of a variant (kernels' docs/source/kernel-requirements.md, "Kernel metadata")."""
     general, shown = settings["general"], "cuda" if backend == OLDER else backend  # metadata know no "universal"
-    archs = {"archs": settings["torch-noarch"]["cuda-capabilities"]} if shown == "cuda" else {}
+    archs = {"archs": settings["torch-noarch"]["cuda_capabilities"]} if shown == "cuda" else {}
     files = {
         path.relative_to(variant).as_posix(): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
         for path in sorted(variant.rglob("*.py"))
