@@ -100,7 +100,8 @@ def flash_attn_varlen_func(
     quantise the cache anew for every token.
 
     Args:
-        q: ``[tokens, H, D]``, bfloat16 or float16 (float32 in Triton's interpreter); D a multiple of 8, at most 256.
+        q: ``[tokens, H, D]``, bfloat16 or float16 (in Triton's interpreter float16 or float32); D a multiple of 8,
+            at most 256.
         k: ``[tokens, Hkv, D]``; H a multiple of Hkv.
         v: ``[tokens, Hkv, D]``.
         cu_seqlens_q: ``[documents + 1]``, from 0 to the tokens of `q`. Read to the host once per call.
@@ -231,9 +232,9 @@ def _unsupported(q: torch.Tensor) -> list[str]:
         reasons.append(f"{'ROCm' if torch.version.hip else q.device.type} (it needs an NVIDIA GPU)")
     elif torch.cuda.get_device_capability(q.device) < (8, 0):
         reasons.append(f"{torch.cuda.get_device_name(q.device)} (it needs compute capability 8.0)")
-    allowed = (torch.bfloat16, torch.float16, *((torch.float32,) if q.device.type == "cpu" else ()))
-    if q.dtype not in allowed:
-        reasons.append(f"{q.dtype} (load the model in bfloat16 or float16, or use autocast)")
+    if q.dtype not in (torch.float16, torch.float32 if _INTERPRETED else torch.bfloat16):
+        interpreter = "Triton's interpreter, which multiplies the bits of bfloat16, takes float16 and float32"
+        reasons.append(f"{q.dtype} ({interpreter if _INTERPRETED else 'load the model in bfloat16, or use autocast'})")
     if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= 256:
         reasons.append(f"head_dim={q.shape[-1]} (it serves multiples of 8 up to 256)")
     return reasons
