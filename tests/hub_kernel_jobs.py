@@ -35,9 +35,10 @@ sys.meta_path.insert(0, Blocked)  # type: ignore[arg-type]  # a finder needs thi
 
 import torch  # noqa: E402
 import transformers as tf  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from transformers.integrations import hub_kernels  # noqa: E402
 
-from tests.models import alone, amplify, build, positions, tokens  # noqa: E402
+from tests.models import REFUSED, alone, amplify, build, positions, tokens  # noqa: E402
 
 
 def check(function: Callable[[], None]) -> None:
@@ -235,6 +236,18 @@ def dropout_is_refused_in_training() -> None:
     found, wanted = pair(head_dim=16, attention_dropout=0.1)
     close(found(tokens(1, 9)).logits, wanted(tokens(1, 9)).logits)
     refuses(lambda: found.train()(tokens(1, 9)), "dropout_p=0.1")
+
+
+@check
+def models_without_flash_attention_are_refused() -> None:
+    if Version(tf.__version__) < Version("5.24"):  # 5.17 loads it, and the model runs its own attention
+        return
+    config = REFUSED["bloom"]()
+    try:
+        tf.BloomForCausalLM._from_config(config, attn_implementation=NAME)
+    except ValueError as error:
+        said = str(error)
+    assert "does not support Flash Attention" in said
 
 
 @check

@@ -172,7 +172,7 @@ def exact(q: Any, k: Any, v: Any, lengths: tuple[int, ...], causal: bool, window
     outs, start = [], 0
     for length in lengths:
         rows = slice(start, start + length)
-        seen = torch.ones(length, length).bool()
+        seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
         if causal:
             seen = seen.tril()
         if window is not None:
