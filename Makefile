@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 # the newest transformers wants a kernels that is not on the registry, this one has its own: hub kernels are tested here
 OLDEST_KERNELS := 0.16.2
 
-.PHONY: demo test checks lint types unit pretend oldest newest nightly frameworks upstream real-kernels real-fa4 conformance census docs site site-check bench clean setup
+.PHONY: demo test checks lint types unit pretend oldest newest nightly frameworks upstream real-kernels real-fa4 conformance census docs hub-kernel site site-check bench clean setup
 
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
@@ -53,7 +53,7 @@ oldest: $(OLDEST_READY)
 ALL_ON_OLDEST := $(addprefix tests/,traits conformance census e2e \
 	    hf/test_contracts.py hf/test_forward_inputs.py hf/test_post_import.py hf/test_probes.py masks/test_lazy_mask.py \
 	    $(addprefix documents/test_,boundaries.py foreign_hooks.py input_hook.py numbered_masks.py packed_caches.py \
-	    padding.py padding_read.py) unpadding/test_shared_prefixes.py planning/test_planner.py planning/test_ranking.py \
+	    padding.py padding_read.py) unpadding/test_shared_prefixes.py kernels/test_hub_kernel.py planning/test_planner.py planning/test_ranking.py \
 	    $(addprefix backends/test_,compiled_ops.py determinism.py exporting.py flash.py fp8.py s2.py) \
 	    $(addprefix patches/test_,paged_steps.py recurrent.py token_dropout.py) \
 	    attention/test_interface.py attention/test_registration.py test_bad_input.py test_loading.py test_training.py)
@@ -81,7 +81,7 @@ nightly: newest $(READY) $(OLDEST_READY)
 	AXATTN_SAMPLE=nightly $(BIN)/python $(PYTEST) tests
 	AXATTN_SAMPLE=nightly $(BIN)/python $(PYTEST) -p tests.pretend.plugin tests/pretend
 	AXATTN_SAMPLE=nightly $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(ALL_ON_OLDEST)
-	$(MAKE) workflows dist
+	$(MAKE) workflows dist hub-kernel
 	$(BIN)/python -m tests.conformance
 	$(BIN)/python -m tests.census
 	$(BIN)/python -m tests.fuzz --examples 20000
@@ -137,6 +137,10 @@ docs: $(READY)
 	$(BIN)/python -m axattn.planning.capability_docs > docs/backends.md
 	$(BIN)/python -m axattn.planning.choice_docs > docs/choose.md
 	$(BIN)/python -m tests.mutations
+
+# The INT8 kernel as a folder for Hugging Face's `kernels`, in build/hub-kernel (docs/hub-kernel.md).
+hub-kernel: $(READY)
+	$(BIN)/python -m hub_kernel.make
 
 # The site, static files in site/: docs/*.md by mkdocs-material, the API reference from docstrings by mkdocstrings. A broken
 # link, a page that is in no menu or a public name without a docstring fails (not with --quiet, which

@@ -6,20 +6,16 @@ Every change to a model goes through a `PatchSet`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from axattn import backends
 from axattn.attention.registration import register_free
-from axattn.errors import InvalidConfigError, UnsupportedAttentionError
-from axattn.hf import canary, contracts, hub_kernels, mask_functions
+from axattn.hf import canary, mask_functions
 from axattn.hf.checkpoints import concrete_class, load_config, load_weights, resolve_class
 from axattn.hf.module_walk import one_walk
-from axattn.hf.registries import require_free
 from axattn.machine.environment import Environment
 from axattn.machine.presets import as_environment
 from axattn.patches import copied_modules
@@ -35,18 +31,17 @@ from axattn.patches.rope import add_rope_by_document
 from axattn.patches.routes import add_routes, set_names
 from axattn.patches.state import ATTRIBUTE, State, state_of, transformers_model
 from axattn.patches.token_dropout import add_shares_by_document
-from axattn.planning import planner
-from axattn.planning.model_classes import around_towers, inner_model_classes, native_support_reasons, require_interface
-from axattn.planning.plan import Plan, Policy
+from axattn.planning.decision import decide, policy_of
+from axattn.planning.model_classes import require_interface
+from axattn.planning.plan import Plan
 from axattn.planning.routes import OnUnsupported
 from axattn.reporting import Status, read_status
 from axattn.spec import names
 from axattn.spec.notices import warn_once
-from axattn.spec.options import require_mapping
 from axattn.spec.sub_config_names import nested
-from axattn.traits.attention_configs import Copy, copies, layers_apart, paths_of
+from axattn.traits.attention_configs import Copy, copies, paths_of
 from axattn.traits.config_checks import require_possible
-from axattn.traits.layer_needs import ModelNeeds, model_needs, sub_configs
+from axattn.traits.layer_needs import sub_configs
 from axattn.unpadding.shared_prefixes import add_shared_prefixes
 from axattn.unpadding.unpadded_forward import add_unpadding
 
@@ -109,8 +104,8 @@ def from_pretrained(
     cls = resolve_class(model_class, config)
     require_possible(config, concrete_class(cls, config))
     allow = bool(kwargs.get("allow_all_kernels", False))
-    decided = _decide(
-        config, concrete_class(cls, config), value, _policy(on_unsupported, allow, upgrade_flash, kernel_options)
+    decided = decide(
+        config, concrete_class(cls, config), value, policy_of(on_unsupported, allow, upgrade_flash, kernel_options)
     )
     preload(decided, allow_all_kernels=allow)
     config._attn_implementation = None  # a name in config.json would override the argument (Transformers 5.23)
@@ -157,10 +152,10 @@ def apply(
     """
     base = transformers_model(model)
     value = names.canonicalise_all(attn_implementation)
-    policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
+    policy = policy_of(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     register_free()
     canary.check(apply)
-    decided = _decide(base.config, type(base), value, policy, copied=copies(base))
+    decided = decide(base.config, type(base), value, policy, copied=copies(base))
     preload(decided, allow_all_kernels=allow_all_kernels)
     before = state_of(base)
     restore(base)
@@ -258,7 +253,7 @@ def plan(
         AxattnError: as for `from_pretrained`.
     """
     value = names.canonicalise_all(attn_implementation)
-    policy = _policy(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
+    policy = policy_of(on_unsupported, allow_all_kernels, upgrade_flash, kernel_options)
     machine = as_environment(environment)
     copied: list[Copy] = []
     if isinstance(model, torch.nn.Module):
@@ -271,87 +266,12 @@ def plan(
         config = model if is_config else load_config(model, kwargs)[0]
         cls = concrete_class(resolve_class(None, config), config)
         require_possible(config, cls)
-    return _decide(config, cls, value, policy, machine, copied)
+    return decide(config, cls, value, policy, machine, copied)
 
 
 def status(model: torch.nn.Module) -> Status:
     """Requested and running attention of each layer, active patches, and calls served."""
     return read_status(transformers_model(model))
-
-
-def _policy(
-    on_unsupported: OnUnsupported, allow_all_kernels: bool, upgrade_flash: bool, options: Mapping[str, Any] | None
-) -> Policy:
-    if on_unsupported not in ("raise", "route"):
-        raise InvalidConfigError(f'on_unsupported={on_unsupported!r} is neither "raise" nor "route"')
-    require_mapping(options)
-    kept = os.environ.get("AXATTN_NO_FA4", "").lower() in ("1", "true", "yes")
-    return Policy(on_unsupported, allow_all_kernels, upgrade_flash and not kept, {} if options is None else options)
-
-
-def _decide(
-    config: Any,
-    cls: type | None,
-    value: names.AttentionNames,
-    policy: Policy,
-    environment: Environment | None = None,
-    copied: Sequence[Copy] = (),
-) -> Plan:
-    """The plan, checked: the model's classes call Transformers' attention interface, and no other package has
-    registered the planned names."""
-    needs: ModelNeeds = model_needs(config, cls.__name__ if cls is not None else "", layers_apart(copied))
-    if environment is None:
-        policy = _with_trusted(policy, value)
-    require_free(names.names_in(value), needs.model)
-    placed, notes = around_towers(config, cls, value, policy)
-    machine = environment or Environment.current()
-    decided = planner.plan(needs, placed, machine, policy)
-    require_free([name for name in decided.running.values() if name is not None], needs.model)
-    _require_contracts(needs.model, decided)
-    inner = inner_model_classes(config) if isinstance(value, str) else {}
-    for path, name in decided.running.items():
-        classes = [*([cls] if path == "" else ()), *inner.get(path, ())]
-        reasons = [reason for c in classes for reason in native_support_reasons(c, name)] if name else []
-        if reasons and policy.upgrade_flash and name != decided.asked[path]:  # the model does not support the upgrade
-            return _decide(config, cls, value, dataclasses.replace(policy, upgrade_flash=False), machine, copied)
-        if reasons:
-            raise UnsupportedAttentionError(
-                f"{name} can't serve {needs.model}",
-                list(dict.fromkeys(reasons)),
-                'Use attn_implementation="auto", or "eager".',
-            )
-    return dataclasses.replace(decided, notes=(*decided.notes, *notes))
-
-
-def _with_trusted(policy: Policy, value: names.AttentionNames) -> Policy:
-    """The policy, plus those publishers of the named hub kernels that the hub marks as trusted."""
-    paths = [names.parse_hub_path(name.removeprefix("paged|")) for name in names.names_in(value)]
-    publishers = {path.repository.split("/")[0] for path in paths if path is not None} - policy.trusted
-    if policy.allow_all_kernels or not publishers:
-        return policy
-    found = {publisher for publisher in publishers if hub_kernels.is_trusted(publisher)}
-    return dataclasses.replace(policy, trusted=policy.trusted | found)
-
-
-def _require_contracts(model: str, decided: Plan) -> None:
-    """Raise for names that the installed versions can't run correctly (`axattn.hf.contracts`).
-
-    Raises:
-        UnsupportedAttentionError: lists every broken contract.
-    """
-    for name in dict.fromkeys(name for name in decided.running.values() if name is not None):
-        refused: list[contracts.Refused] = []
-        if not names.is_native(name):
-            refused.append("models")
-        elif names.is_flash(name):
-            refused.append("flash names")
-        if name == "fp8":
-            refused.append("fp8")
-        reasons = contracts.reasons(*refused)
-        if reasons:
-            newest = contracts.NEWEST_TESTED["transformers"]
-            advice = f'Use attn_implementation="sdpa", or install transformers {newest}, the newest tested.'
-            raise UnsupportedAttentionError(f"{name} can't serve {model} on these versions", reasons, advice)
 
 
 @one_walk()

@@ -25,6 +25,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 _ROOT = Path(__file__).resolve().parents[1]
 _IMPORTED = (
     *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict", "torch._dynamo"),
@@ -32,6 +34,10 @@ _IMPORTED = (
     *("accelerate", "peft", "transformers.trainer", "tests.parallel_jobs", "tests.tensor_parallel_jobs"),
 )
 """Beside axattn."""
+
+
+FORKED = pytest.mark.xdist_group("forked")
+"""Of tests that call here: they share a worker, which imports once what its processes are forked with."""
 
 
 @dataclass(frozen=True)

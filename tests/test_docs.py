@@ -14,6 +14,7 @@ import pytest
 import axattn
 from axattn.spec import names
 from tests import forked
+from tests.forked import FORKED
 from tests.models import build
 from website import recipes
 
@@ -41,9 +42,14 @@ def interpreted(code: str, folder: Path) -> forked.Ended:
     return forked.Ended("", done.returncode != 0, done.stdout, done.stderr)
 
 
-CODE = [pytest.param(code, id=f"{page.stem}-{number}") for page in PAGES for number, code in enumerate(snippets(page))]
+CODE = [
+    pytest.param(code, id=f"{page.stem}-{number}", marks=pytest.mark.nightly if "TRITON_INTERPRET" in code else ())
+    for page in PAGES
+    for number, code in enumerate(snippets(page))
+]
 
 
+@FORKED
 @pytest.mark.parametrize("code", CODE)
 def test_code_in_the_docs_runs(code: str, tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "my-model")
@@ -129,6 +135,7 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
     assert without_numbers(recipes.shown(done.stdout)) == without_numbers(recipes.recorded()[name])
 
 
+@FORKED
 @pytest.mark.parametrize("name", IN_MINUTES)
 def test_examples_do_what_they_show(name: str, tmp_path: Path) -> None:
     done = forked_example(name, tmp_path)

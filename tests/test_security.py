@@ -18,7 +18,10 @@ import axattn
 from axattn.errors import InvalidConfigError
 from axattn.spec import names
 from tests import forked
+from tests.forked import FORKED
 from tests.models import build
+
+pytestmark = FORKED
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "axattn").rglob("*.py"))

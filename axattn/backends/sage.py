@@ -146,7 +146,8 @@ def probe(environment: Environment) -> list[Reason]:
 def _capability(environment: Environment) -> Capability:
     if not environment.triton_interpret:
         return CAPABILITY
-    return dataclasses.replace(CAPABILITY, devices=frozenset({"cpu", "cuda"}), dtypes=HALVES | {"float32"})
+    # triton 3.7's interpreter keeps bfloat16 as integers, and multiplies those
+    return dataclasses.replace(CAPABILITY, devices=frozenset({"cpu", "cuda"}), dtypes=frozenset({"float16", "float32"}))
 
 
 def _notice(environment: Environment) -> str:

@@ -53,7 +53,11 @@ def holds_axattn(name: str) -> bool:
     """Whether both functions under a name are axattn's."""
     attention, masks = _interfaces or interfaces()
     function, mask = _axattn_functions[name] if _axattn_functions else axattn_functions()[name]
-    return _is(registered_function(attention, name), function) and registered_function(masks, name) is mask
+    if name in attention._local_mapping or name in masks._local_mapping or torch.compiler.is_compiling():
+        return _is(registered_function(attention, name), function) and registered_function(masks, name) is mask
+    # before every forward: `registered_function` without its calls
+    found: bool = attention._global_mapping.get(name) is function and masks._global_mapping.get(name) is mask
+    return found
 
 
 def _is(found: Any, function: functools.partial[Any]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from operator import is_
 from typing import Any
 
@@ -131,7 +131,7 @@ class NameCheck:
     """
 
     def __init__(self) -> None:
-        self._parents: list[torch.nn.Module] = []
+        self._parents: list[dict[str, torch.nn.Module | None]] = []
         self._children: list[torch.nn.Module | None] | None = None
         self._attributes: list[dict[str, Any]] = []
         self._configs: list[Any] = []
@@ -146,7 +146,7 @@ class NameCheck:
         self._parents, self._config = [], model.config
         layers: list[tuple[str, torch.nn.Module]] = []
         self._find(model, "", layers)
-        self._children = [child for parent in self._parents for child in parent._modules.values()]
+        self._children = [*chain.from_iterable(map(dict.values, self._parents))]
         self._attributes = [module.__dict__ for _, module in layers]
         self._configs = [attributes.get("config") for attributes in self._attributes]
         own = sub_configs(model.config)
@@ -173,7 +173,7 @@ class NameCheck:
                 layers.append((below, child))
             found = self._find(child, below, layers) or attends or found
         if found:
-            self._parents.append(module)
+            self._parents.append(module._modules)
         return found
 
     def require(self, model: Any) -> None:
@@ -184,8 +184,8 @@ class NameCheck:
         """
         if not torch.compiler.is_compiling() and (
             model.config is not self._config
-            or [*chain.from_iterable([parent._modules.values() for parent in self._parents])] != self._children
-            or not all(map(is_, [reader.get("config") for reader in self._attributes], self._configs))
+            or [*chain.from_iterable(map(dict.values, self._parents))] != self._children
+            or not all(map(is_, map(dict.get, self._attributes, repeat("config")), self._configs))
         ):
             self.look(model)
         for layer, config, original in self._own_configs:

@@ -80,7 +80,6 @@ def recorded(how: str, module: torch.nn.Module, example: tuple[torch.Tensor, ...
         kept=[
             ("strict", "mistral", "auto", "ones"),
             ("jit", "mistral", "varlen", "ones"),
-            ("onnx", "mistral", "varlen", "positions"),
         ],
     ),
 )

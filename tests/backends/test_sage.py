@@ -108,6 +108,16 @@ def test_a_packed_step_has_true_gradients(interpreter: Environment, checkpointin
 
 
 @needs_interpreter
+def test_the_interpreter_takes_no_bfloat16(interpreter: Environment) -> None:
+    """Triton 3.7's keeps it as integers, and multiplies those; float16 is right."""
+    model = axattn.apply(softened(head_dim=16).to(torch.bfloat16), "sage")
+    with pytest.raises(UnsupportedAttentionError, match="bfloat16"):
+        model(tokens(1, 12))
+    model = axattn.apply(softened(head_dim=16).half(), "sage")
+    assert relative(model(tokens(1, 12)).logits, softened(head_dim=16)(tokens(1, 12)).logits) < 0.015
+
+
+@needs_interpreter
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "qwen3"])
 def test_families_with_windows_and_norms(interpreter: Environment, family: str) -> None:

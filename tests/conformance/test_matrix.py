@@ -9,6 +9,7 @@ import transformers
 
 from tests.conformance import report
 from tests.conformance.cells import OVER_RANKS, every_key, run, sampled
+from tests.forked import FORKED
 from tests.sampling import OLDEST, SAMPLE
 
 EVERYTHING = os.environ.get("AXATTN_CONFORMANCE") == "all"
@@ -18,7 +19,14 @@ RECORDED = report.load()
 
 @pytest.mark.parametrize(
     "key",
-    [pytest.param(key, id="/".join(key), marks=pytest.mark.xdist_group(f"matrix {key[1]}")) for key in KEYS],
+    [
+        pytest.param(
+            key,
+            id="/".join(key),
+            marks=FORKED if key[2] == OVER_RANKS else pytest.mark.xdist_group(f"matrix {key[1]}"),
+        )
+        for key in KEYS
+    ],
 )
 def test_a_cell_is_right_or_refused_with_a_reason(key: tuple[str, str, str]) -> None:
     cell = run(*key)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axattn.documents.boundaries import from_cu_seqlens, from_positions
-from axattn.documents.collator import IGNORE_INDEX, PackingCollator
+from axattn.documents.collator import PackingCollator
+from axattn.documents.examples import IGNORE_INDEX
 from axattn.documents.packed_rows import LINEAR_COST, balanced_rows, document_work, first_fit_decreasing
 from axattn.errors import InvalidConfigError, InvalidInputError
 from benchmarks import balance

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 import axattn
 from axattn.documents.boundaries import from_cu_seqlens, from_positions
-from axattn.documents.collator import IGNORE_INDEX, PackingCollator, first_fit_decreasing
+from axattn.documents.collator import PackingCollator
+from axattn.documents.examples import IGNORE_INDEX
+from axattn.documents.packed_rows import first_fit_decreasing
 from axattn.errors import InvalidInputError
 
 

@@ -10,7 +10,10 @@ import torch
 
 from tests import parallel_jobs as jobs
 from tests.distributed import run
+from tests.forked import FORKED
 from tests.sampling import part_of
+
+pytestmark = FORKED
 
 pytest.importorskip("accelerate")
 

@@ -8,7 +8,10 @@ import pytest
 
 from tests import tensor_parallel_jobs as jobs
 from tests.distributed import run
+from tests.forked import FORKED
 from tests.sampling import part_of
+
+pytestmark = FORKED
 
 pytest.importorskip("accelerate")
 

@@ -21,13 +21,13 @@ def _require_fine(example: Example | Chat) -> None:
     assert verdict.fine, f"{verdict.status}: {verdict.detail}\nTo run it again:\n    {example.script}"
 
 
-@settings(_OURS, max_examples=90)
+@settings(_OURS, max_examples=60)
 @given(examples())
 def test_a_batch_is_right_or_truly_refused(example: Example) -> None:
     _require_fine(example)
 
 
-@settings(_OURS, max_examples=40)
+@settings(_OURS, max_examples=25)
 @given(chats())
 def test_a_chat_is_right_or_truly_refused(chat: Chat) -> None:
     _require_fine(chat)

@@ -159,7 +159,7 @@ def test_packed_rows_are_refused_and_others_run_where_their_contract_does_not_ho
 def test_compiled_packed_rows_are_refused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     broken(monkeypatch, "compiled packed rows")
-    model = axattn.apply(build("llama"), "auto")
+    model = axattn.apply(build("llama", num_hidden_layers=1), "auto")
     given = {"input_ids": tokens(1, 10), "position_ids": positions((4, 6)), "use_cache": False}
     with torch.no_grad():
         model(**given)

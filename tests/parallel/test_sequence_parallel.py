@@ -18,8 +18,11 @@ from axattn.parallel.split_inputs import join
 from axattn.parallel.ulysses import repeats
 from tests import parallel_jobs as jobs
 from tests.distributed import run
+from tests.forked import FORKED
 from tests.models import CONFIGS
 from tests.sampling import part_of
+
+pytestmark = FORKED
 
 BUDGET = 1e-5
 CASES = [("llama", "varlen", "varlen", scenario) for scenario in jobs.SCENARIOS]
@@ -35,7 +38,7 @@ FAKES = [
 ]
 
 
-@pytest.mark.parametrize(("world", "share"), part_of([(2, 1), (4, 1), (2, 3), (4, 5)], kept=[(2, 3), (4, 5)]))
+@pytest.mark.parametrize(("world", "share"), part_of([(2, 1), (4, 1), (2, 3), (4, 5)], kept=[(4, 5)]))
 def test_outputs_and_gradients_equal_those_of_one_process(world: int, share: int) -> None:
     cases = CASES[share // 2 :: share]
     for found in run(world, jobs.errors, cases):
@@ -131,7 +134,7 @@ def test_what_can_t_be_split_is_refused_with_the_reason_and_leaves_the_model_usa
 PARTS = [(parts, strategy) for parts in ("layers", "whole inner") for strategy in ("fetch", "ulysses")]
 
 
-@pytest.mark.parametrize(("parts", "strategy"), part_of(PARTS, kept=[("layers", "fetch")]))
+@pytest.mark.parametrize(("parts", "strategy"), part_of(PARTS, kept=[]))
 def test_compiled_as_a_whole_or_in_parts(parts: str, strategy: str) -> None:
     """A graph breaks at the model's input hook, where documents are read and agreed on; traced, they would be lost."""
     for found in run(2, jobs.compiled, tuple(parts.split()), strategy):

@@ -27,6 +27,7 @@ from axattn.traits.token_mixers import mixers
 from tests import distributed, parallel_jobs
 from tests.census import examine
 from tests.conformance.cases import Batch, packed, padded
+from tests.forked import FORKED
 from tests.models import HYBRIDS, build, positions, tokens
 from tests.sampling import part_of
 
@@ -84,6 +85,7 @@ def test_a_layer_that_runs_again_in_backward_knows_its_documents(family: str, ki
     require_equal(together(model, ROWS, position_ids=ROWS.positions), alone(family, ROWS))
 
 
+@FORKED
 @pytest.mark.parametrize(("family", "how"), [("qwen3_next", "FSDP2"), ("bamba", "DDP")])
 def test_layers_that_are_sharded_or_copied_over_processes(family: str, how: str) -> None:
     for error in distributed.run(2, parallel_jobs.hybrid_in_packed_rows, family, how):

@@ -85,9 +85,9 @@ def test_unpadded_rows_keep_their_share(side: str) -> None:
 def test_a_graph_stops_where_rows_are_packed() -> None:
     torch._dynamo.reset()
     batch = masked(packed((7, 11, 3)))
-    model = axattn.apply(esm(), "auto")
+    model, reference = axattn.apply(esm(num_hidden_layers=1), "auto"), esm(num_hidden_layers=1)
     run = torch.compile(model, backend="eager")
-    assert torch.allclose(run(batch.ids).logits, esm()(batch.ids).logits, atol=1e-5)
+    assert torch.allclose(run(batch.ids).logits, reference(batch.ids).logits, atol=1e-5)
     with pytest.raises(RuntimeError, match="document by document"):
         run(batch.ids, position_ids=batch.positions + FIRST)
 

@@ -53,10 +53,8 @@ class Case(NamedTuple):
 
 
 FEW = (
-    Case(120, 128),
     Case(86, 256),
-    Case(90, 200, causal=False, window=True),
-    Case(80, 120, causal=False, window=True, mean=True, quantiser=True),
+    Case(120, 120, causal=False, window=True, mean=True, quantiser=True),
 )
 
 

@@ -23,7 +23,7 @@ def test_shared_memory_and_registers_are_enough() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count("registers") >= 4
+    assert done.stdout.count("registers") >= 2
 
 
 def test_what_a_block_may_have() -> None:

@@ -145,7 +145,7 @@ def test_unpadded_rows_equal_the_padded_batch_whose_longest_row_decides(side: st
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["auto", "eager"])
 def test_dynamic_ntk_depends_on_the_longest_document_and_is_refused(name: str) -> None:
-    model = build("llama", rope_parameters=DYNAMIC, max_position_embeddings=LIMIT)
+    model = build("llama", rope_parameters=DYNAMIC, max_position_embeddings=LIMIT, num_hidden_layers=1)
     short = (5, 6, 3)
     expected = alone(model, tokens(1, sum(short)), short)
     axattn.apply(model, name)

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from axattn.backends.varlen_engine.cpu_tiles import backward_over_tiles, cut_tiles, forward_over_tiles
+from axattn.backends.varlen_engine import packed_on_cpu
 from axattn.hf import torch_internals
-from axattn.masks.varlen_layout import Layout, Span
 from axattn.spec.options import Option, one_of
 
 BACKWARD = Option(
@@ -58,7 +57,7 @@ def exact_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[tokens, H, D]`` and logsumexp ``[H, tokens]`` of exact attention over ``[tokens, H, D]``."""
     if query.device.type == "cpu":
-        return _on_cpu_forward(query, key, value, packed)
+        return packed_on_cpu.forward(query, key, value, packed)
     ends, longest = (packed.cu_q, packed.cu_k), (packed.max_q, packed.max_k)
     return torch_internals.flash_forward(query, key, value, ends, longest, packed.scale, packed.window_size)
 
@@ -84,53 +83,8 @@ def flash_backward(
         packed: the sequences.
     """
     if query.device.type == "cpu":
-        return _on_cpu_backward(grad, query, key, value, out, logsumexp, packed)
+        return packed_on_cpu.backward(grad, query, key, value, out, logsumexp, packed)
     ends, longest = (packed.cu_q, packed.cu_k), (packed.max_q, packed.max_k)
     return torch_internals.flash_backward(
         grad.contiguous(), query, key, value, out, logsumexp, ends, longest, packed.scale, packed.window_size
     )
-
-
-# ---- on a CPU, for tests with fakes and for kernels that run there ---------------------------------------------------
-
-
-def _layout(packed: Packed) -> Layout:
-    q, k = packed.cu_q.tolist(), packed.cu_k.tolist()
-    spans = tuple(Span(0, 1, *ends) for ends in zip(q, q[1:], k, k[1:], strict=False))
-    return Layout(spans, packed.causal, packed.window, 1, q[-1], k[-1])
-
-
-def _row(x: torch.Tensor) -> torch.Tensor:
-    """``[tokens, H, D]`` as one row ``[1, H, tokens, D]``."""
-    return x.transpose(0, 1)[None]
-
-
-def _on_cpu_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Packed
-) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = _layout(packed)
-    tiles = cut_tiles(layout)
-    out, lses = forward_over_tiles(_row(query), _row(key), _row(value), tiles, layout, packed.scale)
-    whole = lses[0].new_empty(query.shape[1], query.shape[0])
-    for tile, lse in zip(tiles, lses, strict=True):
-        whole[:, tile.q0 : tile.q1] = lse[0]
-    return out[0], whole
-
-
-def _on_cpu_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    logsumexp: torch.Tensor,
-    packed: Packed,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = _layout(packed)
-    tiles = cut_tiles(layout)
-    lses = [logsumexp[None, :, tile.q0 : tile.q1] for tile in tiles]
-    grads = backward_over_tiles(
-        grad[None], _row(query), _row(key), _row(value), out[None], lses, tiles, layout, packed.scale
-    )
-    dq, dk, dv = (x[0].transpose(0, 1) for x in grads)
-    return dq, dk, dv
