@@ -70,7 +70,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 )
 def test_the_files_that_the_map_of_the_code_names_exist(page: Path) -> None:
     text = page.read_text()
-    named = re.findall(r"`((?:axattn|benchmarks|tests|website)/[\w./-]*|axattn_autoload\.py)`", text)
+    named = re.findall(r"`((?:axattn|benchmarks|hub_kernel|tests|website)/[\w./-]*|axattn_autoload\.py)`", text)
     assert len(named) > 10
     assert not [name for name in named if not re.search("NAME|SUBJECT", name) and not (ROOT / name).exists()]
 
