@@ -1,4 +1,4 @@
-"""The canary: trains and decodes with a two-layer model on versions of Transformers and torch newer than tested.
+"""The canary: trains and decodes with a two-layer model on versions of Transformers and torch that are not tested.
 
 It is compared with eager at the first load of a model, once per set of versions, in under three seconds; the result is
 cached on disk (in ``HF_HOME/axattn``). ``AXATTN_CANARY=off`` skips it. What it finds wrong is refused in this process.
@@ -37,8 +37,8 @@ Apply = Callable[[torch.nn.Module, str], torch.nn.Module]
 
 
 def check(apply: Apply) -> None:
-    """Once per process, if Transformers or torch is newer than tested or a contract is broken: log the findings of
-    contracts and canary, and refuse from now on what is wrong.
+    """Once per process, if Transformers or torch is newer or older than tested or a contract is broken: log the
+    findings of contracts and canary, and refuse from now on what is wrong.
 
     Args:
         apply: switches a model to a name (`axattn.apply`).
@@ -47,28 +47,27 @@ def check(apply: Apply) -> None:
     if _checked:
         return
     _checked = True  # the canary loads a model itself
-    newer = contracts.untested((package, contracts.version_of(package)) for package in _WATCHED)
+    untested = contracts.untested((package, contracts.version_of(package)) for package in _WATCHED)
     broken = contracts.broken()
-    if not newer and not broken:
+    if not untested and not broken:
         return
     checked = contracts.findings(imported_only=True)
-    tested = contracts.NEWEST_TESTED
-    notes = [f"{package} {version} is newer than the newest tested ({tested[package]})" for package, version in newer]
+    notes = [f"{package} {version} is {what}" for (package, version), what in untested.items()]
     notes.append(f"{len(checked) - len(broken)} of {len(checked)} contracts hold")
     for finding in broken:
         refused = finding.contract.refused
         notes.append(finding.text + (f" ({refused} refused)" if refused else ""))
     wrong: dict[str, str] = {}
-    if newer and not is_off():
+    if untested and not is_off():
         outcomes, kept = results(apply)
         wrong = {name: text for name, text in outcomes.items() if text}
         notes.append(_summary(outcomes, kept))
-        versions = ", ".join(f"{package} {version}" for package, version in newer)
+        versions = ", ".join(f"{package} {version}" for package, version in untested)
         for name, text in wrong.items():
             contracts.refuse(REFUSED[name], f"on {versions} {name} rows are wrong ({text})")
-    elif newer:
+    elif untested:
         notes.append(f"the canary is off ({SWITCH})")
-    loud = wrong or broken or any(package == "transformers" for package, _ in newer)
+    loud = wrong or broken or any(package == "transformers" for package, _ in untested)
     logger.log(logging.WARNING if loud else logging.INFO, "axattn: %s", "; ".join(notes))
 
 

@@ -155,15 +155,19 @@ def reasons(*refused: Refused) -> list[Reason]:
     return found + [reason for what, reason in _found_wrong if what in refused]
 
 
-def untested(versions: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The packages, with their versions, that are newer than the newest tested.
+def untested(versions: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """The packages, with their versions, that are newer than the newest tested or older than the oldest, and which.
 
-    Patch releases (5.24.1) don't count as newer.
+    Patch releases (5.24.1) don't count as newer. pip keeps versions in range (pyproject.toml), unless it is told not to
+    (``--no-deps``).
     """
     from packaging.version import Version
 
-    return [
-        (package, version)
-        for package, version in versions
-        if Version(version).release[:2] > Version(NEWEST_TESTED[package]).release[:2]
-    ]
+    found = {}
+    for package, version in versions:
+        oldest, newest = OLDEST_TESTED[package], NEWEST_TESTED[package]
+        if Version(version).release[:2] > Version(newest).release[:2]:
+            found[package, version] = f"newer than the newest tested ({newest})"
+        elif Version(version).release[:2] < Version(oldest).release[:2]:
+            found[package, version] = f"older than the oldest tested ({oldest})"
+    return found

@@ -222,9 +222,9 @@ def test_a_tested_version_says_nothing(caplog: pytest.LogCaptureFixture) -> None
 
 def test_a_patch_release_is_not_newer() -> None:
     assert not contracts.untested([("transformers", "5.24.9")])
-    assert contracts.untested([("transformers", "5.25.0.dev0"), ("torch", "2.13.0+cpu")]) == [
+    assert contracts.untested([("transformers", "5.25.0.dev0"), ("torch", "2.13.0+cpu")]).keys() == {
         ("transformers", "5.25.0.dev0")
-    ]
+    }
 
 
 def test_a_newer_version_is_tried_once_and_what_came_is_said(
@@ -240,6 +240,12 @@ def test_a_newer_version_is_tried_once_and_what_came_is_said(
     monkeypatch.setattr(canary, "_checked", False)
     monkeypatch.setattr(canary, "run", None)  # kept on disk
     assert "(from an earlier run): right: packed" in said(caplog)
+
+
+def test_an_older_version_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(contracts.OLDEST_TESTED, "transformers", "5.30.0")
+    monkeypatch.setattr(canary, "run", lambda apply: dict.fromkeys(canary.SCENARIOS, ""))
+    assert f"transformers {transformers.__version__} is older than the oldest tested (5.30.0)" in said(caplog)
 
 
 def test_the_canary_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
