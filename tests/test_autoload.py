@@ -39,14 +39,44 @@ def test_transformers_knows_the_names_in_a_process_that_never_imports_axattn(
     assert "axattn" not in done.stderr
 
 
-def test_a_child_process_knows_them_too(environment: dict[str, str]) -> None:
-    code = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
-    assert installed.run(environment, "-c", code, KNOWN).stdout.split() == ["True", "True"]
+def test_a_child_process_knows_them_too_and_imports_only_what_registers_them(environment: dict[str, str]) -> None:
+    start = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+    code = f"""
+{KNOWN}
+import sys
+print(len([name for name in sys.modules if name.startswith('axattn')]))
+print(*[name for name in ('axattn.attention.interface', 'transformers.masking_utils') if name in sys.modules])
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as M
+print('varlen' in M, A['varlen'].func.__module__, M['varlen'].__module__)
+"""
+    known, modules, more, masks = installed.run(environment, "-c", start, code).stdout.splitlines()
+    assert known == "True True"
+    assert int(modules) <= 16
+    assert not more
+    assert masks == "True axattn.attention.registry_functions axattn.attention.registry_functions"
 
 
-@pytest.mark.parametrize("name", ["AXATTN_AUTOLOAD", "AXATTN_AUTO_REGISTER", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
-def test_it_can_be_turned_off(environment: dict[str, str], name: str) -> None:
-    code = "import sys, torch; print(any(name in sys.modules for name in ('axattn.hf.post_import', 'axattn')))"
+ENTRY = "import importlib.metadata as m, sys; [e] = m.entry_points(group='torch.backends', name='axattn'); e.load()()"
+"""What ``import torch``, which takes seconds, does with axattn's entry point."""
+CALLS = [
+    pytest.param(ENTRY, id="entry point"),
+    pytest.param("import torch, sys", marks=pytest.mark.nightly, id="torch"),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", ["AXATTN_AUTOLOAD", "AXATTN_AUTO_REGISTER"])
+def test_it_can_be_turned_off(environment: dict[str, str], name: str, call: str) -> None:
+    _assert_off(environment, name, call)
+
+
+@pytest.mark.nightly
+def test_torch_can_turn_it_off(environment: dict[str, str]) -> None:
+    _assert_off(environment, "TORCH_DEVICE_BACKEND_AUTOLOAD", "import torch, sys")
+
+
+def _assert_off(environment: dict[str, str], name: str, call: str) -> None:
+    code = f"{call}\nprint(any(name in sys.modules for name in ('axattn.hf.post_import', 'axattn')))"
     code += "\nfrom axattn.attention import registration as r; r.register_when_imported(); print(r._waiting)"
     done = installed.run({**environment, name: "0"}, "-c", code)
     imported, then_by_import = done.stdout.split()
@@ -78,10 +108,9 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "what", [name if i in (0, 4) else pytest.param(name, marks=pytest.mark.nightly) for i, name in enumerate(BREAKS)]
-)
-def test_import_torch_survives_a_broken_installation_and_says_so(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("what", BREAKS)
+def test_import_torch_survives_a_broken_installation_and_says_so(tmp_path: Path, what: str, call: str) -> None:
     file, text = BREAKS[what]
     for part in ("__init__.py", "attention/__init__.py", "attention/registration.py", "hf/__init__.py"):
         (tmp_path / "code/axattn" / part).parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +120,8 @@ def test_import_torch_survives_a_broken_installation_and_says_so(tmp_path: Path,
     changed = tmp_path / "code/axattn" / file
     changed.unlink() if text is None else changed.write_text(text)
     environment = installed.install(tmp_path / "site", code=tmp_path / "code")
-    done = installed.run(environment, "-c", "import torch; print(torch.ones(2).sum().item())", cwd=tmp_path)
-    assert done.stdout.strip() == "2.0"
+    done = installed.run(environment, "-c", f"{call}; print('goes on')", cwd=tmp_path)
+    assert done.stdout.strip() == "goes on"
     assert "axattn: its backends are not registered" in done.stderr
     assert "AXATTN_AUTOLOAD=0" in done.stderr
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from axattn.errors import Reason
 
-_WATCHED = "transformers.modeling_utils"
+_WATCHED = ("transformers.modeling_utils", "transformers.masking_utils")
 _lock = threading.RLock()
 _active = False
 _waiting = False
@@ -58,18 +58,26 @@ def register_free() -> list[Reason]:
 
     If another package has taken a name since, axattn removes its half of it.
     """
+    from axattn.hf import registries
+
+    return _register_in(dict(zip(registries.INTERFACES, registries.interfaces(), strict=True)))
+
+
+def _register_in(interfaces: dict[str, Any]) -> list[Reason]:
+    """`register_free` in these registries of Transformers, by kind."""
     global _active  # noqa: PLW0603  # one registry per process, as in Transformers
     from axattn.hf import registries
 
     functions_by_name = registries.axattn_functions()
-    tables = [interface._global_mapping for interface in registries.interfaces()]
     held: list[Reason] = []
     with _lock:  # import nothing under this lock: a thread that holds the import lock may wait for it
         _active = True
         for name, functions in functions_by_name.items():
-            reasons = registries.foreign(name)
+            found = [(kind, registries.registered_function(one, name)) for kind, one in interfaces.items()]
+            reasons = registries.foreign(name, found)
             held += reasons
-            for table, function in zip(tables, functions, strict=True):
+            for kind, function in zip(registries.INTERFACES, functions, strict=True):
+                table = interfaces[kind]._global_mapping if kind in interfaces else {}
                 if not reasons:
                     table[name] = function
                 elif name in table and registries.of_axattn(table[name]):
@@ -106,7 +114,8 @@ def registered() -> bool:
 
 
 def register_when_imported() -> None:
-    """Register the free names: now if ``transformers.modeling_utils`` is imported, else as soon as it is.
+    """Register the free names: now if ``transformers.modeling_utils`` is imported, else as soon as it is. Their mask
+    functions follow when a model imports ``transformers.masking_utils``, which takes 0.03 s.
 
     May be called during that import (as an entry point of ``torch.backends``, for example), and raises nothing.
     Does nothing under ``AXATTN_AUTO_REGISTER=0``.
@@ -115,12 +124,22 @@ def register_when_imported() -> None:
     if _waiting or os.environ.get("AXATTN_AUTO_REGISTER", "").lower() in ("0", "false", "no"):
         return
     _waiting = True
-    after_import(_WATCHED, _register_if_wanted)
+    for module in _WATCHED:
+        after_import(module, _register_if_wanted)
 
 
 def _register_if_wanted() -> None:
-    """Register, unless `unregister` was called before Transformers was imported."""
+    """Register in the registries that are imported, unless `unregister` was called before."""
     global _waiting  # noqa: PLW0603
-    if _waiting:
-        _waiting = False
-        register_free()
+    from axattn.hf import registries
+
+    registries.axattn_functions()  # imports them, see `_register_in`
+    with _lock:
+        if not _waiting:
+            return
+        imported = registries.imported_interfaces()
+        _waiting = len(imported) < len(registries.INTERFACES)
+        if _waiting:
+            _register_in(imported)
+        else:
+            register_free()

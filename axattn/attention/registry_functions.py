@@ -1,26 +1,51 @@
-"""The functions in Transformers' registries: an attention function per axattn backend, one mask function for all."""
+"""The functions in Transformers' registries: an attention function per axattn backend, one mask function for all.
+
+They import the rest of axattn in their first call. Every process that imports Transformers registers them, and most
+never call them: their imports take 0.1 s. They are not replaced afterwards, so that a registered name keeps its
+function; `torch.compile` traces through them.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from axattn.attention.interface import attend
-from axattn.documents.forward_context import current
 from axattn.hf.registries import attends
-from axattn.masks.lazy_mask import LazyMask
-from axattn.masks.mask_interface import lazy_mask
 from axattn.spec import names
+
+if TYPE_CHECKING:
+    import torch
+
+    from axattn.masks.lazy_mask import LazyMask
+
+
+def attend(
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: LazyMask | torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`axattn.attention.interface.attend`."""
+    from axattn.attention import interface
+
+    return interface.attend(name, module, query, key, value, attention_mask, **kwargs)
 
 
 def mask_function(config: Any = None, **keywords: Any) -> LazyMask | None:
-    """`lazy_mask`; None, as without a registered mask function, if another package's attention function runs.
+    """`axattn.masks.mask_interface.lazy_mask`; None, as without a registered mask function, if another package's
+    attention function runs.
 
     A model with an input hook is refused in that case (`axattn.hf.registries.require_registered`).
     """
+    from axattn.documents.forward_context import current
+    from axattn.masks import mask_interface
+
     if config is not None and current() is None and not attends(config):
         return None
-    return lazy_mask(config=config, **keywords)
+    return mask_interface.lazy_mask(config=config, **keywords)
 
 
 FUNCTIONS: dict[str, tuple[functools.partial[Any], Any]] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,9 +16,14 @@ import torch
 from axattn.errors import Reason, RegistrationError
 from axattn.hf import own_functions
 from axattn.hf.model_internals import CONFIG_NAME, attribute_of
+from axattn.hf.post_import import is_imported
 from axattn.hf.source_inspection import origin
 
-KINDS = ("attention", "mask")
+INTERFACES = {
+    "attention": ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
+    "mask": ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
+}
+"""Kind → module and name of the instance that models use."""
 _interfaces: list[Any] = []  # no functools.cache: torch.compile would trace the cached function
 _axattn_functions: dict[str, tuple[Any, Any]] = {}  # by name: attention function, mask function
 
@@ -32,10 +38,16 @@ def interfaces() -> list[Any]:
     return _interfaces
 
 
+def imported_interfaces() -> dict[str, Any]:
+    """Those of `interfaces` whose module is imported, by kind. Imports nothing."""
+    return {
+        kind: getattr(sys.modules[module], name) for kind, (module, name) in INTERFACES.items() if is_imported(module)
+    }
+
+
 def axattn_functions() -> dict[str, tuple[Any, Any]]:
     """axattn's attention function and mask function, by name. The same objects on every call."""
     if not _axattn_functions:
-        interfaces()  # before axattn's modules, so that another thread importing Transformers does not wait for them
         _axattn_functions.update(own_functions.load())
     return _axattn_functions
 
@@ -77,7 +89,7 @@ def foreign(name: str, found: Iterable[tuple[str, Any]] = ()) -> list[Reason]:
         found: kind and function; those in Transformers' shared instances if empty.
     """
     looked_up = tuple(found) or [
-        (kind, registered_function(interface, name)) for kind, interface in zip(KINDS, interfaces(), strict=True)
+        (kind, registered_function(interface, name)) for kind, interface in zip(INTERFACES, interfaces(), strict=True)
     ]
     return [
         Reason("name", f"{kind} {name!r} is held by {described(function)}")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -278,14 +279,18 @@ def test_automatic_registration_can_be_turned_off(monkeypatch: pytest.MonkeyPatc
 
 
 def test_unregister_before_transformers_is_imported_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting: list[Callable[[], None]] = []
-    monkeypatch.setattr(registration, "after_import", lambda name, function: waiting.append(function))
+    waiting: dict[str, Callable[[], None]] = {}
+    monkeypatch.setattr(registration, "after_import", waiting.__setitem__)
     axattn.unregister()
     registration.register_when_imported()
+    assert set(waiting) == {module for module, _ in registries.INTERFACES.values()}
+    registered = dict(waiting)
+    waiting.clear()
     registration.register_when_imported()
-    assert len(waiting) == 1
+    assert not waiting
     axattn.unregister()
-    waiting[0]()
+    for function in registered.values():
+        function()
     assert not axattn.registered()
 
 
@@ -308,7 +313,18 @@ print(axattn.registered(), 'varlen' in A)
     assert python(code).split() == ["False", "True", "True"]
 
 
+def test_an_import_after_transformers_registers_all_free_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AXATTN_AUTO_REGISTER", raising=False)
+    axattn.unregister()
+    FOREIGN["attention"]("sage")
+    importlib.reload(axattn)
+    assert axattn.registered()
+    assert [table.get("sage") for table in TABLES] == [foreign, None]
+
+
+@pytest.mark.nightly
 def test_transformers_first_with_a_name_taken() -> None:
+    """`make test` does the same in its own process."""
     code = """
 from transformers.modeling_utils import AttentionInterface as A
 mine = lambda *given: None
@@ -317,10 +333,54 @@ import axattn
 from transformers import LlamaModel
 print(axattn.registered(), 'varlen' in A._global_mapping, A._global_mapping['sage'] is mine)
 """
-    assert python(code) == "True True True"
+    assert python(code, AXATTN_AUTOLOAD="0") == "True True True"
 
 
+@pytest.mark.parametrize("first", range(2), ids=registries.INTERFACES)
+def test_each_registry_is_filled_when_its_module_is_imported(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    kinds = list(registries.INTERFACES)
+    imported = {kinds[first]: INTERFACES[first]}
+    waiting: dict[str, Callable[[], None]] = {}
+    monkeypatch.setattr(registration, "after_import", waiting.__setitem__)
+    monkeypatch.setattr(registries, "imported_interfaces", lambda: dict(imported))
+    axattn.unregister()
+    registration.register_when_imported()
+    one, two = (waiting[registries.INTERFACES[kind][0]] for kind in (kinds[first], kinds[1 - first]))
+    one()
+    assert ["varlen" in table for table in TABLES] == [first == 0, first == 1]
+    FOREIGN[("attention", "mask")[1 - first]]("sage")  # beside the other half, as soon as its module is there
+    imported[kinds[1 - first]] = INTERFACES[1 - first]
+    two()
+    assert axattn.registered()
+    assert "sage" not in TABLES[first]
+    axattn.unregister()
+    one()
+    two()
+    assert not axattn.registered()
+
+
+@pytest.mark.nightly
+def test_the_first_call_of_all_may_be_in_a_graph() -> None:
+    """The registered functions import the rest of axattn while `torch.compile` traces them."""
+    code = """
+import sys, torch, axattn
+from tests.models import build, tokens
+model = axattn.apply(build('llama'), 'varlen')
+assert 'axattn.attention.interface' not in sys.modules
+torch._dynamo.config.error_on_recompile = True
+compiled = torch.compile(model, backend='eager', fullgraph=True)
+with torch.no_grad():
+    first = compiled(tokens(1, 9), use_cache=False).logits
+    second = compiled(tokens(1, 9), use_cache=False).logits
+    print(torch.equal(first, second), torch.allclose(first, model(tokens(1, 9), use_cache=False).logits))
+print(torch._dynamo.utils.counters['stats']['unique_graphs'])
+"""
+    assert python(code).split() == ["True", "True", "1"]
+
+
+@pytest.mark.nightly
 def test_an_entry_point_in_the_middle_of_importing_torch_and_transformers(tmp_path: Path) -> None:
+    """`make test` has axattn's own entry point there, in ``tests/test_autoload.py``."""
     (tmp_path / "autoload-0.dist-info").mkdir()
     (tmp_path / "autoload-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: autoload\nVersion: 0\n")
     entry = "[torch.backends]\nautoload = axattn:register_when_imported\n"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from axattn.attention import interface, registry_functions
+from axattn.attention import interface
 from axattn.backends import by_document, fp8, int8_operator, sdpa
 from axattn.backends.call import AttentionCall
 from axattn.backends.varlen_engine import packed
@@ -222,7 +222,7 @@ def the_door_is_open(patch: Patch) -> None:
 
 @fault("auto", "llama", "left padding")
 def no_mask_is_made(patch: Patch) -> None:
-    patch.setattr(registry_functions, "lazy_mask", lambda **given: None)
+    patch.setattr(mask_interface, "lazy_mask", lambda **given: None)
 
 
 @fault("auto", "llama", "prefill, then two chunks over the cache")
