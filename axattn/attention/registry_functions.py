@@ -1,8 +1,8 @@
 """The functions in Transformers' registries: an attention function per axattn backend, one mask function for all.
 
 They import the rest of axattn in their first call. Every process that imports Transformers registers them, and most
-never call them: their imports take 0.1 s. They are not replaced afterwards, so that a registered name keeps its
-function; `torch.compile` traces through them.
+never call them: their imports take 0.1 s. They are not replaced afterwards, so that a registered name keeps its object;
+`torch.compile` traces through them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from axattn.hf.registries import attends
 from axattn.spec import names
 
 if TYPE_CHECKING:
-    import torch
-
     from axattn.masks.lazy_mask import LazyMask
 
 
@@ -28,9 +28,12 @@ def attend(
     attention_mask: LazyMask | torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`axattn.attention.interface.attend`."""
+    """`axattn.attention.interface.attend`, and from the second call on the registered functions call that one."""
     from axattn.attention import interface
 
+    if not torch.compiler.is_compiling():
+        for function, _ in FUNCTIONS.values():  # the registered objects stay the same
+            function.__setstate__((interface.attend, function.args, {}, None))  # type: ignore[attr-defined]  # not in typeshed
     return interface.attend(name, module, query, key, value, attention_mask, **kwargs)
 
 

@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.models.llama import modeling_llama
 
 import axattn
-from axattn.attention import registration
+from axattn.attention import interface as attention_interface
+from axattn.attention import registration, registry_functions
 from axattn.errors import RegistrationError
 from axattn.hf import registries
 from axattn.spec import names
@@ -392,3 +393,14 @@ print('axattn' in sys.modules, 'varlen' in A)
 """
     path = os.pathsep.join([str(Path(axattn.__file__).parents[1]), str(tmp_path)])
     assert python(code, PYTHONPATH=path) == "True True"
+
+
+def test_a_registered_function_stays_the_same_object_in_its_first_call_and_costs_nothing_after() -> None:
+    registered = AttentionInterface._global_mapping["varlen"]
+    registered.__setstate__((registry_functions.attend, registered.args, {}, None))  # as in a fresh process
+    model = tf.AutoModelForCausalLM.from_config(build("llama").config, attn_implementation="varlen").eval()
+    with torch.no_grad():
+        model(tokens(1, 5))
+    assert AttentionInterface._global_mapping["varlen"] is registered
+    assert registered.func is attention_interface.attend
+    assert registries.holds_axattn("varlen")
