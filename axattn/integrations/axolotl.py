@@ -8,12 +8,15 @@ stops axolotl from patching its SDPA path. Written against axolotl 0.21.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, model_validator
 
 _OFF = (None, False, 0, 1)
+logger = logging.getLogger("axolotl.axattn")  # axolotl shows INFO of loggers under its own name only
 
 
 class AxattnArgs(BaseModel):
@@ -23,11 +26,13 @@ class AxattnArgs(BaseModel):
         axattn: a name, ``auto`` or a hub path, as in `axattn.apply`; without it the plugin does nothing.
         axattn_on_unsupported: ``raise`` or ``route``.
         axattn_kernel_options: options of the kernel, by name.
+        axattn_verify: False leaves out `axattn.VerifyCallback`, for a model whose modules can't run alone.
     """
 
     axattn: str | None = None
     axattn_on_unsupported: str | None = None
     axattn_kernel_options: dict[str, Any] | None = None
+    axattn_verify: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -38,7 +43,7 @@ class AxattnArgs(BaseModel):
             ValueError: names the keys; pydantic and axolotl report it with the config.
         """
         if not data.get("axattn"):
-            options = [key for key in ("axattn_on_unsupported", "axattn_kernel_options") if data.get(key)]
+            options = [key for key in cls.model_fields if key.startswith("axattn_") and data.get(key)]
             if options:
                 raise ValueError(f"{options[0]} is set without `axattn:`, which names the kernel")
             return data
@@ -73,17 +78,21 @@ class AxattnPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is optional: it
             AxattnError: the kernel can't serve the model, or can't run here; with every reason.
         """
         if cfg.axattn:
-            from axattn.loading import apply
+            from axattn.loading import apply, status
 
             options = dict(cfg.axattn_kernel_options or {})
             apply(
                 model, cfg.axattn, on_unsupported=cfg.axattn_on_unsupported or "raise", kernel_options=options or None
             )
+            planned = Counter(layer.planned for layer in status(model).layers)
+            shown = ", ".join(f"{name} runs {count} attention modules" for name, count in planned.items())
+            logger.info("axattn: %s: %s", cfg.axattn, shown or "Transformers' function, with axattn's checks")
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """`axattn.VerifyCallback`, if axattn runs the model."""
-        if not cfg.axattn:
+        """`axattn.VerifyCallback`, if an axattn kernel runs the model and ``axattn_verify`` is not False."""
+        if not cfg.axattn or cfg.axattn_verify is False:
             return []
+        from axattn.loading import status
         from axattn.tools.verify.callback import VerifyCallback
 
-        return [VerifyCallback()]
+        return [VerifyCallback()] if status(trainer.model).layers else []

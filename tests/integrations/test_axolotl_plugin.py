@@ -40,7 +40,8 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def config(**given: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{"axattn": None, "axattn_on_unsupported": None, "axattn_kernel_options": None, **given})
+    keys = ("axattn", "axattn_on_unsupported", "axattn_kernel_options", "axattn_verify")
+    return SimpleNamespace(**{**dict.fromkeys(keys), **given})
 
 
 def test_without_its_key_nothing_changes(plugin: Any) -> None:
@@ -74,14 +75,29 @@ def test_contradictions_are_refused_with_the_config(plugin: Any, data: dict[str,
         plugin.AxattnArgs(**data)
 
 
-def test_the_built_model_runs_on_the_kernel_and_is_verified(plugin: Any) -> None:
+def test_the_built_model_runs_on_the_kernel_and_is_verified(plugin: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = build("llama")
     one = config(axattn="s2", axattn_kernel_options={"group_size": 8})
-    plugin.AxattnPlugin().post_model_build(one, model)
+    with caplog.at_level("INFO", "axolotl.axattn"):
+        plugin.AxattnPlugin().post_model_build(one, model)
+    layers = len(axattn.status(model).layers)
+    assert layers
+    assert f"axattn: s2: s2 runs {layers} attention modules" in caplog.text
     assert model.config._attn_implementation == "s2"
-    axattn.restore(model)
-    [callback] = plugin.AxattnPlugin().add_callbacks_post_trainer(one, None)
+    trainer = SimpleNamespace(model=model)
+    [callback] = plugin.AxattnPlugin().add_callbacks_post_trainer(one, trainer)
     assert isinstance(callback, axattn.VerifyCallback)
+    one.axattn_verify = False
+    assert plugin.AxattnPlugin().add_callbacks_post_trainer(one, trainer) == []
+    axattn.restore(model)
+
+
+def test_what_no_kernel_of_axattn_runs_is_not_verified(plugin: Any) -> None:
+    """`VerifyCallback` would refuse it, and a config can't remove the callback."""
+    model = build("llama")
+    plugin.AxattnPlugin().post_model_build(config(axattn="eager"), model)
+    assert plugin.AxattnPlugin().add_callbacks_post_trainer(config(axattn="eager"), SimpleNamespace(model=model)) == []
+    axattn.restore(model)
 
 
 def test_a_refusal_is_axattns(plugin: Any) -> None:
