@@ -149,6 +149,7 @@ def test_the_page_of_recipes_is_made_of_the_examples() -> None:
     assert recipes.PAGE.read_text() == recipes.page(recipes.recorded()), "stale: run python -m website.recipes"
 
 
+@FORKED
 def test_an_example_explains_its_arguments(tmp_path: Path) -> None:
     done = forked_example("trainer", tmp_path, "--help")
     assert not done.failed, done.result + done.output[-2000:]

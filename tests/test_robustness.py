@@ -216,7 +216,7 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("order", part_of(ORDERS, kept=[ORDERS[0]]))
+@pytest.mark.parametrize("order", part_of(ORDERS, kept=[]))
 def test_any_order_of_imports_runs_the_same(order: str, expected: torch.Tensor) -> None:
     for library in ("peft", "accelerate", "trl"):
         if library in order:

@@ -301,6 +301,7 @@ def test_values_are_read_on_the_host_once_a_forward_not_once_a_layer() -> None:
     assert counts[0] == counts[1]
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_a_compiled_model_keeps_documents_apart() -> None:
     model = axattn.apply(build("llama", num_hidden_layers=1), "varlen")

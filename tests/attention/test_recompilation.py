@@ -88,6 +88,7 @@ def test_lengths_that_change_make_two_graphs_and_the_results_of_eager(
     assert counted.graphs <= 2 * kinds_of_layers  # the first length, and all others
 
 
+@pytest.mark.nightly
 def test_s2_is_sparse_in_training_and_full_in_evaluation_inside_a_graph() -> None:
     reference, model = (
         axattn.apply(build("llama", num_hidden_layers=1), "s2", kernel_options={"group_size": 4}) for _ in range(2)

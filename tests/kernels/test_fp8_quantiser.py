@@ -236,6 +236,7 @@ def test_a_packed_step_of_a_model_runs_through_the_kernels(ours: Any, monkeypatc
 # ---- compiled -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_compiled_for_hopper_it_fits_and_spills_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.real.fp8_kernels"],

@@ -60,7 +60,7 @@ def test_packed_rows_in_a_graph_are_the_documents_alone(mode: str, built: list[A
             assert len(built) == 1  # read once for all layers
 
 
-@pytest.mark.parametrize("mode", part_of(MODES, kept=["inference_mode"]))
+@pytest.mark.parametrize("mode", part_of(MODES, kept=[]))
 def test_padding_changed_in_place_between_forwards_is_read_anew(mode: str) -> None:
     torch._dynamo.reset()
     model, reference = axattn.apply(build("llama", num_hidden_layers=1), "varlen"), build("llama", num_hidden_layers=1)

@@ -53,6 +53,7 @@ def test_paged_steps_run_on_a_name_of_transformers_and_ours_is_back_after(family
     assert _alone(model) == wanted
 
 
+@pytest.mark.nightly
 def test_a_copy_batches_on_its_own() -> None:
     model = axattn.apply(build("llama"), "varlen", unpad=True)
     other: Any = copy.deepcopy(model)

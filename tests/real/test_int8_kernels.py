@@ -16,6 +16,7 @@ from axattn.machine.presets import NAMES, machine
 ALL = os.environ.get("AXATTN_REAL") == "all"
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here (Linux on x86_64 has it)")
 def test_shared_memory_and_registers_are_enough() -> None:
     command = [sys.executable, "-m", "tests.real.int8_kernels", *(["--all"] if ALL else [])]

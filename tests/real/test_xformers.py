@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.nightly
 def test_the_library_has_an_operator_for_every_call_that_the_record_serves() -> None:
     """Every pair of features, on an architecture of each kind; `make nightly` asks all."""
     machines = ["sm75", "sm90"]

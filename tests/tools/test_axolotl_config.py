@@ -317,6 +317,17 @@ def test_an_axolotl_yaml_is_read_and_the_rest_ignored(tmp_path: Path) -> None:
     assert config.sample_packing
 
 
+def test_the_keys_of_the_axolotl_plugin_are_read_as_what_they_stand_for(tmp_path: Path) -> None:
+    text = "axattn: varlen\naxattn_on_unsupported: route\n"
+    for more in ("", "attn_implementation: eager\n", "attn_implementation: varlen\n"):
+        config = AttentionConfig.from_yaml(write(tmp_path, text + more))
+        assert (config.attn_implementation, config.on_unsupported) == ("varlen", "route")
+    with pytest.raises(InvalidConfigError, match=r"axattn: varlen and attn_implementation: sdpa contradict"):
+        AttentionConfig.from_yaml(write(tmp_path, text + "attn_implementation: sdpa\n"))
+    with pytest.warns(UserWarning, match="axattn_kernel_options: give them to"):
+        AttentionConfig.from_yaml(write(tmp_path, "axattn: s2\naxattn_kernel_options: {group_size: 64}\n"))
+
+
 def test_the_model_type_of_a_yaml_reaches_the_s2_check(tmp_path: Path) -> None:
     with quietly(), pytest.raises(InvalidConfigError, match="LLaMA models only"):
         AttentionConfig.from_yaml(write(tmp_path, "s2_attention: true\ntype_of_model: MistralForCausalLM\n"))

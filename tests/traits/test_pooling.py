@@ -323,6 +323,7 @@ def test_kernels_that_leave_padding_out_refuse_it_where_a_head_reads_it(kernel: 
         assert torch.isfinite(model(**given).loss)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_a_compiled_head_reads_padding_too() -> None:
     model, given = answers("llama", "right")

@@ -208,6 +208,9 @@ class AttentionConfig(BaseModel, metaclass=_AxattnErrors):
     def from_yaml(cls, path: str | Path, environment: Environment | str | None = None) -> Self:
         """Read the attention settings of an axolotl YAML file (safe loader); other settings are ignored.
 
+        The keys of axattn's plugin are read as what they set in axolotl: ``axattn:`` as ``attn_implementation:``,
+        ``axattn_on_unsupported:`` as ``on_unsupported:``.
+
         Args:
             path: the file.
             environment: the machine, or its name, to check the names against.
@@ -220,7 +223,7 @@ class AttentionConfig(BaseModel, metaclass=_AxattnErrors):
             raise InvalidConfigError(f"a config is read from a path, not from a {type(path).__name__}")
         known = {*cls.model_fields, *names.LEGACY_FLAGS, *COMPUTED}
         values = config_file.settings(Path(path), known)
-        taken = {key: value for key, value in values.items() if key in known}
+        taken = {key: value for key, value in values.items() if key in known} | _of_plugin(Path(path), values)
         if "model_type" not in taken or taken["model_type"] is None:
             taken["model_type"] = values.get("type_of_model") or values.get("model_config_type")
             if values.get("is_llama_derived_model"):
@@ -234,6 +237,26 @@ class AttentionConfig(BaseModel, metaclass=_AxattnErrors):
             return cls.model_validate(taken, context={"environment": environment})
         except ValidationError as error:
             raise _invalid(f"{Path(path).name} can't be used", error) from error
+
+
+def _of_plugin(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the keys of axattn's axolotl plugin stand for.
+
+    Raises:
+        InvalidConfigError: the setting itself is in the file, too, with another value.
+    """
+    found = {}
+    for key, field in setting_names.PLUGIN_KEYS.items():
+        given, other = values.get(key), values.get(field)
+        if given is None:
+            continue
+        if other not in (None, given) and (field, other) != ("attn_implementation", "eager"):  # as the plugin takes it
+            text = f"{key}: {given} and {field}: {other} contradict each other"
+            raise InvalidConfigError(f"{path.name} can't be used", [Reason(key, text)], f"Leave {field} out.")
+        found[field] = given
+    if values.get("axattn_kernel_options"):
+        _warn("axattn_kernel_options: give them to axattn.from_pretrained(kernel_options=...)", UserWarning)
+    return found
 
 
 def _warn(text: str, category: type[Warning]) -> None:

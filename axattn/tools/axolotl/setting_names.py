@@ -10,6 +10,9 @@ HYBRID = "gemma4_hybrid_attn_impl"
 COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
 """The flags that `AttentionConfig` computes from the name and refuses as input."""
 
+PLUGIN_KEYS = {"axattn": "attn_implementation", "axattn_on_unsupported": "on_unsupported"}
+"""Keys of `axattn.integrations.axolotl`, and the settings that they stand for."""
+
 AXOLOTL_KEYS: tuple[str, ...] = (
     HYBRID,
     "large_head_attention",
