@@ -14,7 +14,7 @@ OLDEST_KERNELS := 0.16.2
 demo: $(READY)
 	$(BIN)/axattn demo --output demo-output
 
-# Eleven minutes on two quiet cores. What is marked `nightly` runs in `make nightly`, as does all that is a sample here.
+# Eight minutes on two quiet cores. What is marked `nightly` runs in `make nightly`, as does all that is a sample here.
 test: checks unit pretend oldest
 
 checks: $(READY)
