@@ -24,6 +24,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 def search_finds(page: Page, word: str) -> None:
     """The search leads to a page that has the word."""
+    expect(page.locator(".md-search-result__meta")).to_have_text("Type to start searching")  # the index is loaded
     page.locator("[data-md-component='search-query']").first.fill(word)
     first = page.locator(".md-search-result__item a").first
     expect(first).to_be_visible()
@@ -68,6 +69,7 @@ def main(pictures: Path | None = None) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     errors: list[str] = []
+    expect.set_options(timeout=20_000)  # a busy machine
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for width, scheme in ((1280, "light"), (390, "dark")):
