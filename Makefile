@@ -91,7 +91,7 @@ nightly: newest $(READY) $(OLDEST_READY)
 	$(MAKE) frameworks
 	$(MAKE) site
 
-# What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks a slice). What is not
+# What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks SageAttention). What is not
 # installed is fetched into build/real (40 MB, pinned).
 real-kernels: $(READY)
 	$(BIN)/python -m tests.real.packages
@@ -128,8 +128,8 @@ torch-%: $(READY)
 conformance: $(READY)
 	$(BIN)/python -m tests.conformance --write
 
-# Every architecture of Transformers, also over two ranks; writes docs/models.{json,md}. `make test` tries a 24th of
-# them, and splits a 96th of the decoders.
+# Every architecture of Transformers, also over two ranks; writes docs/models.{json,md}. `make test` tries a 32nd of
+# them, and splits a few decoders.
 census: $(READY)
 	$(BIN)/python -m tests.census --write
 
