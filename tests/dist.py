@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def require_contents(sdist: Path, wheel: Path) -> None:
-    """The sdist has the sources, tests and docs; the wheel has the package and nothing else."""
+    """The sdist has the sources, tests and docs; the wheel has the package and torch's entry point, nothing else."""
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert not (absent := set(NEEDED) - held), f"{sdist.name} lacks {sorted(absent)}"
@@ -59,7 +59,7 @@ def require_contents(sdist: Path, wheel: Path) -> None:
     source = {path.relative_to(ROOT).as_posix() for path in (ROOT / "axattn").rglob("*.py")} | {"axattn/py.typed"}
     assert package >= source, f"{wheel.name} lacks {sorted(source - package)}"
     other = [name for name in names if name not in package and ".dist-info/" not in name]
-    assert not other, f"{wheel.name} holds {other}"
+    assert other == ["axattn_autoload.py"], f"{wheel.name} holds {other}"
 
 
 def require_working(wheel: Path, version: Version, outside: Path) -> None:
@@ -81,6 +81,8 @@ def require_working(wheel: Path, version: Version, outside: Path) -> None:
     assert run(axattn, "--version", folder=elsewhere) == f"axattn {version}\n"
     kernels = json.loads(run(axattn, "doctor", "--json", folder=elsewhere))["kernels"]
     assert any(kernel["name"] == "varlen" and kernel["usable"] for kernel in kernels), kernels
+    code = "import torch; from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as A; print('varlen' in A)"
+    assert run(python, "-c", code, folder=elsewhere) == "True\n", "import torch did not register the names"
     code = "import transformers; transformers.LlamaConfig(num_hidden_layers=2).save_pretrained('tiny')"
     run(python, "-c", code, folder=elsewhere)
     assert json.loads(run(axattn, "plan", "tiny", "--json", folder=elsewhere))["layers"]
