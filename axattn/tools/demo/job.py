@@ -29,7 +29,7 @@ from axattn.tools.tables import print_plan
 ROW = 1024
 BATCH = 16
 PROMPT = "def "
-_FALLS = 40
+_STEPS_TO_FALL = 40
 """From this many steps on the loss must fall by a tenth; in fewer, at all."""
 
 
@@ -171,7 +171,7 @@ def _prove(model: Any, tokenizer: Any, held: list[Any], tuned: Path, losses: lis
     batch = collator([{"input_ids": example["input_ids"][: ROW // 2]} for example in held])
     batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
     first, last = ends(losses)
-    limit = 0.9 if len(losses) >= _FALLS else 0.99
+    limit = 0.9 if len(losses) >= _STEPS_TO_FALL else 0.99
     fell = Proof("the loss fell (last five steps over the first five)", last / first, limit)
     return [fell, no_leak(model, batch), *packed_equals_alone(model, reference, batch)]
 
