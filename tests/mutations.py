@@ -15,6 +15,7 @@ WHERE = (
     "tests.backends.test_sinks",
     "tests.parallel.test_fetch",
     "tests.conformance.test_mutations",
+    "tests.documents.test_model_state",
     "tests.backends.test_sage",
     "tests.backends.test_softcap_tiles",
     "tests.fuzz.test_fuzz",

@@ -75,15 +75,15 @@ def attend(
         and not kwargs.get("dropout")
         and not is_tracing()
     ):
-        kinds = (query.dtype, key.dtype, value.dtype)
-        note = attention_mask.notes.get((route.candidates, query.shape, key.shape, value.shape, kinds))
+        seen = (route.candidates, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype)
+        note = attention_mask.notes.get(seen)
         if note is None:
             short_key = key_of(attention_mask, query, key, value)
             note = note_of(route, short_key, attention_mask, query, key, value)
         if note is not None:
             route.served[note.served] = route.served.get(note.served, 0) + 1
             out = note.kernel(query, key, value, scale=kwargs.get("scaling")).transpose(1, 2).contiguous()
-            check_nan = query.device.type == "cpu" and torch.is_grad_enabled()
+            check_nan = torch.is_grad_enabled() and query.device.type == "cpu"
             return (nan_where_not_finite(out, query) if check_nan else out), None
     sparse = False
     for keyword, given in kwargs.items():

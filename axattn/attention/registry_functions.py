@@ -43,12 +43,18 @@ def mask_function(config: Any = None, **keywords: Any) -> LazyMask | None:
 
     A model with an input hook is refused in that case (`axattn.hf.registries.require_registered`).
     """
-    from axattn.documents.forward_context import current
-    from axattn.masks import mask_interface
-
-    if config is not None and current() is None and not attends(config):
+    global _forward_context, _mask_interface  # noqa: PLW0603  # an import statement takes a microsecond each time
+    if _forward_context is None or _mask_interface is None:
+        from axattn.documents import forward_context as _forward_context
+        from axattn.masks import mask_interface as _mask_interface
+    if config is not None and _forward_context.slot().context is None and not attends(config):
         return None
-    return mask_interface.lazy_mask(config=config, **keywords)
+    made: LazyMask = _mask_interface.lazy_mask(config=config, **keywords)
+    return made
+
+
+_forward_context: Any = None
+_mask_interface: Any = None
 
 
 FUNCTIONS: dict[str, tuple[functools.partial[Any], Any]] = {

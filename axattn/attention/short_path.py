@@ -51,7 +51,7 @@ def note_of(
     if served is None:
         return None
     note = Note(served, _kernel(mask, q, k, v))
-    mask.notes[route.candidates, q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype)] = note
+    mask.notes[route.candidates, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype] = note
     return note
 
 

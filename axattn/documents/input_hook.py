@@ -19,23 +19,21 @@ from axattn.documents.boundaries import Segments
 from axattn.documents.forward_context import BoundaryInputs, Context, current, slot
 from axattn.documents.inputs import switched_to_native
 from axattn.documents.late_inputs import recheck_inputs
+from axattn.documents.model_state import SDPA, ModelState
 from axattn.documents.padding_reads import padding_is_read
 from axattn.documents.read_inputs import boundary_inputs, read, zero_one_mask
 from axattn.documents.traced import TracedSegments
+from axattn.documents.wrapper_positions import require_positions_passed_on
 from axattn.errors import InvalidInputError, Reason, UnsupportedAttentionError
 from axattn.hf.caches import caches_in, is_packed, mark_packed
-from axattn.hf.foreign_code import changes_inputs
-from axattn.hf.forward_inputs import INPUTS, LENGTHS, caches_of, is_paged_step, token_shape
+from axattn.hf.forward_inputs import INPUTS, LENGTHS, caches_of, is_paged_step, token_shape, tokens_alone
 from axattn.hf.model_internals import wants_weights
-from axattn.hf.registries import require_registered
 from axattn.hf.source_inspection import calls_interface
-from axattn.hf.torch_internals import last_pre_hook
 from axattn.traits import picked_tokens
-from axattn.traits.attention_configs import NameCheck
 from axattn.traits.model_traits import ModelTraits
 from axattn.traits.position_ids import count_positions
 
-_SDPA = torch.nn.functional.scaled_dot_product_attention
+_NOTHING = BoundaryInputs()
 
 
 class InputHook:
@@ -45,19 +43,10 @@ class InputHook:
         traits: the traits of the model.
     """
 
-    _own: Any = None
-    _last = -1
-    _may_change = False
-
     def __init__(self, traits: ModelTraits) -> None:
         self.traits = traits
-        self.names = NameCheck()
+        self.state = ModelState(traits)
         self._watching: list[Any] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what it noted about the hooks and the ``forward`` of its module: a copy reads them again."""
-        kept = ("traits", "names", "_watching")
-        return {name: value for name, value in vars(self).items() if name in kept}
 
     def remove_watchers(self) -> None:
         """Remove the hooks that `_watch` added."""
@@ -70,13 +59,19 @@ class InputHook:
         """Forward pre-hook (``with_kwargs=True``). Adds to packed rows what is missing: on a flash name the lengths of
         the documents, which Transformers' flash path reads at any batch size, and positions that restart in each
         document. Replaces a mask of document ids by a 0/1 mask."""
+        state = self.state
+        unchanged_state = state.unchanged()
+        if unchanged_state and state.tokens_suffice and not args and self._enter(module, kwargs):
+            return None
         if is_paged_step(kwargs) and (self.traits.native is not None or switched_to_native(self.traits, module)):
             return None
-        require_registered(module)
-        self.names.require(module)
+        if not unchanged_state:
+            state.require(module, self.pre_forward)
+            if state.inputs_may_change and self.traits.native is not None and not self._watching:
+                self._watch(module)
         given = {**dict(zip(self.traits.parameters, args, strict=False)), **kwargs} if args else kwargs
         here, outer = slot(), current()
-        recheck = None if torch.compiler.is_compiling() or not self._inputs_may_change(module) else module
+        recheck = module if not torch.compiler.is_compiling() and state.inputs_may_change else None
         weights = self._require_allowed(module, given)
         bounds = boundary_inputs(given, outer)
         unchanged: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -158,16 +153,19 @@ class InputHook:
                 for cache in caches:
                     mark_packed(cache, length)
 
-    def _inputs_may_change(self, module: torch.nn.Module) -> bool:
-        """Whether unknown code runs between this hook and the model's own ``forward`` and may change its inputs
-        (`axattn.documents.late_inputs`)."""
-        own, last = module.__dict__.get("forward"), last_pre_hook(module)
-        if own is not self._own or last != self._last:
-            self._own, self._last = own, last
-            self._may_change = changes_inputs(module, self.pre_forward)
-            if self._may_change and self.traits.native is not None and not self._watching:
-                self._watch(module)
-        return self._may_change
+    def _enter(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
+        """Set the context of a forward that is given only tokens, where every row is one document, and return True.
+        False, and nothing is set, for all others."""
+        here = slot()
+        if here.context is not None or here.shard is not None or here.known_documents is not None:
+            return False
+        shape = tokens_alone(given)
+        if shape is None:
+            return False
+        if shape[1] > 1:
+            require_positions_passed_on(module, *shape)
+        here.context = Context(None, shape, False, _NOTHING, self, None, caller=sys._getframe(2))
+        return True
 
     def _watch(self, module: torch.nn.Module) -> None:
         """On native names no axattn code runs inside the forward: add pre-hooks to the model's children and its first
@@ -186,7 +184,7 @@ class InputHook:
             native_guard.require_prefix_survives(module, given)
         if traits.shares_keys:
             native_guard.require_gradients_of_shared_keys(module)
-        if torch.nn.functional.scaled_dot_product_attention is not _SDPA and traits.native is None:
+        if torch.nn.functional.scaled_dot_product_attention is not SDPA and traits.native is None:
             native_guard.require_no_context_parallel(module)
         if traits.on_flash and traits.native is not None:
             native_flash_guard.require_deterministic(traits.native, traits.nondeterministic, module)

@@ -104,7 +104,7 @@ def read(
         raise InvalidInputError(
             f"the batch is empty: {rows} rows of {length} tokens", advice="Give at least one row with one token."
         )
-    if positions is cu_q is cu_k is None and outer is None and length > 1 and not is_tracing():
+    if positions is cu_q is cu_k is None and outer is None and length > 1 and not torch.compiler.is_compiling():
         require_positions_passed_on(module, rows, length)
     unknown = unknown_tensors(given, rows, length)
     if unknown:

@@ -13,7 +13,9 @@ import torch
 
 from axattn.documents.boundaries import documents_in, from_positions
 from axattn.errors import Reason, UnsupportedAttentionError
-from axattn.hf.torch_internals import calls_around
+from axattn.hf.torch_internals import calls_around, is_tracing
+
+_DESCRIPTIONS = frozenset({"position_ids", "attention_mask"})
 
 
 def require_positions_passed_on(module: torch.nn.Module, rows: int, length: int) -> None:
@@ -28,8 +30,9 @@ def require_positions_passed_on(module: torch.nn.Module, rows: int, length: int)
     Raises:
         UnsupportedAttentionError: a wrapper dropped the documents.
     """
-    own, around = calls_around(module)
-    if not own and "peft.peft_model" in sys.modules:  # a wrapper can't be detected: contract "calls of modules"
+    own, around = calls_around(module, _DESCRIPTIONS)
+    # contract "calls of modules": else a wrapper can't be detected
+    if not own and "peft.peft_model" in sys.modules and not is_tracing():
         raise UnsupportedAttentionError(
             f"{type(module).__name__} can't run without position_ids here",
             [Reason("position_ids", "whether a wrapper (PEFT's prompt tuning) dropped them can't be seen here")],
@@ -42,6 +45,8 @@ def require_positions_passed_on(module: torch.nn.Module, rows: int, length: int)
         description = positions if positions is not None else mask
         if description is None or (description.shape[0] if tokens is None else tokens.shape[0]) != rows:
             continue
+        if is_tracing():  # no values to read
+            return
         shape = (rows, description.shape[1])
         if positions is None and shape[1] == length:
             continue

@@ -129,6 +129,9 @@ AT_ATTENTION = frozenset(name for name, one in INPUTS.items() if one.at_attentio
 HOOK_INPUTS = frozenset(name for name, one in INPUTS.items() if one.read)
 """What the input hook reads."""
 CACHES = keywords(Role.CACHE)
+_TOKENS = {"input_ids": 2, "inputs_embeds": 3}
+"""Their number of dimensions."""
+_BESIDE_TOKENS = frozenset(keywords(Role.SETTING, Role.LABELS, Role.TARGETS)) - {"output_attentions"}
 TOKEN_TYPES = keywords(Role.TOKEN_TYPES)
 TARGETS = keywords(Role.LABELS, Role.TARGETS)
 LENGTHS = (*keywords(Role.LENGTHS), *keywords(Role.MAX_LENGTH))
@@ -164,6 +167,25 @@ def token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
             if any(one.ndim == 2 and length == one.shape[1] and one.shape[0] in (1, rows) for one in known):
                 return rows, length
     return None
+
+
+def tokens_alone(given: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(B, S) of the tokens if a forward is given nothing else but labels and settings, and there is a token; else None.
+
+    Runs before most forwards: one loop, no calls.
+    """
+    tokens: Any = None
+    dimensions = 0
+    for name, value in given.items():
+        if value is None or value is False or name in _BESIDE_TOKENS:
+            continue
+        if tokens is not None or name not in _TOKENS:
+            return None
+        tokens, dimensions = value, _TOKENS[name]
+    if not isinstance(tokens, torch.Tensor) or tokens.ndim != dimensions:
+        return None
+    rows, length = tokens.shape[:2]
+    return (rows, length) if rows and length else None
 
 
 def is_given(value: Any) -> bool:

@@ -18,6 +18,7 @@ from axattn.hf import own_functions
 from axattn.hf.model_internals import CONFIG_NAME, attribute_of
 from axattn.hf.post_import import is_imported
 from axattn.hf.source_inspection import origin
+from axattn.hf.watched import Entry
 
 INTERFACES = {
     "attention": ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
@@ -143,6 +144,11 @@ def require_own_file(name: str, layer: str, cls: Any) -> None:
         reasons = foreign(name, [(f"in {forward.__module__}, attention", registered_function(interface, name))])
         if reasons:
             raise _taken(name, layer, reasons)
+
+
+def entries_of(name: Any) -> list[Entry]:
+    """The entries of the registries that `require_registered` reads for a name."""
+    return [(table, name) for one in interfaces() for table in (one._local_mapping, one._global_mapping)]
 
 
 def require_registered(module: Any) -> None:

@@ -159,7 +159,9 @@ def autograd_in_operator() -> Any:
 def is_tracing() -> bool:
     """Whether tensor values can't be read now: a graph is being traced (``torch.compile``, ``torch.export``,
     ``torch.jit.trace``), or ``torch.func.vmap`` runs many samples as one."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or _maps_samples()
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return True
+    return torch._C._are_functorch_transforms_active() and _maps_samples()
 
 
 def needs_torch_operators() -> bool:
@@ -213,8 +215,7 @@ def running_max(x: torch.Tensor) -> torch.Tensor:
 
 
 def _maps_samples() -> bool:
-    if not torch._C._are_functorch_transforms_active():
-        return False
+    """Whether the active transforms of ``torch.func`` include ``vmap``."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
@@ -242,11 +243,14 @@ _CALL = torch.nn.Module._call_impl.__code__
 _FRAMES = 40
 
 
-def calls_around(module: torch.nn.Module) -> tuple[bool, list[tuple[torch.nn.Module, torch.Tensor | None, Any]]]:
+def calls_around(
+    module: torch.nn.Module, keywords: frozenset[str] = frozenset()
+) -> tuple[bool, list[tuple[torch.nn.Module, torch.Tensor | None, Any]]]:
     """The modules whose calls enclose that of `module`.
 
     Args:
         module: the module whose forward pre-hook is running.
+        keywords: leave out the calls without any of these keywords; () for all calls.
 
     Returns:
         Whether the call of `module` itself was found (if not, the rest is unreliable); and for each enclosing call,
@@ -259,10 +263,10 @@ def calls_around(module: torch.nn.Module) -> tuple[bool, list[tuple[torch.nn.Mod
             break
         if frame.f_code is code:
             call = frame.f_locals
+            given: dict[str, Any] = call["kwargs"]
             if call["self"] is module:
                 own = True
-            else:
-                given: dict[str, Any] = call["kwargs"]
+            elif not (keywords and keywords.isdisjoint(given)):
                 first = given["input_ids"] if "input_ids" in given else next(iter(call["args"]), None)
                 found.append((call["self"], first if isinstance(first, torch.Tensor) else None, given))
         frame = frame.f_back
@@ -301,12 +305,6 @@ def hooks_of(module: torch.nn.Module) -> list[Any]:
     """All forward and backward hooks of a module."""
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return [hook for kind in kinds for hook in kind.values()]
-
-
-def last_pre_hook(module: torch.nn.Module) -> int:
-    """The key of a module's last forward pre-hook. It must have one."""
-    last: int = next(reversed(module._forward_pre_hooks))
-    return last
 
 
 def take_pre_hook(module: torch.nn.Module, hook: Any) -> tuple[int, bool]:

@@ -84,7 +84,7 @@ def lazy_mask(
         and q_offset == kv_offset
         and not use_vmap
     ):
-        return _shared_causal(batch_size, q_length, torch.device(device), context is not None)
+        return _shared_causal(batch_size, q_length, device, context is not None)
     if isinstance(attention_mask, LazyMask):  # `generate` builds the masks of a static cache before the forward
         return attention_mask
     function = known().causal if mask_function is None else mask_function
@@ -161,11 +161,11 @@ def lazy_mask(
     )
 
 
-_causal_masks: dict[tuple[int, int, torch.device, bool], LazyMask] = {}
+_causal_masks: dict[tuple[int, int, torch.device | str, bool], LazyMask] = {}
 _CAUSAL_MASKS_KEPT = 8
 
 
-def _shared_causal(rows: int, length: int, device: torch.device, guarded: bool) -> LazyMask:
+def _shared_causal(rows: int, length: int, device: torch.device | str, guarded: bool) -> LazyMask:
     """The causal mask of rows with one document and no padding, the most common mask: one object for many forwards.
 
     Its notes (`LazyMask.notes`) are reused in the next forward. A mask that was made dense is not kept: it would hold
@@ -185,7 +185,7 @@ def _shared_causal(rows: int, length: int, device: torch.device, guarded: bool) 
                 segments=None,
                 padding=None,
                 materialise=materialise,
-                device=device,
+                device=torch.device(device),
                 guarded=guarded,
             )
         if len(_causal_masks) >= _CAUSAL_MASKS_KEPT:

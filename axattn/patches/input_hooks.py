@@ -61,7 +61,7 @@ def add_input_hooks(
             raise UnsupportedAttentionError(f"{name} can't serve {type(module).__name__}", reasons, advice)
         traits = read_traits(module, name, _nondeterministic(name) if name in names.FLASH else ())
         hook = InputHook(traits)
-        hook.names.look(module)
+        hook.state.names.look(module)
         patches.add_undo(hook.remove_watchers)
         patches.add_handle(module.register_forward_pre_hook(hook.pre_forward, with_kwargs=True, prepend=True))
         patches.add_handle(module.register_forward_hook(hook.post_forward, always_call=True))

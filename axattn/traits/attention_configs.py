@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, repeat
-from operator import is_
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from axattn.hf.model_internals import CONFIG_NAME, supports
 from axattn.hf.module_walk import named_modules
 from axattn.hf.registries import axattn_functions, name_of
 from axattn.hf.source_inspection import calls_interface
+from axattn.hf.watched import Entry, Watched
 from axattn.spec import names
 from axattn.traits.layer_needs import sub_configs
 
@@ -126,29 +125,29 @@ def reads_masks_of(name: str | None, masks: str | None, model: Any) -> bool:
 class NameCheck:
     """Checks before a forward with an input hook that the attention modules read the name that the masks are made for.
 
-    Modules and configs may have been added or replaced since `axattn.apply` called `copies`. As long as all are the
-    same objects, a forward costs a comparison of lists. A copy of the check starts empty.
+    Modules and configs may have been added or replaced since `axattn.apply` called `copies`. A copy of the check starts
+    empty.
+
+    Attributes:
+        whole: the children of every module that contains attention.
+        entries: the configs of the model and its attention modules, and the names in configs of their own.
     """
 
     def __init__(self) -> None:
-        self._parents: list[dict[str, torch.nn.Module | None]] = []
-        self._children: list[torch.nn.Module | None] | None = None
-        self._attributes: list[dict[str, Any]] = []
-        self._configs: list[Any] = []
+        self.whole: list[dict[str, torch.nn.Module | None]] = []
+        self.entries: list[Entry] = []
+        self._watched: Watched | None = None
         self._own_configs: list[tuple[str, Any, Any]] = []
-        self._config: Any = None
 
     def __reduce__(self) -> Any:
         return NameCheck, ()  # the copy of a layer's hook would hold the whole model
 
     def look(self, model: Any) -> None:
         """Find the attention modules of a model, without those of inner models, which have their own input hooks."""
-        self._parents, self._config = [], model.config
+        self.whole = []
         layers: list[tuple[str, torch.nn.Module]] = []
         self._find(model, "", layers)
-        self._children = [*chain.from_iterable(map(dict.values, self._parents))]
-        self._attributes = [module.__dict__ for _, module in layers]
-        self._configs = [attributes.get("config") for attributes in self._attributes]
+        self.entries = [(module.__dict__, "config") for module in (model, *(module for _, module in layers))]
         own = sub_configs(model.config)
         known = {id(config) for _, config in own}
         apart = []
@@ -158,6 +157,8 @@ class NameCheck:
                 known.add(id(config))
                 apart.append((layer, config, dict(own)[_original(config, own, "")]))
         self._own_configs = apart
+        self.entries += [(vars(config), CONFIG_NAME) for _, *both in apart for config in both]
+        self._watched = Watched(self.whole, self.entries)
 
     def _find(self, module: torch.nn.Module, name: str, layers: list[tuple[str, torch.nn.Module]]) -> bool:
         """Whether a module contains attention; records where, in `layers` and `self`."""
@@ -173,7 +174,7 @@ class NameCheck:
                 layers.append((below, child))
             found = self._find(child, below, layers) or attends or found
         if found:
-            self._parents.append(module._modules)
+            self.whole.append(module._modules)
         return found
 
     def require(self, model: Any) -> None:
@@ -182,11 +183,7 @@ class NameCheck:
         Raises:
             UnsupportedAttentionError: with the layer and both names.
         """
-        if not torch.compiler.is_compiling() and (
-            model.config is not self._config
-            or [*chain.from_iterable(map(dict.values, self._parents))] != self._children
-            or not all(map(is_, map(dict.get, self._attributes, repeat("config")), self._configs))
-        ):
+        if not torch.compiler.is_compiling() and (self._watched is None or not self._watched.unchanged()):
             self.look(model)
         for layer, config, original in self._own_configs:
             name, masks = name_of(config), name_of(original)

@@ -244,7 +244,7 @@ def test_padding_queries_give_zeros_and_no_nan_in_gradients() -> None:
 
 
 @pytest.mark.parametrize("documents", [(2, 4), (3, 3)])
-def test_a_model_without_a_door_reads_documents_from_the_keywords(documents: tuple[int, int]) -> None:
+def test_a_model_without_an_input_hook_reads_documents_from_the_keywords(documents: tuple[int, int]) -> None:
     q, k, v = qkv()
     a = documents[0]
     parts = [reference(*(x[:, :, s] for x in (q, k, v)), is_causal=True) for s in (slice(0, a), slice(a, 6))]

@@ -218,7 +218,7 @@ def test_documents_that_do_not_reach_the_attention_module_are_refused() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FLASH)
-def test_the_door_gives_the_flash_path_the_lengths_of_the_documents(name: str) -> None:
+def test_the_input_hook_gives_the_flash_path_the_lengths_of_the_documents(name: str) -> None:
     """Transformers reads positions only when there is one row, and hands FlashAttention 4 a tensor for an int."""
     ids, rows = tokens(2, 21), ((7, 11, 3), (5, 16))
     expected = torch.cat([alone(build("mistral"), ids[i : i + 1], rows[i]) for i in range(2)])

@@ -216,7 +216,7 @@ def cumulative_lengths_are_ignored(patch: Patch) -> None:
 
 
 @fault("auto", "llama4", "packed, cache on by default")
-def the_door_is_open(patch: Patch) -> None:
+def the_input_hook_reads_nothing(patch: Patch) -> None:
     patch.setattr(input_hook.InputHook, "pre_forward", lambda self, module, args, kwargs: None)
 
 

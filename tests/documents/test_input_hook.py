@@ -347,11 +347,11 @@ def calls_twice(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("forward", [keeps_positions, changes_a_mask, drops_keywords, takes_one_out, calls_twice])
-def test_a_head_that_keeps_or_changes_an_input_gets_a_door_of_its_own(forward: Any) -> None:
+def test_a_head_that_keeps_or_changes_an_input_gets_an_input_hook_of_its_own(forward: Any) -> None:
     assert passes_inputs_on(forward, "model") is False
 
 
-def test_a_model_and_its_head_have_one_door_between_them() -> None:
+def test_a_model_and_its_head_have_one_input_hook_between_them() -> None:
     model = axattn.apply(build("llama"), "varlen")
     assert len(model._forward_pre_hooks) == 0
     assert len(model.model._forward_pre_hooks) == 1
