@@ -148,6 +148,18 @@ def test_documents_that_code_added_later_gives_the_forward_are_kept_apart(put: C
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("put", [_a_hook, _a_forward], ids=_named)
+def test_lengths_that_code_added_later_gives_the_forward_are_refused(put: Callable[..., None]) -> None:
+    def add(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "cu_seq_lens_q": torch.tensor([0, 4, 10], dtype=torch.int32)}
+
+    model = _patched()
+    put(model.model, add)
+    with pytest.raises(InvalidInputError, match="cu_seq_lens_q"):
+        model(IDS)
+
+
+@torch.no_grad()
 def test_a_forward_with_more_than_tokens_is_read() -> None:
     model = _patched("auto")
     with pytest.raises(InvalidInputError, match="position_ids"):
