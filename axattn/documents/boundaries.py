@@ -203,6 +203,8 @@ def from_positions(
         return None
     if attention_mask is not None and has_document_ids is None:
         has_document_ids = holds_document_ids(attention_mask)
+    if position_ids is None and not has_document_ids:
+        return None  # padding alone starts no document
     given = starts_of(position_ids, attention_mask, bool(has_document_ids))
     starts = given.by_document_id if given.by_document_id is not None else given.by_position
     if starts is None:
