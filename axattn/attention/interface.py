@@ -71,6 +71,7 @@ def attend(
     short_key = None
     if (
         type(attention_mask) is LazyMask
+        and attention_mask.segments is None
         and kwargs.keys() <= NO_EXTRAS
         and not kwargs.get("dropout")
         and not is_tracing()
@@ -95,7 +96,8 @@ def attend(
             sparse = True
         elif given is not False:
             _refuse_keyword(route, keyword, given)
-    query, key, value = _one_dtype(query, key, value)
+    if not query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type):
+        query, key, value = _one_dtype(query, key, value)
     if type(attention_mask) is ShardMask:
         from axattn.parallel.ulysses import over_ranks
 
@@ -135,7 +137,8 @@ def attend(
         bias=kwargs.get("position_bias"),
         extras=kwargs,
         options=route.options,
-        want_weights=bool(kwargs.get("output_attentions")) or _hook_wants_weights(mask),
+        want_weights=bool(kwargs.get("output_attentions"))
+        or (mask.weights if isinstance(mask, LazyMask) else _hook_wants_weights()),
     )
     if needs_torch_operators():
         out = portable(call, route.kernels[route.planned][0], route.layer)
@@ -181,9 +184,7 @@ def run_library(backend: Backend, call: AttentionCall, route: Route) -> torch.Te
         ) from error
 
 
-def _hook_wants_weights(mask: LazyMask | torch.Tensor | None) -> bool:
-    if isinstance(mask, LazyMask):
-        return mask.weights
+def _hook_wants_weights() -> bool:
     context = current()
     return context is not None and context.weights
 
@@ -235,8 +236,6 @@ def _one_dtype(
     kind = query.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (query.dtype, key.dtype, value.dtype):
         dtype = torch.get_autocast_dtype(kind)
-    elif query.dtype == key.dtype == value.dtype:
-        return query, key, value
     else:
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -188,8 +188,8 @@ class LazyMask(TensorLike):
 
     def layout(self) -> Layout | None:
         """The mask as spans, None if it has no such form. Computed once for all layers of a forward."""
-        self._read_traced_segments()
         if isinstance(self._layout, bool):
+            self._read_traced_segments()
             self._layout = build_layout(self)
         return self._layout
 

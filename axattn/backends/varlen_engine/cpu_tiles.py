@@ -40,6 +40,14 @@ class Tile(NamedTuple):
         return self.k1 - self.k0 + total(self.stem)
 
 
+class Tiles(NamedTuple):
+    """The tiles of a layout. `disjoint`: they cover every query and every key exactly once, so outputs and gradients
+    need no zeroing and no adding."""
+
+    tiles: list[Tile]
+    disjoint: bool
+
+
 def cut_tiles(layout: Layout) -> list[Tile]:
     """Cut the spans of a layout into tiles. Without a window a span is one tile; windowed spans are cut in blocks."""
     result: list[Tile] = []
@@ -107,7 +115,7 @@ class _Segmented(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        tiles: list[Tile],
+        tiles: Tiles,
         layout: Layout,
         scale: float,
     ) -> torch.Tensor:
@@ -125,14 +133,13 @@ class _Segmented(torch.autograd.Function):
 
 
 def forward_over_tiles(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: list[Tile], layout: Layout, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles, layout: Layout, scale: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`attention_over_tiles` without autograd: ``[B, S, H, D]``, and each tile's logsumexp ``[rows, H, queries]``."""
     B, H, S, _ = query.shape
-    disjoint = _disjoint(layout, tiles)
-    out = (query.new_empty if disjoint else query.new_zeros)(B, S, H, value.shape[-1])
+    out = (query.new_empty if tiles.disjoint else query.new_zeros)(B, S, H, value.shape[-1])
     saved = []
-    for tile in tiles:
+    for tile in tiles.tiles:
         q, k, v = _slices(tile, query, key, value)
         part, lse = cpu_flash_forward(q, k, v, tile.causal, _mask_of(tile, layout, q.dtype), scale)
         out[tile.row0 : tile.row1, tile.q0 : tile.q1] = part.transpose(1, 2)
@@ -147,7 +154,7 @@ def backward_over_tiles(
     value: torch.Tensor,
     out: torch.Tensor,
     logsumexps: Sequence[torch.Tensor],
-    tiles: list[Tile],
+    tiles: Tiles,
     layout: Layout,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -164,10 +171,9 @@ def backward_over_tiles(
         layout: the layout that they were cut from.
         scale: factor on the logits.
     """
-    disjoint = _disjoint(layout, tiles)
-    like = torch.empty_like if disjoint else torch.zeros_like
+    like = torch.empty_like if tiles.disjoint else torch.zeros_like
     dq, dk, dv = like(query), like(key), like(value)
-    for tile, lse in zip(tiles, logsumexps, strict=True):
+    for tile, lse in zip(tiles.tiles, logsumexps, strict=True):
         q, k, v = _slices(tile, query, key, value)
         part = (slice(tile.row0, tile.row1), slice(tile.q0, tile.q1))
         mask = _mask_of(tile, layout, q.dtype)
@@ -184,7 +190,7 @@ def backward_over_tiles(
                 at += b - a
             continue
         for target, part_grad in zip(_slices(tile, dq, dk, dv), (gq, gk, gv), strict=True):
-            if disjoint:
+            if tiles.disjoint:
                 target.copy_(part_grad)
             else:
                 target.add_(part_grad)
@@ -227,13 +233,18 @@ def attention_over_tiles(
     return out
 
 
-def tiles_of(layout: Layout) -> list[Tile]:
+def tiles_of(layout: Layout) -> Tiles:
     """The tiles of a layout, cut once for all layers that share it."""
-    return layout.kept("tiles", lambda: cut_tiles(layout))
+
+    def cut_once() -> Tiles:
+        tiles = cut_tiles(layout)
+        return Tiles(tiles, _disjoint(layout, tiles))
+
+    return layout.kept("tiles", cut_once)
 
 
 def _disjoint(layout: Layout, tiles: list[Tile]) -> bool:
-    """Whether the tiles cover every query and every key exactly once, so gradients need no zeroing and no adding."""
+    """See `Tiles`."""
     square = all(t.offset is None and not t.stem and (t.q0, t.q1) == (t.k0, t.k1) for t in tiles)
     square = square and not layout.stems  # the keys of a stem are in several tiles
     covered = sum((t.row1 - t.row0) * (t.q1 - t.q0) for t in tiles)

@@ -53,7 +53,7 @@ def _tiles_forward(call: AttentionCall, layout: Layout) -> tuple[torch.Tensor, t
     tiles = tiles_of(layout)
     out, parts = forward_over_tiles(query, key, value, tiles, layout, call.scale)
     logsumexp = logsumexp_like(query)
-    for tile, part in zip(tiles, parts, strict=True):
+    for tile, part in zip(tiles.tiles, parts, strict=True):
         logsumexp[tile.row0 : tile.row1, :, tile.q0 : tile.q1] = part
     return nan_where_not_finite(out, query)[..., : call.value.shape[-1]], logsumexp
 
@@ -63,7 +63,7 @@ def _tiles_backward(
 ) -> Gradients:
     query, key, value = one_head_dim(call.query, call.key, call.value)
     tiles = tiles_of(layout)
-    parts = [logsumexp[tile.row0 : tile.row1, :, tile.q0 : tile.q1] for tile in tiles]
+    parts = [logsumexp[tile.row0 : tile.row1, :, tile.q0 : tile.q1] for tile in tiles.tiles]
     grad, out = _as_wide(grad, query), _as_wide(out, query)
     return _trimmed(backward_over_tiles(grad, query, key, value, out, parts, tiles, layout, call.scale), call)
 

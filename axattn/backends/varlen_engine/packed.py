@@ -26,7 +26,7 @@ def over_layout(call: AttentionCall, layout: Layout) -> torch.Tensor:
     Returns:
         ``[B, S, H, Dv]``, computed by `sdpa` if torch's flash kernel does not run.
     """
-    if decoding.serves(call) or decoding.pays_on_cpu(call):
+    if call.query.shape[2] == 1 and (decoding.serves(call) or decoding.pays_on_cpu(call)):
         return decoding.single_query_attention(call, layout)
     query, key, value = call.query, call.key, call.value
     value_dim = value.shape[-1]

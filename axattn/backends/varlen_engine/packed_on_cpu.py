@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from axattn.backends.varlen_engine.cpu_tiles import backward_over_tiles, cut_tiles, forward_over_tiles
+from axattn.backends.varlen_engine.cpu_tiles import backward_over_tiles, forward_over_tiles, tiles_of
 from axattn.masks.varlen_layout import Layout, Span
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[tokens, H, D]`` and logsumexp ``[H, tokens]`` of exact attention over ``[tokens, H, D]``."""
     layout = _layout(packed)
-    tiles = cut_tiles(layout)
+    tiles = tiles_of(layout)
     out, lses = forward_over_tiles(_row(query), _row(key), _row(value), tiles, layout, packed.scale)
     whole = lses[0].new_empty(query.shape[1], query.shape[0])
-    for tile, lse in zip(tiles, lses, strict=True):
+    for tile, lse in zip(tiles.tiles, lses, strict=True):
         whole[:, tile.q0 : tile.q1] = lse[0]
     return out[0], whole
 
@@ -48,8 +48,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients with respect to query, key and value; arguments as those of `flash_backward.flash_backward`."""
     layout = _layout(packed)
-    tiles = cut_tiles(layout)
-    lses = [logsumexp[None, :, tile.q0 : tile.q1] for tile in tiles]
+    tiles = tiles_of(layout)
+    lses = [logsumexp[None, :, tile.q0 : tile.q1] for tile in tiles.tiles]
     grads = backward_over_tiles(
         grad[None], _row(query), _row(key), _row(value), out[None], lses, tiles, layout, packed.scale
     )
