@@ -1,20 +1,54 @@
-"""What axattn costs beside Transformers' ``sdpa`` where it computes the same: two patched models beside a stock one."""
+"""What axattn costs beside Transformers' ``sdpa`` where it computes the same: forwards and steps on 16 tokens."""
 
 from __future__ import annotations
 
-import random
 import statistics
-import time
 from collections.abc import Callable
 from operator import truediv
 from typing import Any
 
+from benchmarks.measure import in_random_turns, ratios
 from benchmarks.models import llama
 
 
+def tiny_forward(forwards: int = 4000) -> dict[str, Any]:
+    """One forward of 4 or 32 layers, by the inputs: CPU time through ``varlen`` against Transformers' ``sdpa``."""
+    import copy
+
+    import torch
+
+    import axattn
+
+    found: dict[str, Any] = {"aim": "<= 1.00"}
+    torch.set_num_threads(1)
+    ids = torch.randint(0, 128, (1, 16))
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "no cache": {"use_cache": False},
+        "all-ones mask": {"attention_mask": torch.ones_like(ids)},
+        "positions": {"position_ids": torch.arange(16)[None], "use_cache": False},
+    }
+    for layers in (4, 32):
+        stock = llama(64, layers, 4, 128).eval()
+        stock.set_attn_implementation("sdpa")
+        models = {"sdpa": stock, "varlen": axattn.apply(copy.deepcopy(stock), "varlen")}
+        again = {"sdpa": stock, "sdpa again": copy.deepcopy(stock)}
+        for kind, inputs in kinds.items():
+            compared = _compared(models, ids, inputs, forwards // layers)["varlen"]
+            noise = _compared(again, ids, inputs, forwards // layers)["sdpa again"]["ratio"]
+            found[f"{layers} layers, {kind}"] = {**compared, "sdpa against itself": noise}
+    return found
+
+
+def _compared(models: dict[str, Any], ids: Any, inputs: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+    """`ratios` of forwards to those of ``sdpa``."""
+    runs = {name: _forward(model, ids, inputs) for name, model in models.items()}
+    return ratios(in_random_turns(runs, rounds, 5), "sdpa")
+
+
 def call_path(rounds: int = 1000) -> dict[str, Any]:
-    """CPU time of forwards, and of steps with gradients, of 4 layers on 16 tokens: a stock model and two of axattn's in
-    random turns, then the stock model and a copy of it (the noise).
+    """CPU time of forwards and of steps with gradients, of 4 layers: a stock model and two of axattn's in random turns,
+    then the stock model and a copy of it (the noise).
 
     The speeds are relative to the stock model's (1: as fast), medians over rounds. The second model shares masks with
     the first.
@@ -33,37 +67,39 @@ def call_path(rounds: int = 1000) -> dict[str, Any]:
     models |= {"second": axattn.apply(copy.deepcopy(stock), "varlen")}
     again = {"sdpa": stock, "sdpa again": copy.deepcopy(stock)}
     found: dict[str, Any] = {"aim": "forwards >= 0.98, steps >= 0.95, of both"}
-
-    def forward(model: Any) -> None:
-        with torch.no_grad():
-            model(ids, use_cache=False)
-
-    def step(model: Any) -> None:
-        model(ids, use_cache=False).logits.sum().backward()
-        model.zero_grad(set_to_none=True)
-
-    for what, run in (("forwards", forward), ("steps", step)):
-        found[what] = _speeds(_in_random_turns(models, run, rounds)) | _speeds(_in_random_turns(again, run, rounds))
+    for what, of in (("forwards", _without_cache), ("steps", _step)):
+        found[what] = {
+            name: speed
+            for together in (models, again)
+            for name, speed in _speeds({name: of(model, ids) for name, model in together.items()}, rounds).items()
+        }
     return found
 
 
-def _speeds(times: dict[str, list[float]]) -> dict[str, float]:
+def _speeds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Relative to ``sdpa`` in the same round: the machine's own speed changes over a run."""
-    return {
-        name: round(statistics.median(map(truediv, times["sdpa"], values)), 3)
-        for name, values in times.items()
-        if name != "sdpa"
-    }
+    times = in_random_turns(runs, rounds, 5)
+    base = times.pop("sdpa")
+    return {name: round(statistics.median(map(truediv, base, values)), 3) for name, values in times.items()}
 
 
-def _in_random_turns(models: dict[str, Any], run: Callable[[Any], None], rounds: int) -> dict[str, list[float]]:
-    """Seconds of CPU time of this thread."""
-    draw = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 5):
-        for name in draw.sample(list(models), len(models)):
-            start = time.thread_time()
-            run(models[name])
-            if turn >= 5:
-                times[name].append(time.thread_time() - start)
-    return times
+def _forward(model: Any, ids: Any, inputs: dict[str, Any]) -> Callable[[], object]:
+    import torch
+
+    def run() -> None:
+        with torch.no_grad():
+            model(ids, **inputs)
+
+    return run
+
+
+def _without_cache(model: Any, ids: Any) -> Callable[[], object]:
+    return _forward(model, ids, {"use_cache": False})
+
+
+def _step(model: Any, ids: Any) -> Callable[[], object]:
+    def run() -> None:
+        model(ids, use_cache=False).logits.sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    return run

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import speed, training
-from benchmarks.call_path import call_path
+from benchmarks.call_path import call_path, tiny_forward
 from benchmarks.measure import ROOT, interleaved, machine, ratios
 from benchmarks.models import llama, packed, step
 from benchmarks.shared_prefixes import shared_prefixes
@@ -99,48 +99,6 @@ def one_step(name: str, tokens: int) -> None:
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def tiny_forward() -> dict[str, Any]:
-    """One forward of a tiny model: the cost of the call path through ``varlen`` against Transformers' ``sdpa``."""
-    import copy
-
-    import torch
-
-    import axattn
-
-    found: dict[str, Any] = {"aim": "<= 1.00"}
-    torch.set_num_threads(1)
-    ids = torch.randint(0, 128, (1, 16))
-    kinds = {
-        "plain": {"input_ids": ids},
-        "no cache": {"input_ids": ids, "use_cache": False},
-        "all-ones mask": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-        "positions": {"input_ids": ids, "position_ids": torch.arange(16)[None], "use_cache": False},
-    }
-    for layers in (4, 32):
-        theirs = llama(64, layers, 4, 128).eval()
-        theirs.set_attn_implementation("sdpa")
-        same, ours = copy.deepcopy(theirs), copy.deepcopy(theirs)
-        axattn.apply(ours, "varlen")
-        models = {"sdpa": theirs, "sdpa again": same, "varlen": ours}
-        for name, inputs in kinds.items():
-            runs = {kind: _forwards(model, inputs, 80 // layers) for kind, model in models.items()}
-            compared = ratios(interleaved(runs, 60, 3), "sdpa")
-            noise = compared["sdpa again"]["ratio"]
-            found[f"{layers} layers, {name}"] = {**compared["varlen"], "sdpa against itself": noise}
-    return found
-
-
-def _forwards(model: Any, inputs: dict[str, Any], count: int) -> Callable[[], object]:
-    import torch
-
-    def run() -> None:
-        with torch.no_grad():
-            for _ in range(count):
-                model(**inputs)
-
-    return run
 
 
 def loading() -> dict[str, Any]:
