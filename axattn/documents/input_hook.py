@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from axattn.documents import mrope, native_flash_guard, native_guard
-from axattn.documents.boundaries import Segments
+from axattn.documents.boundaries import Segments, holds_document_ids
 from axattn.documents.forward_context import BoundaryInputs, Context, current, slot
 from axattn.documents.inputs import switched_to_native
 from axattn.documents.late_inputs import recheck_inputs
@@ -29,6 +29,7 @@ from axattn.hf.caches import caches_in, is_packed, mark_packed
 from axattn.hf.forward_inputs import INPUTS, LENGTHS, caches_of, is_paged_step, token_shape, tokens_alone
 from axattn.hf.model_internals import wants_weights
 from axattn.hf.source_inspection import calls_interface
+from axattn.hf.torch_internals import is_tracing
 from axattn.traits import picked_tokens
 from axattn.traits.model_traits import ModelTraits
 from axattn.traits.position_ids import count_positions
@@ -59,19 +60,18 @@ class InputHook:
         """Forward pre-hook (``with_kwargs=True``). Adds to packed rows what is missing: on a flash name the lengths of
         the documents, which Transformers' flash path reads at any batch size, and positions that restart in each
         document. Replaces a mask of document ids by a 0/1 mask."""
-        state = self.state
-        unchanged_state = state.unchanged()
-        if unchanged_state and state.tokens_suffice and not args and self._enter(module, kwargs):
-            return None
         if is_paged_step(kwargs) and (self.traits.native is not None or switched_to_native(self.traits, module)):
             return None
-        if not unchanged_state:
+        state, compiling = self.state, torch.compiler.is_compiling()
+        if compiling or not state.unchanged():
             state.require(module, self.pre_forward)
-            if state.inputs_may_change and self.traits.native is not None and not self._watching:
+            if not compiling and state.inputs_may_change and self.traits.native is not None and not self._watching:
                 self._watch(module)
+        if not compiling and state.tokens_suffice and not args and self._enter(module, kwargs):
+            return None
         given = {**dict(zip(self.traits.parameters, args, strict=False)), **kwargs} if args else kwargs
         here, outer = slot(), current()
-        recheck = module if not torch.compiler.is_compiling() and state.inputs_may_change else None
+        recheck = module if not compiling and state.inputs_may_change else None
         weights = self._require_allowed(module, given)
         bounds = boundary_inputs(given, outer)
         unchanged: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -154,17 +154,22 @@ class InputHook:
                     mark_packed(cache, length)
 
     def _enter(self, module: torch.nn.Module, given: dict[str, Any]) -> bool:
-        """Set the context of a forward that is given only tokens, where every row is one document, and return True.
-        False, and nothing is set, for all others."""
+        """Set the context of a forward that is given only tokens and padding, where every row is one document, and
+        return True. False, and nothing is set, for all others."""
         here = slot()
         if here.context is not None or here.shard is not None or here.known_documents is not None:
             return False
         shape = tokens_alone(given)
         if shape is None:
             return False
+        bounds, mask = _NOTHING, given.get("attention_mask")
+        if mask is not None:
+            if is_tracing() or (shape[1] > 1 and holds_document_ids(mask)):
+                return False
+            bounds = BoundaryInputs(mask=mask)
         if shape[1] > 1:
             require_positions_passed_on(module, *shape)
-        here.context = Context(None, shape, False, _NOTHING, self, None, caller=sys._getframe(2))
+        here.context = Context(None, shape, False, bounds, self, None, caller=sys._getframe(2))
         return True
 
     def _watch(self, module: torch.nn.Module) -> None:

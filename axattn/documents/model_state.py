@@ -25,7 +25,7 @@ class ModelState:
         names: the check of the names that its attention modules read.
         inputs_may_change: unknown code runs between its input hook and its ``forward`` and may change its inputs
             (`axattn.documents.late_inputs`).
-        tokens_suffice: a forward that is given only tokens has nothing else to check.
+        tokens_suffice: a forward that is given only tokens and padding has nothing else to check.
     """
 
     def __init__(self, traits: ModelTraits) -> None:
@@ -39,8 +39,8 @@ class ModelState:
         return ModelState, (self._traits,)  # a copy of the model is another model
 
     def unchanged(self) -> bool:
-        """Whether the last `require` holds. Always False in a graph, which checks by its guards."""
-        return not torch.compiler.is_compiling() and self._watched is not None and self._watched.unchanged()
+        """Whether the last `require` holds. Not for graphs, which check by their guards."""
+        return self._watched is not None and self._watched.unchanged()
 
     def require(self, module: torch.nn.Module, hook: Callable[..., Any]) -> None:
         """Check the state and record it.
@@ -64,7 +64,7 @@ class ModelState:
             not self.inputs_may_change
             and traits.native is None
             and name in names.axattn_backends()
-            and not (traits.reads or traits.picks or traits.shares_keys)
+            and not (traits.reads or traits.picks or traits.shares_keys or traits.first_must_be_real)
             and torch.nn.functional.scaled_dot_product_attention is SDPA
             and not wants_weights(module.config)
         )

@@ -131,7 +131,7 @@ HOOK_INPUTS = frozenset(name for name, one in INPUTS.items() if one.read)
 CACHES = keywords(Role.CACHE)
 _TOKENS = {"input_ids": 2, "inputs_embeds": 3}
 """Their number of dimensions."""
-_BESIDE_TOKENS = frozenset(keywords(Role.SETTING, Role.LABELS, Role.TARGETS)) - {"output_attentions"}
+_BESIDE_TOKENS = frozenset(keywords(Role.SETTING, Role.LABELS, Role.TARGETS, Role.MASK)) - {"output_attentions"}
 TOKEN_TYPES = keywords(Role.TOKEN_TYPES)
 TARGETS = keywords(Role.LABELS, Role.TARGETS)
 LENGTHS = (*keywords(Role.LENGTHS), *keywords(Role.MAX_LENGTH))
@@ -170,7 +170,8 @@ def token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def tokens_alone(given: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(B, S) of the tokens if a forward is given nothing else but labels and settings, and there is a token; else None.
+    """(B, S) of the tokens if a forward is given nothing else but their 2-D mask ``[B, S]``, labels and settings, and
+    there is a token; else None.
 
     Runs before most forwards: one loop, no calls.
     """
@@ -184,7 +185,11 @@ def tokens_alone(given: Mapping[str, Any]) -> tuple[int, int] | None:
         tokens, dimensions = value, _TOKENS[name]
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != dimensions:
         return None
-    rows, length = tokens.shape[:2]
+    shape = tokens.shape[:2]
+    mask = given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.shape == shape):
+        return None
+    rows, length = shape
     return (rows, length) if rows and length else None
 
 

@@ -170,6 +170,19 @@ def test_a_forward_with_more_than_tokens_is_read() -> None:
     assert model(IDS).attentions is None
 
 
+@torch.no_grad()
+def test_documents_in_a_mask_are_found_after_forwards_without_any() -> None:
+    model = _patched()
+    wanted = model(IDS, position_ids=positions((4, 6))).logits
+    ones = torch.ones_like(IDS)
+    torch.testing.assert_close(model(IDS, attention_mask=ones).logits, model(IDS).logits)
+    document_ids = torch.tensor([[1] * 4 + [2] * 6])
+    torch.testing.assert_close(model(IDS, attention_mask=document_ids).logits, wanted)
+    padded = torch.cat((IDS[:, :3].flip(1), IDS), 1)
+    mask = torch.cat((torch.zeros_like(IDS[:, :3]), ones), 1)
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 3:], model(IDS).logits)
+
+
 @fault("a change of a model's state between two forwards is refused")
 def the_state_of_a_model_is_checked_once(patch: Patch) -> None:
     patch.setattr(watched.Watched, "unchanged", lambda self: True)
