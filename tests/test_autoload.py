@@ -147,7 +147,7 @@ def test_it_registers_in_this_process_and_twice_is_once(monkeypatch: pytest.Monk
     assert axattn.registered()
 
 
-def test_doctor_names_the_package_that_took_a_name_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_the_package_that_took_an_axattn_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def theirs() -> None: ...
 
     axattn.register()

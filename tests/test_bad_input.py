@@ -1,4 +1,4 @@
-"""What can't be is one error of ours, at once: configs, folders, names, models, batches; JSON where that is asked."""
+"""What can't be is one error of axattn, at once: configs, folders, names, models, batches; JSON where that is asked."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_path_that_leads_nowhere_never_asks_the_hub(monkeypatch: pytest.Monkey
         axattn.plan(name)
 
 
-def test_a_hub_that_is_away_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def away(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("Name or service not known")
 
@@ -369,7 +369,7 @@ def test_a_benchmark_of_names_that_all_fail_fails(tmp_path: Path) -> None:
     assert runner.invoke(app, [*common, "--attn", "varlen", "--attn", "fp8"]).exit_code == 0
 
 
-def test_an_error_without_words_of_ours_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_from_outside_axattn_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("out of\nmemory")
 

@@ -210,7 +210,7 @@ def test_documents_that_do_not_reach_the_attention_module_are_refused() -> None:
     for name, module, kwargs in (
         ("flash_attention_2", attention, {}),
         ("flash_attention_4", attention, where),  # a tensor for an int
-        ("flash_attention_2", torch.nn.Linear(2, 2), where),  # does not hand them on
+        ("flash_attention_2", torch.nn.Linear(2, 2), where),  # does not pass them on
     ):
         with pytest.raises(UnsupportedAttentionError, match="do not reach"):
             native_flash_guard.require_reached(name, module, kwargs, segments)
@@ -219,7 +219,7 @@ def test_documents_that_do_not_reach_the_attention_module_are_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", FLASH)
 def test_the_input_hook_gives_the_flash_path_the_lengths_of_the_documents(name: str) -> None:
-    """Transformers reads positions only when there is one row, and hands FlashAttention 4 a tensor for an int."""
+    """Transformers reads positions only when there is one row, and passes FlashAttention 4 a tensor for an int."""
     ids, rows = tokens(2, 21), ((7, 11, 3), (5, 16))
     expected = torch.cat([alone(build("mistral"), ids[i : i + 1], rows[i]) for i in range(2)])
     with hopper(name):
@@ -423,7 +423,9 @@ def test_no_upgrade_to_a_kernel_that_the_model_does_not_list(monkeypatch: pytest
         (dataclasses.replace(HOPPER, flash_attn_4_shadowed=True), "shadows that of flash-attn-4", "force-reinstall"),
     ],
 )
-def test_what_flash_attention_4_needs_is_said_with_the_mending_command(environment: Any, part: str, fix: str) -> None:
+def test_what_flash_attention_4_needs_is_reported_with_the_command_that_fixes_it(
+    environment: Any, part: str, fix: str
+) -> None:
     (reason,) = get("flash_attention_4").probe(environment)
     assert part in reason.text
     assert fix in reason.fix

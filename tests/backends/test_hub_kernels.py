@@ -107,7 +107,7 @@ OFFLINE = dataclasses.replace(without(), hub_offline=True)
         (OFFLINE, f"its cache has no {FLASH}@v4", f"get_kernel('{FLASH}', revision='v4')"),
     ],
 )
-def test_what_keeps_a_kernel_from_running_is_said_with_both_ways_out(
+def test_what_keeps_a_kernel_from_running_is_reported_with_both_ways_out(
     environment: Environment, reason: str, fix: str
 ) -> None:
     with pytest.raises(BackendUnavailableError) as caught:

@@ -140,7 +140,7 @@ def test_an_activation_after_the_machine_was_probed_is_seen(monkeypatch: pytest.
     assert Environment.current().flash_impl == "FA3"
 
 
-def test_torchs_own_overrides_serve_the_machines_that_we_say() -> None:
+def test_torchs_own_overrides_serve_the_machines_that_axattn_names() -> None:
     """`torch_flash._SERVES`, by torch's checks: each override asked with every major architecture."""
     from torch.nn.attention import _fa3, _fa4
 

@@ -1,4 +1,4 @@
-"""Transformers' own Trainer with our collator: packed training equals training on each document alone."""
+"""Transformers' own Trainer with axattn's collator: packed training equals training on each document alone."""
 
 from __future__ import annotations
 

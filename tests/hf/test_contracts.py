@@ -121,7 +121,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize(("name", "change"), [(name, one) for name, some in BREAKS.items() for one in some])
-def test_a_contract_that_does_not_hold_is_told(name: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contract_that_does_not_hold_is_reported(name: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch)
     contract = next(one for one in every_contract() if one.name == name)
     assert contract.difference()
@@ -242,7 +242,7 @@ def test_a_newer_version_is_tried_once_and_what_came_is_said(
     assert "(from an earlier run): right: packed" in said(caplog)
 
 
-def test_an_older_version_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_older_version_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(contracts.OLDEST_TESTED, "transformers", "5.30.0")
     monkeypatch.setattr(canary, "run", lambda apply: dict.fromkeys(canary.SCENARIOS, ""))
     assert f"transformers {transformers.__version__} is older than the oldest tested (5.30.0)" in said(caplog)

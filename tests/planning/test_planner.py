@@ -62,7 +62,7 @@ def test_a_kernel_that_the_machine_can_not_run_is_refused_or_routed_with_a_note(
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", "flex_attention"])
-def test_native_names_are_handed_on_verbatim(name: str) -> None:
+def test_native_names_are_passed_on_verbatim(name: str) -> None:
     assert axattn.plan(CONFIGS["llama"](head_dim=8), name, environment=AMPERE).running == {"": name}
 
 

@@ -1,4 +1,4 @@
-"""xformers' own dispatch, asked for every call that our record serves: ``python -m tests.real.xformers_dispatch``.
+"""xformers' own dispatch, asked for every call that axattn's record serves: ``python -m tests.real.xformers_dispatch``.
 
 Nothing is computed: the adapter packs tensors without numbers, the library sees them on a GPU that is not here. A
 process of its own, because the library looks for its operators when it is imported.

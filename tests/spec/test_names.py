@@ -50,7 +50,7 @@ def test_a_hub_path_is_taken_apart() -> None:
     assert str(path) == "org/name@v1:fn"
 
 
-def test_paged_names_pass_for_native_names_and_are_refused_for_ours() -> None:
+def test_paged_names_pass_for_native_names_and_are_refused_for_axattn_backends() -> None:
     assert names.canonicalise("paged|sdpa") == "paged|sdpa"
     with pytest.raises(UnknownAttentionError, match="no paged cache"):
         names.canonicalise("paged|sage")

@@ -56,7 +56,7 @@ def test_auto_is_right_on_a_model(folders: Any, family: str) -> None:
 def test_what_a_model_does_to_padded_or_packed_rows_by_itself_is_not_the_kernel_s_fault(
     model_type: str, head: str, refused: bool, tmp_path: Path
 ) -> None:
-    """RoBERTa counts from behind its padding token, BART along the row, MobileBERT's embeddings look at neighbours."""
+    """RoBERTa counts from one past its padding id, BART along the row, MobileBERT's embeddings look at neighbours."""
     census(model_type, head).save_pretrained(tmp_path)
     found = axattn.verify(tmp_path, "auto")
     assert found.right, found
@@ -166,7 +166,7 @@ def test_a_fault_is_found_with_random_weights_too(
     assert not found.right
 
 
-def test_rows_longer_than_a_window_are_run_or_it_is_said(tmp_path: Path) -> None:
+def test_rows_longer_than_a_window_are_run_or_it_is_reported(tmp_path: Path) -> None:
     build("mistral", sliding_window=200).save_pretrained(tmp_path / "a")
     assert "longer than the window" in {c.scenario for c in axattn.verify(tmp_path / "a", "varlen", layers=1).checks}
     build("mistral", sliding_window=9000, max_position_embeddings=16384).save_pretrained(tmp_path / "b")
