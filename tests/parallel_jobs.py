@@ -344,7 +344,7 @@ def without_heads() -> dict[str, float]:
 
 def passed_by() -> dict[str, Any]:
     """A forward in the place of the model's, which computes the loss from hidden states: the largest error, tokens that
-    a layer saw, and the text of what is refused where it is not the model inside that is called."""
+    a layer saw, and the text of what is refused where it is not the inner model that is called."""
     import types
 
     inputs = packed_batch(1, 24)
@@ -452,7 +452,7 @@ def refusals() -> dict[str, str]:
 
 
 def compiled(parts: tuple[str, ...], strategy: str) -> dict[str, float]:
-    """The whole model, the model inside it, or its layers compiled, on packed rows of two lengths: loss, gradients."""
+    """The whole model, its inner model, or its layers compiled, on packed rows of two lengths: loss, gradients."""
     found = {}
     batches = [packed_batch(1), packed_batch(2, 30)]
     loss, wanted = reference(batches, num_hidden_layers=1)

@@ -184,7 +184,7 @@ def use(model: Any) -> None:
         pass
 
 
-ENTRANCES: list[Callable[[Any], Any]] = [
+FUNCTIONS: list[Callable[[Any], Any]] = [
     lambda model: axattn.apply(model, "auto"),
     axattn.restore,
     axattn.status,
@@ -197,10 +197,10 @@ ENTRANCES: list[Callable[[Any], Any]] = [
 @pytest.mark.parametrize(
     "model", ["my-model", None, 3, tf.LlamaForCausalLM, CONFIGS["llama"]()], ids=lambda m: type(m).__name__
 )
-@pytest.mark.parametrize("entrance", ENTRANCES)
-def test_what_is_no_loaded_model_is_refused(entrance: Callable[[Any], Any], model: Any) -> None:
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_is_no_loaded_model_is_refused(function: Callable[[Any], Any], model: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"is not a model that is loaded.*from_pretrained"):
-        entrance(model)
+        function(model)
 
 
 @pytest.mark.parametrize("source", [None, 3, [], {}, tf.LlamaForCausalLM, b"x"], ids=repr)

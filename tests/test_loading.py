@@ -278,7 +278,9 @@ def test_status_of_a_model_that_transformers_loaded_lists_its_layers_once_they_h
     assert [layer.served for layer in axattn.status(model).layers] == [{}, {}]
 
 
-def test_a_call_that_the_planned_kernel_can_not_serve_is_routed_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_call_that_the_planned_kernel_can_not_serve_is_routed_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
 
     notices._given.clear()
     model = axattn.apply(build("llama"), "auto")

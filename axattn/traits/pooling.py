@@ -52,7 +52,7 @@ def read_at(model: torch.nn.Module) -> frozenset[Place]:
     Includes every place that the source or a run shows: a wrong one costs only a dense mask.
 
     Args:
-        model: a ``PreTrainedModel``; the source of models inside it is not read.
+        model: a ``PreTrainedModel``; the source of inner models is not read.
     """
     return (_places_by_source(model) or frozenset()) | _places_by_run(model)
 

@@ -210,7 +210,7 @@ def test_a_compiled_model_is_traced_anew_and_refused() -> None:
         assert torch.equal(packed(compiled), expected)
 
 
-def test_a_model_on_a_name_that_was_taken_out_says_so() -> None:
+def test_a_model_on_a_name_that_was_unregistered_is_refused() -> None:
     model = axattn.apply(build("llama"), "varlen")
     axattn.unregister()
     with pytest.raises(

@@ -127,7 +127,7 @@ def test_transformers_own_flash_path_reads_the_environment_alone(name: str, monk
         assert set(flash.repeats) == {True}
 
 
-def test_modernbert_says_so_in_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modernbert_is_deterministic_by_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     ask("torch", monkeypatch)
     for deterministic in (False, True):
         config = tf.ModernBertConfig(

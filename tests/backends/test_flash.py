@@ -148,7 +148,7 @@ def test_gemma_4_runs_its_sliding_layers_on_flash_and_its_global_ones_on_the_nex
 
 
 @torch.no_grad()
-def test_a_mixed_plan_says_so_once_and_is_data(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mixed_plan_is_logged_once_and_is_data(caplog: pytest.LogCaptureFixture) -> None:
     with hopper("flash_attention_2") as environment:
         config = FAMILIES["gemma4"].make().config
         found = axattn.plan(config, "flash_attention_2", on_unsupported="route", environment=environment)
@@ -331,7 +331,9 @@ def test_flash_attention_2_becomes_4_on_hopper_where_every_layer_allows_it(caplo
 @pytest.mark.parametrize(
     "how", ["argument", "variable", "Ampere", "no FA4", "a layer can't", "no backward", "slower", "dropout"]
 )
-def test_and_stays_where_anything_speaks_against_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_2_stays_where_anything_rules_the_upgrade_out(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment, config, options = HOPPER, build("mistral").config, {}
     if how == "argument":
         options["upgrade_flash"] = False
@@ -500,7 +502,7 @@ def test_a_flash_library_that_fails_to_import_leaves_no_trace(
         ("qwen2_moe, sliding window", tf.AutoModelForCausalLM, "causal", "does not hand its window of 6"),
     ],
 )
-def test_models_whose_attention_modules_say_otherwise_than_their_masks_are_refused(
+def test_models_whose_attention_modules_contradict_their_masks_are_refused(
     model_type: str, auto: Any, head: str, part: str
 ) -> None:
     model = auto.from_config(tiny(model_type, head), attn_implementation="eager").eval()

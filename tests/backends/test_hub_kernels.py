@@ -369,7 +369,7 @@ def test_trust_follows_the_mark_of_the_hub(
     assert not asked
 
 
-def test_offline_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(hub_cache, "is_offline", lambda: True)

@@ -228,7 +228,7 @@ def test_lora_follows_the_exact_run_and_without_the_gradient_it_does_not(
 
 
 @needs_interpreter
-def test_it_is_said_that_the_interpreter_is_for_tests(interpreter: Environment) -> None:
+def test_a_note_says_that_the_interpreter_is_for_tests(interpreter: Environment) -> None:
     assert "for tests, not for speed" in axattn.plan(build("llama"), "sage").notes[0]
 
 

@@ -97,7 +97,7 @@ def test_a_plan_says_what_whole_and_packed_rows_run_on(environment: Environment,
 
 
 @pytest.mark.parametrize("environment", [CPU, ROCM6])
-def test_without_an_nvidia_gpu_there_is_nothing_to_say(environment: Environment) -> None:
+def test_without_an_nvidia_gpu_there_is_no_note(environment: Environment) -> None:
     assert note_of(environment) == ""
 
 

@@ -96,7 +96,7 @@ def test_names_of_transformers_serve_documents_where_the_text_has_positions_of_i
 
 
 @pytest.mark.parametrize("name", ["auto", "varlen", "sdpa"])
-def test_generate_goes_on_from_its_own_cache(name: str) -> None:
+def test_generate_continues_from_its_own_cache(name: str) -> None:
     greedy = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     ids, mask = tokens(2, 7).clamp(max=80), torch.ones(2, 7, dtype=torch.long)
     mask[0, :2] = 0

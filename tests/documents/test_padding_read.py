@@ -95,7 +95,7 @@ def test_a_last_token_alone_is_right_or_refused(family: str) -> None:
 
 
 @torch.no_grad()
-def test_padding_that_nobody_reads_makes_no_dense_mask() -> None:
+def test_padding_that_no_output_reads_makes_no_dense_mask() -> None:
     model = axattn.apply(build("llama"), "varlen")
     seen: list[Any] = []
     model.model.layers[0].register_forward_pre_hook(

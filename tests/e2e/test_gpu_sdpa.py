@@ -68,7 +68,7 @@ def test_grouped_heads_never_run_on_the_math_kernel(dtype: torch.dtype, D: int, 
     assert ((found - wanted).norm() / wanted.norm()).item() < (1e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
-def test_what_is_said_in_a_graph_is_what_torch_takes() -> None:
+def test_the_answer_in_a_graph_is_what_torch_takes() -> None:
     """In a graph torch can't be asked: the rule for FlashAttention 2 stands in for it."""
     for dtype in (torch.bfloat16, torch.float32):
         for D in (64, 256, 512):

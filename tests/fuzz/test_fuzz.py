@@ -120,6 +120,6 @@ def reading_a_batch_fails(patch: Patch) -> None:
     patch.setattr("axattn.documents.input_hook.read", fail)
 
 
-def test_an_error_of_somebody_else_is_foreign(monkeypatch: Patch) -> None:
+def test_an_error_from_outside_axattn_is_foreign(monkeypatch: Patch) -> None:
     reading_a_batch_fails(monkeypatch)
     assert run(PACKED) == Verdict("foreign error", "KeyError: 'somewhere'")

@@ -216,7 +216,7 @@ def said(caplog: pytest.LogCaptureFixture) -> str:
     return caplog.text
 
 
-def test_a_tested_version_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tested_version_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert "newer" not in said(caplog)
 
 
@@ -227,7 +227,7 @@ def test_a_patch_release_is_not_newer() -> None:
     }
 
 
-def test_a_newer_version_is_tried_once_and_what_came_is_said(
+def test_a_newer_version_is_tried_once_and_the_result_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     newer(monkeypatch)

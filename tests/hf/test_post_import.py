@@ -50,7 +50,7 @@ def test_a_function_runs_once_the_module_is_there_and_nothing_stays_behind(make:
     assert seen == [1]
 
 
-def test_a_module_that_is_there_is_not_waited_for(make: Make) -> None:
+def test_for_an_imported_module_the_function_runs_at_once(make: Make) -> None:
     make("late")
     importlib.import_module("late")
     finders, seen = list(sys.meta_path), []

@@ -34,7 +34,7 @@ EVERYTHING = os.environ.get("AXATTN_PROBES") == "all"
 LENGTHS = (5, 4, 3)
 
 
-# ---- both witnesses ------------------------------------------------------------------------------------------------
+# ---- source and run ------------------------------------------------------------------------------------------------
 
 SHOWN = {
     "mra": "positions start at 2",  # a buffer of them does, and nothing in a forward says so
@@ -182,7 +182,7 @@ def test_positions_without_a_source_are_what_a_run_shows() -> None:
     assert torch.allclose(model(ids, position_ids=positions(LENGTHS) + 2).logits, expected, atol=1e-4)
 
 
-def test_a_way_of_counting_that_nobody_knows_is_refused() -> None:
+def test_an_unknown_way_of_counting_positions_is_refused() -> None:
     """From 4 along the row, where tokens of padding are counted as any: `count_positions` has no such way."""
     model = roberta(made(EMBEDDINGS.format(count=ALONG), RobertaEmbeddings))
     model.roberta.embeddings.padding_idx = model.config.pad_token_id = 3
@@ -237,7 +237,7 @@ def test_a_head_without_a_source_reads_what_a_run_shows(picked: str, answer: tup
     assert torch.allclose(model(**padded("right")).logits, expected, atol=2e-5)
 
 
-# ---- witnesses that say different things ---------------------------------------------------------------------------
+# ---- source and run that disagree ----------------------------------------------------------------------------------
 
 
 class SaysNextForCausalLM(tf.LlamaForCausalLM):

@@ -127,7 +127,7 @@ def test_documents_do_not_see_each_other_bit_for_bit(quantiser: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_a_number_is_not_rounded_to_one(quantiser: Any, value: float) -> None:
+def test_nan_and_infinity_are_not_rounded_to_a_finite_value(quantiser: Any, value: float) -> None:
     x, documents = made((20,), 2, 16), Documents((20,), CPU)
     x[7, 1, 5] = value
     keys, smooth = quantiser.quantise_smoothed(x, documents)
@@ -138,7 +138,7 @@ def test_what_is_not_a_number_is_not_rounded_to_one(quantiser: Any, value: float
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-38, 1e-42])
-def test_next_to_nothing_becomes_zero(quantiser: Any, value: float) -> None:
+def test_tiny_values_become_zero(quantiser: Any, value: float) -> None:
     x, documents = torch.zeros(8, 2, 16), Documents((3, 5), CPU)
     x[1] = value
     for found in (quantiser.quantise(x, documents, 1), quantiser.quantise_smoothed(x, documents)[0]):

@@ -178,7 +178,7 @@ def test_documents_do_not_see_each_other_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("part", [0, 1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_a_number_is_not_rounded_away(part: int, value: float) -> None:
+def test_nan_and_infinity_are_not_rounded_away(part: int, value: float) -> None:
     packed = packed_of((20,), (20,), True, None, 64)
     inputs = [x.detach() for x in made((20,), (20,), 2, 2, 64, False)]
     inputs[part][7, :, 5] = value
@@ -187,7 +187,7 @@ def test_what_is_not_a_number_is_not_rounded_away(part: int, value: float) -> No
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40])
-def test_next_to_nothing_gives_the_mean_of_the_values(value: float) -> None:
+def test_tiny_queries_and_keys_give_the_mean_of_the_values(value: float) -> None:
     packed = packed_of((5,), (5,), False, None, 64)
     v = torch.randn(5, 2, 64)
     keys = torch.zeros(5, 2, 64)

@@ -40,7 +40,7 @@ def test_flops_count_every_pair(length: int, causal: bool, window: int | None, c
     assert found.kv_bytes == 2 * 2 * (64 + 32) * kept
 
 
-def test_what_a_kernel_forms_besides() -> None:
+def test_the_extra_memory_of_a_kernel() -> None:
     assert estimate(entry("varlen"), 100).extra_bytes == 0
     assert estimate(entry("sdpa"), 100).extra_bytes == 0
     assert estimate(entry("sdpa", window=10), 100).extra_bytes == 100 * 100

@@ -48,7 +48,7 @@ def test_a_named_kernel_that_can_not_serve_a_layer_is_refused_with_every_reason(
     assert 'on_unsupported="route"' in str(caught.value)
 
 
-def test_or_routed_where_asked() -> None:
+def test_layers_that_a_kernel_can_not_serve_are_routed_where_asked() -> None:
     assert chosen("gemma2", "varlen", on_unsupported="route") == ["eager", "eager"]
     assert chosen("llama", "varlen", on_unsupported="route") == ["varlen", "varlen"]
 

@@ -57,7 +57,7 @@ def test_the_range_of_flash_attn_is_the_library_s() -> None:
     assert f'"{xformers._UNCHECKED}", "0") != "1"' in source.read_text(encoding="utf-8")
 
 
-def test_a_flash_attn_of_another_version_is_taken_where_the_user_has_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flash_attn_of_another_version_is_taken_where_the_user_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     newer = environment("cuda", 90, flash_attn="2.9.0")
     assert any("it takes" in reason.text for reason in get("xformers").probe(newer))
     monkeypatch.setenv("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "1")

@@ -44,7 +44,7 @@ def test_malformed_hub_paths_are_refused(path: str) -> None:
         names.canonicalise(path)
 
 
-def test_a_hub_path_is_taken_apart() -> None:
+def test_a_hub_path_is_parsed() -> None:
     path = names.parse_hub_path("org/name@v1:fn")
     assert path == names.HubPath("org/name", "v1", "fn")
     assert str(path) == "org/name@v1:fn"

@@ -38,7 +38,7 @@ def test_every_mistake_is_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["auto", "varlen", "sdpa", {"": "eager"}])
-def test_kernels_without_options_say_so(name: Any) -> None:
+def test_kernels_without_options_refuse_them(name: Any) -> None:
     with pytest.raises(InvalidConfigError, match="no options"):
         axattn.plan(build("llama"), name, kernel_options={"group_size": 4})
 

@@ -174,7 +174,7 @@ def test_rows_longer_than_a_window_are_run_or_it_is_reported(tmp_path: Path) -> 
     assert (long.outcome, "9,032 tokens" in long.detail) == ("refused", True)
 
 
-def test_an_eager_that_overflows_is_no_licence() -> None:
+def test_an_overflow_of_eager_excuses_no_wrong_output() -> None:
     exact = {"output": torch.ones(3)}
     wrong, nan = {"output": torch.full((3,), 5.0)}, {"output": torch.full((3,), float("nan"))}
     for found in (wrong, nan):
@@ -309,7 +309,7 @@ def test_the_verb(folders: Any, monkeypatch: Patch) -> None:
     assert "flash_attention_2" in refused.stderr
 
 
-def test_a_model_in_hand_is_tried_as_a_copy_and_left_as_it_is() -> None:
+def test_a_loaded_model_is_verified_on_a_copy_and_left_as_it_is() -> None:
     model = axattn.apply(build("llama", attention_dropout=0.1), "auto").train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     found = axattn.verify(model, "varlen")

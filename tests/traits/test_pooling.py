@@ -204,7 +204,7 @@ class Digesting(tf.LlamaForCausalLM):
         return output
 
 
-def test_an_output_of_which_nobody_knows_the_shape_is_refused_unpadded() -> None:
+def test_an_output_of_unknown_shape_is_refused_unpadded() -> None:
     model = axattn.apply(Digesting._from_config(build("llama").config), "auto", unpad=True)
     with pytest.raises(UnsupportedAttentionError, match="does not know how to pad its output digest"):
         model(**padded("right"), use_cache=False)

@@ -371,7 +371,7 @@ def test_noise_that_depends_on_the_length_of_a_row_is_refused() -> None:
 
 
 def fused_head(model: Any) -> None:
-    """As TRL's trainers (1.16) and Liger put theirs: a loss from the hidden states of the model inside."""
+    """As TRL's trainers (1.16) and Liger put theirs: a loss from the hidden states of the inner model."""
     original = model.forward
 
     def forward(self: Any, *args: Any, fused: bool = False, labels: Any = None, **kwargs: Any) -> Any:
