@@ -30,7 +30,7 @@ def import_time() -> dict[str, Any]:
         {"nothing": run("pass"), "transformers": run("import transformers"), "axattn": run("import axattn")}, 7
     )
     base = min(times["nothing"])
-    on_axattn, stock = min(times["axattn"]) - base, min(times["transformers"]) - base
+    with_axattn, stock = min(times["axattn"]) - base, min(times["transformers"]) - base
     loaded = subprocess.run(
         [sys.executable, "-c", "import axattn, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"],
         capture_output=True,
@@ -39,7 +39,7 @@ def import_time() -> dict[str, Any]:
         cwd=ROOT,
     )
     return {
-        "ratio": round(on_axattn / stock, 4),
+        "ratio": round(with_axattn / stock, 4),
         "aim": "< 0.10",
         "also_loaded": json.loads(loaded.stdout.replace("'", '"')),
     }
@@ -119,11 +119,11 @@ def tiny_forward() -> dict[str, Any]:
         "positions": {"input_ids": ids, "position_ids": torch.arange(16)[None], "use_cache": False},
     }
     for layers in (4, 32):
-        stock = llama(64, layers, 4, 128).eval()
-        stock.set_attn_implementation("sdpa")
-        same, on_axattn = copy.deepcopy(stock), copy.deepcopy(stock)
-        axattn.apply(on_axattn, "varlen")
-        models = {"sdpa": stock, "sdpa again": same, "varlen": on_axattn}
+        theirs = llama(64, layers, 4, 128).eval()
+        theirs.set_attn_implementation("sdpa")
+        same, ours = copy.deepcopy(theirs), copy.deepcopy(theirs)
+        axattn.apply(ours, "varlen")
+        models = {"sdpa": theirs, "sdpa again": same, "varlen": ours}
         for name, inputs in kinds.items():
             runs = {kind: _forwards(model, inputs, 80 // layers) for kind, model in models.items()}
             compared = ratios(interleaved(runs, 60, 3), "sdpa")
