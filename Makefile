@@ -52,7 +52,7 @@ oldest: $(OLDEST_READY)
 
 ALL_ON_OLDEST := $(addprefix tests/,traits conformance census e2e \
 	    hf/test_contracts.py hf/test_forward_inputs.py hf/test_post_import.py hf/test_probes.py masks/test_lazy_mask.py \
-	    $(addprefix documents/test_,boundaries.py foreign_hooks.py input_hook.py numbered_masks.py packed_caches.py \
+	    $(addprefix documents/test_,boundaries.py foreign_hooks.py input_hook.py document_id_masks.py packed_caches.py \
 	    padding.py padding_read.py) unpadding/test_shared_prefixes.py kernels/test_hub_kernel.py planning/test_planner.py planning/test_ranking.py \
 	    $(addprefix backends/test_,compiled_ops.py determinism.py exporting.py flash.py fp8.py s2.py) \
 	    $(addprefix patches/test_,paged_steps.py recurrent.py token_dropout.py) \
@@ -69,7 +69,7 @@ newest:
 	$(NEWEST)/bin/python -m pip install -q --upgrade pip
 	$(NEWEST)/bin/python -m pip install -q "$(NEWEST_TORCH)"
 	$(NEWEST)/bin/python -m pip install -q -e ".[dev]"
-	$(NEWEST)/bin/python -m pip install -q --upgrade transformers peft trl accelerate datasets  # past our own bound, too
+	$(NEWEST)/bin/python -m pip install -q --upgrade transformers peft trl accelerate datasets  # past the project's own bound, too
 	$(NEWEST)/bin/python -m pip list 2>/dev/null | grep -iE "^(torch|transformers|peft|trl|accelerate|datasets) "
 	$(NEWEST)/bin/python -m tests.canary
 	AXATTN_SAMPLE=thin $(NEWEST)/bin/python -m pytest -n 2 -q $(addprefix tests/,hf/test_contracts.py hf/test_forward_inputs.py \
@@ -91,7 +91,7 @@ nightly: newest $(READY) $(OLDEST_READY)
 	$(MAKE) frameworks
 	$(MAKE) site
 
-# What our records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks SageAttention). What is not
+# What axattn's records of the kernels serve, asked of the libraries' own code (tests/real; `make test` asks SageAttention). What is not
 # installed is fetched into build/real (40 MB, pinned).
 real-kernels: $(READY)
 	$(BIN)/python -m tests.real.packages
@@ -104,7 +104,7 @@ real-kernels: $(READY)
 upstream: $(READY)
 	$(BIN)/python -m tests.upstream $(UPSTREAM)
 
-# flash-attn-4's own code asked about every need that our record serves, on a CPU (110 MB of wheels, kept in build/): its checks
+# flash-attn-4's own code asked about every need that axattn's record serves, on a CPU (110 MB of wheels, kept in build/): its checks
 # take minutes; `make real-fa4 REAL_FA4=--compile`, before a release, compiles every kernel too: 10-60 s a call, hours in all.
 REAL_FA4 ?= --thin 3
 real-fa4: build/fa4/.ready
@@ -120,7 +120,7 @@ torch-%: $(READY)
 	$(BIN)/python -m venv build/$@
 	build/$@/bin/python -m pip install -q --upgrade pip
 	build/$@/bin/python -m pip install -q "torch==$*"
-	build/$@/bin/python -c "import pathlib; next(pathlib.Path('build/$@').glob('lib/python*/site-packages')).joinpath('ours.pth') \
+	build/$@/bin/python -c "import pathlib; next(pathlib.Path('build/$@').glob('lib/python*/site-packages')).joinpath('axattn_environment.pth') \
 	.write_text('import site; site.addsitedir(%r)\n' % '$(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" 2>/dev/null)')"
 	build/$@/bin/python -m pytest -n 2 -q tests
 

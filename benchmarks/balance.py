@@ -51,7 +51,7 @@ def balanced(documents: Sequence[int], ranks: int, capacity: int | None) -> Shar
 
 
 def work(rows: Sequence[Sequence[int]]) -> int:
-    """What a rank runs: its rows and the padding behind each, a document of its own, up to the longest of them."""
+    """What a rank runs: its rows and the padding after each, a document of its own, up to the longest of them."""
     size = max(map(sum, rows))
     padding = [size - sum(row) for row in rows]
     return sum(document_work(tokens, LINEAR_COST) for tokens in (*chain(*rows), *padding))

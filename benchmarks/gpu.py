@@ -2,7 +2,7 @@
 
 Parts: attention (every kernel, forward and with backward, dense and packed), torch (torch's own dense kernels),
 overhead (through axattn against the kernel called directly), step (a training step of LLaMA-, Qwen- and Gemma-type
-models), masks (memory of the masks of one forward), quantiser (fp8 by ours, torchao's and torch's passes).
+models), masks (memory of the masks of one forward), quantiser (fp8 by axattn's, torchao's and torch's passes).
 The aim is eight minutes on an H200; it has not been timed there. It prints as it goes and writes after each part.
 ``--tiny`` runs small shapes, on a CPU too: a test of the script.
 """
@@ -120,7 +120,7 @@ def _packed_overhead(length: int) -> float:
 
 
 def masks(tiny: bool) -> dict[str, Any]:
-    """Bytes that the masks of one packed forward take: Transformers' own for ``sdpa``, and ours."""
+    """Bytes that the masks of one packed forward take: Transformers' own for ``sdpa``, and axattn's."""
     import transformers as tf
     from transformers.masking_utils import create_causal_mask
 
@@ -181,19 +181,19 @@ def step(tiny: bool) -> list[dict[str, Any]]:
 
 
 def quantiser(tiny: bool) -> list[dict[str, Any]]:
-    """Queries, keys less their mean, and values to fp8, as `fp8` has them: our kernels, torchao's, and passes of torch.
+    """Queries, keys less their mean, and values to fp8, as `fp8` has them: axattn's kernels, torchao's, torch's passes.
 
     Gigabytes a second are those that it takes in two readings: 16 bit twice, 8 bit out, smoothed keys out.
     """
     from axattn.backends import fp8
-    from axattn.kernels import fp8_quantiser as ours
+    from axattn.kernels import fp8_quantiser
     from axattn.kernels.document_statistics import Documents, smoothed
     from axattn.masks.varlen_layout import Layout, Span
 
     def of_torch(x: torch.Tensor, documents: Documents, heads: int) -> torch.Tensor:
         peak = torch.linalg.vector_norm(x, float("inf"), dim=-1, dtype=torch.float32)
         peak = torch.segment_reduce(peak, "max", lengths=torch.tensor(documents.lengths, device=x.device), axis=0)
-        scale = 448 / peak.unflatten(1, (heads, -1)).amax(-1).clamp(min=ours.SMALLEST)
+        scale = 448 / peak.unflatten(1, (heads, -1)).amax(-1).clamp(min=fp8_quantiser.SMALLEST)
         spread = documents.spread(scale).repeat_interleave(x.shape[1] // heads, 1)
         return (x.float() * spread[..., None]).to(torch.float8_e4m3fn)
 
@@ -206,19 +206,19 @@ def quantiser(tiny: bool) -> list[dict[str, Any]]:
             (Span(0, len(lengths), 0, lengths[0], 0, lengths[0]),), True, None, len(lengths), *lengths[:1] * 2
         )
 
-        def run_ours(q: Any = q, k: Any = k, v: Any = v, documents: Any = documents, heads: int = kv_heads) -> None:
-            ours.quantise(q, documents, heads)
-            ours.quantise_smoothed(k, documents)
-            ours.quantise(v, documents, heads)
+        def run_axattn(q: Any = q, k: Any = k, v: Any = v, documents: Any = documents, heads: int = kv_heads) -> None:
+            fp8_quantiser.quantise(q, documents, heads)
+            fp8_quantiser.quantise_smoothed(k, documents)
+            fp8_quantiser.quantise(v, documents, heads)
 
         def run_torch(q: Any = q, k: Any = k, v: Any = v, documents: Any = documents, heads: int = kv_heads) -> None:
             for x in (q, smoothed(k, documents), v):
                 of_torch(x, documents, heads)
 
         def run_torchao(q: Any = q, k: Any = k, v: Any = v, documents: Any = documents, layout: Any = layout) -> None:
-            fp8.quantised_rows(q, ours.smoothed(k, documents), v, layout)
+            fp8.quantised_rows(q, fp8_quantiser.smoothed(k, documents), v, layout)
 
-        runs: dict[str, Run] = {"ours": run_ours, "torch": run_torch}
+        runs: dict[str, Run] = {"ours": run_axattn, "torch": run_torch}
         if len(set(lengths)) == 1:
             runs["torchao"] = run_torchao  # whole rows only; a first call tunes it
         runs, failed = working(runs)

@@ -44,8 +44,8 @@ def readme(text: str) -> str:
 
 def finding(linear: dict[str, Any]) -> str:
     """The title of the plot: how far apart the names are at the longest row."""
-    ours, base = linear["varlen"], linear["sdpa"]
-    faster, smaller = (base[key][-1] / ours[key][-1] for key in ("seconds", "peak_mib"))
+    varlen, base = linear["varlen"], linear["sdpa"]
+    faster, smaller = (base[key][-1] / varlen[key][-1] for key in ("seconds", "peak_mib"))
     return (
         f"A packed step of {plotting.tokens(linear['tokens'][-1])} tokens is {plotting.times(faster)} as fast "
         f"on varlen as on sdpa, in 1/{smaller:.2g} of the memory"
@@ -55,17 +55,17 @@ def finding(linear: dict[str, Any]) -> str:
 def drawn(theme: plotting.Theme) -> Figure:
     """Time and memory of a packed step against its tokens, both names, log-log. Within `plotting.style`."""
     linear: dict[str, Any] = json.loads((RESULTS / "cpu.json").read_text())["results"]["linear"]
-    sizes, ours, base = linear["tokens"], linear["varlen"], linear["sdpa"]
+    sizes, varlen, base = linear["tokens"], linear["varlen"], linear["sdpa"]
     figure = plotting.new_figure(9.5, 3.9, finding(linear))
     panels = (("seconds", "seconds per step, best of up to three", "s"), ("peak_mib", "peak memory, MiB", "MiB"))
     for axes, (key, label, unit) in zip(figure.subplots(1, 2), panels, strict=True):
         labels = []
-        for name, found, colour, marker in (("varlen", ours, theme.series[0], "o"), ("sdpa", base, theme.muted, "s")):
+        for name, found, colour, marker in (("varlen", varlen, theme.series[0], "o"), ("sdpa", base, theme.muted, "s")):
             axes.plot(sizes, found[key], marker=marker, color=colour)
             slowest = found.get(f"{key}_largest")
             if slowest is not None:
                 axes.fill_between(sizes, found[key], slowest, color=colour, alpha=0.2, linewidth=0)
-            ratio = f" ({plotting.times(found[key][-1] / ours[key][-1])})" if name == "sdpa" else ""
+            ratio = f" ({plotting.times(found[key][-1] / varlen[key][-1])})" if name == "sdpa" else ""
             text = f"{name}{ratio}\n{plotting.plain(found[key][-1])} {unit}"
             labels.append((sizes[-1], found[key][-1], text, colour))
         plotting.log_axis(axes.xaxis, sizes, plotting.tokens)

@@ -30,7 +30,7 @@ def import_time() -> dict[str, Any]:
         {"nothing": run("pass"), "transformers": run("import transformers"), "axattn": run("import axattn")}, 7
     )
     base = min(times["nothing"])
-    ours, theirs = min(times["axattn"]) - base, min(times["transformers"]) - base
+    with_axattn, stock = min(times["axattn"]) - base, min(times["transformers"]) - base
     loaded = subprocess.run(
         [sys.executable, "-c", "import axattn, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"],
         capture_output=True,
@@ -39,7 +39,7 @@ def import_time() -> dict[str, Any]:
         cwd=ROOT,
     )
     return {
-        "ratio": round(ours / theirs, 4),
+        "ratio": round(with_axattn / stock, 4),
         "aim": "< 0.10",
         "also_loaded": json.loads(loaded.stdout.replace("'", '"')),
     }

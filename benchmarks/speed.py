@@ -1,4 +1,4 @@
-"""How near to the fastest that CPU attention can be: against a bound that is told the lengths, and padded batches."""
+"""How near to the fastest that CPU attention can be: against a bound that is given the lengths, and padded batches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from benchmarks.models import gemma2, llama, packed, step
 _lengths: list[int] = []
 
 
-def told_lengths(
+def given_lengths(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **_: Any
 ) -> tuple[Any, None]:
-    """The bound: ``F.scaled_dot_product_attention(is_causal=True)`` on each document, told where they end."""
+    """The bound: ``F.scaled_dot_product_attention(is_causal=True)`` on each document, given where they end."""
     import torch
 
     edges = [0, *torch.tensor(_lengths).cumsum(0).tolist()]
@@ -33,8 +33,8 @@ def _register() -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register("told_lengths", told_lengths)
-    AttentionMaskInterface.register("told_lengths", lambda **_: None)
+    AttentionInterface.register("given_lengths", given_lengths)
+    AttentionMaskInterface.register("given_lengths", lambda **_: None)
 
 
 def bound() -> dict[str, Any]:
@@ -45,16 +45,16 @@ def bound() -> dict[str, Any]:
 
     _register()
     torch.set_num_threads(2)
-    theirs = llama(384, 8, 6, 8192)
-    best, ours = copy.deepcopy(theirs), copy.deepcopy(theirs)
-    theirs.set_attn_implementation("sdpa")
-    best.set_attn_implementation("told_lengths")
-    axattn.apply(ours, "varlen")
+    stock = llama(384, 8, 6, 8192)
+    best, on_axattn = copy.deepcopy(stock), copy.deepcopy(stock)
+    stock.set_attn_implementation("sdpa")
+    best.set_attn_implementation("given_lengths")
+    axattn.apply(on_axattn, "varlen")
     found: dict[str, Any] = {"aim": "varlen within 5 % of the bound; one document not below 0.98 x sdpa"}
     for tokens, documents, rounds in ((4096, 16, 3), (4096, 64, 3), (4096, 4, 2), (8192, 32, 2), (4096, 1, 3)):
         batch = packed(tokens, documents, 8192)
         _lengths[:] = [tokens // documents] * documents
-        runs = {"sdpa": step(theirs, batch), "bound": step(best, batch), "varlen": step(ours, batch)}
+        runs = {"sdpa": step(stock, batch), "bound": step(best, batch), "varlen": step(on_axattn, batch)}
         times = interleaved(runs, rounds, 1)
         print(tokens, documents, {name: [round(t, 2) for t in each] for name, each in times.items()}, flush=True)
         found[f"{tokens} tokens in {documents}"] = {
@@ -72,11 +72,11 @@ def documents() -> dict[str, Any]:
     import axattn
 
     torch.set_num_threads(2)
-    theirs = llama(384, 8, 6, 8192).eval()
-    flex, ours = copy.deepcopy(theirs), copy.deepcopy(theirs)
-    theirs.set_attn_implementation("sdpa")
+    stock = llama(384, 8, 6, 8192).eval()
+    flex, on_axattn = copy.deepcopy(stock), copy.deepcopy(stock)
+    stock.set_attn_implementation("sdpa")
     axattn.apply(flex, "flex_attention")
-    axattn.apply(ours, "varlen")
+    axattn.apply(on_axattn, "varlen")
 
     def forward(model: Any, batch: dict[str, Any]) -> Callable[[], object]:
         def run() -> None:
@@ -88,7 +88,7 @@ def documents() -> dict[str, Any]:
     found: dict[str, Any] = {"tokens": 4096}
     for length in (64, 256, 1024):
         batch = packed(4096, 4096 // length, 8192)
-        models = {"sdpa": theirs, "flex_attention": flex, "varlen": ours}
+        models = {"sdpa": stock, "flex_attention": flex, "varlen": on_axattn}
         times = interleaved({name: forward(model, batch) for name, model in models.items()}, 3, 1)
         compared = ratios(times, "varlen")
         found[f"documents of {length}"] = {
@@ -112,16 +112,16 @@ def unpad() -> dict[str, Any]:
     mask = (torch.arange(max(REAL))[None] < torch.tensor(REAL)[:, None]).long()
     labels = ids.masked_fill(mask == 0, -100)
     found: dict[str, Any] = {"real tokens": round(mask.float().mean().item(), 3), "aim": ">= 2.8"}
-    theirs = llama(384, 8, 6, 8192)
-    theirs.set_attn_implementation("sdpa")
-    whole, attention = copy.deepcopy(theirs), copy.deepcopy(theirs)
+    stock = llama(384, 8, 6, 8192)
+    stock.set_attn_implementation("sdpa")
+    whole, attention = copy.deepcopy(stock), copy.deepcopy(stock)
     axattn.apply(whole, "varlen", unpad=True)
     axattn.apply(attention, "varlen")
     for side in ("right", "left"):
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
         if side == "left":
             batch = {key: x.flip(1) if hasattr(x, "flip") else x for key, x in batch.items()}
-        runs = {"sdpa": step(theirs, batch), "unpad": step(whole, batch), "varlen": step(attention, batch)}
+        runs = {"sdpa": step(stock, batch), "unpad": step(whole, batch), "varlen": step(attention, batch)}
         compared = ratios(interleaved(runs, 4, 1), "sdpa")
         found[f"padded on the {side}"] = {name: round(1 / compared[name]["ratio"], 3) for name in ("unpad", "varlen")}
     return found
@@ -152,14 +152,14 @@ def fallback() -> dict[str, Any]:
         return dense
 
     for length, dropout in ((256, 0.0), (256, 0.1), (64, 0.0)):
-        theirs = gemma2(256, 4, 8, 1024, window=128, dropout=dropout)
-        ours = axattn.apply(copy.deepcopy(theirs), "auto")
+        stock = gemma2(256, 4, 8, 1024, window=128, dropout=dropout)
+        on_axattn = axattn.apply(copy.deepcopy(stock), "auto")
         batch = packed(2048, 2048 // length, 1024)
         rows = {key: batch[key].view(-1, length) for key in ("input_ids", "labels")} | {"use_cache": False}
         runs = {
-            "rows": step(theirs, rows),
-            "documents": step(ours, batch),
-            "one dense mask": one_mask(step(ours, batch)),
+            "rows": step(stock, rows),
+            "documents": step(on_axattn, batch),
+            "one dense mask": one_mask(step(on_axattn, batch)),
         }
         compared = ratios(in_random_turns(runs, 5), "rows")
         found[f"documents of {length}" + (f", dropout {dropout}" if dropout else "")] = {

@@ -55,14 +55,14 @@ def trainer_step() -> dict[str, Any]:
         )
         return Trainer(model, arguments, train_dataset=documents, data_collator=axattn.PackingCollator(4096))
 
-    theirs = llama(384, 8, 6, 8192)
-    ours = copy.deepcopy(theirs)
-    theirs.set_attn_implementation("sdpa")
-    axattn.prepare_for_training(axattn.apply(ours, "varlen"))
-    theirs.config.use_cache = False
-    timed = {"sdpa": _Timed(theirs), "varlen": _Timed(ours)}
+    stock = llama(384, 8, 6, 8192)
+    on_axattn = copy.deepcopy(stock)
+    stock.set_attn_implementation("sdpa")
+    axattn.prepare_for_training(axattn.apply(on_axattn, "varlen"))
+    stock.config.use_cache = False
+    timed = {"sdpa": _Timed(stock), "varlen": _Timed(on_axattn)}
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {"sdpa": trainer(theirs, folder), "varlen": trainer(ours, folder)}
+        trainers = {"sdpa": trainer(stock, folder), "varlen": trainer(on_axattn, folder)}
         batch = axattn.PackingCollator(4096)(documents[:16])
         if batch["input_ids"].shape != (1, 4096):
             raise AssertionError(f"the benchmark's batch is {batch['input_ids'].shape}, not one row of 4096")

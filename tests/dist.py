@@ -89,9 +89,9 @@ def require_working(wheel: Path, version: Version, outside: Path) -> None:
     refused = run(axattn, "demo", folder=elsewhere, fails=True)
     assert 'pip install "axattn[demo]"' in refused, refused
     run(*pip, "-c", ROOT / "constraints.txt", f"axattn[demo] @ {wheel.as_uri()}")
-    told = run(axattn, "demo", "--steps", DEMO_STEPS, "--output", "demo", folder=elsewhere)
-    print(told)
-    assert json.loads((elsewhere / "demo" / "report.json").read_text()), told
+    printed = run(axattn, "demo", "--steps", DEMO_STEPS, "--output", "demo", folder=elsewhere)
+    print(printed)
+    assert json.loads((elsewhere / "demo" / "report.json").read_text()), printed
 
 
 def require_same_wheel(sdist: Path, wheel: Path, outside: Path) -> None:

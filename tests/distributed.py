@@ -22,8 +22,8 @@ def run(world: int, function: Any, *arguments: Any, timeout: float = 420) -> lis
     environment = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "GLOO_SOCKET_IFNAME": "lo"}
     environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as folder:
-        told = (str(Path(folder) / "store"), world, function, arguments)
-        ranks = forked.call(_rank, *told, copies=world, environment=environment, timeout=timeout)
+        job = (str(Path(folder) / "store"), world, function, arguments)
+        ranks = forked.call(_rank, *job, copies=world, environment=environment, timeout=timeout)
     for rank, ended in enumerate(ranks):
         assert not ended.failed, f"rank {rank} failed:\n{ended.result}\n{ended.output[-4000:]}"
     return [ended.result for ended in ranks]

@@ -77,8 +77,8 @@ def call(
         timeout: seconds until they are ended.
     """
     with tempfile.TemporaryDirectory() as place:
-        told = (function.__module__, function.__qualname__, arguments, os.environ | (environment or {}), str(folder))
-        (Path(place) / "call").write_bytes(pickle.dumps(told))
+        job = (function.__module__, function.__qualname__, arguments, os.environ | (environment or {}), str(folder))
+        (Path(place) / "call").write_bytes(pickle.dumps(job))
         parent = _parent()
         assert parent.stdin is not None
         assert parent.stdout is not None
@@ -114,7 +114,7 @@ def script(path: Path, *arguments: str, **options: Any) -> Ended:
 def _code(number: int, code: str) -> None:
     sys.argv = ["-c"]
     with _ends():
-        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})  # our own text
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})  # the text of this project
 
 
 def _file(number: int, path: str, arguments: tuple[str, ...]) -> None:

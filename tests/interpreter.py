@@ -1,4 +1,4 @@
-"""Triton's interpreter for the whole test process: the mode is chosen when triton and our kernels are first imported.
+"""Triton's interpreter for a test process: the mode is chosen when triton and axattn's kernels are first imported.
 
 The variable is taken away again, so that the planner does not offer the interpreter to tests that do not ask for it
 (see `interpreting`).
@@ -28,11 +28,11 @@ def _interprets() -> bool:
 
 
 INTERPRETED = _interprets() and not torch.cuda.is_available()
-"""Whether our kernels run in the interpreter here."""
+"""Whether axattn's kernels run in the interpreter here."""
 
 
 def choose() -> None:
-    """Import our kernels in the interpreter's mode; before anything else imports triton."""
+    """Import axattn's kernels in the interpreter's mode; before anything else imports triton."""
     if INTERPRETED:
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(os.environ, "TRITON_INTERPRET", "1")

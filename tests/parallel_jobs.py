@@ -16,7 +16,7 @@ import axattn
 from tests.fakes.machine import hopper
 from tests.models import CONFIGS, build, positions, tokens
 
-_PACKED = ("packed", "packed uneven", "numbered in the mask")
+_PACKED = ("packed", "packed uneven", "document ids in the mask")
 SCENARIOS = ("dense", *_PACKED, "right padded", "left padded", "uneven", "many rows", "checkpointed", "tiny")
 
 
@@ -24,7 +24,7 @@ def batch(scenario: str) -> dict[str, Any]:
     """A batch of `scenario` with labels, the same on every rank."""
     if scenario in ("packed", "checkpointed"):
         ids, where = tokens(1, 24), positions((5, 11, 8))
-    elif scenario in ("packed uneven", "numbered in the mask"):
+    elif scenario in ("packed uneven", "document ids in the mask"):
         ids, where = tokens(2, 21), positions((5, 9, 7), (20, 1))
     elif scenario == "uneven":
         ids, where = tokens(1, 21), None
@@ -38,7 +38,7 @@ def batch(scenario: str) -> dict[str, Any]:
     if where is not None:
         given["position_ids"] = where
         given["labels"][where == 0] = -100
-    if scenario == "numbered in the mask":
+    if scenario == "document ids in the mask":
         given["attention_mask"] = (given.pop("position_ids") == 0).cumsum(-1)
     if "padded" in scenario:
         mask = torch.ones_like(ids)
@@ -334,7 +334,7 @@ def without_heads() -> dict[str, float]:
             axattn.sequence_parallel(split, dist.group.WORLD)
             real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             states = [model(**inputs, use_cache=False).last_hidden_state[real] for model in (split, whole)]
-            for state in states:  # (the sum of squares behind an RMSNorm is constant)
+            for state in states:  # (the sum of squares after an RMSNorm is constant)
                 (state * torch.randn(state.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
             axattn.parallel.average_gradients(split, dist.group.WORLD)
             both = zip(split.parameters(), whole.parameters(), strict=True)
@@ -344,7 +344,7 @@ def without_heads() -> dict[str, float]:
 
 def passed_by() -> dict[str, Any]:
     """A forward in the place of the model's, which computes the loss from hidden states: the largest error, tokens that
-    a layer saw, and the text of what is refused where it is not the model inside that is called."""
+    a layer saw, and the text of what is refused where it is not the inner model that is called."""
     import types
 
     inputs = packed_batch(1, 24)
@@ -452,7 +452,7 @@ def refusals() -> dict[str, str]:
 
 
 def compiled(parts: tuple[str, ...], strategy: str) -> dict[str, float]:
-    """The whole model, the model inside it, or its layers compiled, on packed rows of two lengths: loss, gradients."""
+    """The whole model, its inner model, or its layers compiled, on packed rows of two lengths: loss, gradients."""
     found = {}
     batches = [packed_batch(1), packed_batch(2, 30)]
     loss, wanted = reference(batches, num_hidden_layers=1)
@@ -470,7 +470,7 @@ def compiled(parts: tuple[str, ...], strategy: str) -> dict[str, float]:
 
 
 def inside_context_parallel() -> str:
-    """torch's own context parallelism around a model of ours."""
+    """torch's own context parallelism around a model on axattn."""
     from torch.distributed.tensor.experimental import context_parallel
 
     model = axattn.apply(build("llama"), "varlen")

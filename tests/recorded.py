@@ -22,7 +22,7 @@ READS = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__
 
 
 class Recording:
-    """A compiler that hands copies of their inputs to graphs, and watches the parts of them that are recorded.
+    """A compiler that passes copies of their inputs to graphs, and watches the parts of them that are recorded.
 
     Attributes:
         graphs: how many it compiled, a forward and its backward together.
@@ -38,7 +38,7 @@ class Recording:
         self.cuts: Counter[str] = Counter()
 
     def __deepcopy__(self, memo: Any) -> Recording:
-        return self  # `CompileConfig` copies what it hands to torch.compile
+        return self  # `CompileConfig` copies what it passes to torch.compile
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         self.graphs += 1

@@ -110,7 +110,7 @@ BREAKS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("what", BREAKS)
-def test_import_torch_survives_a_broken_installation_and_says_so(tmp_path: Path, what: str, call: str) -> None:
+def test_import_torch_survives_a_broken_installation_with_a_warning(tmp_path: Path, what: str, call: str) -> None:
     file, text = BREAKS[what]
     for part in ("__init__.py", "attention/__init__.py", "attention/registration.py", "hf/__init__.py"):
         (tmp_path / "code/axattn" / part).parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def test_it_registers_in_this_process_and_twice_is_once(monkeypatch: pytest.Monk
     assert axattn.registered()
 
 
-def test_doctor_names_the_package_that_took_a_name_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_the_package_that_took_an_axattn_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def theirs() -> None: ...
 
     axattn.register()

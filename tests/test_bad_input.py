@@ -1,4 +1,4 @@
-"""What can't be is one error of ours, at once: configs, folders, names, models, batches; JSON where that is asked."""
+"""What can't be is one error of axattn, at once: configs, folders, names, models, batches; JSON where that is asked."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_path_that_leads_nowhere_never_asks_the_hub(monkeypatch: pytest.Monkey
         axattn.plan(name)
 
 
-def test_a_hub_that_is_away_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def away(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("Name or service not known")
 
@@ -184,7 +184,7 @@ def use(model: Any) -> None:
         pass
 
 
-ENTRANCES: list[Callable[[Any], Any]] = [
+FUNCTIONS: list[Callable[[Any], Any]] = [
     lambda model: axattn.apply(model, "auto"),
     axattn.restore,
     axattn.status,
@@ -197,10 +197,10 @@ ENTRANCES: list[Callable[[Any], Any]] = [
 @pytest.mark.parametrize(
     "model", ["my-model", None, 3, tf.LlamaForCausalLM, CONFIGS["llama"]()], ids=lambda m: type(m).__name__
 )
-@pytest.mark.parametrize("entrance", ENTRANCES)
-def test_what_is_no_loaded_model_is_refused(entrance: Callable[[Any], Any], model: Any) -> None:
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_is_no_loaded_model_is_refused(function: Callable[[Any], Any], model: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"is not a model that is loaded.*from_pretrained"):
-        entrance(model)
+        function(model)
 
 
 @pytest.mark.parametrize("source", [None, 3, [], {}, tf.LlamaForCausalLM, b"x"], ids=repr)
@@ -369,7 +369,7 @@ def test_a_benchmark_of_names_that_all_fail_fails(tmp_path: Path) -> None:
     assert runner.invoke(app, [*common, "--attn", "varlen", "--attn", "fp8"]).exit_code == 0
 
 
-def test_an_error_without_words_of_ours_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_from_outside_axattn_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("out of\nmemory")
 

@@ -1,4 +1,4 @@
-"""The docs are true: their code runs, their errors are ours, their examples work on a CPU."""
+"""The docs are true: their code runs, their errors are axattn's, their examples work on a CPU."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_apply_and_restore_hold_no_memory() -> None:
 
 def test_a_model_made_on_the_meta_device_is_put_on_auto_there() -> None:
     reference, ids, packed = build("opt"), tokens(1, 7), positions((3, 4))
-    with torch.device("meta"):  # a default device, which tensors of ours would take, too
+    with torch.device("meta"):  # a default device, which tensors of axattn would take, too
         model = tf.OPTForCausalLM(CONFIGS["opt"]())
         axattn.apply(model, "auto")
     model.to_empty(device="cpu").load_state_dict(reference.state_dict())
@@ -252,7 +252,7 @@ def test_composite_models_take_a_name_per_sub_config() -> None:
     assert axattn.status(model).running == dict.fromkeys(("", "text_config", "vision_config"), "sdpa")
 
 
-def test_status_tells_asked_from_running_and_counts_calls() -> None:
+def test_status_distinguishes_asked_from_running_and_counts_calls() -> None:
     model = axattn.apply(build("mistral"), "auto")
     assert "no calls yet" in str(axattn.status(model))
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_status_tells_asked_from_running_and_counts_calls() -> None:
 
 
 @torch.no_grad()
-def test_status_of_a_model_that_transformers_loaded_tells_its_layers_once_they_have_run() -> None:
+def test_status_of_a_model_that_transformers_loaded_lists_its_layers_once_they_have_run() -> None:
     model = build("llama")
     model.set_attn_implementation("varlen")
     assert axattn.status(model).layers == ()
@@ -278,7 +278,9 @@ def test_status_of_a_model_that_transformers_loaded_tells_its_layers_once_they_h
     assert [layer.served for layer in axattn.status(model).layers] == [{}, {}]
 
 
-def test_a_call_that_the_planned_kernel_can_not_serve_is_routed_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_call_that_the_planned_kernel_can_not_serve_is_routed_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
 
     notices._given.clear()
     model = axattn.apply(build("llama"), "auto")
@@ -316,7 +318,7 @@ def test_a_plan_needs_no_weights(kind: str, folder: Path) -> None:
 
 
 def test_a_name_set_by_transformers_alone_still_keeps_documents_apart() -> None:
-    """No input hook: the interface reads documents from the keywords that Transformers hands to every layer."""
+    """No input hook: the interface reads documents from the keywords that Transformers passes to every layer."""
     model = build("llama")
     model.set_attn_implementation("varlen")
     with torch.no_grad():

@@ -81,7 +81,7 @@ def test_workflows_may_only_read_but_for_what_a_job_states(workflow: Path) -> No
     for name, job in read["jobs"].items():
         assert job["timeout-minutes"], name
         writes = {what for what, how in job.get("permissions", {}).items() if how == "write"}
-        assert not writes or "make" not in str(job["steps"]), f"{name} runs our code with {writes}"
+        assert not writes or "make" not in str(job["steps"]), f"{name} runs the code of the project with {writes}"
     for step in steps(workflow):
         action, _, version = step.get("uses", "@v0").partition("@")
         assert re.fullmatch(r"v\d+|release/v\d+", version), (action, version)
@@ -105,17 +105,17 @@ def test_beta_stands_on_a_nightly_run_of_the_newest_transformers() -> None:
 
 
 @pytest.mark.parametrize("page", COMMUNITY, ids=lambda path: path.name)
-def test_pages_name_our_repository_and_commands_that_exist(page: Path) -> None:
+def test_pages_name_the_repository_and_commands_that_exist(page: Path) -> None:
     text = page.read_text()
     for repository in re.findall(r"https://github\.com/[\w.-]+/axattn\b", text):
         assert repository == REPOSITORY
     for path in re.findall(rf"{REPOSITORY}/blob/main/([\w./-]+\w)", text):
         assert (ROOT / path).exists(), path
     for verb, flags in re.findall(r"`axattn (\w+)((?: [\w-]+)*)`", text):
-        told = CliRunner().invoke(app, [verb, "--help"], terminal_width=200)
-        assert told.exit_code == 0, verb
+        done = CliRunner().invoke(app, [verb, "--help"], terminal_width=200)
+        assert done.exit_code == 0, verb
         for flag in re.findall(r"--[\w-]+", flags):
-            assert flag in told.output, (verb, flag)
+            assert flag in done.output, (verb, flag)
 
 
 def test_issue_forms_about_a_fault_or_a_kernel_require_the_doctors_report() -> None:

@@ -120,7 +120,7 @@ def test_many_patches_leave_no_trace(times: int) -> None:
     tracemalloc.stop()
     assert fingerprint(model) == before
     assert [dict(table) for table in tables] == registered
-    assert grown < 20_000, grown  # of 200 times a hundred bytes each would be a leak; ours is 12,000 in all
+    assert grown < 20_000, grown  # of 200 times a hundred bytes each would be a leak; measured: 12,000 in all
 
 
 def test_a_failed_apply_leaves_no_trace_either() -> None:

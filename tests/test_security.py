@@ -171,6 +171,6 @@ print("done")
     assert done.stdout.rstrip().endswith("done"), done.stderr[-1500:]
 
 
-def test_names_of_packages_never_stand_for_ours() -> None:
+def test_names_of_packages_are_never_those_of_axattn_backends() -> None:
     found: Any = names.installed()
     assert not set(found) & set(names.CANONICAL)

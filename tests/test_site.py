@@ -93,7 +93,7 @@ WITH_ADDRESSES = [
 
 
 def require_a_file(address: str) -> None:
-    """An address of ours shows a file that exists, or is a known page about the project."""
+    """An address of the project shows a file that exists, or is a known page about the project."""
     if address.rstrip("/") in NO_FILE:
         return
     file = addresses.file_of(address)
@@ -102,7 +102,7 @@ def require_a_file(address: str) -> None:
 
 
 @pytest.mark.parametrize("path", WITH_ADDRESSES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_address_of_ours_shows_something(path: Path) -> None:
+def test_every_address_of_the_project_shows_something(path: Path) -> None:
     for address in re.findall(r"https?://[^\s()<>\"'`]*axattn[^\s()<>\"'`]*", path.read_text()):
         require_a_file(address.rstrip(".,;:"))
 

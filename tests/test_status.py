@@ -1,4 +1,4 @@
-"""What `axattn.status` says has served: the kernel that ran, also where the one that was chosen handed a call on."""
+"""What `axattn.status` says has served: the kernel that ran, also where the one that was chosen passed a call on."""
 
 from __future__ import annotations
 

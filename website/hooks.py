@@ -73,7 +73,7 @@ _CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.M | re.S)
 def linked(markdown: str, source: str, repository: str | None) -> str:
     """Links of a file of the repository as the site needs them: to its pages, else to the file in the repository.
 
-    Absolute links to files of ours (README's) are turned likewise, so that ``--strict`` checks them. Without an address
+    Absolute links to such files (README's) are turned likewise, so that ``--strict`` checks them. Without an address
     of the repository the text of a link to it stays, without a link.
     """
 

@@ -48,7 +48,7 @@ class Group(NamedTuple):
         tokens: int64 ``[documents, L]``, the flat index of each token; padding repeats a document's last token.
         starts: int64 ``[documents]``, the index of each first token in its row.
         mask: bool ``[documents or 1, 1, L, L]`` (True: attend); None if causality says it all. Causal rows need no
-            padding mask, because no token attends to the padding behind it.
+            padding mask, because no token attends to the padding after it.
         window: of `mask`, None if it hides nothing of L tokens.
     """
 
@@ -73,7 +73,7 @@ class Rows(NamedTuple):
         groups: together they hold every real token.
         tokens: int64 ``[N]``: `Group.tokens` of all groups.
         back: int64 ``[B * S]``: the index of each token in ``[N]``; N for padding.
-        length: S. A static cache has more keys, all of them behind the documents.
+        length: S. A static cache has more keys, all of them after the documents.
         padded: whether there is padding in the batch.
     """
 

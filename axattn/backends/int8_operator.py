@@ -51,7 +51,7 @@ def attention(
     mean = document = None
     if keys is not None:
         with torch.no_grad():
-            mean, document = keys.mean(key), keys.numbers
+            mean, document = keys.mean(key), keys.document_ids
     out, logsumexp, _ = int8_attention_op(
         query,
         key,

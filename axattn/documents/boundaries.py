@@ -273,10 +273,10 @@ def starts_of(positions: torch.Tensor | None, mask: torch.Tensor | None, has_doc
     return Starts(by_position, by_document_id, real & first)
 
 
-def _require_agreement(against: torch.Tensor, numbers: torch.Tensor) -> None:
+def _require_agreement(against: torch.Tensor, document_ids: torch.Tensor) -> None:
     if bool(against.any()):
         row, at = against.nonzero()[0].tolist()
-        number = int(numbers.expand(len(against), -1)[row, at + 1])
+        number = int(document_ids.expand(len(against), -1)[row, at + 1])
         raise InvalidInputError(
             "position_ids and the document ids (attention_mask, seq_idx) disagree",
             [Reason("position_ids", f"row {row}: they jump at token {at + 1}, inside document {number}")],

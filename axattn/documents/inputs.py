@@ -97,12 +97,14 @@ def document_ids_of(index: Any, mask: torch.Tensor | None, rows: int, length: in
             f"seq_idx is {shown}, but the batch has {rows} rows of {length} tokens",
             advice=f"Pass the index of each token's document, int32 [{rows}, {length}], or leave it out.",
         )
-    numbers: torch.Tensor = (index.long() - index.min() + 1).expand(rows, length)
+    document_ids: torch.Tensor = (index.long() - index.min() + 1).expand(rows, length)
     if mask is None:
-        return numbers
-    real = (mask != 0).to(numbers.device)
-    numbers = numbers * (mask.max().long() + 1).to(numbers.device) + mask.to(numbers.device, torch.long)
-    return numbers * real
+        return document_ids
+    real = (mask != 0).to(document_ids.device)
+    document_ids = document_ids * (mask.max().long() + 1).to(document_ids.device) + mask.to(
+        document_ids.device, torch.long
+    )
+    return document_ids * real
 
 
 def text_positions(positions: Any, rows: int, length: int, planes: tuple[int, ...]) -> torch.Tensor | None:
@@ -253,7 +255,7 @@ def refusals(
     for cache in caches_of(inputs):
         held = held_tokens(cache)
         held = held if is_tracing() else int(held)
-        if isinstance(held, torch.Tensor) or held > 0:  # a graph can't tell whether a static cache is empty
+        if isinstance(held, torch.Tensor) or held > 0:  # a graph can't know whether a static cache is empty
             yield InvalidInputError(
                 "packed rows can't continue from a cache",
                 [Reason("segments", f"the cache already holds {held} tokens of unknown documents")],

@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
     Attributes:
         start: the first of them.
-        end: behind the last of them.
+        end: one past the last of them.
         document: index of the document.
         depth: number of tokens of the document and its stem before `start`.
     """
@@ -56,7 +56,7 @@ class Placement:
         documents: of the batch.
         ranges: for each rank the tokens that it holds, ascending.
         tokens: B * S.
-        slots: tokens that every rank runs: those that it holds, and padding behind them.
+        slots: tokens that every rank runs: those that it holds, and padding after them.
         memo: values derived from the placement once for all layers of a forward.
     """
 

@@ -17,7 +17,7 @@ def prefix_groups(documents: Sequence[Sequence[int]], capacity: int) -> list[lis
         capacity: tokens in a row.
 
     Returns:
-        Document numbers by group. A group that does not fit is cut in several.
+        Document ids by group. A group that does not fit is cut in several.
     """
     groups: list[list[int]] = []
     size = 0

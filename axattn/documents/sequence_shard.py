@@ -31,7 +31,7 @@ class SequenceShard:
         fetch_rank: this rank's index among them.
         travel: brings the documents of placed tokens whole to one rank each (`axattn.parallel.travel.Travel`), for
             layers with a state; None for models without any.
-        batch: the whole batch of placed tokens (`axattn.parallel.whole_batch.WholeBatch`), for a model inside that runs
+        batch: the whole batch of placed tokens (`axattn.parallel.whole_batch.WholeBatch`), for an inner model that runs
             other tokens of it; else None.
         memo: values derived from the placement once for all layers of a forward.
     """

@@ -158,7 +158,7 @@ def reasons(*refused: Refused) -> list[Reason]:
 def untested(versions: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """The packages, with their versions, that are newer than the newest tested or older than the oldest, and which.
 
-    Patch releases (5.24.1) don't count as newer. pip keeps versions in range (pyproject.toml), unless it is told not to
+    Patch releases (5.24.1) don't count as newer. pip keeps versions in range (pyproject.toml), unless asked not to
     (``--no-deps``).
     """
     from packaging.version import Version

@@ -259,7 +259,7 @@ def _is_for_tokens(x: torch.Tensor, rows: int, length: int) -> bool:
 
 def may_describe_documents(x: torch.Tensor, mask: torch.Tensor | None, rows: int, length: int) -> torch.Tensor | None:
     """Whether a tensor of unknown meaning may describe several documents in a row: positions that restart, document
-    numbers, or cu_seqlens.
+    ids, or cu_seqlens.
 
     Args:
         x: the value of an unknown keyword.
@@ -277,11 +277,11 @@ def may_describe_documents(x: torch.Tensor, mask: torch.Tensor | None, rows: int
     rows_of = x[None] if x.ndim == 1 else x[0] if x.ndim == 3 and x.shape[-1] == length else x
     if rows_of.ndim != 2 or rows_of.shape[1] != length or length < 2:
         return None
-    numbers = rows_of.to(torch.int64)
-    real, values = torch.ones_like(numbers, dtype=torch.bool), numbers
-    if mask is not None and mask.shape[1] == length and numbers.shape[0] in (1, mask.shape[0]):
-        real = (mask != 0).to(numbers.device)
-        values = numbers.expand(real.shape)
+    integers = rows_of.to(torch.int64)
+    real, values = torch.ones_like(integers, dtype=torch.bool), integers
+    if mask is not None and mask.shape[1] == length and integers.shape[0] in (1, mask.shape[0]):
+        real = (mask != 0).to(integers.device)
+        values = integers.expand(real.shape)
     both = real[:, 1:] & real[:, :-1]
     step = values[:, 1:] - values[:, :-1]
     # positions: each token counts up or returns to the row's first value, the latter only after counting up
@@ -289,12 +289,12 @@ def may_describe_documents(x: torch.Tensor, mask: torch.Tensor | None, rows: int
     counts_up = both & (step == 1)
     back = both & (step != 1) & (values[:, 1:] == first)
     starts_anew = (back & (counts_up.cumsum(1) > 0)).any(1) & (~both | counts_up | back).all(1)
-    # document numbers: runs of equal numbers that grow by one, with padding (0) at the ends only
-    numbered = both & (values[:, 1:] > 0) & (values[:, :-1] > 0)
+    # document ids: runs of equal ids that grow by one, with padding (0) at the ends only
+    in_documents = both & (values[:, 1:] > 0) & (values[:, :-1] > 0)
     begins = (values > 0) & (torch.nn.functional.pad(values[:, :-1], (1, 0)) <= 0)
-    runs = (~numbered | (step == 0) | (step == 1)).all(1) & (begins.sum(1) == 1)
-    many = (numbered & (step == 0)).any(1) & (numbered & (step == 1)).any(1)
-    whole = (numbers == rows_of).all()  # a float mask may number documents, fractional values don't
+    runs = (~in_documents | (step == 0) | (step == 1)).all(1) & (begins.sum(1) == 1)
+    many = (in_documents & (step == 0)).any(1) & (in_documents & (step == 1)).any(1)
+    whole = (integers == rows_of).all()  # a float mask may hold document ids, fractional values don't
     return whole & (starts_anew | (runs & many)).any()
 
 

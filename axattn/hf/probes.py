@@ -33,12 +33,12 @@ _PLACE = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Numbering:
-    """How a model numbers its tokens.
+class PositionCounting:
+    """How a model counts its position ids.
 
     Attributes:
         read: whether ``position_ids`` reach every module that reads positions; if not, the other fields are unknown.
-        first: the position id of a row's first token that reproduces the model's own numbering.
+        first: the position id of a row's first token that reproduces the model's own position ids.
         padded: the position ids of the real tokens of the row `ids`.
         ids: a left-padded row.
         mask: its mask.
@@ -52,7 +52,7 @@ class Numbering:
 
 
 @dataclass(frozen=True, slots=True)
-class Mixing:
+class TokenMixing:
     """Which tokens a model's outputs depend on, without its layers.
 
     Attributes:
@@ -91,7 +91,7 @@ def disagreement(model: Any, source: str, run: str) -> Reason:
 
 
 @question
-def numbering(skeleton: Skeleton) -> Numbering | None:
+def position_counting(skeleton: Skeleton) -> PositionCounting | None:
     """Which positions reach the tables and rotary embeddings of a model, without ``position_ids`` and with them."""
     if not takes(skeleton, "position_ids"):
         return None
@@ -108,13 +108,13 @@ def numbering(skeleton: Skeleton) -> Numbering | None:
         first_rows = [rows[0] for seen in after if (rows := _rows(seen, ids))]
         offsets = {row[0] - _GIVEN[0] for row in first_rows if [at - row[0] for at in row] == [at - 3 for at in _GIVEN]}
         if before and len(offsets) != 1:
-            return Numbering(False)
+            return PositionCounting(False)
         for whole, padded in before:
             found.add(tuple(at - max(offsets) for at in (whole[0], *padded[PADDED:])))
     if len(found) != 1:
         return None
     first, *padded = found.pop()
-    return Numbering(True, first, tuple(padded), tuple(ids[1].tolist()), tuple(mask[1].tolist()))
+    return PositionCounting(True, first, tuple(padded), tuple(ids[1].tolist()), tuple(mask[1].tolist()))
 
 
 def _rows(seen: torch.Tensor, ids: torch.Tensor) -> tuple[list[int], list[int]] | None:
@@ -133,16 +133,18 @@ def _is_consecutive(row: list[int]) -> bool:
 
 
 @question
-def mixing(skeleton: Skeleton) -> Mixing | None:
+def token_mixing(skeleton: Skeleton) -> TokenMixing | None:
     """Which tokens each output of a model depends on, found by gradients and by a masked token (ESM)."""
     if any(calls_interface(type(module)) for module in skeleton.root.modules()):
         return None  # it has attention outside of its lists of layers
     tokens = Tokens(skeleton)
     with _watch(skeleton) as (inner, pooler_shapes):
-        return _mixing(skeleton, tokens, inner, pooler_shapes)
+        return _token_mixing(skeleton, tokens, inner, pooler_shapes)
 
 
-def _mixing(skeleton: Skeleton, tokens: Tokens, inner: list[torch.Tensor], pooler_shapes: list[Any]) -> Mixing | None:
+def _token_mixing(
+    skeleton: Skeleton, tokens: Tokens, inner: list[torch.Tensor], pooler_shapes: list[Any]
+) -> TokenMixing | None:
     output = run(skeleton, input_ids=tokens.ids, attention_mask=tokens.mask)
     every = [
         given
@@ -168,7 +170,7 @@ def _mixing(skeleton: Skeleton, tokens: Tokens, inner: list[torch.Tensor], poole
     mixed = any(reached - {(0, _PLACE)} for reached in each.values()) if each else None
     if mixed is False:
         mixed = _counts_masked(skeleton, tokens, inner)
-    return Mixing(tuple(rows), mixed, pooled)
+    return TokenMixing(tuple(rows), mixed, pooled)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Snapshots: immutable copies of tensors, with memos of the values read from them.
 
-An operator of a compiled graph can't tell whether a tensor still holds the values that another layer read: Inductor
+An operator of a compiled graph can't know whether a tensor still holds the values that another layer read: Inductor
 writes new values into reused buffers without counting versions, and under ``inference_mode`` tensors have no version
 (torch 2.13). A copy that an axattn operator makes and passes only to other axattn operators is not written to while
 they read it.

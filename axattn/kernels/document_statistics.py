@@ -38,7 +38,7 @@ class Documents:
         return on_device(torch.tensor(self.lengths), self.device)
 
     @cached_property
-    def numbers(self) -> torch.Tensor:
+    def document_ids(self) -> torch.Tensor:
         """int32 ``[tokens]``: each token's document index."""
         return self.spread(torch.arange(len(self.lengths), dtype=torch.int32, device=self.device))
 

@@ -21,7 +21,7 @@ class FetchPlan(NamedTuple):
     """One rank's part in fetching keys.
 
     Attributes:
-        mask: of its queries over its own keys and the fetched ones behind them.
+        mask: of its queries over its own keys and the fetched ones after them.
         fetch: what it sends, and what it gets.
     """
 
@@ -88,7 +88,7 @@ def over_placed(
 
 
 def _with_fetched(key: torch.Tensor, value: torch.Tensor, fetch: Redistribution) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of this rank, and behind them those that it fetches: ``[1, Hkv, slots + fetched, D]``."""
+    """Keys and values of this rank, and after them those that it fetches: ``[1, Hkv, slots + fetched, D]``."""
     heads, D, Dv = key.shape[1], key.shape[3], value.shape[3]
     own = torch.cat([key[0].transpose(0, 1), value[0].transpose(0, 1)], -1).flatten(1)  # [slots, Hkv x (D + Dv)]
     whole = torch.cat([own, fetch.run(own)]).view(-1, heads, D + Dv).transpose(0, 1)[None]

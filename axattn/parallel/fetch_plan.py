@@ -27,7 +27,7 @@ class Queries(NamedTuple):
 
     Attributes:
         start: the first of them.
-        end: behind the last of them.
+        end: one past the last of them.
         others: the keys besides their own that they attend to; if causal those before them, in order.
     """
 
@@ -82,7 +82,7 @@ def _fetched(placement: Placement, rule: Rule) -> list[np.ndarray]:
 
 
 def layout_of(placement: Placement, rank: int, rule: Rule, tokens: np.ndarray) -> Layout:
-    """The attention of a rank's queries over its own keys, and behind them the keys of `tokens` (of `fetched`)."""
+    """The attention of a rank's queries over its own keys, and after them the keys of `tokens` (of `fetched`)."""
     import numpy as np
 
     where = np.where(placement.owner == rank, placement.slot, -1)

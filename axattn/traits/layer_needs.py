@@ -163,7 +163,7 @@ def _default_kind(config: Any) -> str:
 
 _BIDIRECTIONAL = "create_bidirectional_mask"
 _BY_OPTION = "use_bidirectional_attention"
-"""Gemma 3 reads this setting where it makes its masks; Gemma 1 and 2 only tell their kernel, and eager is causal."""
+"""Gemma 3 reads this setting where it makes its masks; Gemma 1 and 2 only pass it on, and eager is causal."""
 _CAUSAL_MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
 """RecurrentGemma makes only the second."""
 

@@ -84,7 +84,7 @@ def read_traits(model: torch.nn.Module, native: str | None, nondeterministic: tu
     """The traits of a model.
 
     Args:
-        model: a ``PreTrainedModel``; models inside it have their own traits.
+        model: a ``PreTrainedModel``; inner models have their own traits.
         native: see `ModelTraits`.
         nondeterministic: see `ModelTraits`.
     """

@@ -52,7 +52,7 @@ def read_at(model: torch.nn.Module) -> frozenset[Place]:
     Includes every place that the source or a run shows: a wrong one costs only a dense mask.
 
     Args:
-        model: a ``PreTrainedModel``; the source of models inside it is not read.
+        model: a ``PreTrainedModel``; the source of inner models is not read.
     """
     return (_places_by_source(model) or frozenset()) | _places_by_run(model)
 
@@ -75,7 +75,7 @@ def _places_by_source(model: torch.nn.Module) -> frozenset[Place] | None:
 
 
 def _places_by_run(model: torch.nn.Module) -> frozenset[Place]:
-    run = probes.mixing(model)
+    run = probes.token_mixing(model)
     return frozenset(_AT[pattern] for _, pattern in (run.rows if run is not None else ()) if pattern in _AT)
 
 
@@ -94,7 +94,7 @@ def contradictions(model: torch.nn.Module) -> list[Reason]:
 def _contradictions(model: torch.nn.Module) -> list[Reason]:
     from transformers import PreTrainedModel
 
-    run = probes.mixing(model)
+    run = probes.token_mixing(model)
     if run is None:
         return []
     patterns = {pattern for _, pattern in run.rows}
@@ -122,7 +122,7 @@ def first_token_pooler(model: torch.nn.Module) -> torch.nn.Module | None:
     readable = is_readable(code_of(model)) and is_readable(code_of(_unwrapped(pooler)))
     if readable:
         return _pooler_by_source(model)
-    run = probes.mixing(model)
+    run = probes.token_mixing(model)
     return pooler if run is not None and _pools_first(run) else None
 
 
@@ -135,7 +135,7 @@ def _pooler_by_source(model: torch.nn.Module) -> torch.nn.Module | None:
     return pooler if passed and not calls[0].keywords else None
 
 
-def _pools_first(run: probes.Mixing) -> bool:
+def _pools_first(run: probes.TokenMixing) -> bool:
     return run.pooled and {pattern for _, pattern in run.rows} == {"first"}
 
 
@@ -144,7 +144,7 @@ def pools(model: torch.nn.Module) -> bool:
     its source or a run."""
     if "pooler_output=" in source_of(code_of(model).forward) and getattr(model, "pooler", model) is not None:
         return True
-    run = probes.mixing(model)
+    run = probes.token_mixing(model)
     return run is not None and any(name == "pooler_output" for name, _ in run.rows)
 
 
@@ -244,7 +244,7 @@ def _row_head_reads(model: torch.nn.Module) -> probes.Pattern | None:
         return None
     if is_readable(code_of(model)):
         return _head_by_source(model)
-    run = probes.mixing(model)
+    run = probes.token_mixing(model)
     patterns = {pattern for _, pattern in (run.rows if run is not None else ())}
     return patterns.pop() if len(patterns) == 1 else None
 

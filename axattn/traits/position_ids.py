@@ -63,7 +63,7 @@ def unread_positions(model: torch.nn.Module) -> list[Reason]:
 
 def contradictions(text: torch.nn.Module) -> list[Reason]:
     """Why a run of a text model shows other positions than its source, or positions of an unknown kind."""
-    run = probes.numbering(text) if _takes_positions(text) else None
+    run = probes.position_counting(text) if _takes_positions(text) else None
     if run is None:
         return []
     by_source, name = _by_source(text), type(text).__name__
@@ -157,7 +157,7 @@ def _counting(model: torch.nn.Module) -> Counting:
     text = text_model(model)
     by_source = _by_source(text)
     if by_source is None:
-        run = probes.numbering(text)
+        run = probes.position_counting(text)
         by_source = None if run is None or not run.read else _by_run(run)
     return by_source or Counting(0, False)
 
@@ -181,13 +181,13 @@ def _by_source(text: torch.nn.Module) -> Counting | None:
     return Counting(first, _mentions_count(code_of(text).__module__))
 
 
-def _by_run(run: probes.Numbering) -> Counting | None:
+def _by_run(run: probes.PositionCounting) -> Counting | None:
     """The `Counting` that reproduces a run, None for none."""
     ways = (Counting(run.first, False), Counting(run.first, True))
     return next((way for way in ways if _reproduces(way, run)), None)
 
 
-def _reproduces(way: Counting, run: probes.Numbering) -> bool:
+def _reproduces(way: Counting, run: probes.PositionCounting) -> bool:
     ids, mask = (torch.tensor([row], device="cpu") for row in (run.ids, run.mask))  # models may be built on "meta"
     found = count_positions(*way, ids, mask)[mask != 0].tolist()
     return way.first == run.first and found == list(run.padded)

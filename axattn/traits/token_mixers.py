@@ -50,7 +50,7 @@ def mixers(model: torch.nn.Module, *, by_document: bool = False) -> list[Reason]
         return [Reason("model", f"{shares[0]} scales a row by its share of masked tokens (token_dropout)")]
     if not apart and not any(calls_interface(cls) for _, cls in named):
         return [Reason("model", f"{type(text).__name__} mixes tokens in layers of its own, not in attention")]
-    run = None if by_document and scaled_by_share(text) else probes.mixing(text)
+    run = None if by_document and scaled_by_share(text) else probes.token_mixing(text)
     if run is not None and run.tokens:
         return [probes.disagreement(text, "only its layers mix tokens", "something before or behind them does too")]
     return []

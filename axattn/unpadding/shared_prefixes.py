@@ -146,8 +146,8 @@ class SharePrefixes:
         real = torch.ones_like(ids) if mask is None else mask.to(ids.device)
         positions = inputs.get("position_ids")
         if positions is None:
-            numbers = None if known is None else known.document_ids.to(ids.device)
-            positions = own_positions(model, ids, real, numbers)
+            document_ids = None if known is None else known.document_ids.to(ids.device)
+            positions = own_positions(model, ids, real, document_ids)
         positions = positions.reshape(-1, positions.shape[-1])
         # a head may pass its targets on to its backbone, which does not read them
         per_token = [positions, *(x for key, x in unpadded_as(inputs, "cut").items() if key not in TARGETS)]

@@ -98,12 +98,12 @@ def test_decoding_over_a_static_cache_is_recorded_once(name: str) -> None:
     torch._dynamo.reset()
     with machine(name):
         axattn.apply(model, name)
-        ours = Recording()
-        assert torch.equal(generated(ours), expected)
-        assert torch.equal(generated(ours), expected)
-    assert 0 < ours.graphs <= stock.graphs
-    assert not ours.reads
-    assert not ours.cuts
+        on_axattn = Recording()
+        assert torch.equal(generated(on_axattn), expected)
+        assert torch.equal(generated(on_axattn), expected)
+    assert 0 < on_axattn.graphs <= stock.graphs
+    assert not on_axattn.reads
+    assert not on_axattn.cuts
     assert not stock.cuts
 
 

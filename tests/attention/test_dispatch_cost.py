@@ -88,7 +88,7 @@ def count(name: str, family: str, layers: int, batch: dict[str, Any], unpad: boo
 @pytest.mark.parametrize("unpad", [False, True], ids=["", "unpad"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("kind", batches())
-def test_a_layer_more_reads_nothing_on_the_host_and_makes_no_metadata(kind: str, family: str, unpad: bool) -> None:
+def test_one_more_layer_reads_nothing_on_the_host_and_makes_no_metadata(kind: str, family: str, unpad: bool) -> None:
     few, many = (count("varlen", family, layers, batches()[kind], unpad) for layers in (2, 8))
     assert few[0] == many[0]
     assert few[1] == many[1]

@@ -311,7 +311,7 @@ def test_a_compiled_model_keeps_documents_apart() -> None:
     assert torch.allclose(compiled(tokens(1, 8), **inputs).logits, expected, atol=1e-5)
 
 
-def test_errors_of_ours_share_a_base() -> None:
+def test_axattns_errors_share_a_base() -> None:
     assert issubclass(UnsupportedAttentionError, AxattnError)
     assert issubclass(UnsupportedAttentionError, ValueError)
 
@@ -450,7 +450,7 @@ def test_queries_that_see_nothing_harm_no_gradient() -> None:
 
 @torch.no_grad()
 def test_more_keys_than_the_mask_knows_are_refused() -> None:
-    """DeepSeek-V4 adds compressed keys behind the mask's back, where the mask is a tensor."""
+    """DeepSeek-V4 adds compressed keys that the mask does not know, where the mask is a tensor."""
     torch.manual_seed(0)
     config = tiny("deepseek_v4")
     model = axattn.apply(tf.AutoModelForCausalLM.from_config(config).eval(), "auto")

@@ -163,7 +163,7 @@ def test_masks_of_compiled_layers_are_freed_with_their_batch() -> None:
 @pytest.mark.parametrize(
     ("family", "described"),
     part_of(
-        itertools.product(("llama", "mistral", "gemma2", "llama4"), ("packed", "padded", "numbered", "dense")),
+        itertools.product(("llama", "mistral", "gemma2", "llama4"), ("packed", "padded", "document ids", "dense")),
         kept=[("llama", "packed")],
     ),
 )
@@ -175,7 +175,7 @@ def test_a_graph_broken_between_the_masks_and_the_layers(family: str, described:
     given: dict[str, Any] = {"use_cache": False}
     if described == "packed":
         given["position_ids"] = positions(lengths)
-    elif described == "numbered":
+    elif described == "document ids":
         given["attention_mask"] = torch.cat([torch.full((1, n), i + 1) for i, n in enumerate(lengths)], 1)
     elif described == "padded":
         given["attention_mask"] = torch.ones_like(ids)

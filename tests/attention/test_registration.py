@@ -45,7 +45,7 @@ FOREIGN: dict[str, Callable[[str], None]] = {
     "attention": lambda name: INTERFACES[0].register(name, foreign),
     "mask": lambda name: INTERFACES[1].register(name, foreign_mask),
     "a partial": lambda name: INTERFACES[0].register(name, functools.partial(foreign)),
-    "a partial of ours": lambda name: INTERFACES[0].register(
+    "a partial of axattn": lambda name: INTERFACES[0].register(
         name, functools.partial(registries.axattn_functions()["s2"][0], x=1)
     ),
     "local attention": lambda name: INTERFACES[0].__setitem__(name, foreign),
@@ -90,7 +90,7 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_all_our_names_are_in_both_registries_and_none_of_transformers_is_replaced() -> None:
+def test_all_axattn_backends_are_in_both_registries_and_none_of_transformers_is_replaced() -> None:
     for table in TABLES:
         assert set(names.AXATTN_BACKENDS) <= set(table)
     natives = {name: TABLES[0][name] for name in names.NATIVE if name in TABLES[0]}
@@ -115,7 +115,7 @@ def test_unregister_restores_exactly() -> None:
 
 @pytest.mark.parametrize("how", FOREIGN)
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_name_that_another_package_holds_stays_its_as_a_whole_and_all_others_are_ours(how: str, when: str) -> None:
+def test_a_name_that_another_package_holds_stays_its_as_a_whole_and_all_others_are_axattns(how: str, when: str) -> None:
     if when == "before":
         axattn.unregister()
     FOREIGN[how]("sage")
@@ -135,7 +135,7 @@ def test_a_name_that_another_package_holds_stays_its_as_a_whole_and_all_others_a
 
 
 @pytest.mark.parametrize("how", FOREIGN)
-def test_a_held_name_is_refused_at_load_and_every_other_one_runs(how: str, tmp_path: Path) -> None:
+def test_a_name_taken_by_another_package_is_refused_at_load_and_every_other_one_runs(how: str, tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path)
     model = axattn.apply(build("llama"), "auto")
     expected = packed(model)
@@ -157,12 +157,12 @@ def test_a_held_name_is_refused_at_load_and_every_other_one_runs(how: str, tmp_p
 
 
 @pytest.mark.parametrize("on_unsupported", ["raise", "route"])
-def test_a_held_name_that_this_machine_cant_run_anyway_says_whose_it_is(on_unsupported: Any) -> None:
+def test_a_taken_name_that_this_machine_cant_run_anyway_says_whose_it_is(on_unsupported: Any) -> None:
     with held("sage", "both"), pytest.raises(RegistrationError, match=rf"axattn's sage can't serve .*{WHOSE}"):
         axattn.plan(build("llama"), "sage", on_unsupported=on_unsupported)
 
 
-def test_a_held_name_that_a_plan_falls_back_to_is_refused() -> None:
+def test_a_taken_name_that_a_plan_falls_back_to_is_refused() -> None:
     model = build("llama")
     with pytest.raises(RegistrationError, match=r"axattn's auto can't serve .*=\"varlen\""), held("auto", "both"):
         axattn.apply(model, "sage", on_unsupported="route")
@@ -200,7 +200,7 @@ def test_a_compiled_model_is_traced_anew_and_refused() -> None:
     model = axattn.apply(build("llama", num_hidden_layers=1), "varlen")
     compiled = torch.compile(model, backend="eager")
     expected = packed(compiled)
-    for how in ("mask", "a partial of ours") if SAMPLE == "nightly" else ("mask",):
+    for how in ("mask", "a partial of axattn") if SAMPLE == "nightly" else ("mask",):
         FOREIGN[how]("varlen")
         with pytest.raises(RegistrationError, match="held by"):
             packed(compiled)
@@ -210,7 +210,7 @@ def test_a_compiled_model_is_traced_anew_and_refused() -> None:
         assert torch.equal(packed(compiled), expected)
 
 
-def test_a_model_on_a_name_that_was_taken_out_says_so() -> None:
+def test_a_model_on_a_name_that_was_unregistered_is_refused() -> None:
     model = axattn.apply(build("llama"), "varlen")
     axattn.unregister()
     with pytest.raises(
@@ -221,7 +221,7 @@ def test_a_model_on_a_name_that_was_taken_out_says_so() -> None:
     packed(model)
 
 
-def test_by_name_alone_another_packages_function_gets_no_mask_of_ours() -> None:
+def test_by_name_alone_another_packages_function_gets_no_mask_of_axattns() -> None:
     """Nor does axattn look into a model that it has not loaded."""
     model = tf.AutoModelForCausalLM.from_config(build("llama").config, attn_implementation="varlen").eval()
     FOREIGN["attention"]("varlen")
@@ -231,7 +231,7 @@ def test_by_name_alone_another_packages_function_gets_no_mask_of_ours() -> None:
     assert "held by tests.attention.test_registration.foreign" in axattn.status(model).held[""]
 
 
-def test_by_name_alone_another_packages_mask_is_not_taken_for_ours() -> None:
+def test_by_name_alone_another_packages_mask_is_not_taken_for_axattns() -> None:
     model = tf.AutoModelForCausalLM.from_config(build("llama").config, attn_implementation="varlen").eval()
     packed(model)
     FOREIGN["mask"]("varlen")

@@ -1,4 +1,4 @@
-"""Static caches, as `generate` compiles their decoding by itself on a GPU; graphs that are handed copies of inputs."""
+"""Static caches, as `generate` compiles their decoding by itself on a GPU; graphs that are given copies of inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Copying:
         self.graphs, self.fresh, self.compiler = 0, fresh, compiler
 
     def __deepcopy__(self, memo: Any) -> Copying:
-        return self  # `CompileConfig` copies what it hands to torch.compile
+        return self  # `CompileConfig` copies what it passes to torch.compile
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         self.graphs += 1
@@ -76,11 +76,11 @@ def test_decoding_compiles_as_often_as_stock_and_gives_its_tokens(family: str, p
         given["attention_mask"][0, :3] = 0
     model.set_attn_implementation("sdpa")
     dynamic = False if family == "llama" else None  # with a window stock compiles each step where dynamic is False
-    stock, ours = Copying(), Copying()
+    stock, on_axattn = Copying(), Copying()
     expected = decode(model, ids, stock, dynamic, **given)
     axattn.apply(model, "auto")
-    assert torch.equal(decode(model, ids, ours, dynamic, **given), expected)
-    assert ours.graphs == stock.graphs > 0
+    assert torch.equal(decode(model, ids, on_axattn, dynamic, **given), expected)
+    assert on_axattn.graphs == stock.graphs > 0
 
 
 @pytest.mark.nightly
@@ -98,11 +98,11 @@ def test_images_compile_too() -> None:
     ids = tokens(2, 10).clamp(min=10)
     kind = torch.zeros_like(ids)
     kind[:, 2:5] = 1
-    stock, ours = Copying(), Copying(compiler=aot_eager)  # vmap works in operators without it
+    stock, on_axattn = Copying(), Copying(compiler=aot_eager)  # vmap works in operators without it
     expected = decode(model, ids, stock, mm_token_type_ids=kind)
     axattn.apply(model, "auto")
-    assert torch.equal(decode(model, ids, ours, mm_token_type_ids=kind), expected)
-    assert ours.graphs == stock.graphs > 0
+    assert torch.equal(decode(model, ids, on_axattn, mm_token_type_ids=kind), expected)
+    assert on_axattn.graphs == stock.graphs > 0
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ def test_rows_too_short_to_pay_are_not_regrouped(regrouped: list[int], monkeypat
     assert not regrouped
 
 
-def test_a_static_cache_has_keys_behind_the_documents(regrouped: list[int]) -> None:
+def test_a_static_cache_has_keys_after_the_documents(regrouped: list[int]) -> None:
     model, ids = axattn.apply(build("gemma2"), "auto"), tokens(2, 9)
     real = torch.ones(2, 9, dtype=torch.long)
     real[0, :4] = 0
@@ -154,14 +154,14 @@ def test_a_static_cache_has_keys_behind_the_documents(regrouped: list[int]) -> N
 def _mask(
     lengths: Lengths, causal: bool, window: int | None, chunk: int | None, pads: list[tuple[int, int]]
 ) -> LazyMask:
-    """The mask of packed rows; `pads`: padding before and behind each row's real tokens, none for `[]`."""
+    """The mask of packed rows; `pads`: padding before and after each row's real tokens, none for `[]`."""
     rows, S = len(lengths), sum(lengths[0])
     edges = tuple((0, *accumulate(row)) for row in lengths)
     segments = Segments(edges, CPU)
     real = None
     if pads:
         at = torch.arange(S)
-        real = torch.stack([(at >= before) & (at < S - behind) for before, behind in pads])
+        real = torch.stack([(at >= before) & (at < S - after) for before, after in pads])
     ids = segments.document_ids
     given = {"causal": causal, "window": window, "chunk": chunk, "documents": ids, "padding": real}
     return LazyMask(

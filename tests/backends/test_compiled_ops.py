@@ -158,7 +158,7 @@ def test_other_documents_in_the_same_graph() -> None:
         kept=[("mistral", "its own compile")],
     ),
 )
-def test_a_model_without_a_head_tells_its_graph_of_the_documents(family: str, how: str) -> None:
+def test_a_model_without_a_head_passes_its_documents_to_its_graph(family: str, how: str) -> None:
     """Torch runs the hooks of the outermost module outside of the graph; what they found must reach it."""
     model = axattn.apply(build(family, num_hidden_layers=1).model, "varlen")
     ids, lengths = tokens(2, 12), ((5, 7), (3, 9))
@@ -184,7 +184,7 @@ def test_a_model_without_a_head_tells_its_graph_of_the_documents(family: str, ho
     ),
 )
 def test_a_compiled_forward_method_takes_packed_rows(model_type: str, hooks: str) -> None:
-    """The input hook of the model runs before the graph, or not at all: then the call's keywords tell."""
+    """The input hook of the model runs before the graph, or not at all: then the keywords of the call are read."""
     ids = tokens(2, 12)
     reference = build("llama").model if model_type == "llama" else examine.build("bert", "masked").bert
     more = {"use_cache": False} if model_type == "llama" else {}
@@ -233,7 +233,7 @@ def test_a_compiled_forward_method_takes_packed_rows(model_type: str, hooks: str
 def test_padded_rows_keep_their_own_count_of_positions_in_a_graph(
     model_type: str, head: str, side: str, name: str
 ) -> None:
-    """While a graph is traced nobody knows whether rows are packed; those that are not must be numbered as ever."""
+    """While a graph is traced nobody knows whether rows are packed; others must get the usual position ids."""
     reference = examine.build(model_type, head)
     batches = Expected(reference, head)
     model = axattn.apply(reference, name)
@@ -243,13 +243,13 @@ def test_padded_rows_keep_their_own_count_of_positions_in_a_graph(
 
 @pytest.mark.nightly
 @torch.no_grad()
-def test_documents_numbered_in_the_mask_start_anew_in_a_graph() -> None:
+def test_documents_with_ids_in_the_mask_start_anew_in_a_graph() -> None:
     model = examine.build("gpt2", "causal")
     ids, lengths = tokens(1, 20), (9, 4, 7)
     alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(lengths, 1)], 1)
-    numbers = torch.cat([torch.full((1, n), i + 1) for i, n in enumerate(lengths)], 1)
+    document_ids = torch.cat([torch.full((1, n), i + 1) for i, n in enumerate(lengths)], 1)
     compiled = torch.compile(axattn.apply(model, "auto"), backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(ids, attention_mask=numbers, use_cache=False).logits, alone, atol=1e-4)
+    assert torch.allclose(compiled(ids, attention_mask=document_ids, use_cache=False).logits, alone, atol=1e-4)
     whole = compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     assert torch.allclose(whole, model(ids, use_cache=False).logits, atol=1e-4)
 
@@ -302,7 +302,7 @@ def test_what_has_no_operator_form_keeps_its_softcap(softcap: float | None) -> N
 
 @pytest.mark.parametrize("name", ["sage", "fp8", "xformers"])
 def test_kernels_in_operators_launch_on_the_gpu_of_their_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `tests.pretend` can't see: an operator's body is handed no pretended tensors."""
+    """What `tests.pretend` can't see: an operator's body is given no pretended tensors."""
     inside, launches = 0, []
 
     @contextlib.contextmanager

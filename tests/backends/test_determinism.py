@@ -48,7 +48,7 @@ def ask(how: str, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("how", ["nobody", "environment", "torch"])
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_4"])
-def test_direct_calls_hand_it_on(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_direct_calls_pass_it_on(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with hopper(name):
         model = direct(name)
         ask(how, monkeypatch)
@@ -57,8 +57,8 @@ def test_direct_calls_hand_it_on(name: str, how: str, monkeypatch: pytest.Monkey
         assert set(flash.repeats) == {how != "nobody"}
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_the_keyword_of_a_layer_reaches_the_kernel_also_inside_a_graph(told: bool) -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_keyword_of_a_layer_reaches_the_kernel_also_inside_a_graph(deterministic: bool) -> None:
     """ModernBERT says ``deterministic=config.deterministic_flash_attn`` to every call."""
     with hopper("flash_attention_2"):
         q, k, v = (torch.randn(1, 2, 6, 16, requires_grad=True) for _ in range(3))
@@ -68,14 +68,14 @@ def test_the_keyword_of_a_layer_reaches_the_kernel_also_inside_a_graph(told: boo
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             mask = lazy_mask(1, 6, 6, 0, 0, masking_utils.causal_mask_function, None, device="cpu")
-            out, _ = attend(name, module, q, k, v, mask, deterministic=told)
+            out, _ = attend(name, module, q, k, v, mask, deterministic=deterministic)
             return out
 
         for function in (run, torch.compile(run, backend="eager")):
             flash.repeats.clear()
             function(q, k, v).sum().backward()
             assert flash.repeats
-            assert set(flash.repeats) == {told}
+            assert set(flash.repeats) == {deterministic}
 
 
 def test_an_environment_without_gradients_changes_no_decision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,15 +127,15 @@ def test_transformers_own_flash_path_reads_the_environment_alone(name: str, monk
         assert set(flash.repeats) == {True}
 
 
-def test_modernbert_says_so_in_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modernbert_is_deterministic_by_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     ask("torch", monkeypatch)
-    for told in (False, True):
+    for deterministic in (False, True):
         config = tf.ModernBertConfig(
             vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-            pad_token_id=0, deterministic_flash_attn=told,
+            pad_token_id=0, deterministic_flash_attn=deterministic,
         )  # fmt: skip
         model = tf.ModernBertModel(config)
-        if told:
+        if deterministic:
             native_flash_guard.require_deterministic("flash_attention_2", (), model)
         else:
             with pytest.raises(UnsupportedAttentionError, match=r"Set config\.deterministic_flash_attn=True"):

@@ -148,7 +148,7 @@ def test_gemma_4_runs_its_sliding_layers_on_flash_and_its_global_ones_on_the_nex
 
 
 @torch.no_grad()
-def test_a_mixed_plan_says_so_once_and_is_data(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mixed_plan_is_logged_once_and_is_data(caplog: pytest.LogCaptureFixture) -> None:
     with hopper("flash_attention_2") as environment:
         config = FAMILIES["gemma4"].make().config
         found = axattn.plan(config, "flash_attention_2", on_unsupported="route", environment=environment)
@@ -210,7 +210,7 @@ def test_documents_that_do_not_reach_the_attention_module_are_refused() -> None:
     for name, module, kwargs in (
         ("flash_attention_2", attention, {}),
         ("flash_attention_4", attention, where),  # a tensor for an int
-        ("flash_attention_2", torch.nn.Linear(2, 2), where),  # does not hand them on
+        ("flash_attention_2", torch.nn.Linear(2, 2), where),  # does not pass them on
     ):
         with pytest.raises(UnsupportedAttentionError, match="do not reach"):
             native_flash_guard.require_reached(name, module, kwargs, segments)
@@ -219,7 +219,7 @@ def test_documents_that_do_not_reach_the_attention_module_are_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", FLASH)
 def test_the_input_hook_gives_the_flash_path_the_lengths_of_the_documents(name: str) -> None:
-    """Transformers reads positions only when there is one row, and hands FlashAttention 4 a tensor for an int."""
+    """Transformers reads positions only when there is one row, and passes FlashAttention 4 a tensor for an int."""
     ids, rows = tokens(2, 21), ((7, 11, 3), (5, 16))
     expected = torch.cat([alone(build("mistral"), ids[i : i + 1], rows[i]) for i in range(2)])
     with hopper(name):
@@ -331,7 +331,9 @@ def test_flash_attention_2_becomes_4_on_hopper_where_every_layer_allows_it(caplo
 @pytest.mark.parametrize(
     "how", ["argument", "variable", "Ampere", "no FA4", "a layer can't", "no backward", "slower", "dropout"]
 )
-def test_and_stays_where_anything_speaks_against_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_2_stays_where_anything_rules_the_upgrade_out(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment, config, options = HOPPER, build("mistral").config, {}
     if how == "argument":
         options["upgrade_flash"] = False
@@ -423,7 +425,9 @@ def test_no_upgrade_to_a_kernel_that_the_model_does_not_list(monkeypatch: pytest
         (dataclasses.replace(HOPPER, flash_attn_4_shadowed=True), "shadows that of flash-attn-4", "force-reinstall"),
     ],
 )
-def test_what_flash_attention_4_needs_is_said_with_the_mending_command(environment: Any, part: str, fix: str) -> None:
+def test_what_flash_attention_4_needs_is_reported_with_the_command_that_fixes_it(
+    environment: Any, part: str, fix: str
+) -> None:
     (reason,) = get("flash_attention_4").probe(environment)
     assert part in reason.text
     assert fix in reason.fix
@@ -498,7 +502,7 @@ def test_a_flash_library_that_fails_to_import_leaves_no_trace(
         ("qwen2_moe, sliding window", tf.AutoModelForCausalLM, "causal", "does not hand its window of 6"),
     ],
 )
-def test_models_whose_attention_modules_say_otherwise_than_their_masks_are_refused(
+def test_models_whose_attention_modules_contradict_their_masks_are_refused(
     model_type: str, auto: Any, head: str, part: str
 ) -> None:
     model = auto.from_config(tiny(model_type, head), attn_implementation="eager").eval()

@@ -52,7 +52,7 @@ def test_packed_rows_of_changing_lengths_are_right(caplog: pytest.LogCaptureFixt
     assert not [record for record in caplog.records if record.name == "axattn"]
 
 
-def test_a_word_is_said_when_torch_stops_compiling(
+def test_a_warning_is_logged_when_torch_stops_compiling(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(flex, "LIMIT", 1)

@@ -51,9 +51,9 @@ def test_the_operator_and_its_gradient_equal_dense_attention(
     seen = torch.ones(2, 12, dtype=torch.bool) if real is None else real
     assert torch.allclose(out[seen], expected.transpose(1, 2)[seen], atol=1e-5)
     target = torch.randn(out.shape) * seen[..., None, None]
-    ours = torch.autograd.grad(out, (q, k, v), target)
-    theirs = torch.autograd.grad(expected, (q, k, v), target.transpose(1, 2))
-    for a, b in zip(ours, theirs, strict=True):
+    gradients = torch.autograd.grad(out, (q, k, v), target)
+    expected_gradients = torch.autograd.grad(expected, (q, k, v), target.transpose(1, 2))
+    for a, b in zip(gradients, expected_gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -72,9 +72,9 @@ def test_values_of_another_head_dim_in_the_operator(
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
     assert out.shape == (2, 12, 4, value_dim)
     target = torch.randn(out.shape) * seen[..., None, None]
-    ours = torch.autograd.grad(out, (q, k, v), target)
-    theirs = torch.autograd.grad(expected, (q, k, v), target.transpose(1, 2))
-    for a, b in zip((out[seen], *ours), (expected.transpose(1, 2)[seen], *theirs), strict=True):
+    gradients = torch.autograd.grad(out, (q, k, v), target)
+    expected_gradients = torch.autograd.grad(expected, (q, k, v), target.transpose(1, 2))
+    for a, b in zip((out[seen], *gradients), (expected.transpose(1, 2)[seen], *expected_gradients), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -154,9 +154,9 @@ def test_an_exact_backward_uses_nothing_of_a_lossy_forward_but_its_keys(monkeypa
     mask = rule(documents(), None, True, None, None)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
     target = torch.randn(out.shape)
-    ours = torch.autograd.grad(out, (q, k, v), target)
-    theirs = torch.autograd.grad(expected, (q, k, v), target.transpose(1, 2))
-    for a, b in zip(ours, theirs, strict=True):
+    gradients = torch.autograd.grad(out, (q, k, v), target)
+    expected_gradients = torch.autograd.grad(expected, (q, k, v), target.transpose(1, 2))
+    for a, b in zip(gradients, expected_gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 

@@ -160,7 +160,7 @@ def test_documents_and_rows_are_quantised_alike(rounding: None, hadamard: str, s
         assert torch.allclose(a.float(), b.float())
 
 
-def test_rows_with_more_numbers_than_torchao_can_count_go_through_ours(
+def test_rows_with_more_elements_than_torchao_can_count_go_through_axattns_quantiser(
     rounding: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in qkv())

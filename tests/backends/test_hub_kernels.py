@@ -107,7 +107,7 @@ OFFLINE = dataclasses.replace(without(), hub_offline=True)
         (OFFLINE, f"its cache has no {FLASH}@v4", f"get_kernel('{FLASH}', revision='v4')"),
     ],
 )
-def test_what_keeps_a_kernel_from_running_is_said_with_both_ways_out(
+def test_what_keeps_a_kernel_from_running_is_reported_with_both_ways_out(
     environment: Environment, reason: str, fix: str
 ) -> None:
     with pytest.raises(BackendUnavailableError) as caught:
@@ -369,7 +369,7 @@ def test_trust_follows_the_mark_of_the_hub(
     assert not asked
 
 
-def test_offline_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(hub_cache, "is_offline", lambda: True)

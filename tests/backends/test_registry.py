@@ -35,7 +35,7 @@ def test_every_canonical_name_but_auto_has_a_backend_of_that_name() -> None:
     assert all(isinstance(backends.get(name).capability, Capability) for name in backends.builtin_names())
 
 
-def test_the_error_lists_every_reason_the_mending_commands_and_what_runs_instead() -> None:
+def test_the_error_lists_every_reason_the_commands_that_fix_it_and_what_runs_instead() -> None:
     with pytest.raises(BackendUnavailableError) as caught:
         require_available("flash_attention_2", machine(flash_attn=None))
     assert len(caught.value.reasons) == 2

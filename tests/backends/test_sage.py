@@ -1,4 +1,4 @@
-"""sage: whole models on our INT8 kernel (in Triton's interpreter) and on the library (over a strict fake)."""
+"""sage: whole models on axattn's INT8 kernel (in Triton's interpreter) and on the library (over a strict fake)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if any(part in n for part in PROJECTIONS)}
 
 
-# ---- our kernel, whole models ----------------------------------------------------------------------------------------
+# ---- axattn's kernel, whole models -----------------------------------------------------------------------------------
 
 
 @needs_interpreter
@@ -198,9 +198,9 @@ def test_a_full_fine_tune_follows_the_exact_run_and_without_the_gradient_it_does
     def trained(name: str) -> list[float]:
         return losses(axattn.apply(softened(head_dim=16, num_hidden_layers=1), name), 50, 4, 1e-2)
 
-    exact, ours = trained("varlen"), trained("sage")
+    exact, quantised = trained("varlen"), trained("sage")
     assert exact[-1] < 0.3 * exact[0]
-    assert ours[-10:] == pytest.approx(exact[-10:], rel=0.02)
+    assert quantised[-10:] == pytest.approx(exact[-10:], rel=0.02)
     int8_attention_has_no_gradient(monkeypatch)
     assert trained("sage")[-1] > 2 * exact[-1]
 
@@ -220,15 +220,15 @@ def test_lora_follows_the_exact_run_and_without_the_gradient_it_does_not(
         model = get_peft_model(axattn.apply(copy.deepcopy(base), name), LoraConfig(r=8, target_modules=targets))
         return losses(model, 12, 3, 4e-2, rows=2)
 
-    exact, ours = trained("varlen"), trained("sage")
+    exact, quantised = trained("varlen"), trained("sage")
     assert exact[-1] < 0.3 * exact[0]
-    assert sum(ours) == pytest.approx(sum(exact), rel=0.02)
+    assert sum(quantised) == pytest.approx(sum(exact), rel=0.02)
     int8_attention_has_no_gradient(monkeypatch)
     assert trained("sage")[-1] > 2 * exact[-1]
 
 
 @needs_interpreter
-def test_it_is_said_that_the_interpreter_is_for_tests(interpreter: Environment) -> None:
+def test_a_note_says_that_the_interpreter_is_for_tests(interpreter: Environment) -> None:
     assert "for tests, not for speed" in axattn.plan(build("llama"), "sage").notes[0]
 
 

@@ -73,12 +73,12 @@ def written_out(q: Any, k: Any, v: Any, s: Any, seen: torch.Tensor, softcap: flo
     return (weights @ v).transpose(1, 2)
 
 
-def off(out: Any, wanted: Any, ours: list[Any], theirs: list[Any]) -> list[float]:
+def off(out: Any, wanted: Any, tensors: list[Any], copied: list[Any]) -> list[float]:
     """The largest errors of output and gradients, each relative to the largest value wanted."""
     torch.manual_seed(1)
     loss = torch.randn(wanted.shape, dtype=wanted.dtype)
-    found = [out, *torch.autograd.grad(out, ours, loss.to(out.dtype))]
-    expected = [wanted, *torch.autograd.grad(wanted, theirs, loss)]
+    found = [out, *torch.autograd.grad(out, tensors, loss.to(out.dtype))]
+    expected = [wanted, *torch.autograd.grad(wanted, copied, loss)]
     pairs = zip(found, expected, strict=True)
     return [
         float(((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-6)).detach())
@@ -95,11 +95,11 @@ def copies(tensors: list[Any], dtype: torch.dtype = torch.float64) -> list[Any]:
 @pytest.mark.parametrize("kernel", TORCH)
 def test_output_and_every_gradient_of_torchs_kernels(spans: str, causal: bool, window: int | None, kernel: str) -> None:
     for dtype, value_dim, tolerance in ((torch.float32, 8, 1e-5), (torch.float64, 5, 1e-12)):
-        ours, at = given(dtype, value_dim=value_dim), layout(spans, causal, window)
-        theirs = copies(ours)
-        out = sinks.with_sinks(call_of(*ours), at, TORCH[kernel])
+        tensors, at = given(dtype, value_dim=value_dim), layout(spans, causal, window)
+        copied = copies(tensors)
+        out = sinks.with_sinks(call_of(*tensors), at, TORCH[kernel])
         seen = at.dense(torch.device("cpu"))
-        assert max(off(out, written_out(*theirs, seen), ours, theirs)) < tolerance
+        assert max(off(out, written_out(*copied, seen), tensors, copied)) < tolerance
         assert not out.transpose(1, 2)[~seen.any(-1).expand(2, 4, 12)].any()
 
 
@@ -118,12 +118,12 @@ def test_output_and_every_gradient_of_other_kernels(name: str, options: dict[str
         for causal, window in RULES:
             if (window and name in WITHOUT_WINDOWS) or (name == "xformers" and window and not causal):
                 continue
-            ours, at = given(shift=3.0), layout(spans, causal, window)
-            theirs = copies(ours)
-            call = call_of(*ours, Spanned(at), options=options)
+            tensors, at = given(shift=3.0), layout(spans, causal, window)
+            copied = copies(tensors)
+            call = call_of(*tensors, Spanned(at), options=options)
             out = backends.get(name).called(call)
-            wanted = written_out(*theirs, at.dense(torch.device("cpu")))
-            assert max(off(out, wanted, ours, theirs)) < 2e-5, (causal, window)
+            wanted = written_out(*copied, at.dense(torch.device("cpu")))
+            assert max(off(out, wanted, tensors, copied)) < 2e-5, (causal, window)
 
 
 class Spanned(LazyMask):
@@ -140,13 +140,13 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(((a.double() - b.double()).norm() / b.double().norm()).detach())
 
 
-def relative_errors(run: Any, ours: list[Any], at: Layout) -> list[float]:
+def relative_errors(run: Any, tensors: list[Any], at: Layout) -> list[float]:
     """Relative errors of norms of output and gradients."""
-    theirs = copies(ours)
-    loss = torch.randn(2, at.q_length, 4, ours[2].shape[-1], generator=torch.Generator().manual_seed(7))
-    out, expected = run(*ours), written_out(*theirs, at.dense(torch.device("cpu")))
-    found = [out, *torch.autograd.grad((out * loss.to(out.dtype)).sum(), ours)]
-    wanted = [expected, *torch.autograd.grad((expected * loss).sum(), theirs)]
+    copied = copies(tensors)
+    loss = torch.randn(2, at.q_length, 4, tensors[2].shape[-1], generator=torch.Generator().manual_seed(7))
+    out, expected = run(*tensors), written_out(*copied, at.dense(torch.device("cpu")))
+    found = [out, *torch.autograd.grad((out * loss.to(out.dtype)).sum(), tensors)]
+    wanted = [expected, *torch.autograd.grad((expected * loss).sum(), copied)]
     return [relative(a, b) for a, b in zip(found, wanted, strict=True)]
 
 
@@ -178,11 +178,11 @@ def test_quantised_kernels_stay_within_their_budgets(name: str) -> None:
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_softcap_beside_sinks_on_flash_attention(version: int) -> None:
     with hopper(f"flash_attention_{version}"):
-        ours, at = given(), layout("packed", True, 4)
-        theirs = copies(ours)
-        out = backends.get(f"flash_attention_{version}").called(call_of(*ours, Spanned(at), softcap=2.0))
-        wanted = written_out(*theirs, at.dense(torch.device("cpu")), softcap=2.0)
-        assert max(off(out, wanted, ours, theirs)) < 1e-5
+        tensors, at = given(), layout("packed", True, 4)
+        copied = copies(tensors)
+        out = backends.get(f"flash_attention_{version}").called(call_of(*tensors, Spanned(at), softcap=2.0))
+        wanted = written_out(*copied, at.dense(torch.device("cpu")), softcap=2.0)
+        assert max(off(out, wanted, tensors, copied)) < 1e-5
 
 
 def test_builds_of_flash_attention_3_that_take_the_window_as_two_numbers(monkeypatch: Patch) -> None:
@@ -216,10 +216,10 @@ def test_builds_of_flash_attention_3_that_take_the_window_as_two_numbers(monkeyp
     )
     monkeypatch.setattr(flash, "_flash_attn_backward", back)
     with hopper("flash_attention_3"):
-        ours, at = given(), layout("packed", True, 4)
-        theirs = copies(ours)
-        out = backends.get("flash_attention_3").called(call_of(*ours, Spanned(at)))
-        assert max(off(out, written_out(*theirs, at.dense(torch.device("cpu"))), ours, theirs)) < 1e-5
+        tensors, at = given(), layout("packed", True, 4)
+        copied = copies(tensors)
+        out = backends.get("flash_attention_3").called(call_of(*tensors, Spanned(at)))
+        assert max(off(out, written_out(*copied, at.dense(torch.device("cpu"))), tensors, copied)) < 1e-5
 
 
 @pytest.mark.parametrize("where", [0.0, float("inf"), float("-inf")])
@@ -232,9 +232,9 @@ def test_a_query_that_sees_nothing_stays_zero_whatever_its_logsumexp(where: floa
         lambda call, at: (torch.zeros(1, 1, 1, 4), torch.full((1, 1, 1), where)),
         lambda grad, call, at, out, lse: (call.query * 0, call.key * 0, call.value * 0),
     )
-    ours = [torch.randn(1, 1, 1, 4, requires_grad=True) for _ in range(3)] + [torch.zeros(1, requires_grad=True)]
-    out = sinks.with_sinks(call_of(*ours), layout("whole rows", True, None), kernel)
-    assert [float(x.abs().sum()) for x in torch.autograd.grad(out.sum(), ours)] == [0.0] * 4
+    tensors = [torch.randn(1, 1, 1, 4, requires_grad=True) for _ in range(3)] + [torch.zeros(1, requires_grad=True)]
+    out = sinks.with_sinks(call_of(*tensors), layout("whole rows", True, None), kernel)
+    assert [float(x.abs().sum()) for x in torch.autograd.grad(out.sum(), tensors)] == [0.0] * 4
     assert not whole.isnan().any()
 
 
@@ -243,8 +243,8 @@ def test_a_query_that_sees_nothing_stays_zero_whatever_its_logsumexp(where: floa
 
 @pytest.mark.parametrize("kind", ["bool", "float", "padding between real tokens", "nothing", "two-sided"])
 def test_the_dense_form_is_one_more_key(kind: str) -> None:
-    ours = given()
-    theirs = copies(ours)
+    tensors = given()
+    copied = copies(tensors)
     seen = (
         rule(None, padding(True), True, 4, None) if kind not in ("nothing", "two-sided") else torch.ones(1, 1, 12, 12)
     )
@@ -257,8 +257,8 @@ def test_the_dense_form_is_one_more_key(kind: str) -> None:
         assert mask.layout() is None
     elif not kind.startswith(("bool", "float")):
         mask = None
-    call = call_of(*ours, mask, causal=kind != "two-sided")
-    assert max(off(sdpa.sdpa(call), written_out(*theirs, seen), ours, theirs)) < 1e-5
+    call = call_of(*tensors, mask, causal=kind != "two-sided")
+    assert max(off(sdpa.sdpa(call), written_out(*copied, seen), tensors, copied)) < 1e-5
 
 
 def _window(size: int) -> dict[str, Any]:
@@ -271,22 +271,22 @@ def _window(size: int) -> dict[str, Any]:
 def test_one_query_over_a_cache(name: str) -> None:
     with hopper(name) if name not in ("varlen", "sdpa") else contextlib.nullcontext():
         q, *rest = given()
-        ours = [q.detach()[:, :, -1:].requires_grad_(), *rest]
-        theirs = copies(ours)
+        tensors = [q.detach()[:, :, -1:].requires_grad_(), *rest]
+        copied = copies(tensors)
         mask = lazy_mask(2, 1, 12, 11, 0, attention_mask=(torch.arange(12) >= torch.tensor([[3], [0]])))
-        out = backends.get(name).called(call_of(*ours, mask))
-        wanted = written_out(*theirs, mask.dense())
-        assert max(off(out, wanted, ours, theirs)) < 1e-5
+        out = backends.get(name).called(call_of(*tensors, mask))
+        wanted = written_out(*copied, mask.dense())
+        assert max(off(out, wanted, tensors, copied)) < 1e-5
 
 
 def test_several_queries_over_a_cache() -> None:
     q, *rest = given()
-    ours = [q.detach()[:, :, -5:].requires_grad_(), *rest]
+    tensors = [q.detach()[:, :, -5:].requires_grad_(), *rest]
     at = Layout((Span(0, 1, 0, 5, 3, 12), Span(1, 2, 0, 5, 0, 12)), True, 4, 2, 5, 12)
     for kernel in TORCH.values():
-        theirs = copies(ours)
-        out = sinks.with_sinks(call_of(*ours), at, kernel)
-        assert max(off(out, written_out(*theirs, at.dense(torch.device("cpu"))), ours, theirs)) < 1e-5
+        copied = copies(tensors)
+        out = sinks.with_sinks(call_of(*tensors), at, kernel)
+        assert max(off(out, written_out(*copied, at.dense(torch.device("cpu"))), tensors, copied)) < 1e-5
 
 
 def test_dropout_with_sinks_is_served_dense() -> None:
@@ -316,13 +316,13 @@ def test_the_operator_returns_the_gradient_of_the_sinks(described: str, kernel: 
         monkeypatch.setattr(backends, "get", lambda name: record)
     ids = documents() if described == "documents" else None
     real = padding(described == "holes") if described in ("padding", "holes") else None
-    ours = [*inputs(), torch.randn(4, requires_grad=True)]
-    theirs = copies(ours)
-    q, k, v, s = ours
+    tensors = [*inputs(), torch.randn(4, requires_grad=True)]
+    copied = copies(tensors)
+    q, k, v, s = tensors
     out, _ = attention_op(q, k, v, ids, real, True, 4, None, SCALE, None, "varlen", "{}", s)
-    wanted = written_out(*theirs, rule(ids, real, True, 4, None))
+    wanted = written_out(*copied, rule(ids, real, True, 4, None))
     seen = torch.ones(2, 12, dtype=torch.bool) if real is None else real
-    assert max(off(out * seen[..., None, None], wanted * seen[..., None, None], ours, theirs)) < 1e-5
+    assert max(off(out * seen[..., None, None], wanted * seen[..., None, None], tensors, copied)) < 1e-5
 
 
 def test_the_operator_with_sinks_is_a_well_behaved_one() -> None:

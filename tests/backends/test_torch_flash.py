@@ -97,7 +97,7 @@ def test_a_plan_says_what_whole_and_packed_rows_run_on(environment: Environment,
 
 
 @pytest.mark.parametrize("environment", [CPU, ROCM6])
-def test_without_an_nvidia_gpu_there_is_nothing_to_say(environment: Environment) -> None:
+def test_without_an_nvidia_gpu_there_is_no_note(environment: Environment) -> None:
     assert note_of(environment) == ""
 
 
@@ -140,7 +140,7 @@ def test_an_activation_after_the_machine_was_probed_is_seen(monkeypatch: pytest.
     assert Environment.current().flash_impl == "FA3"
 
 
-def test_torchs_own_overrides_serve_the_machines_that_we_say() -> None:
+def test_torchs_own_overrides_serve_the_machines_that_axattn_names() -> None:
     """`torch_flash._SERVES`, by torch's checks: each override asked with every major architecture."""
     from torch.nn.attention import _fa3, _fa4
 

@@ -46,9 +46,9 @@ def test_forward_and_gradients_with_grouped_heads(dim: int) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
     assert torch.allclose(out, expected.transpose(1, 2), atol=1e-5)
     target = torch.randn_like(out)
-    ours = torch.autograd.grad(out, (q, k, v), target)
-    theirs = torch.autograd.grad(expected, (q, k, v), target.transpose(1, 2))
-    for a, b in zip(ours, theirs, strict=True):
+    gradients = torch.autograd.grad(out, (q, k, v), target)
+    expected_gradients = torch.autograd.grad(expected, (q, k, v), target.transpose(1, 2))
+    for a, b in zip(gradients, expected_gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_training_a_packed_model_through_xformers_equals_its_documents_alone() -
         (machine(), "needs an NVIDIA GPU"),
     ],
 )
-def test_what_keeps_xformers_from_running_is_said(environment: Any, part: str) -> None:
+def test_what_keeps_xformers_from_running_is_reported(environment: Any, part: str) -> None:
     assert any(part in reason.text for reason in get("xformers").probe(environment))
 
 

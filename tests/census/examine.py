@@ -1,4 +1,4 @@
-"""One architecture, tiny and seeded: is it right on our names, refused with a reason, or wrong?"""
+"""One architecture, tiny and seeded: is it right on axattn backends, refused with a reason, or wrong?"""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _fails_on_eager(model: Any, scenario: Scenario, expected: Expected) -> bool:
     try:
         with torch.set_grad_enabled(scenario.gradients):
             scenario.run(copy.deepcopy(model), expected)
-    except Exception:  # whatever it is, it is not ours
+    except Exception:  # whatever it is, axattn did not raise it
         return True
     return False
 

@@ -112,7 +112,7 @@ class Expected:
         return logits_of(model(**inputs, **self.options))
 
     def _with_images(self, model: Any, image: Image) -> dict[str, torch.Tensor]:
-        """Of documents with an image and without: alone, one behind the other in each order, in a padded batch."""
+        """Of documents with an image and without: alone, one after the other in each order, in a padded batch."""
         seen, text = (self.logits(model, **image.row(part)) for part in (image.ids, TEXT))
         batch = image.padded()
         padded = self.logits(model, **batch)[batch["attention_mask"].bool()]

@@ -87,7 +87,7 @@ def image_of(model: Any) -> Image | None:
             last = model(**image.row(ids), use_cache=False).logits[:, -1]
         except Exception:  # another form, whatever it raises
             continue
-        # eager takes what is behind the image for another document (Cosmos3 Edge, transformers 5.17): no reference
+        # eager takes what comes after the image for another document (Cosmos3 Edge, transformers 5.17): no reference
         others = [model(**row, use_cache=False).logits[:, -1] for row in _others(image)]
         seen_behind = any(not torch.equal(last, other) for other in others)
         return image if seen_behind and ids.shape[1] > TEXT.shape[1] else None
@@ -112,7 +112,7 @@ def _tokens(features: Any) -> int:
 
 
 def _forms(config: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Pixels as Transformers' processors hand them to models."""
+    """Pixels as Transformers' processors pass them to models."""
     generator = torch.Generator().manual_seed(1)
     vision = getattr(config, "vision_config", config)
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3) or 3

@@ -29,7 +29,7 @@ COLUMNS = {
     "generate": ("generate, left padding: auto",),
     "packed": (
         *(f"packed{how}: auto" for how in ("", " gradients", ", cu_seq_lens alone", ", from position 1")),
-        "packed, numbered in the mask: auto",
+        "packed, document ids in the mask: auto",
     ),
     "unpad": ("right padding, unpad: auto", "left padding, unpad: auto"),
     "over ranks": ("split: auto",),
@@ -177,7 +177,7 @@ def _word(finding: Finding, numbers: dict[str, int]) -> str:
 
 
 def _plain(detail: str) -> str:
-    """The reasons of a refusal without the names of classes and kernels, which the row and the column tell."""
+    """The reasons of a refusal without the names of classes and kernels, which the row and the column name."""
     kept = [part for part in detail.split("; ") if "sage:library" not in part]
     kept = [re.sub(rf"\b({'|'.join(('varlen', *FAKED))})\b", "the kernel", part) for part in kept or [detail]]
     kept = [

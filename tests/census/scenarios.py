@@ -74,10 +74,10 @@ def _packed(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]
     return out, expected.alone
 
 
-def _packed_by_numbers(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
-    """No positions: the mask numbers the documents."""
-    numbers = torch.tensor([[number + 1 for number, length in enumerate(LENGTHS) for _ in range(length)]])
-    out = expected.logits(model, input_ids=expected.ids, attention_mask=numbers)
+def _packed_by_document_ids(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
+    """No positions: the mask holds document ids."""
+    document_ids = torch.tensor([[number + 1 for number, length in enumerate(LENGTHS) for _ in range(length)]])
+    out = expected.logits(model, input_ids=expected.ids, attention_mask=document_ids)
     if expected.head == "rows":
         return out, torch.full_like(out, torch.inf)
     return out, expected.alone
@@ -126,7 +126,7 @@ def _shared(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _generate(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
-    """Six more tokens behind rows padded on the left, from the logits at each step."""
+    """Six more tokens after rows padded on the left, from the logits at each step."""
 
     def run(model: Any) -> torch.Tensor:
         inputs = {"input_ids": expected.padded["left"], "attention_mask": expected.masks["left"]}
@@ -150,7 +150,7 @@ def _image_padded(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.T
 
 
 def _image_packed(model: Any, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
-    """Before a document without one, and behind it."""
+    """Before a document without one, and after it."""
     image = expected.image
     assert image is not None
     rows = [expected.logits(model, **image.packed(*parts)) for parts in ((image.ids, TEXT), (TEXT, image.ids))]
@@ -164,7 +164,7 @@ SCENARIOS = (
     Scenario("left padding", _left),
     Scenario("packed", _packed, (*NAMES, "eager", "sdpa"), (*_ONE_SIDED, *FEWER)),
     Scenario("packed, from position 1", _packed_from_1, ("auto",), ("masked", "tokens", "questions", "none")),
-    Scenario("packed, numbered in the mask", _packed_by_numbers, ("auto",), (*_ONE_SIDED, *FEWER)),
+    Scenario("packed, document ids in the mask", _packed_by_document_ids, ("auto",), (*_ONE_SIDED, *FEWER)),
     Scenario("packed, cu_seq_lens alone", _packed_by_lengths, ("auto", "flash_attention_2"), _ONE_SIDED),
     Scenario("packed gradients", _gradients, NAMES, _ONE_SIDED, gradients=True),
     Scenario("right padding, unpad", _right, ("auto",), unpad=True),

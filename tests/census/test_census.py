@@ -1,4 +1,4 @@
-"""Every architecture of the installed Transformers: right on our names, or refused with a reason."""
+"""Every architecture of the installed Transformers: right on axattn backends, or refused with a reason."""
 
 from __future__ import annotations
 

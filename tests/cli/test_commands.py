@@ -130,7 +130,7 @@ def test_plan_prints_and_speaks_json(folder: Path) -> None:
     assert json.loads(routed.output)["on_unsupported"] == "route"
 
 
-def test_a_plan_keeps_flash_attention_2_where_it_is_told_to(folder: Path) -> None:
+def test_a_plan_keeps_flash_attention_2_where_it_is_asked_to(folder: Path) -> None:
     arguments = ["plan", str(folder), "--attn", "flash_attention_2", "--environment", "sm90", "--json"]
     for more, running in (((), "flash_attention_4"), (("--no-upgrade-flash",), "flash_attention_2")):
         found = json.loads(runner.invoke(app, [*arguments, *more]).output)

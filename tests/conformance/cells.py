@@ -37,7 +37,7 @@ UPSTREAM = {
         "create_chunked_causal_mask() got an unexpected keyword argument 'block_sequence_ids'",
     ),
 }
-"""Errors that Transformers raises in its own `generate`, before axattn sees a call: loud, and not ours to catch."""
+"""Errors that Transformers raises in its own `generate`, before axattn sees a call: loud, and not axattn's to catch."""
 
 
 @dataclass(frozen=True)

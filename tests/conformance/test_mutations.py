@@ -136,8 +136,8 @@ if known().remap is not None:  # else Transformers looks them up in place
         patch.setattr(mask_interface, "blocks_in_place", lambda function: function)
 
 
-@fault("auto", "qwen3_next", "packed, numbered in the mask")
-def the_model_gets_the_numbers_of_its_documents(patch: Patch) -> None:
+@fault("auto", "qwen3_next", "packed, document ids in the mask")
+def the_model_gets_the_ids_of_its_documents(patch: Patch) -> None:
     patch.setattr(input_hook, "zero_one_mask", lambda mask: mask)
 
 

@@ -25,7 +25,7 @@ def collators(ranks: int, max_length: int | None, **options: Any) -> list[Packin
 
 
 def shares(lengths: list[int], ranks: int, **options: Any) -> list[list[int]]:
-    """The numbers of the documents of each rank."""
+    """The ids of the documents of each rank."""
     found = [collator(examples(*lengths))["input_ids"] for collator in collators(ranks, None, **options)]
     return [sorted(set((ids[ids >= 1000] // 1000 - 1).tolist())) for ids in found]
 
@@ -116,7 +116,7 @@ def test_what_is_equal_goes_by_its_place_in_the_batch() -> None:
     assert balanced_rows([5] * 8, [1] * 8, 10, 2) == [[[0, 4], [2, 6]], [[1, 5], [3, 7]]]
 
 
-def test_an_item_without_room_makes_a_row_more() -> None:
+def test_an_item_without_room_starts_another_row() -> None:
     """First-fit decreasing fills two rows of 6, with 3 + 3 and 2 + 2 + 2; equal rows leave no room for the last 2."""
     assert balanced_rows([3, 3, 2, 2, 2], [3, 3, 2, 2, 2], 6) == [[[0, 4], [1], [2, 3]]]
     assert balanced_rows([3, 3, 2, 2, 2], [3, 3, 2, 2, 2], 6, 2) == [[[2, 4], [3]], [[0], [1]]]

@@ -56,18 +56,18 @@ def test_padding_starts_no_document() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32])
 @pytest.mark.parametrize(
-    ("numbers", "boundaries"),
+    ("document_ids", "boundaries"),
     [
         ([[1, 1, 2, 2, 0, 3], [2, 2, 1, 1, 0, 0]], ((0, 2, 5, 6), (0, 2, 6))),
-        ([[2, 2, 0, 1, 1, 0], [1, 2, 0, 1, 0, 2]], ((0, 3, 6), (0, 1, 3, 5, 6))),  # numbers fall, and come back
+        ([[2, 2, 0, 1, 1, 0], [1, 2, 0, 1, 0, 2]], ((0, 3, 6), (0, 1, 3, 5, 6))),  # ids fall, and come back
         ([[0, 0, 1, 1, 2, 2], [0, 2, 2, 2, 2, 2]], ((0, 2, 4, 6), (0, 1, 6))),  # padding in front is no document's
-        ([[1, 1, 0, 0, 1, 2], [3, 0, 3, 0, 0, 3]], ((0, 5, 6), (0, 6))),  # holes inside of a document
+        ([[1, 1, 0, 0, 1, 2], [3, 0, 3, 0, 0, 3]], ((0, 5, 6), (0, 6))),  # padding inside of a document
     ],
 )
-def test_a_mask_of_document_numbers_separates_them_wherever_padding_is(
-    numbers: list[list[int]], boundaries: tuple[tuple[int, ...], ...], dtype: torch.dtype
+def test_a_mask_of_document_ids_separates_them_wherever_padding_is(
+    document_ids: list[list[int]], boundaries: tuple[tuple[int, ...], ...], dtype: torch.dtype
 ) -> None:
-    found = from_positions(None, torch.tensor(numbers, dtype=dtype), 2, 6)
+    found = from_positions(None, torch.tensor(document_ids, dtype=dtype), 2, 6)
     assert found is not None
     assert found.boundaries == boundaries
 
@@ -75,7 +75,7 @@ def test_a_mask_of_document_numbers_separates_them_wherever_padding_is(
 @pytest.mark.parametrize("mask_type", [torch.int64, torch.bool, torch.float32, torch.uint8])
 @pytest.mark.parametrize("filler", [0, 1, -1, 4, 99])
 @pytest.mark.parametrize("counts_padding", [False, True])
-def test_a_hole_in_a_mask_ends_no_document_whatever_its_own_positions_are(
+def test_non_contiguous_padding_ends_no_document_whatever_its_own_positions_are(
     counts_padding: bool, filler: int, mask_type: torch.dtype
 ) -> None:
     mask = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1], [1, 1, 0, 1, 1, 1, 0, 0]])
@@ -83,7 +83,7 @@ def test_a_hole_in_a_mask_ends_no_document_whatever_its_own_positions_are(
     one = counted.masked_fill(mask == 0, filler)
     assert from_positions(one, mask.to(mask_type), 2, 8) is None
     two = torch.where(torch.arange(8) < 5, one, one - one[:, 5:].clamp(min=4).min()).masked_fill(mask == 0, filler)
-    found = from_positions(two, mask.to(mask_type), 2, 8)  # positions fall behind token 4
+    found = from_positions(two, mask.to(mask_type), 2, 8)  # positions fall after token 4
     assert found is not None
     assert found.boundaries == ((0, 1, 6, 8), (0, 5, 8))
 
@@ -93,24 +93,24 @@ rows = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1, max
 
 @given(rows, st.booleans(), st.integers(-1, 5))
 def test_a_graph_reads_the_documents_that_are_read_outside_of_one(
-    parts: list[tuple[int, int]], by_number: bool, filler: int
+    parts: list[tuple[int, int]], by_document_id: bool, filler: int
 ) -> None:
-    """Runs of numbers, 0 for padding; the oracle walks over the row."""
-    numbers = [number for number, length in parts for _ in range(length)]
+    """Runs of document ids, 0 for padding; the oracle walks over the row."""
+    given_ids = [number for number, length in parts for _ in range(length)]
     ids, where, last, document = [], [], 0, -1
-    for number in numbers:
+    for number in given_ids:
         if number and number != last:
             document, last = document + 1, number
             where.append(0)
         else:
             where.append(max([p for p, n in zip(where, ids, strict=True) if n == document], default=-1) + 1)
         ids.append(document if number else None)
-    mask, real = torch.tensor([numbers]), torch.tensor([numbers]) != 0
+    mask, real = torch.tensor([given_ids]), torch.tensor([given_ids]) != 0
     positions = torch.tensor([where]).masked_fill(~real, filler)
     expected = [n for n in ids if n is not None]
-    given = (None, mask) if by_number else (positions, real.long())
-    eager = from_positions(*given, 1, len(numbers))
-    graph = traced.from_positions(*given, 1, len(numbers))
+    given = (None, mask) if by_document_id else (positions, real.long())
+    eager = from_positions(*given, 1, len(given_ids))
+    graph = traced.from_positions(*given, 1, len(given_ids))
     if len(set(expected)) < 2:
         assert eager is None
         assert graph is None or not graph.document_ids.any()
@@ -120,7 +120,7 @@ def test_a_graph_reads_the_documents_that_are_read_outside_of_one(
     assert torch.equal(graph.document_ids, eager.document_ids)
     found = eager.document_ids[real]
     assert torch.equal(found - found[0], torch.tensor(expected))
-    assert (eager.document_ids[0, 0] == found[0]) == bool(numbers[0]), "padding in front is no part of the first"
+    assert (eager.document_ids[0, 0] == found[0]) == bool(given_ids[0]), "padding in front is no part of the first"
 
 
 def test_plain_rows_have_no_segments() -> None:
@@ -149,7 +149,7 @@ def test_bad_cumulative_lengths_are_refused_by_name(value: torch.Tensor, part: s
     assert "cu_seq_lens_k" in str(caught.value)
 
 
-def test_every_problem_of_cumulative_lengths_is_said_at_once() -> None:
+def test_every_problem_of_cumulative_lengths_is_reported_at_once() -> None:
     with pytest.raises(InvalidInputError) as caught:
         from_cu_seqlens(torch.tensor([1, 5, 3]), 1, 7)
     assert len(caught.value.reasons) == 4

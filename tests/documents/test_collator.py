@@ -93,9 +93,9 @@ def test_padding_of_an_example_is_removed() -> None:
 def test_examples_that_hold_several_documents_stay_apart() -> None:
     by_positions = {"input_ids": [1, 2, 3, 4, 5], "position_ids": [0, 1, 0, 1, 2]}
     by_lengths = {"input_ids": [1, 2, 3, 4, 5], "seq_lengths": [2, 3]}
-    by_numbers = {"input_ids": [1, 2, 3, 4, 5], "attention_mask": [1, 1, 2, 2, 2]}
+    by_document_ids = {"input_ids": [1, 2, 3, 4, 5], "attention_mask": [1, 1, 2, 2, 2]}
     padded = {"input_ids": [0, 1, 2, 0, 3, 4, 5, 0], "attention_mask": [0, 2, 2, 0, 1, 1, 1, 0]}
-    for example in (by_positions, by_lengths, by_numbers, padded):
+    for example in (by_positions, by_lengths, by_document_ids, padded):
         batch = PackingCollator()([example])
         assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
         assert batch["labels"].tolist() == [[IGNORE_INDEX, 2, IGNORE_INDEX, 4, 5]]

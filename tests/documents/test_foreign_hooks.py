@@ -51,7 +51,7 @@ Way = Callable[[Any, dict[str, Any]], None]
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @torch.no_grad()
-def test_positions_that_come_behind_the_input_hook_keep_documents_apart(family: str, way: Way, when: str) -> None:
+def test_positions_that_come_after_the_input_hook_keep_documents_apart(family: str, way: Way, when: str) -> None:
     model, ids = build(family), tokens(1, sum(LENGTHS))
     added = {"position_ids": positions(LENGTHS)}
     for step in (way, axattn.apply)[:: 1 if when == "before" else -1]:
@@ -66,7 +66,7 @@ def test_positions_that_come_behind_the_input_hook_keep_documents_apart(family: 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 @torch.no_grad()
-def test_native_names_guard_what_comes_behind_the_input_hook(name: str, way: Way) -> None:
+def test_native_names_guard_what_comes_after_the_input_hook(name: str, way: Way) -> None:
     model, ids = axattn.apply(build("llama"), name), tokens(1, sum(LENGTHS))
     way(model, {"position_ids": positions(LENGTHS)})
     with pytest.raises(axattn.UnsupportedAttentionError, match=f"would leak on {name}: with use_cache on"):
@@ -78,13 +78,13 @@ def test_native_names_guard_what_comes_behind_the_input_hook(name: str, way: Way
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("added", ["lengths", "numbers", "other positions", "unpadded"])
+@pytest.mark.parametrize("added", ["lengths", "document ids", "other positions", "unpadded"])
 def test_what_comes_too_late_for_everything_that_reads_it_is_refused(added: str, way: Way) -> None:
     ids, given = tokens(1, 13), {}
     model = axattn.apply(build("llama"), "varlen", unpad=added == "unpadded").train()
     cu = torch.tensor([0, 8, 13], dtype=torch.int32)
     new: dict[str, Any] = {"lengths": {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}}.get(added, {})
-    if added == "numbers":
+    if added == "document ids":
         new = {"attention_mask": torch.tensor([[1] * 8 + [2] * 5])}
     elif added == "other positions":
         new, given = {"position_ids": positions((6, 7))}, {"position_ids": positions(LENGTHS)}
@@ -104,30 +104,30 @@ def test_native_names_guard_a_mask_that_a_model_makes_anew_under_its_own_name(na
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     model = axattn.apply(tf.BertModel(tf.BertConfig(vocab_size=97, **sizes)).eval(), name)
-    numbers = torch.tensor([[1] * 8 + [2] * 5])
-    model.register_forward_pre_hook(lambda _, a, k: (a, {**k, "attention_mask": numbers}), with_kwargs=True)
+    document_ids = torch.tensor([[1] * 8 + [2] * 5])
+    model.register_forward_pre_hook(lambda _, a, k: (a, {**k, "attention_mask": document_ids}), with_kwargs=True)
     with pytest.raises(axattn.UnsupportedAttentionError, match=f"would leak on {name}"):
         model(tokens(1, 13))
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 @torch.no_grad()
-def test_native_names_guard_a_model_that_makes_masks_for_one_inside(name: str) -> None:
+def test_native_names_guard_a_model_that_makes_masks_for_an_inner_one(name: str) -> None:
     model = axattn.apply(FAMILIES["gemma3_vl"].make(), name)
-    told = {"position_ids": positions(LENGTHS), "attention_mask": torch.ones(1, sum(LENGTHS), dtype=torch.long)}
-    model.model.register_forward_pre_hook(lambda _, a, k: (a, {**k, **told}), with_kwargs=True)
+    given = {"position_ids": positions(LENGTHS), "attention_mask": torch.ones(1, sum(LENGTHS), dtype=torch.long)}
+    model.model.register_forward_pre_hook(lambda _, a, k: (a, {**k, **given}), with_kwargs=True)
     with pytest.raises(axattn.UnsupportedAttentionError, match=f"would leak on {name}"):
         model(tokens(1, sum(LENGTHS)).clamp(max=80))
 
 
 @pytest.mark.parametrize("name", ["auto", "eager"])
 @torch.no_grad()
-def test_documents_that_come_behind_a_layer_that_runs_by_document_are_refused(name: str) -> None:
+def test_documents_that_come_after_a_layer_that_runs_by_document_are_refused(name: str) -> None:
     model = axattn.apply(build("lfm2"), name)  # its convolution has run when its attention is reached
     model.model.register_forward_pre_hook(
         lambda _, a, k: (a, {**k, "position_ids": positions(LENGTHS)}), with_kwargs=True
     )
-    # (on the oldest Transformers packed rows are refused in this family, whoever tells them)
+    # (on the oldest Transformers packed rows are refused in this family, whoever passes the positions)
     with pytest.raises(axattn.AxattnError, match=r"gave it position_ids|packed rows can't run in Lfm2Model"):
         model(tokens(1, sum(LENGTHS)), use_cache=False)
 

@@ -100,9 +100,9 @@ def test_packed_encoder_decoders_are_refused() -> None:
     model = axattn.apply(tf.T5ForConditionalGeneration(config).eval(), "auto")
     ids = tokens(1, 10)
     model(input_ids=ids, labels=ids)
-    numbers = torch.tensor([[1] * 4 + [2] * 6])
+    document_ids = torch.tensor([[1] * 4 + [2] * 6])
     with pytest.raises(InvalidInputError, match="encoder-decoder"):
-        model(input_ids=ids, attention_mask=numbers, labels=ids)
+        model(input_ids=ids, attention_mask=document_ids, labels=ids)
 
 
 def qwen_vl() -> Any:
@@ -171,7 +171,7 @@ def test_packed_input_that_transformers_serves_right_passes(native: str) -> None
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "opt"])
-def test_models_that_never_hand_positions_to_their_masks_are_refused_packed(family: str) -> None:
+def test_models_that_never_pass_positions_to_their_masks_are_refused_packed(family: str) -> None:
     model = axattn.apply(build(family), "eager")
     with pytest.raises(UnsupportedAttentionError, match="does not hand position_ids"):
         model(tokens(1, 10), **PACKED, use_cache=False)
@@ -179,7 +179,7 @@ def test_models_that_never_hand_positions_to_their_masks_are_refused_packed(fami
 
 @torch.no_grad()
 @pytest.mark.parametrize("native", ["sdpa", "eager"])
-def test_a_decoder_made_bidirectional_packs_on_our_names_alone(native: str) -> None:
+def test_a_decoder_made_bidirectional_packs_on_axattn_backends_alone(native: str) -> None:
     """``config.is_causal = False``, as embedding models have it: Transformers' masks then know no documents."""
     model = build("llama", is_causal=False)
     expected = alone(model, tokens(1, 10), (4, 6))
@@ -223,7 +223,7 @@ def test_the_guard_of_flash_names(inputs: dict[str, Any], boundaries: Any, part:
 
 
 @pytest.mark.parametrize(("family", "answer"), [("llama", True), ("mistral", True), ("gpt_oss", False), ("opt", False)])
-def test_whether_a_model_hands_positions_on_is_read_from_its_source(family: str, answer: bool) -> None:
+def test_whether_a_model_passes_positions_on_is_read_from_its_source(family: str, answer: bool) -> None:
     assert native_guard.passes_positions_to_masks(build(family)) is answer
 
 
@@ -235,7 +235,7 @@ def test_whether_a_model_hands_positions_on_is_read_from_its_source(family: str,
         kept=[("sdpa", "packed"), *itertools.product(("sdpa", "eager"), ("unpadded", "unpadded, without a head"))],
     ),
 )
-def test_a_model_switched_to_transformers_behind_our_back_takes_no_packed_rows(native: str, described: str) -> None:
+def test_a_model_switched_to_transformers_without_axattn_takes_no_packed_rows(native: str, described: str) -> None:
     made = build("llama")
     model = axattn.apply(made.model if "head" in described else made, "varlen", unpad="unpadded" in described)
     model.set_attn_implementation(native)
@@ -320,7 +320,7 @@ def test_a_copied_model_keeps_its_documents_apart_and_is_restored_by_itself(clon
         ("LlamaForSequenceClassification", False),
     ],
 )
-def test_a_head_that_hands_all_its_inputs_on_is_read_from_its_source(cls: str, answer: bool) -> None:
+def test_a_head_that_passes_all_its_inputs_on_is_read_from_its_source(cls: str, answer: bool) -> None:
     assert passes_inputs_on(getattr(tf, cls).forward, "model") is answer
 
 
@@ -375,13 +375,13 @@ def test_two_threads_do_not_see_each_others_documents(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_mask_of_document_numbers_keeps_documents_apart() -> None:
+def test_a_mask_of_document_ids_keeps_documents_apart() -> None:
     model = build("llama")
     ids = tokens(1, 12)
     expected = alone(model, ids[:, :10], (4, 6))
     axattn.apply(model, "varlen")
-    numbers = torch.tensor([[1] * 4 + [2] * 6 + [0] * 2])
-    found = model(ids, attention_mask=numbers, position_ids=positions((4, 6, 2))).logits
+    document_ids = torch.tensor([[1] * 4 + [2] * 6 + [0] * 2])
+    found = model(ids, attention_mask=document_ids, position_ids=positions((4, 6, 2))).logits
     assert torch.allclose(found[:, :10], expected, atol=1e-4)
 
 

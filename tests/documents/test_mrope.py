@@ -66,15 +66,15 @@ def test_an_image_among_packed_documents_is_where_it_is_alone(kind: str, name: s
 
 @torch.no_grad()
 def test_positions_given_in_place_are_left_to_the_model_too(alone: torch.Tensor) -> None:
-    ours = model("varlen")
+    on_axattn = model("varlen")
     rest = {name: given for name, given in PACKED.items() if name != "input_ids"}
-    found = ours(PACKED["input_ids"], torch.ones_like(PACKED["input_ids"]), positions(LENGTHS), **rest).logits
+    found = on_axattn(PACKED["input_ids"], torch.ones_like(PACKED["input_ids"]), positions(LENGTHS), **rest).logits
     assert torch.allclose(found, alone, atol=1e-5)
 
 
 @torch.no_grad()
 def test_one_document_keeps_the_positions_that_it_is_given() -> None:
-    """The user's own: not ours to change."""
+    """The user's own: not axattn's to change."""
     where = {"position_ids": torch.arange(IDS.shape[1])[None], "use_cache": False}
     assert torch.allclose(
         model("varlen")(IDS, **IMAGE, **where).logits, model()(IDS, **IMAGE, **where).logits, atol=1e-5
@@ -82,7 +82,9 @@ def test_one_document_keeps_the_positions_that_it_is_given() -> None:
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_names_of_transformers_serve_documents_where_the_text_has_a_plane(name: str, alone: torch.Tensor) -> None:
+def test_names_of_transformers_serve_documents_where_the_text_has_positions_of_its_own(
+    name: str, alone: torch.Tensor
+) -> None:
     """Transformers makes the masks from the first of four planes; three have none that restarts with each document."""
     with torch.no_grad():
         assert torch.allclose(model(name)(**PACKED, position_ids=planes(text=True)).logits, alone, atol=1e-5)
@@ -94,17 +96,17 @@ def test_names_of_transformers_serve_documents_where_the_text_has_a_plane(name: 
 
 
 @pytest.mark.parametrize("name", ["auto", "varlen", "sdpa"])
-def test_generate_goes_on_from_its_own_cache(name: str) -> None:
+def test_generate_continues_from_its_own_cache(name: str) -> None:
     greedy = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     ids, mask = tokens(2, 7).clamp(max=80), torch.ones(2, 7, dtype=torch.long)
     mask[0, :2] = 0
 
-    def chat(ours: Any) -> torch.Tensor:
-        one = ours.generate(ids, attention_mask=mask, **greedy)
+    def chat(on_axattn: Any) -> torch.Tensor:
+        one = on_axattn.generate(ids, attention_mask=mask, **greedy)
         more = torch.cat([one.sequences, tokens(2, 4, seed=4).clamp(max=80)], 1)
         wider = torch.cat([mask, torch.ones(2, 7, dtype=torch.long)], 1)
         wider[1, 10:12] = 0
-        found: torch.Tensor = ours.generate(
+        found: torch.Tensor = on_axattn.generate(
             more, attention_mask=wider, past_key_values=one.past_key_values, **greedy
         ).sequences
         return found
@@ -113,7 +115,7 @@ def test_generate_goes_on_from_its_own_cache(name: str) -> None:
 
 
 @torch.no_grad()
-def test_one_plane_for_all_tells_documents_as_positions_of_text_do(alone: torch.Tensor) -> None:
+def test_one_mrope_plane_for_all_describes_documents_as_positions_of_text_do(alone: torch.Tensor) -> None:
     where = positions(LENGTHS)[None]
     assert torch.allclose(model("auto")(**PACKED, position_ids=where).logits, alone, atol=1e-5)
     with pytest.raises(UnsupportedAttentionError, match=r"3 documents in 1 rows.* would leak"):
@@ -121,7 +123,7 @@ def test_one_plane_for_all_tells_documents_as_positions_of_text_do(alone: torch.
 
 
 @torch.no_grad()
-def test_a_hole_ends_no_document_in_planes_whose_padding_is_zero() -> None:
+def test_non_contiguous_padding_ends_no_document_in_mrope_positions_whose_padding_is_zero() -> None:
     ids, mask = tokens(1, 10).clamp(max=80), torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])
     where = ((mask.cumsum(-1) - 1) * mask).expand(3, 1, 10)
     found, expected = (m(ids, attention_mask=mask, position_ids=where).logits for m in (model("auto"), model()))

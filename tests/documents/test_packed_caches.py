@@ -125,7 +125,7 @@ def test_an_emptied_cache_is_a_new_one(kind: str, how: str) -> None:
 
 
 @torch.no_grad()
-def test_what_is_left_of_the_first_document_alone_can_be_gone_on_from() -> None:
+def test_what_is_left_of_the_first_document_alone_can_be_continued() -> None:
     ids = tokens(1, 13)
     model, cache = filled()
     expected = model(torch.cat([ids[:, :5], tokens(1, 4)], 1)).logits

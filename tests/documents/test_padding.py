@@ -32,7 +32,7 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     ),
 )
 @torch.no_grad()
-def test_a_row_with_a_hole_is_one_document(name: str, compiled: bool) -> None:
+def test_a_row_with_non_contiguous_padding_is_one_document(name: str, compiled: bool) -> None:
     model = build("llama")
     expected = model(IDS, attention_mask=MASK, position_ids=WHERE).logits[MASK.bool()]
     axattn.apply(model, name)
@@ -46,7 +46,7 @@ def test_a_row_with_a_hole_is_one_document(name: str, compiled: bool) -> None:
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=["", "static"])
 @pytest.mark.parametrize("name", ["auto", "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_generate_goes_on_behind_padding_in_the_prompt_and_over_the_cache(
+def test_generate_continues_after_padding_in_the_prompt_and_over_the_cache(
     family: str, name: str, cache: dict[str, Any]
 ) -> None:
     """A first turn with a pad token in it, then a second turn over its cache, padded to the longest answer."""
@@ -110,13 +110,15 @@ MODELS = {
     "window": lambda: build("gemma3", layer_types=LAYERS),
     "longrope": long,
 }
-NUMBERS = torch.tensor([[0] * 3 + [1] * 5 + [2] * 6 + [0] * 2 + [3] * 4, [5] * 8 + [0] * 3 + [2] * 2 + [5] * 6 + [0]])
-TOKENS = tokens(*NUMBERS.shape).masked_fill(NUMBERS == 0, 0)
+DOCUMENT_IDS = torch.tensor(
+    [[0] * 3 + [1] * 5 + [2] * 6 + [0] * 2 + [3] * 4, [5] * 8 + [0] * 3 + [2] * 2 + [5] * 6 + [0]]
+)
+TOKENS = tokens(*DOCUMENT_IDS.shape).masked_fill(DOCUMENT_IDS == 0, 0)
 DOCUMENTS = ((0, 3, 8), (0, 8, 14), (0, 16, 20), (1, 0, 8), (1, 11, 13), (1, 13, 19))
 
 
 def positions(first: int, filler: int) -> torch.Tensor:
-    found = torch.full_like(NUMBERS, filler)
+    found = torch.full_like(DOCUMENT_IDS, filler)
     for row, a, b in DOCUMENTS:
         found[row, a:b] = torch.arange(b - a) + first
     return found
@@ -134,16 +136,16 @@ def test_documents_equal_those_alone_wherever_padding_is(kind: str) -> None:
     first = position_ids.first_position(eager)
     cache = {"use_cache": False} if isinstance(eager, tf.GenerationMixin) else {}
     expected = torch.cat([eager(TOKENS[row : row + 1, a:b], **cache).logits[0] for row, a, b in DOCUMENTS])
-    ours = axattn.apply(copy.deepcopy(eager), "auto")
-    runs, compiled = [ours], torch.compile(ours, backend="eager")
+    model = axattn.apply(copy.deepcopy(eager), "auto")
+    runs, compiled = [model], torch.compile(model, backend="eager")
     if kind == "chunks":
         runs.append(compiled)
     if kind in ("learned positions", "longrope"):
         runs.append(axattn.apply(copy.deepcopy(eager), "auto", unpad=True))
-    told: list[dict[str, Any]] = [{"attention_mask": NUMBERS}]
-    told += [{"attention_mask": (NUMBERS > 0).long(), "position_ids": positions(first, n)} for n in (first, 7)]
+    inputs: list[dict[str, Any]] = [{"attention_mask": DOCUMENT_IDS}]
+    inputs += [{"attention_mask": (DOCUMENT_IDS > 0).long(), "position_ids": positions(first, n)} for n in (first, 7)]
     for run in runs:
-        for given in told if run is not compiled or SAMPLE == "nightly" else told[:1]:
+        for given in inputs if run is not compiled or SAMPLE == "nightly" else inputs[:1]:
             found = cut(run(TOKENS, **given, **cache).logits)
             assert torch.allclose(found, expected, atol=1e-4), list(given)
 
@@ -151,4 +153,4 @@ def test_documents_equal_those_alone_wherever_padding_is(kind: str) -> None:
 def test_padding_is_no_document_in_what_a_refusal_says() -> None:
     model = axattn.apply(build("llama"), "sdpa")
     with pytest.raises(axattn.UnsupportedAttentionError, match=r"\(6 documents in 2 rows\)"):
-        model(TOKENS, attention_mask=NUMBERS)
+        model(TOKENS, attention_mask=DOCUMENT_IDS)

@@ -51,8 +51,8 @@ def test_rows_padded_on_the_right_generate_what_eager_does(name: str, way: str) 
     expected = generated(build("llama"), **WAYS[way])
     found = generated(axattn.apply(build("llama"), name), **WAYS[way])
     assert torch.equal(found.sequences, expected.sequences)
-    for ours, theirs in zip(found.logits, expected.logits, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-4)
+    for found_logits, expected_logits in zip(found.logits, expected.logits, strict=True):
+        assert torch.allclose(found_logits, expected_logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["auto", "varlen"])
@@ -79,7 +79,7 @@ def test_an_encoder_whose_decoder_generates_makes_no_dense_mask() -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "llama4"])
 @torch.no_grad()
 def test_a_last_token_alone_is_right_or_refused(family: str) -> None:
-    """A window of 5, or a chunk of 4, that ends 2 tokens behind the real ones holds some of them, 5 behind none."""
+    """A window of 5, or a chunk of 4, that ends 2 tokens after the real ones holds some of them, 5 after none."""
     model, given = build(family), padded()
     expected = model(**given).logits
     axattn.apply(model, "auto")
@@ -95,7 +95,7 @@ def test_a_last_token_alone_is_right_or_refused(family: str) -> None:
 
 
 @torch.no_grad()
-def test_padding_that_nobody_reads_makes_no_dense_mask() -> None:
+def test_padding_that_no_output_reads_makes_no_dense_mask() -> None:
     model = axattn.apply(build("llama"), "varlen")
     seen: list[Any] = []
     model.model.layers[0].register_forward_pre_hook(

@@ -1,4 +1,4 @@
-"""What PEFT does to tokens by row, behind a model's inputs."""
+"""What PEFT does to tokens by row, after its inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def invoked(length: int, at: int) -> torch.Tensor:
     return ids
 
 
-class Told:
+class ReasonsByRow:
     """What is found to be done by row while a model runs."""
 
     def __init__(self, model: Any) -> None:
@@ -85,16 +85,16 @@ def test_adapters_chosen_by_row_are_refused_unpadded() -> None:
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(task_type="CAUSAL_LM", **LORA)).eval()
     reference = copy.deepcopy(model)
     axattn.apply(model, "varlen", unpad=True)
-    told = Told(model)
+    found = ReasonsByRow(model)
     ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.long)
     given: dict[str, Any] = {"input_ids": ids, "adapter_names": ["default", "__base__"], "use_cache": False}
     assert torch.allclose(model(**given).logits, reference(**given).logits, atol=1e-5)
-    assert told.reasons == ["adapter_names chooses an adapter for each row"]
-    assert told.stay == []
+    assert found.reasons == ["adapter_names chooses an adapter for each row"]
+    assert found.stay == []
     mask[0, 6:] = 0
     one = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     assert torch.allclose(model(**one).logits[mask.bool()], reference(**one).logits[mask.bool()], atol=1e-5)
-    assert told.reasons == []
+    assert found.reasons == []
     with pytest.raises(InvalidInputError, match="adapter_names chooses an adapter for each row"):
         model(**given, attention_mask=mask)
 
@@ -130,8 +130,8 @@ def test_scalings_and_tasks_by_row_are_refused_unpadded(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_rows_that_are_cut_keep_their_adapters_but_not_those_of_their_tokens() -> None:
     model = activated()
-    told = Told(model)
+    found = ReasonsByRow(model)
     model(input_ids=invoked(9, 3))
-    assert told.reasons == told.stay == ["aLoRA adapts the tokens behind the last invocation in each row"]
+    assert found.reasons == found.stay == ["aLoRA adapts the tokens behind the last invocation in each row"]
     assert not reasons_by_row(model)
     assert not reasons_by_document(model)

@@ -15,7 +15,7 @@ from tests.parallel.trees import Case, cases
 
 
 def rows(lengths: list[int]) -> list[Document]:
-    """Documents one behind the other."""
+    """Documents one after the other."""
     edges = [0, *itertools.accumulate(lengths)]
     return [Document(((a, b),)) for a, b in itertools.pairwise(edges)]
 
@@ -86,8 +86,8 @@ def test_the_same_batch_is_placed_in_the_same_way() -> None:
 
 def test_a_stem_counts_as_work() -> None:
     stem = ((0, 100),)
-    alone, behind = Document(((100, 110),)), Document(((100, 110),), stem)
-    works = [Placement((Document(stem), one), (((0, 110),),), 110, 110).work[0] for one in (alone, behind)]
+    alone, after_stem = Document(((100, 110),)), Document(((100, 110),), stem)
+    works = [Placement((Document(stem), one), (((0, 110),),), 110, 110).work[0] for one in (alone, after_stem)]
     assert works[1] - works[0] == 10 * 100
     assert cut(stem, 0, 3) == ((0, 3),)
 

@@ -16,14 +16,14 @@ IDS = tokens(1, sum(LENGTHS))
 
 
 class Wrapper(torch.nn.Module):
-    """Hands on what `hand` makes of its inputs."""
+    """Passes on what `change` makes of its inputs."""
 
-    def __init__(self, model: Any, hand: Any) -> None:
+    def __init__(self, model: Any, change: Any) -> None:
         super().__init__()
-        self.model, self.hand = model, hand
+        self.model, self.change = model, change
 
     def forward(self, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        logits: torch.Tensor = self.model(**self.hand(input_ids, inputs)).logits
+        logits: torch.Tensor = self.model(**self.change(input_ids, inputs)).logits
         return logits
 
 

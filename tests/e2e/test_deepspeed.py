@@ -18,7 +18,7 @@ if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed: pip install deepspeed (DS_BUILD_OPS=0 on a CPU)", allow_module_level=True)
 
 
-def stepped(folder: str, stage: int, ours: bool) -> tuple[float, dict[str, torch.Tensor]]:
+def stepped(folder: str, stage: int, on_axattn: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss of this rank and the weights after a step of SGD, on axattn or stock (which packs without a cache)."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "localhost", "MASTER_PORT": "29555"}
     import deepspeed
@@ -32,7 +32,7 @@ def stepped(folder: str, stage: int, ours: bool) -> tuple[float, dict[str, torch
     config["zero_allow_untested_optimizer"] = True
     keep = HfDeepSpeedConfig(config) if stage == 3 else None  # weights are split while they load
     batch: dict[str, Any] = packed_batch(1 + dist.get_rank())
-    if ours:
+    if on_axattn:
         model = axattn.from_pretrained(folder, attn_implementation="varlen")
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")

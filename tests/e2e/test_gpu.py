@@ -81,16 +81,16 @@ def test_varlen_equals_fp32_attention_on_each_document_forward_and_backward(
 FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "llama4", "qwen3_next", "bamba")
 
 
-@pytest.mark.parametrize("told", ["positions", "numbers"])
+@pytest.mark.parametrize("described_by", ["positions", "document ids"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_rows_equal_their_documents_alone(family: str, dtype: torch.dtype, told: str) -> None:
+def test_packed_rows_equal_their_documents_alone(family: str, dtype: torch.dtype, described_by: str) -> None:
     model = build(family).to(DEVICE).to(dtype)
     axattn.apply(model, "auto")
     ids = tokens(2, 21).to(DEVICE)
     where = positions((7, 11, 3), (5, 9, 7)).to(DEVICE)
     with torch.no_grad():
-        given = {"position_ids": where} if told == "positions" else {"attention_mask": (where == 0).cumsum(-1)}
+        given = {"position_ids": where} if described_by == "positions" else {"attention_mask": (where == 0).cumsum(-1)}
         packed = model(ids, **given).logits
         rows = [
             torch.cat([model(ids[r : r + 1, a:b]).logits for a, b in pairwise(edges)], 1)
@@ -124,9 +124,9 @@ def test_padded_batches_and_generation_equal_eager(side: str) -> None:
     assert relative(found[mask.bool()], expected[mask.bool()]) < 1e-4
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if side == "left":
-        ours = model.generate(ids, attention_mask=mask, **options)
+        on_axattn = model.generate(ids, attention_mask=mask, **options)
         with axattn.using(model, "eager"):
-            assert torch.equal(ours, model.generate(ids, attention_mask=mask, **options))
+            assert torch.equal(on_axattn, model.generate(ids, attention_mask=mask, **options))
 
 
 @torch.no_grad()

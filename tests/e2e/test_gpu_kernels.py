@@ -112,11 +112,11 @@ def compare(family: str, kernel: str, found: Run, expected: Run, **options: Any)
         (out.float() * target).sum().backward()
         taken = {n: p.grad for n, p in model.named_parameters() if "_proj" in n and "self_attn" in n}
         results.append({"logits": out.detach(), **taken})
-    exact, half, ours = results
+    exact, half, outputs = results
     for name, wanted in exact.items():
-        assert ours[name] is not None, name
-        assert torch.isfinite(ours[name]).all(), name
-        assert relative(ours[name], wanted) < allowed(kernel, relative(half[name], wanted)), name
+        assert outputs[name] is not None, name
+        assert torch.isfinite(outputs[name]).all(), name
+        assert relative(outputs[name], wanted) < allowed(kernel, relative(half[name], wanted)), name
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -68,16 +68,16 @@ def test_grouped_heads_never_run_on_the_math_kernel(dtype: torch.dtype, D: int, 
     assert ((found - wanted).norm() / wanted.norm()).item() < (1e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
-def test_what_is_said_in_a_graph_is_what_torch_takes() -> None:
+def test_the_answer_in_a_graph_is_what_torch_takes() -> None:
     """In a graph torch can't be asked: the rule for FlashAttention 2 stands in for it."""
     for dtype in (torch.bfloat16, torch.float32):
         for D in (64, 256, 512):
             given = [torch.randn(1, n, 64, D, device="cuda", dtype=dtype) for n in (8, 2, 2)]
-            told: list[bool] = []
+            answers: list[bool] = []
 
-            def look(*given: torch.Tensor, told: list[bool] = told) -> torch.Tensor:
-                told.append(takes(*given, None, 0.0, True))
+            def look(*given: torch.Tensor, answers: list[bool] = answers) -> torch.Tensor:
+                answers.append(takes(*given, None, 0.0, True))
                 return given[0] + 1
 
             torch.compile(look, backend="eager")(*given)
-            assert not told[0] or takes(*given, None, 0.0, True)
+            assert not answers[0] or takes(*given, None, 0.0, True)

@@ -109,7 +109,7 @@ def test_training_follows_eager(local: Path) -> None:
         ("someone/flash@v1", "not a trusted publisher"),
     ],
 )
-def test_what_is_not_trusted_needs_a_word(local: Path, path: str, reason: str) -> None:
+def test_what_is_not_trusted_needs_permission(local: Path, path: str, reason: str) -> None:
     folder = saved(local)
     with pytest.raises(BackendUnavailableError, match=reason):
         axattn.from_pretrained(folder, attn_implementation=path)

@@ -152,7 +152,7 @@ def test_prompts_before_padded_rows_generate_what_eager_does(kind: str) -> None:
     inputs = {"input_ids": tokens(2, 8) * mask, "attention_mask": mask}
     greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     if kind == "prefix" and forward_inputs.cache_keyword(build("llama")) == "cache":
-        # PEFT 0.21 hands the prefix over by the old word beside the new one, and Transformers 5.24 drops it, in silence
+        # PEFT 0.21 passes the prefix under the old keyword beside the new one, and Transformers 5.24 drops it silently
         with pytest.raises(AxattnError, match="attention_mask has 11 columns, for 8 tokens over a cache of 0"):
             prompted(kind, "auto").generate(**inputs, **greedy)
         return

@@ -1,4 +1,4 @@
-"""Transformers' own Trainer with our collator: packed training equals training on each document alone."""
+"""Transformers' own Trainer with axattn's collator: packed training equals training on each document alone."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_checkpointing_bf16_and_workers_train(tmp_path: Path) -> None:
     assert axattn.status(model).layers[0].served["varlen"] >= 8  # forward and recomputation
 
 
-def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_resumes_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     through = axattn.apply(build("llama"), "varlen")
     train(tmp_path / "a", through, save_strategy="steps", save_steps=2)
     resumed = axattn.from_pretrained(tmp_path / "a" / "checkpoint-2", attn_implementation="varlen")

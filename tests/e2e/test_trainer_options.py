@@ -141,14 +141,14 @@ def test_a_saved_folder_is_as_stock_transformers_writes_it(tmp_path: Path) -> No
     """Ready to push: the same files, the same config, the same keys; it loads without axattn and gives its logits."""
     model = axattn.apply(build("gemma2"), "auto")
     trainer, _ = train(tmp_path / "run", model)
-    trainer.save_model(str(tmp_path / "ours"))
+    trainer.save_model(str(tmp_path / "axattn"))
     build("gemma2").save_pretrained(tmp_path / "stock")
-    ours = {f.name for f in (tmp_path / "ours").iterdir()} - {"training_args.bin"}
-    assert ours == {f.name for f in (tmp_path / "stock").iterdir()}
-    configs = [json.loads((tmp_path / one / "config.json").read_text()) for one in ("ours", "stock")]
+    files = {f.name for f in (tmp_path / "axattn").iterdir()} - {"training_args.bin"}
+    assert files == {f.name for f in (tmp_path / "stock").iterdir()}
+    configs = [json.loads((tmp_path / one / "config.json").read_text()) for one in ("axattn", "stock")]
     assert configs[0] | {"use_cache": True} == configs[1] | {"use_cache": True}
-    assert "axattn" not in (tmp_path / "ours" / "config.json").read_text()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    assert "axattn" not in (tmp_path / "axattn" / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "axattn", attn_implementation="eager")
     ids = torch.tensor([corpus(1)[0]["input_ids"]])
     assert torch.allclose(again(ids).logits, model.eval()(ids).logits, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Our fp8 quantiser in plain torch: the oracle of the kernels, and what runs on pretended GPUs."""
+"""axattn's fp8 quantiser in plain torch: the oracle of the kernels, and what runs on pretended GPUs."""
 
 from __future__ import annotations
 

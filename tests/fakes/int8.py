@@ -1,4 +1,4 @@
-"""Our INT8 kernels without their rounding: what is left is the adapter's own doing. In plain torch, any dtype."""
+"""axattn's INT8 kernels without their rounding: what is left is the adapter's own doing. In plain torch, any dtype."""
 
 from __future__ import annotations
 

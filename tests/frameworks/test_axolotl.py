@@ -95,7 +95,7 @@ def test_eager_with_axattns_checks(environment: dict[str, str], model: Path, dat
         ({"axattn": "varlen", "axattn_kernel_options": {"nonsense": 1}}, "varlen has no option 'nonsense'"),
     ],
 )
-def test_what_axattn_refuses_is_said_by_axolotl(
+def test_what_axattn_refuses_is_reported_by_axolotl(
     environment: dict[str, str], model: Path, data: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(AssertionError, match=re.escape(message)):

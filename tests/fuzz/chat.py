@@ -25,7 +25,7 @@ class Prompt:
 
     Attributes:
         lengths: tokens of each row; shorter ones are padded.
-        side: where: in front, behind, or in the middle.
+        side: where: before, after, or in the middle.
     """
 
     lengths: tuple[int, ...]

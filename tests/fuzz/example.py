@@ -11,18 +11,18 @@ import torch
 
 from axattn import PackingCollator
 
-Told = Literal[
+Description = Literal[
     "nothing",
     "positions",
     "positions and mask",
-    "numbers",
-    "numbers and positions",
+    "document ids",
+    "document ids and positions",
     "lengths",
     "index",
     "index and mask",
     "collator",
 ]
-"""How documents are told: by position_ids, by a mask that numbers them, by cu_seq_lens, by seq_idx, or by what
+"""How documents are described: by position_ids, by a mask of document ids, by cu_seq_lens, by seq_idx, or by what
 `axattn.PackingCollator` makes of them."""
 Giver = Literal["caller", "hook", "inner hook", "inner forward"]
 """Who adds the description of the documents: the caller, or a user's own code on the model or on the one inside it."""
@@ -46,10 +46,10 @@ class Example:
         family: one of `tests.fuzz.families.FAMILIES`.
         name: attention implementation under test.
         rows: of each row, its documents as (padding before it, tokens of it); rows end in padding up to the longest.
-        told: how the documents are told.
-        giver: who tells them.
+        described_by: how the documents are described.
+        giver: who adds that description.
         starts: the first position of documents, in turn, where positions are given.
-        hole: leave out a token in the middle of each document of five or more, with positions that go on behind it.
+        hole: leave out a token in the middle of each document of five or more, with positions that go on after it.
         mask: dtype of the mask.
         positions: dtype of the positions.
         strided: inputs are views with strides of their own.
@@ -67,7 +67,7 @@ class Example:
     family: str = "llama"
     name: str = "auto"
     rows: tuple[Row, ...] = (((0, 4), (0, 3)),)
-    told: Told = "positions"
+    described_by: Description = "positions"
     giver: Giver = "caller"
     starts: tuple[int, ...] = (0,)
     hole: bool = False
@@ -137,15 +137,15 @@ class Example:
         return real
 
     @cached_property
-    def numbers(self) -> torch.Tensor:
+    def document_ids(self) -> torch.Tensor:
         """int64 ``[B, S]``: documents of a row from 1 on, 0 for padding."""
-        numbers = torch.zeros_like(self.ids)
+        found = torch.zeros_like(self.ids)
         last, number = -1, 0
         for row, a, b in self.documents:
             number = number + 1 if row == last else 1
-            numbers[row, a:b] = number
+            found[row, a:b] = number
             last = row
-        return numbers * self.real
+        return found * self.real
 
     @cached_property
     def where(self) -> torch.Tensor:
@@ -175,29 +175,31 @@ class Example:
         return targets
 
     def description(self, planes: int) -> dict[str, Any]:
-        """The keywords that tell documents and padding.
+        """The keywords that describe documents and padding.
 
         Args:
             planes: leading planes of positions, 0 for ``[B, S]``.
         """
         given: dict[str, Any] = {}
-        if self.told == "collator":
+        if self.described_by == "collator":
             collate = PackingCollator(first_position=FIRST.get(self.family, 0), return_lengths=self.lengths)
             batch = collate([{"input_ids": self.ids[row, a:b].tolist()} for row, a, b in self.documents])
             assert torch.equal(batch["input_ids"], self.ids)
             given |= {name: x for name, x in batch.items() if name not in ("input_ids", "labels")}
-        if "positions" in self.told:
+        if "positions" in self.described_by:
             where = self.where.to(getattr(torch, self.positions))
             given["position_ids"] = where[None].expand(planes, *where.shape) if planes else where
-        if self.told.startswith("numbers"):
-            given["attention_mask"] = self.numbers.to(getattr(torch, self.mask))
-        elif self.told == "lengths":
+        if self.described_by.startswith("document ids"):
+            given["attention_mask"] = self.document_ids.to(getattr(torch, self.mask))
+        elif self.described_by == "lengths":
             longest = int(max(b - a for a, b in pairwise(self.cumulative.tolist())))
             given |= {f"cu_seq_lens_{side}": self.cumulative for side in "qk"}
             given |= {f"max_length_{side}": longest for side in "qk"}
-        elif self.told.startswith("index"):
-            given["seq_idx"] = (self.numbers - 1).clamp(min=0).to(torch.int32)
-        if self.told in ("nothing", "positions and mask", "index and mask") and (self.pads or self.told != "nothing"):
+        elif self.described_by.startswith("index"):
+            given["seq_idx"] = (self.document_ids - 1).clamp(min=0).to(torch.int32)
+        if self.described_by in ("nothing", "positions and mask", "index and mask") and (
+            self.pads or self.described_by != "nothing"
+        ):
             given["attention_mask"] = self.real.to(getattr(torch, self.mask))
         if self.strided:
             given = {

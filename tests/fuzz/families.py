@@ -65,7 +65,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 ENCODERS = ("bert", "modernbert", "roberta")
 PLANES = {name: one.planes for name, one in MATRIX.items() if one.planes}
 INNER = {"opt": "model.decoder"}
-"""The model inside, where its head does not call ``base_model``."""
+"""The inner model, where its head does not call ``base_model``."""
 LENGTHS = frozenset(
     name for name in FAMILIES if name not in ("opt", "lfm2") and (name not in MATRIX or MATRIX[name].lengths)
 )

@@ -27,7 +27,7 @@ def _packs(example: Example | Chat) -> bool:
 
 def _counts_padding(example: Example | Chat) -> bool:
     """In cu_seq_lens, padding at a row's end looks like a document of its own."""
-    return isinstance(example, Example) and example.told == "lengths" and example.pads
+    return isinstance(example, Example) and example.described_by == "lengths" and example.pads
 
 
 TRUE: tuple[tuple[str, Callable[[Example | Chat], bool]], ...] = (

@@ -1,4 +1,4 @@
-"""How examples are drawn: every combination that is legal, and none that says nothing (documents that nobody tells)."""
+"""How examples are drawn: every legal combination, and none whose documents nothing describes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDED = tuple(name for name in FAMILIES if name not in MATRIX or not MATRIX[na
 CHATTING = tuple(name for name in DECODERS if name not in ("lfm2", "qwen3_next"))
 """Whose cache holds keys and values only: states of other layers can't be cropped or rebuilt."""
 WINDOWED = ("mistral", "gemma2", "gemma3", "gemma3_vl", "gpt_oss", "llama4")
-PADDED = ("nothing", "positions and mask", "numbers", "numbers and positions", "lengths", "index and mask")
+PADDED = ("nothing", "positions and mask", "document ids", "document ids and positions", "lengths", "index and mask")
 STEPS = ("apply again", "restore and apply", "using", "deepcopy", "pickle")
 _lengths = st.one_of(st.integers(1, 9), st.integers(1, 9), st.integers(10, 24))
 _gaps = st.sampled_from((0, 0, 0, 1, 3))
@@ -37,7 +37,7 @@ def _row(draw: Any, packs: bool, pads: bool, sizes: st.SearchStrategy[int]) -> R
     return tuple((draw(_gaps) if pads else 0, draw(sizes)) for _ in range(many))
 
 
-def _told_apart(example: Example) -> bool:
+def _positions_separate(example: Example) -> bool:
     """Whether positions differ where documents do: the next one does not go on where the last one ended."""
     last = None
     for row, a, b in example.documents:
@@ -51,13 +51,21 @@ def _told_apart(example: Example) -> bool:
 def examples(draw: Any) -> Example:
     """One forward, or forward and backward."""
     family = draw(st.sampled_from(tuple(FAMILIES)))
-    ways = ["nothing", "positions", "positions and mask", "numbers", "numbers and positions", "index", "index and mask"]
-    told: Any = draw(st.sampled_from([*ways, "collator", *(["lengths"] if family in LENGTHS else [])]))
-    packs, pads = told != "nothing", told in PADDED
+    ways = [
+        "nothing",
+        "positions",
+        "positions and mask",
+        "document ids",
+        "document ids and positions",
+        "index",
+        "index and mask",
+    ]
+    described_by: Any = draw(st.sampled_from([*ways, "collator", *(["lengths"] if family in LENGTHS else [])]))
+    packs, pads = described_by != "nothing", described_by in PADDED
     # past its 16 positions dynamic NTK keeps what the longest row of an earlier forward gave it: no oracle
     short = family == "llama, dynamic rope"
     sizes = st.integers(1, 9) if short else _lengths
-    many = 1 if told == "collator" or (short and not pads) else draw(st.integers(1, 3))
+    many = 1 if described_by == "collator" or (short and not pads) else draw(st.integers(1, 3))
     rows = [draw(_row(packs, pads, sizes)) for _ in range(many)]
     if not pads:  # rows of one length: the last document takes what is missing
         longest = max(sum(tokens for _, tokens in row) for row in rows)
@@ -71,10 +79,12 @@ def examples(draw: Any) -> Example:
         family=family,
         name=draw(st.sampled_from(NAMES)),
         rows=tuple(rows),
-        told=told,
+        described_by=described_by,
         giver=draw(st.sampled_from(("caller", "caller", "caller", "hook", "inner hook", "inner forward"))),
-        starts=draw(st.sampled_from(((0,), (0,), (0,), (3,), (2, 0, 17)))) if "positions" in told else (0,),
-        hole=draw(_rarely) if told in ("nothing", "positions and mask", "numbers and positions") else False,
+        starts=draw(st.sampled_from(((0,), (0,), (0,), (3,), (2, 0, 17)))) if "positions" in described_by else (0,),
+        hole=draw(_rarely)
+        if described_by in ("nothing", "positions and mask", "document ids and positions")
+        else False,
         mask=draw(st.sampled_from(("int64", "int64", "int32", "float32", "bool"))),
         positions=draw(st.sampled_from(("int64", "int64", "int32"))),
         strided=draw(_rarely),
@@ -90,11 +100,11 @@ def examples(draw: Any) -> Example:
     )
     if example.training != "no" and example.cache not in ("default", "off"):
         example = dataclasses.replace(example, cache="off")
-    if example.told.startswith("numbers") and example.mask == "bool":
+    if example.described_by.startswith("document ids") and example.mask == "bool":
         example = dataclasses.replace(example, mask="int64")
     return (
         example
-        if "positions" not in told or _told_apart(example)
+        if "positions" not in described_by or _positions_separate(example)
         else dataclasses.replace(example, starts=(0,), hole=False)
     )
 
@@ -104,7 +114,7 @@ def chats(draw: Any) -> Chat:
     """Several calls over one cache."""
     family = draw(st.sampled_from(CHATTING))
     many = draw(st.integers(1, 3))
-    # where windows leave padding behind a row nothing but padding to see, kernels differ in what it gets
+    # where windows leave padding after a row nothing but padding to see, kernels differ in what it gets
     sides = ("left", "left", "hole", *(("right",) if family not in WINDOWED else ()))
     turns = []
     for _ in range(draw(st.integers(1, 3))):

@@ -13,7 +13,7 @@ from tests.faults import Patch, fault
 from tests.fuzz.strategies import chats, examples
 from tests.fuzz.verdict import Chat, Example, Prompt, Verdict, run
 
-_OURS = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+_SETTINGS = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 def _require_fine(example: Example | Chat) -> None:
@@ -21,23 +21,23 @@ def _require_fine(example: Example | Chat) -> None:
     assert verdict.fine, f"{verdict.status}: {verdict.detail}\nTo run it again:\n    {example.script}"
 
 
-@settings(_OURS, max_examples=60)
+@settings(_SETTINGS, max_examples=60)
 @given(examples())
-def test_a_batch_is_right_or_truly_refused(example: Example) -> None:
+def test_a_batch_is_right_or_refused_for_a_true_reason(example: Example) -> None:
     _require_fine(example)
 
 
-@settings(_OURS, max_examples=25)
+@settings(_SETTINGS, max_examples=25)
 @given(chats())
-def test_a_chat_is_right_or_truly_refused(chat: Chat) -> None:
+def test_a_chat_is_right_or_refused_for_a_true_reason(chat: Chat) -> None:
     _require_fine(chat)
 
 
 def test_a_script_is_the_example() -> None:
-    example = Example(family="gemma2", rows=(((1, 3), (0, 2)),), told="numbers", steps=("pickle",))
+    example = Example(family="gemma2", rows=(((1, 3), (0, 2)),), described_by="document ids", steps=("pickle",))
     code = example.script.removeprefix('python -c "').removesuffix('"').replace("print(run(", "same = ((")
     found: dict[str, Any] = {}
-    exec(code, found)  # our own text
+    exec(code, found)  # the text of the example
     assert found["same"] == example
 
 
@@ -54,10 +54,10 @@ TWO = (((0, 4), (0, 3)),)
         Example("gpt2", "sdpa", TWO, training="reentrant checkpointing"),
         # the module that makes these masks makes no cache
         Example("gemma3_vl", "sdpa", TWO),
-        # of four planes of positions the first tells the masks
+        # of four planes of positions the first decides the masks
         Example("qwen2_5_vl", "sdpa", TWO, cache="off"),
-        # positions and cu_seq_lens that say the same, from the user's code behind the input hook
-        Example("gpt2", "varlen", TWO, told="collator", giver="inner forward", lengths=True),
+        # positions and cu_seq_lens that say the same, from the user's code after the input hook
+        Example("gpt2", "varlen", TWO, described_by="collator", giver="inner forward", lengths=True),
     ],
     ids=repr,
 )
@@ -106,10 +106,10 @@ def every_batch_is_refused(patch: Patch) -> None:
     patch.setattr("axattn.documents.input_hook.read", refuse)
 
 
-def test_a_refusal_that_nobody_needs_is_untrue(monkeypatch: Patch) -> None:
+def test_a_needless_refusal_is_untrue(monkeypatch: Patch) -> None:
     every_batch_is_refused(monkeypatch)
-    alone = Example(rows=(((0, 4),),), told="nothing")
-    assert run(alone).status == run(dataclasses.replace(alone, told="positions")).status == "untrue refusal"
+    alone = Example(rows=(((0, 4),),), described_by="nothing")
+    assert run(alone).status == run(dataclasses.replace(alone, described_by="positions")).status == "untrue refusal"
 
 
 @fault("a random batch: an error that is not axattn's")
@@ -120,6 +120,6 @@ def reading_a_batch_fails(patch: Patch) -> None:
     patch.setattr("axattn.documents.input_hook.read", fail)
 
 
-def test_an_error_of_somebody_else_is_foreign(monkeypatch: Patch) -> None:
+def test_an_error_from_outside_axattn_is_foreign(monkeypatch: Patch) -> None:
     reading_a_batch_fails(monkeypatch)
     assert run(PACKED) == Verdict("foreign error", "KeyError: 'somewhere'")

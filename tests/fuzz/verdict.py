@@ -176,7 +176,7 @@ def _candidate(example: Example | Chat) -> Any:
 
 
 def _found(example: Example, model: Any) -> Result:
-    """What a model gives for the batch as it is told."""
+    """What a model gives for the batch as it is described."""
     given = example.description(PLANES.get(example.family, 0))
     handles: list[Any] = []
     inner = model.get_submodule(INNER[example.family]) if example.family in INNER else model.base_model
@@ -281,7 +281,10 @@ def _real(example: Example, out: torch.Tensor) -> torch.Tensor:
 def _alone(example: Example) -> Result:
     """The oracle: stock eager on each document by itself, or, where rows hold one each, on the batch."""
     model = _weights(example)
-    if not example.packed and example.told not in ("lengths", "collator"):  # there padding is documents of its own
+    if not example.packed and example.described_by not in (
+        "lengths",
+        "collator",
+    ):  # there padding is documents of its own
         called = example.description(PLANES.get(example.family, 0))
         if example.family not in ENCODERS:
             called["use_cache"] = False
@@ -292,7 +295,7 @@ def _alone(example: Example) -> Result:
 
 
 def _weight(example: Example, real: torch.Tensor, before: int = 0) -> torch.Tensor:
-    """What the output of real tokens ``[tokens, V]``, behind `before` others, is multiplied by for its gradient."""
+    """What the output of real tokens ``[tokens, V]``, after `before` others, is multiplied by for its gradient."""
     every = torch.randn(int(example.real.sum()), real.shape[1], generator=torch.Generator().manual_seed(5))
     return every[before : before + real.shape[0]].to(real.dtype)
 
@@ -306,7 +309,7 @@ def _documents_alone(example: Example, model: Any) -> Result:
     for row, a, b in example.documents:
         rows, columns = slice(row, row + 1), slice(a, b)
         called: dict[str, Any] = {} if example.family in ENCODERS else {"use_cache": False}
-        if "positions" in example.told:
+        if "positions" in example.described_by:
             where = example.where[rows, columns]
             called["position_ids"] = where[None].expand(planes, *where.shape) if planes else where
         holes = bool((example.real[rows, columns] == 0).any())

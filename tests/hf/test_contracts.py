@@ -121,7 +121,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize(("name", "change"), [(name, one) for name, some in BREAKS.items() for one in some])
-def test_a_contract_that_does_not_hold_is_told(name: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contract_that_does_not_hold_is_reported(name: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch)
     contract = next(one for one in every_contract() if one.name == name)
     assert contract.difference()
@@ -216,7 +216,7 @@ def said(caplog: pytest.LogCaptureFixture) -> str:
     return caplog.text
 
 
-def test_a_tested_version_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tested_version_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert "newer" not in said(caplog)
 
 
@@ -227,7 +227,7 @@ def test_a_patch_release_is_not_newer() -> None:
     }
 
 
-def test_a_newer_version_is_tried_once_and_what_came_is_said(
+def test_a_newer_version_is_tried_once_and_the_result_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     newer(monkeypatch)
@@ -242,7 +242,7 @@ def test_a_newer_version_is_tried_once_and_what_came_is_said(
     assert "(from an earlier run): right: packed" in said(caplog)
 
 
-def test_an_older_version_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_older_version_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(contracts.OLDEST_TESTED, "transformers", "5.30.0")
     monkeypatch.setattr(canary, "run", lambda apply: dict.fromkeys(canary.SCENARIOS, ""))
     assert f"transformers {transformers.__version__} is older than the oldest tested (5.30.0)" in said(caplog)

@@ -66,7 +66,9 @@ def test_a_cache_that_a_packed_row_is_given_is_marked_though_it_is_not_returned(
 
 
 @torch.no_grad()
-def test_a_model_that_may_return_a_cache_by_an_unknown_word_is_not_unpadded_without_being_told(folder: Path) -> None:
+def test_a_model_that_may_return_a_cache_by_an_unknown_keyword_is_not_unpadded_without_use_cache_false(
+    folder: Path,
+) -> None:
     mask = torch.ones(2, 10, dtype=torch.long)
     mask[1, :4] = 0
     wanted = build("llama")(tokens(2, 10), attention_mask=mask, use_cache=True)
@@ -83,10 +85,10 @@ def test_a_mask_under_an_unknown_keyword_is_right_or_refused(folder: Path, name:
     mask[1, :4] = 0
     wanted = build("llama")(ids, attention_mask=mask).logits
     assert torch.allclose(model(ids, veil=mask).logits[mask != 0], wanted[mask != 0], atol=1e-5)
-    numbered = torch.tensor([[1] * 4 + [2] * 6] * 2)
+    document_ids = torch.tensor([[1] * 4 + [2] * 6] * 2)
     for dtype in (torch.long, torch.float32):
         with pytest.raises(UnsupportedAttentionError, match="veil: an unknown keyword"):
-            model(ids, veil=numbered.to(dtype))
+            model(ids, veil=document_ids.to(dtype))
     with pytest.raises(AxattnError, match=r"veil|ignores document boundaries"):
         model(ids, veil=mask, position_ids=positions(LENGTHS, LENGTHS))
     if name == "auto":
@@ -135,7 +137,7 @@ def test_padded_rows_are_not_put_together_with_an_unknown_keyword(folder: Path, 
         model(tokens(2, 10), attention_mask=mask, use_cache=False, **{NEW[word]: torch.ones(2, 10, dtype=torch.long)})
 
 
-def test_the_words_of_a_graph_are_refused_when_it_runs(folder: Path) -> None:
+def test_unknown_keywords_in_a_graph_are_refused_when_it_runs(folder: Path) -> None:
     torch._dynamo.reset()
     model = axattn.apply(copy_of(folder, "position_ids"), "sdpa")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -152,7 +154,7 @@ def row(*values: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("x", "told"),
+    ("x", "described"),
     [
         (row(0, 1, 2, 0, 1, 2), True),
         (row(2, 3, 4, 2, 3, 2), True),
@@ -175,9 +177,9 @@ def row(*values: int) -> torch.Tensor:
         (torch.randn(1, 6, 4), None),
     ],
 )
-def test_values_that_may_describe_documents(x: torch.Tensor, told: bool | None) -> None:
+def test_values_that_may_describe_documents(x: torch.Tensor, described: bool | None) -> None:
     found = may_describe_documents(x, None, 1, 6)
-    assert found is None if told is None else (found is not None and bool(found) is told)
+    assert found is None if described is None else (found is not None and bool(found) is described)
 
 
 def test_positions_of_padding_describe_no_document() -> None:

@@ -50,7 +50,7 @@ def test_a_function_runs_once_the_module_is_there_and_nothing_stays_behind(make:
     assert seen == [1]
 
 
-def test_a_module_that_is_there_is_not_waited_for(make: Make) -> None:
+def test_for_an_imported_module_the_function_runs_at_once(make: Make) -> None:
     make("late")
     importlib.import_module("late")
     finders, seen = list(sys.meta_path), []
@@ -156,22 +156,22 @@ class Wrapping:
 
 
 @pytest.mark.parametrize("when", ["first", "last", "never"])
-@pytest.mark.parametrize("order", ["ours first", "theirs first", "between"])
+@pytest.mark.parametrize("order", ["axattn first", "the other first", "between"])
 def test_beside_another_packages_hook_both_run_and_theirs_survives(make: Make, when: str, order: str) -> None:
     make("late")
     seen: list[str] = []
-    theirs = Wrapping(when, seen)
-    if order != "theirs first":
-        after_import("late", lambda: seen.append("ours"))
-    sys.meta_path.insert(0, theirs)
-    if order != "ours first":
-        after_import("late", lambda: seen.append("ours"))
+    other = Wrapping(when, seen)
+    if order != "the other first":
+        after_import("late", lambda: seen.append("axattn"))
+    sys.meta_path.insert(0, other)
+    if order != "axattn first":
+        after_import("late", lambda: seen.append("axattn"))
     late = importlib.import_module("late")
-    assert seen == [when, *["ours"] * (2 if order == "between" else 1)]
+    assert seen == [when, *["axattn"] * (2 if order == "between" else 1)]
     assert ("exec_module" in vars(late.__spec__.loader)) == (when == "never")
 
 
-def test_a_spec_that_cant_be_watched_is_said_and_imported(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_spec_that_cant_be_watched_is_reported_and_imported(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     class Odd:
         def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
             found = None if name != "late" else importlib.machinery.PathFinder.find_spec(name)

@@ -34,7 +34,7 @@ EVERYTHING = os.environ.get("AXATTN_PROBES") == "all"
 LENGTHS = (5, 4, 3)
 
 
-# ---- both witnesses ------------------------------------------------------------------------------------------------
+# ---- source and run ------------------------------------------------------------------------------------------------
 
 SHOWN = {
     "mra": "positions start at 2",  # a buffer of them does, and nothing in a forward says so
@@ -43,7 +43,7 @@ SHOWN = {
     "falcon": "ignores them",  # its heads drop position_ids, but for the one that predicts tokens
     "perceiver": "every token that is not padding",
 }
-"""Where the source tells something else, and why; none of them runs through Transformers' attention interface."""
+"""Where the source says something else, and why; none of them runs through Transformers' attention interface."""
 
 
 def _sampled(head: str, model_type: str) -> bool:
@@ -62,7 +62,7 @@ def _built(head: str, model_type: str) -> Any:
 
 @pytest.mark.parametrize("head", [head for head in HEADS if EVERYTHING or head != "seq2seq"])
 def test_a_run_of_an_architecture_shows_what_its_source_says(head: str) -> None:
-    answered = dict.fromkeys(("loss", "numbering", "mixing"), 0)
+    answered = dict.fromkeys(("loss", "position_counting", "token_mixing"), 0)
     asked = 0
     for model_type in [name for one, name in examine.every() if one == head and _sampled(one, name)]:
         model = _built(head, model_type)
@@ -72,19 +72,23 @@ def test_a_run_of_an_architecture_shows_what_its_source_says(head: str) -> None:
             text = token_mixers.text_model(model)
             found = [*losses.contradictions(model), *position_ids.contradictions(text), *pooling.contradictions(model)]
             found += [one for one in token_mixers.mixers(model, by_document=True) if "the source says" in one.text]
-            answers = {"loss": probes.loss(model), "numbering": probes.numbering(text), "mixing": probes.mixing(model)}
+            answers = {
+                "loss": probes.loss(model),
+                "position_counting": probes.position_counting(text),
+                "token_mixing": probes.token_mixing(model),
+            }
         wanted = SHOWN.get(model_type)
         assert not found or (wanted is not None and all(wanted in one.text for one in found)), (model_type, found)
         asked += 1
         for name, answer in answers.items():
             answered[name] += answer is not None
     assert asked > 3 or head == "seq2seq"
-    assert min(answered["numbering"], answered["mixing"]) >= 0.5 * asked
+    assert min(answered["position_counting"], answered["token_mixing"]) >= 0.5 * asked
     assert answered["loss"] >= (0.5 * asked if head in ("causal", "masked", "vision") else 0)
 
 
 def test_a_token_that_is_masked_is_seen_to_change_the_others() -> None:
-    answers = [probes.mixing(_built("none", model_type)) for model_type in ("esm", "esm, token dropout")]
+    answers = [probes.token_mixing(_built("none", model_type)) for model_type in ("esm", "esm, token dropout")]
     assert [answer is not None and answer.tokens for answer in answers] == [False, True]
 
 
@@ -178,7 +182,7 @@ def test_positions_without_a_source_are_what_a_run_shows() -> None:
     assert torch.allclose(model(ids, position_ids=positions(LENGTHS) + 2).logits, expected, atol=1e-4)
 
 
-def test_a_way_of_counting_that_nobody_knows_is_refused() -> None:
+def test_an_unknown_way_of_counting_positions_is_refused() -> None:
     """From 4 along the row, where tokens of padding are counted as any: `count_positions` has no such way."""
     model = roberta(made(EMBEDDINGS.format(count=ALONG), RobertaEmbeddings))
     model.roberta.embeddings.padding_idx = model.config.pad_token_id = 3
@@ -233,7 +237,7 @@ def test_a_head_without_a_source_reads_what_a_run_shows(picked: str, answer: tup
     assert torch.allclose(model(**padded("right")).logits, expected, atol=2e-5)
 
 
-# ---- witnesses that say different things ---------------------------------------------------------------------------
+# ---- source and run that disagree ----------------------------------------------------------------------------------
 
 
 class SaysNextForCausalLM(tf.LlamaForCausalLM):
@@ -249,7 +253,7 @@ class SaysNextForCausalLM(tf.LlamaForCausalLM):
 
 
 class DropsKeywordsForCausalLM(tf.LlamaForCausalLM):
-    """It hands the loss keywords, of which none is left."""
+    """It passes the loss keywords, of which none is left."""
 
     def forward(
         self,
@@ -369,7 +373,7 @@ def test_packed_and_unpadded_rows_are_refused_where_a_pooler_reads_another_token
 
 def test_a_run_uses_no_random_numbers_and_leaves_nothing_on_the_model() -> None:
     model = put_in(build("llama"), made(HEAD.format(loss=f"{OWN} + 0 * torch.rand(())"), tf.LlamaForCausalLM)).train()
-    expected = probes.loss(model), probes.numbering(model), probes.mixing(model)
+    expected = probes.loss(model), probes.position_counting(model), probes.token_mixing(model)
     trial.KEPT.clear()
     seen: list[Any] = []
     model.model.norm.register_forward_hook(lambda *_: seen.append(1))
@@ -377,7 +381,7 @@ def test_a_run_uses_no_random_numbers_and_leaves_nothing_on_the_model() -> None:
     state, before = torch.get_rng_state(), [set(vars(module)) for module in model.modules()]
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        answers = probes.loss(model), probes.numbering(model), probes.mixing(model)
+        answers = probes.loss(model), probes.position_counting(model), probes.token_mixing(model)
     assert answers == expected
     assert None not in answers
     assert torch.equal(torch.get_rng_state(), state)
@@ -396,10 +400,10 @@ def test_a_model_without_weights_answers_as_one_that_has_them(family: str) -> No
     config.vocab_size, config.eos_token_id, config.pad_token_id = 128_256, 128_009, None
     with torch.device("meta"):
         large = tf.AutoModelForCausalLM.from_config(config)
-    small, big = ([probe(one) for probe in (probes.loss, probes.mixing)] for one in (model, large))
+    small, big = ([probe(one) for probe in (probes.loss, probes.token_mixing)] for one in (model, large))
     assert small == big
     assert None not in big
-    first, other = probes.numbering(model), probes.numbering(large)
+    first, other = probes.position_counting(model), probes.position_counting(large)
     assert first is not None
     assert other is not None
     assert (first.first, first.padded) == (other.first, other.padded)
@@ -438,21 +442,21 @@ def test_one_skeleton_serves_for_all_questions_while_models_stay_as_they_are(mon
     monkeypatch.setattr(trial, "Skeleton", Counted)
     model = build("llama")
     with trial.shared_skeletons():
-        assert None not in (probes.loss(model), probes.numbering(model), probes.mixing(model))
+        assert None not in (probes.loss(model), probes.position_counting(model), probes.token_mixing(model))
     assert made_of == [model]
     model.config.pad_token_id = 5
     probes.loss(model)
     assert made_of == [model, model]
 
 
-def test_a_run_that_fails_leaves_the_source_alone_to_tell() -> None:
+def test_after_a_run_that_fails_the_source_alone_decides() -> None:
     class Fails(tf.LlamaForCausalLM):
         def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
             weight = self.lm_head.weight @ self.lm_head.weight.T
             return self.loss_function(weight, labels, **kwargs)
 
     model = put_in(build("llama"), Fails)
-    assert (probes.loss(model), probes.numbering(model), probes.mixing(model)) == (None, None, None)
+    assert (probes.loss(model), probes.position_counting(model), probes.token_mixing(model)) == (None, None, None)
     assert losses.predicts_next(model)
     assert not losses.contradictions(model)
     assert position_ids.first_position(model) == 0
@@ -490,7 +494,7 @@ def test_a_weight_of_which_there_is_only_the_shape_computes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_packed_rows_are_the_documents_alone_where_both_witnesses_agree() -> None:
+def test_packed_rows_are_the_documents_alone_where_source_and_run_agree() -> None:
     model = build("opt")
     ids = tokens(1, sum(LENGTHS))
     expected = alone(model, ids, LENGTHS)

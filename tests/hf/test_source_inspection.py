@@ -1,4 +1,4 @@
-"""What a model's source tells holds for what a user, FSDP2 or checkpoint code derives from it."""
+"""What a model's source says holds for what a user, FSDP2 or checkpoint code derives from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Plain(tf.LlamaForCausalLM):
 
 
 class Wrapped(tf.LlamaForCausalLM):
-    """Hands everything on."""
+    """Passes everything on."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)

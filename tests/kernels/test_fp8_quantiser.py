@@ -1,4 +1,4 @@
-"""Our fp8 quantiser in Triton's interpreter, bit for bit against plain torch; its launches; its compiled form."""
+"""axattn's fp8 quantiser in Triton's interpreter, bit for bit against plain torch; its launches; its compiled form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ E4M3 = torch.float8_e4m3fn
 
 
 @pytest.fixture
-def ours() -> Any:
+def quantiser() -> Any:
     from axattn.kernels import fp8_quantiser
 
     return fp8_quantiser
@@ -67,10 +67,10 @@ def every_kind() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", every_kind())
-def test_bits_are_those_of_torchs_own_cast(ours: Any, kind: str) -> None:
+def test_bits_are_those_of_torchs_own_cast(quantiser: Any, kind: str) -> None:
     x = torch.nn.functional.pad(every_kind()[kind], (0, 1), value=448.0)
     x = torch.nn.functional.pad(x, (0, -len(x) % 256)).view(-1, 1, 256)
-    found = ours.quantise(x, Documents((len(x),), CPU), 1)
+    found = quantiser.quantise(x, Documents((len(x),), CPU), 1)
     assert found.undo.item() == 1
     assert torch.equal(found.values.view(torch.uint8), x.float().to(E4M3).view(torch.uint8))
 
@@ -78,48 +78,48 @@ def test_bits_are_those_of_torchs_own_cast(ours: Any, kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("lengths", "heads", "kv_heads", "dim"), [((3, 130, 1), 6, 2, 24), ((9,), 4, 1, 80)])
 def test_queries_are_scaled_per_document_and_group_of_heads(
-    ours: Any, lengths: tuple[int, ...], heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+    quantiser: Any, lengths: tuple[int, ...], heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 ) -> None:
     x, documents = made(lengths, heads, dim, dtype), Documents(lengths, CPU)
-    require_same(ours.quantise(x, documents, kv_heads), oracle.quantise(x, documents, kv_heads))
+    require_same(quantiser.quantise(x, documents, kv_heads), oracle.quantise(x, documents, kv_heads))
 
 
 # the interpreter truncates where float32 becomes bfloat16, a chip rounds
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-6), (torch.float16, 2**-10), (torch.bfloat16, 2**-7)])
 @pytest.mark.parametrize(("lengths", "heads", "dim"), [((3, 130, 1), 2, 24), ((9,), 1, 256)])
 def test_keys_are_scaled_after_their_mean_is_gone(
-    ours: Any, lengths: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype, off: float
+    quantiser: Any, lengths: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype, off: float
 ) -> None:
     x, documents = made(lengths, heads, dim, dtype), Documents(lengths, CPU)
-    found, smooth = ours.quantise_smoothed(x, documents)
+    found, smooth = quantiser.quantise_smoothed(x, documents)
     wanted = oracle.smoothed(x, documents)
     assert smooth.dtype == dtype
     for a, b, part in zip(smooth.split(lengths), wanted.split(lengths), x.split(lengths), strict=True):
         assert torch.allclose(a.float(), b.float(), rtol=off, atol=1e-6 * part.abs().max().item())
     require_same(found, oracle.quantise(smooth, documents, heads))  # so the peak was known before the numbers were
-    assert torch.equal(ours.smoothed(x, documents), smooth)
+    assert torch.equal(quantiser.smoothed(x, documents), smooth)
 
 
-def test_a_long_document_is_many_chunks(ours: Any) -> None:
+def test_a_long_document_is_many_chunks(quantiser: Any) -> None:
     lengths = (2, 8200, 3)
     x, documents = made(lengths, 1, 8), Documents(lengths, CPU)
     assert len(documents.chunks) == 35
-    found, smooth = ours.quantise_smoothed(x, documents)
+    found, smooth = quantiser.quantise_smoothed(x, documents)
     assert torch.allclose(smooth, oracle.smoothed(x, documents), atol=1e-5 * x.abs().max().item())
     require_same(found, oracle.quantise(smooth, documents, 1))
     x, documents = x[2:2102], Documents((2100,), CPU)  # 17 chunks: one more than are read at a time
     x[700] *= 9  # the largest is in none of those that a step begins with
-    require_same(ours.quantise(x, documents, 1), oracle.quantise(x, documents, 1))
+    require_same(quantiser.quantise(x, documents, 1), oracle.quantise(x, documents, 1))
 
 
-def test_documents_do_not_see_each_other_bit_for_bit(ours: Any) -> None:
+def test_documents_do_not_see_each_other_bit_for_bit(quantiser: Any) -> None:
     lengths = (30, 140, 20)
     x, documents = made(lengths, 2, 16), Documents(lengths, CPU)
     other = x.clone()
     other[40:60] = 1e4
     other[50] = float("nan")
     other[51] = float("inf")
-    for run in (lambda x: ours.quantise(x, documents, 1), lambda x: ours.quantise_smoothed(x, documents)[0]):
+    for run in (lambda x: quantiser.quantise(x, documents, 1), lambda x: quantiser.quantise_smoothed(x, documents)[0]):
         before, after = run(x), run(other)
         for part in (slice(0, 30), slice(170, 190)):
             require_same([before.values[part]], [after.values[part]])
@@ -127,21 +127,21 @@ def test_documents_do_not_see_each_other_bit_for_bit(ours: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_a_number_is_not_rounded_to_one(ours: Any, value: float) -> None:
+def test_nan_and_infinity_are_not_rounded_to_a_finite_value(quantiser: Any, value: float) -> None:
     x, documents = made((20,), 2, 16), Documents((20,), CPU)
     x[7, 1, 5] = value
-    keys, smooth = ours.quantise_smoothed(x, documents)
-    for found in (ours.quantise(x, documents, 2), keys):
+    keys, smooth = quantiser.quantise_smoothed(x, documents)
+    for found in (quantiser.quantise(x, documents, 2), keys):
         assert not (found.values.float()[7, 1, 5] * found.undo[0, 1]).isfinite()
         assert (found.values.float()[:, 0] * found.undo[0, 0]).isfinite().all()
     assert not smooth[:, 1, 5].isfinite().any()
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-38, 1e-42])
-def test_next_to_nothing_becomes_zero(ours: Any, value: float) -> None:
+def test_tiny_values_become_zero(quantiser: Any, value: float) -> None:
     x, documents = torch.zeros(8, 2, 16), Documents((3, 5), CPU)
     x[1] = value
-    for found in (ours.quantise(x, documents, 1), ours.quantise_smoothed(x, documents)[0]):
+    for found in (quantiser.quantise(x, documents, 1), quantiser.quantise_smoothed(x, documents)[0]):
         assert (found.values.float() == 0).all()
         assert (found.undo == 1).all()
 
@@ -161,12 +161,14 @@ def views() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", views())
-def test_a_view_is_quantised_as_its_copy_is(ours: Any, kind: str) -> None:
+def test_a_view_is_quantised_as_its_copy_is(quantiser: Any, kind: str) -> None:
     x, documents = views()[kind], Documents((4, 5), CPU)
     assert not x.is_contiguous()
-    require_same(ours.quantise(x, documents, 1), ours.quantise(x.contiguous(), documents, 1))
-    require_same(ours.quantise_smoothed(x, documents)[0], ours.quantise_smoothed(x.contiguous(), documents)[0])
-    assert ours.quantise(x, documents, 1).values.is_contiguous()  # as FlashAttention 3 wants its last dimension
+    require_same(quantiser.quantise(x, documents, 1), quantiser.quantise(x.contiguous(), documents, 1))
+    require_same(
+        quantiser.quantise_smoothed(x, documents)[0], quantiser.quantise_smoothed(x.contiguous(), documents)[0]
+    )
+    assert quantiser.quantise(x, documents, 1).values.is_contiguous()  # as FlashAttention 3 wants its last dimension
 
 
 # ---- launches -------------------------------------------------------------------------------------------
@@ -197,14 +199,14 @@ class Passes(TorchDispatchMode):
         return out
 
 
-def test_each_tensor_is_two_launches_and_no_pass_of_torch(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_tensor_is_two_launches_and_no_pass_of_torch(quantiser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     for name in ("_statistics_kernel", "_round_kernel"):
-        monkeypatch.setattr(ours, name, Launches(name, seen))
+        monkeypatch.setattr(quantiser, name, Launches(name, seen))
     documents, x = Documents((600, 400), CPU), made((1000,), 4, 16).to(torch.bfloat16)
     _ = documents.chunks
     with Passes(x.shape[0]) as passes:
-        for run in (lambda: ours.quantise(x, documents, 2), lambda: ours.quantise_smoothed(x, documents)):
+        for run in (lambda: quantiser.quantise(x, documents, 2), lambda: quantiser.quantise_smoothed(x, documents)):
             seen.clear()
             run()
             assert seen == ["_statistics_kernel", "_round_kernel"]
@@ -217,9 +219,9 @@ def test_each_tensor_is_two_launches_and_no_pass_of_torch(ours: Any, monkeypatch
 # ---- in a model -----------------------------------------------------------------------------------------
 
 
-def test_a_packed_step_of_a_model_runs_through_the_kernels(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_step_of_a_model_runs_through_the_kernels(quantiser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for kernels in (oracle, ours):
+    for kernels in (oracle, quantiser):
         with hopper("fp8"):
             monkeypatch.setattr("tests.fakes.torchao.STORAGE", E4M3)
             monkeypatch.setattr(axattn.kernels, "fp8_quantiser", kernels)

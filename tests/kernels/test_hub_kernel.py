@@ -99,7 +99,7 @@ def test_the_copies_are_the_code_of_axattn(folder: Path, taken: make.Taken) -> N
     assert code(ast.parse(path.read_text())) == wanted
 
 
-def test_it_is_made_anew_and_the_same_every_time(folder: Path, tmp_path: Path) -> None:
+def test_it_is_made_again_and_the_same_every_time(folder: Path, tmp_path: Path) -> None:
     def texts(of: Path) -> dict[str, str]:
         return {
             str(path.relative_to(of)): path.read_text()

@@ -1,4 +1,4 @@
-"""Our INT8 kernels in Triton's interpreter: outputs, logsumexps and gradients against exact attention."""
+"""axattn's INT8 kernels in Triton's interpreter: outputs, logsumexps and gradients against exact attention."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def exact(q: Any, k: Any, v: Any, packed: Packed) -> torch.Tensor:
     return attention_over_tiles(*(x.transpose(0, 1)[None] for x in (q, k, v)), layout, packed.scale)[0]
 
 
-def ours(q: Any, k: Any, v: Any, packed: Packed, exact_backward: bool = False, softcap: float = 0.0) -> torch.Tensor:
+def attention_output(
+    q: Any, k: Any, v: Any, packed: Packed, exact_backward: bool = False, softcap: float = 0.0
+) -> torch.Tensor:
     from axattn.backends import int8_operator
     from axattn.kernels.int8_attention import query_blocks
 
@@ -87,7 +89,7 @@ def test_output_and_gradients_are_within_their_budget(
     lengths = (length, 7, max(length // 2, 1)) if many else (length,)
     packed = packed_of(lengths, lengths, causal, window, dim)
     inputs = made(lengths, lengths, 2, 1 if grouped else 2, dim, hard)
-    out, wanted = ours(*inputs, packed), exact(*inputs, packed)
+    out, wanted = attention_output(*inputs, packed), exact(*inputs, packed)
     assert relative(out, wanted) < FORWARD
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     found = torch.autograd.grad((out * weight).sum(), inputs)
@@ -106,14 +108,14 @@ def test_queries_fewer_than_keys_are_the_last_ones(
 ) -> None:
     packed = packed_of(q_lengths, k_lengths, True, window, 64)
     inputs = made(q_lengths, k_lengths, 4, 2, 64, False)
-    assert relative(ours(*inputs, packed), exact(*inputs, packed)) < FORWARD
+    assert relative(attention_output(*inputs, packed), exact(*inputs, packed)) < FORWARD
 
 
 def test_the_exact_backward_is_exact() -> None:
     packed = packed_of((50, 30), (50, 30), True, None, 64)
     inputs = made((50, 30), (50, 30), 4, 2, 64, True)
     weight = torch.randn(80, 4, 64)
-    found = torch.autograd.grad((ours(*inputs, packed, exact_backward=True) * weight).sum(), inputs)
+    found = torch.autograd.grad((attention_output(*inputs, packed, exact_backward=True) * weight).sum(), inputs)
     truth = torch.autograd.grad((exact(*inputs, packed) * weight).sum(), inputs)
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, truth, strict=True))
 
@@ -124,7 +126,7 @@ def test_the_logsumexp_is_that_of_the_smoothed_problem() -> None:
     packed = packed_of((40,), (40,), True, None, 64)
     q, k, v = (x.detach() for x in made((40,), (40,), 2, 2, 64, True))
     keys = Documents((40,), q.device)
-    rounded = int8_attention.quantise(k, keys.mean(k), keys.numbers)
+    rounded = int8_attention.quantise(k, keys.mean(k), keys.document_ids)
     assert torch.allclose(rounded.smooth, k - k.mean(0), atol=1e-4)
     cut = int8_attention.tuning(64, None)
     blocks = int8_attention.query_blocks((40,), cut.block_m, q.device)
@@ -147,48 +149,50 @@ def test_softcap(window: int | None) -> None:
         index = torch.arange(b - a)
         seen = (index <= index[:, None]) & (index > index[:, None] - (window or 1000))
         outs.append(torch.einsum("hst,thd->shd", logits.masked_fill(~seen, float("-inf")).softmax(-1), v[a:b]))
-    assert relative(ours(q, k, v, packed, softcap=5.0), torch.cat(outs)) < 0.03  # logits four times as large
+    assert (
+        relative(attention_output(q, k, v, packed, softcap=5.0), torch.cat(outs)) < 0.03
+    )  # logits four times as large
     q.requires_grad_()
     with pytest.raises(NotImplementedError, match="softcap"):
-        ours(q, k, v, packed, softcap=5.0)
+        attention_output(q, k, v, packed, softcap=5.0)
 
 
 @pytest.mark.parametrize("dim", [8, 16, 24, 32, 48, 112, 200])
 def test_other_head_dims(dim: int) -> None:
     packed = packed_of((33, 12), (33, 12), True, None, dim)
     inputs = made((33, 12), (33, 12), 2, 1, dim, False)
-    assert relative(ours(*inputs, packed), exact(*inputs, packed)) < FORWARD
+    assert relative(attention_output(*inputs, packed), exact(*inputs, packed)) < FORWARD
 
 
 def test_documents_do_not_see_each_other_bit_for_bit() -> None:
     packed = packed_of((30, 70, 20), (30, 70, 20), True, None, 64)
     inputs = [x.detach() for x in made((30, 70, 20), (30, 70, 20), 2, 1, 64, True)]
-    before = ours(*inputs, packed)
+    before = attention_output(*inputs, packed)
     for x in inputs:
         x[40:60] = 1e4
     inputs[1][50] = float("inf")
-    after = ours(*inputs, packed)
+    after = attention_output(*inputs, packed)
     assert torch.equal(before[:30], after[:30])
     assert torch.equal(before[100:], after[100:])
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_a_number_is_not_rounded_away(part: int, value: float) -> None:
+def test_nan_and_infinity_are_not_rounded_away(part: int, value: float) -> None:
     packed = packed_of((20,), (20,), True, None, 64)
     inputs = [x.detach() for x in made((20,), (20,), 2, 2, 64, False)]
     inputs[part][7, :, 5] = value
-    out = ours(*inputs, packed)
+    out = attention_output(*inputs, packed)
     assert not torch.isfinite(out[7]).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40])
-def test_next_to_nothing_gives_the_mean_of_the_values(value: float) -> None:
+def test_tiny_queries_and_keys_give_the_mean_of_the_values(value: float) -> None:
     packed = packed_of((5,), (5,), False, None, 64)
     v = torch.randn(5, 2, 64)
     keys = torch.zeros(5, 2, 64)
     keys[1] = value
-    out = ours(torch.full((5, 2, 64), value), keys, v, packed)
+    out = attention_output(torch.full((5, 2, 64), value), keys, v, packed)
     assert torch.allclose(out, v.mean(0).expand(5, 2, 64), atol=1e-5)
 
 
@@ -200,7 +204,7 @@ def test_the_operator_keeps_its_promises_to_torch() -> None:
     inputs = made((9, 5), (9, 5), 2, 1, 64, False)
     keys = Documents((9, 5), inputs[0].device)
     blocks = query_blocks((9, 5), int8_operator.block_of(inputs[0]), inputs[0].device)
-    arguments = (*inputs, keys.mean(inputs[1].detach()), keys.numbers, packed.cu_q, packed.cu_k, blocks)
+    arguments = (*inputs, keys.mean(inputs[1].detach()), keys.document_ids, packed.cu_q, packed.cu_k, blocks)
     rest = (packed.max_q, packed.max_k, True, None, packed.scale, 0.0, False)
     torch.library.opcheck(
         int8_operator.int8_attention_op,
@@ -217,10 +221,10 @@ def test_inputs_whose_rows_are_not_eight_values_apart() -> None:
     inputs = [x.detach() for x in made((33, 12), (33, 12), 2, 1, 64, False)]
     odd = [torch.nn.functional.pad(x, (0, 3))[..., :64] for x in inputs]
     assert odd[0].stride() == (134, 67, 1)
-    assert torch.equal(ours(*odd, packed), ours(*inputs, packed))
+    assert torch.equal(attention_output(*odd, packed), attention_output(*inputs, packed))
     wide = [torch.cat([x, x], -1)[..., 64:] for x in inputs]  # as a fused projection gives them: read where they lie
     assert int8_attention.aligned_to_8(wide[0]) is wide[0]
-    assert torch.equal(ours(*wide, packed), ours(*inputs, packed))
+    assert torch.equal(attention_output(*wide, packed), attention_output(*inputs, packed))
     for x in (odd[0], torch.zeros(5, 2, 12), inputs[0].transpose(1, 2)):
         with pytest.raises(ValueError, match="eight values at a time"):
             int8_attention.quantise(x)

@@ -134,7 +134,7 @@ CASES = [(name, *case) for name, cases in UNMET.items() for case in cases]
 @pytest.mark.parametrize(
     ("name", "environment", "reason", "fixing"), CASES, ids=[f"{case[0]}: {case[2][:40]}" for case in CASES]
 )
-def test_an_unmet_requirement_is_named_with_what_mends_it(
+def test_an_unmet_requirement_is_named_with_what_fixes_it(
     name: str, environment: Environment, reason: str, fixing: str
 ) -> None:
     error = refusal(name, environment)

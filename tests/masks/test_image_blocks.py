@@ -54,7 +54,7 @@ def test_names_of_transformers_refuse_images_in_packed_rows(name: str) -> None:
         model(name)(**packed(torch.zeros(2, 3, 16, 16)), use_cache=False)
 
 
-@pytest.mark.skipif(known().remap is None, reason="this Transformers hands mask functions positions in the row")
+@pytest.mark.skipif(known().remap is None, reason="this Transformers passes mask functions positions in the row")
 def test_only_the_look_up_of_blocks_changes() -> None:
     where = positions((3, 5))
     blocks = torch.tensor([[-1, 0, 0, -1, 1, 1, -1, -1]])

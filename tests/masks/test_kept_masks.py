@@ -78,7 +78,7 @@ def test_padding_changed_in_place_between_forwards_is_read_anew(mode: str) -> No
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("packed", [True, False])
 def test_tensors_that_others_write_to_are_read_at_every_call(mode: str, packed: bool) -> None:
-    """Inductor's buffers, and any tensor under inference_mode: no version tells that they changed."""
+    """Inductor's buffers, and any tensor under inference_mode: no version shows that they changed."""
     with MODES[mode]():
         ids, real = documents() if packed else None, padding(False)
         for left in (0, 1, 2, 3):

@@ -84,7 +84,7 @@ def test_what_comes_back() -> None:
         assert all(value < BUDGET for value in found.values()), found
 
 
-def test_a_forward_in_the_place_of_the_models_own_is_split_where_it_calls_the_model_inside() -> None:
+def test_a_replaced_forward_is_split_where_it_calls_the_inner_model() -> None:
     for found in run(2, jobs.passed_by):
         assert found["error"] < BUDGET
         assert found["tokens"] == [12]
@@ -142,7 +142,7 @@ def test_compiled_as_a_whole_or_in_parts(parts: str, strategy: str) -> None:
         assert all(value < BUDGET for value in found.values()), found
 
 
-def test_torch_s_own_context_parallel_around_our_kernels_is_refused() -> None:
+def test_torch_s_own_context_parallel_around_axattns_kernels_is_refused() -> None:
     assert all("context_parallel" in text for text in run(2, jobs.inside_context_parallel))
 
 
@@ -178,7 +178,7 @@ def test_kv_heads_are_repeated_no_more_than_needed_and_meet_their_queries(
         assert torch.equal(mine, wanted)
 
 
-def test_a_config_of_accelerate_names_our_backend() -> None:
+def test_a_config_of_accelerate_names_an_axattn_backend() -> None:
     pytest.importorskip("accelerate")
     config = accelerate_config(2, dp_shard_size=2)
     assert (config.cp_size, config.dp_shard_size, config.cp_backend) == (2, 2, "axattn")

@@ -1,4 +1,4 @@
-"""Second derivatives: true, or refused; never left out in silence, as torch does."""
+"""Second derivatives: true, or refused; never left out silently, as torch does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformers' continuous batching on models whose kernel is ours."""
+"""Transformers' continuous batching on models whose kernel is axattn's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _alone(model: Any) -> list[list[int]]:
     ("family", "name"),
     part_of([("llama", "varlen"), ("mistral", "auto"), ("gpt_oss", "auto")], kept=[("mistral", "auto")]),
 )
-def test_paged_steps_run_on_a_name_of_transformers_and_ours_is_back_after(family: str, name: str) -> None:
+def test_paged_steps_run_on_a_name_of_transformers_and_axattns_is_back_after(family: str, name: str) -> None:
     model = build(family)
     model.set_attn_implementation("eager")
     wanted = _alone(model)
@@ -74,7 +74,7 @@ def test_a_flash_name_that_transformers_switches_to_by_itself(monkeypatch: pytes
         assert model.config._attn_implementation == "varlen"
 
 
-def test_a_model_put_on_another_name_behind_us_batches_there() -> None:
+def test_a_model_switched_to_another_name_without_axattn_batches_there() -> None:
     wanted = _alone(build("llama"))
     model: Any = axattn.apply(build("llama"), "varlen")
     model.set_attn_implementation("sdpa")

@@ -36,7 +36,7 @@ def test_an_attribute_of_the_class_is_not_copied_onto_the_object() -> None:
     assert thing.shared == 1
 
 
-def test_none_and_absent_are_told_apart() -> None:
+def test_none_and_absent_are_distinguished() -> None:
     thing, patches = SimpleNamespace(a=None), PatchSet()
     patches.set_attribute(thing, "a", 1)
     patches.undo()

@@ -32,7 +32,13 @@ from tests.models import HYBRIDS, build, positions, tokens
 from tests.sampling import part_of
 
 OLD = Version(transformers.__version__) < Version("5.18")
-FAMILIES = ("qwen3_next", "bamba", "falcon_h1", "nemotron_h", "jamba")  # Kimi Linear: tests/census, and test_numbered
+FAMILIES = (
+    "qwen3_next",
+    "bamba",
+    "falcon_h1",
+    "nemotron_h",
+    "jamba",
+)  # Kimi Linear: tests/census, and test_document_id_masks
 FAMILIES += () if OLD else ("lfm2", "zamba")
 ROWS = packed((7, 11, 3), (5, 9), (1, 1, 40), pad=2)
 
@@ -122,7 +128,7 @@ def alone_logits(family: str, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_the_cache_of_packed_rows_is_not_gone_on_from() -> None:
+def test_the_cache_of_packed_rows_is_not_continued() -> None:
     model, batch = axattn.apply(made("qwen3_next"), "auto"), packed((7, 11, 3))
     out = model(batch.ids, position_ids=batch.positions, use_cache=True)
     assert torch.allclose(out.logits[0], alone_logits("qwen3_next", batch), atol=1e-5)

@@ -61,14 +61,17 @@ def test_packed_rows_equal_documents_alone(name: str, kind: str) -> None:
 
 
 @torch.no_grad()
-def test_documents_known_by_their_numbers_or_positions_alone() -> None:
+def test_documents_known_by_their_ids_or_positions_alone() -> None:
     """Rotary positions may start anywhere."""
     batch = masked(packed((7, 11, 3), (5, 16)))
     model, expected = axattn.apply(esm(), "auto"), alone(esm(), batch)
-    numbers = torch.zeros_like(batch.ids)
+    document_ids = torch.zeros_like(batch.ids)
     for row, a, b in batch.documents:
-        numbers[row, a:b] = numbers[row].max() + 1
-    for given in ({"attention_mask": numbers}, *({"position_ids": batch.positions + first} for first in (0, FIRST))):
+        document_ids[row, a:b] = document_ids[row].max() + 1
+    for given in (
+        {"attention_mask": document_ids},
+        *({"position_ids": batch.positions + first} for first in (0, FIRST)),
+    ):
         assert torch.allclose(cut(batch, model(batch.ids, **given).logits), expected, atol=1e-5)
 
 

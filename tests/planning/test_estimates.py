@@ -40,7 +40,7 @@ def test_flops_count_every_pair(length: int, causal: bool, window: int | None, c
     assert found.kv_bytes == 2 * 2 * (64 + 32) * kept
 
 
-def test_what_a_kernel_forms_besides() -> None:
+def test_the_extra_memory_of_a_kernel() -> None:
     assert estimate(entry("varlen"), 100).extra_bytes == 0
     assert estimate(entry("sdpa"), 100).extra_bytes == 0
     assert estimate(entry("sdpa", window=10), 100).extra_bytes == 100 * 100
@@ -57,7 +57,7 @@ def test_kernels_that_form_every_pair_compute_the_masked_ones_too() -> None:
     assert computed_flops(entry("eager", chunk=30), 100) == 2 * 8 * (64 + 64) * (3 * 30 * 30 + 10 * 10)
 
 
-def test_a_model_is_the_sum_of_its_layers_and_the_hungriest_of_them() -> None:
+def test_a_model_is_the_sum_of_its_layers_and_the_one_that_needs_most_memory() -> None:
     plan = Plan("m", machine("cpu"), {}, {}, (entry("varlen"), entry("eager")), "raise")
     found = total(plan, 100)
     assert found.flops == 2 * estimate(entry(), 100).flops

@@ -48,7 +48,7 @@ def test_a_named_kernel_that_can_not_serve_a_layer_is_refused_with_every_reason(
     assert 'on_unsupported="route"' in str(caught.value)
 
 
-def test_or_routed_where_asked() -> None:
+def test_layers_that_a_kernel_can_not_serve_are_routed_where_asked() -> None:
     assert chosen("gemma2", "varlen", on_unsupported="route") == ["eager", "eager"]
     assert chosen("llama", "varlen", on_unsupported="route") == ["varlen", "varlen"]
 
@@ -62,7 +62,7 @@ def test_a_kernel_that_the_machine_can_not_run_is_refused_or_routed_with_a_note(
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", "flex_attention"])
-def test_native_names_are_handed_on_verbatim(name: str) -> None:
+def test_native_names_are_passed_on_verbatim(name: str) -> None:
     assert axattn.plan(CONFIGS["llama"](head_dim=8), name, environment=AMPERE).running == {"": name}
 
 

@@ -97,7 +97,7 @@ def test_auto_takes_no_kernel_that_would_raise(sm: int, fields: dict[str, Any], 
     )
 
 
-def test_on_consumer_blackwell_nothing_is_said_of_tensor_memory_that_it_has_not() -> None:
+def test_on_consumer_blackwell_no_reason_names_the_tensor_memory_that_it_lacks() -> None:
     ranks = {rank.name: rank.source for rank in ranking(machine("cuda", 120))}
     assert list(ranks).index("flash_attention_2") < list(ranks).index("flash_attention_4")
     assert not any("its tensor memory" in source for source in ranks.values())

@@ -1,4 +1,4 @@
-// Tells torch's CPU build that there are two CUDA devices: streams and guards that do nothing. No memory, no kernels:
+// Shows torch's CPU build two CUDA devices: streams and guards that do nothing. No memory, no kernels:
 // tensors.py holds what they compute. Must be loaded before torch first asks for its CUDA hooks, at `import torch`.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>

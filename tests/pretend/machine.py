@@ -27,7 +27,7 @@ def load() -> None:
     """
     global WHY_NOT, _library
     if "torch" in sys.modules:
-        raise RuntimeError("torch is imported: too late to tell it of devices")
+        raise RuntimeError("torch is imported: too late to pretend devices")
     compiler, spec = shutil.which("c++"), importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.submodule_search_locations is not None

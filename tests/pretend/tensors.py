@@ -1,4 +1,4 @@
-"""`PretendTensor`: says that it lies on a GPU, holds its numbers on the CPU, and refuses what a GPU refuses."""
+"""`PretendTensor`: says that it lies on a GPU, holds its values on the CPU, and refuses what a GPU refuses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PretendTensor(torch.Tensor):
     """A tensor on a pretended GPU.
 
     Attributes:
-        inner: its numbers, on the CPU.
+        inner: its values, on the CPU.
     """
 
     inner: torch.Tensor
@@ -67,7 +67,7 @@ class PretendTensor(torch.Tensor):
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """Its numbers and its device."""
+        """Its values and its device."""
         return f"PretendTensor({self.inner.detach()}, {self.device})"
 
     def tolist(self) -> Any:
@@ -101,7 +101,7 @@ class State:
 
 
 class _Operator(threading.local):
-    """The GPU of the operator of ours that this thread is in: its body is given the numbers alone."""
+    """The GPU of axattn's operator that this thread is in: its body is given the values alone."""
 
     device: torch.device | None = None
 
@@ -110,22 +110,22 @@ _operator = _Operator()
 
 
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator on the numbers, after the checks that a GPU would make.
+    """Run an operator on the values, after the checks that a GPU would make.
 
     Raises:
         RuntimeError: tensors on two devices.
     """
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
     target = kwargs.get("device")
-    ours = {x.device for x in tensors if isinstance(x, PretendTensor)}
-    if target is None and not ours:
+    pretended = {x.device for x in tensors if isinstance(x, PretendTensor)}
+    if target is None and not pretended:
         return func(*args, **kwargs)
     if not State.mixing:
-        _require_one_device(func, args, tensors, ours)
-    device = torch.device(target) if target is not None else _device_of(func, args, ours)
+        _require_one_device(func, args, tensors, pretended)
+    device = torch.device(target) if target is not None else _device_of(func, args, pretended)
     if not State.mixing and (
         (func in READS and kwargs.get("output_size") is None)
-        or (func in MOVES and device.type == "cpu" and ours)
+        or (func in MOVES and device.type == "cpu" and pretended)
         or _reads_bools(func, args)
     ):
         State.waits[str(func)] += 1
@@ -147,9 +147,9 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     if any(isinstance(x, torch.Tensor) and (x.is_conj() or x.is_neg()) for x in tree_flatten(out)[0]):
         out = tree_map(lambda x: x.resolve_conj().resolve_neg(), out)  # bits that a wrapper would not show
     if device.type == "cpu":
-        return out.clone() if ours and func in MOVES and isinstance(out, torch.Tensor) else out
+        return out.clone() if pretended and func in MOVES and isinstance(out, torch.Tensor) else out
     wrapped = tree_map(lambda x: PretendTensor(x, device) if isinstance(x, torch.Tensor) else x, out)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped) if ours else wrapped
+    return return_and_correct_aliasing(func, args, kwargs, wrapped) if pretended else wrapped
 
 
 def _from_host(func: Any, args: Any) -> bool:
@@ -157,23 +157,23 @@ def _from_host(func: Any, args: Any) -> bool:
     return not isinstance(source, PretendTensor)
 
 
-def _device_of(func: Any, args: Any, ours: set[torch.device]) -> torch.device:
+def _device_of(func: Any, args: Any, pretended: set[torch.device]) -> torch.device:
     if func is aten.copy_.default:
         device: torch.device = args[0].device
         return device
-    return next(iter(ours))
+    return next(iter(pretended))
 
 
 def _reads_bools(func: Any, args: Any) -> bool:
     return func in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
 
 
-def _require_one_device(func: Any, args: Any, tensors: list[torch.Tensor], ours: set[torch.device]) -> None:
+def _require_one_device(func: Any, args: Any, tensors: list[torch.Tensor], pretended: set[torch.device]) -> None:
     if func in MOVES:
         return
     if func in INDEXING:
         tensors = [*(x for x in tree_flatten(args)[0] if isinstance(x, PretendTensor)), *args[2:3]]
-    devices = ours | {x.device for x in tensors if isinstance(x, torch.Tensor) and x.ndim > 0}
+    devices = pretended | {x.device for x in tensors if isinstance(x, torch.Tensor) and x.ndim > 0}
     if len(devices) > 1:
         raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {sorted(map(str, devices))}")
 
@@ -200,7 +200,7 @@ class TensorFunction(TorchFunctionMode):
     """``torch.tensor``, which torch runs below every dispatch mode: made on the CPU, then moved."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Numbers of tensors in a list are read first."""
+        """Values of tensors in a list are read first."""
         kwargs = kwargs or {}
         if func is not torch.tensor or isinstance(args[0], torch.Tensor):
             return func(*args, **kwargs)

@@ -149,7 +149,7 @@ def test_the_stand_in_of_torchs_flash_kernel_is_exact(window: tuple[int, int], h
     with flash.sharp():
         found = varlen_attn(*there, lengths, lengths, 7, 7, window_size=window, **grouped)
         target = torch.randn(11, 4, 8)
-        ours = torch.autograd.grad((found * target.cuda()).sum(), there)  # type: ignore[operator]
-    theirs = torch.autograd.grad((torch.cat(expected) * target).sum(), here)
-    for a, b in zip((found, *ours), (torch.cat(expected), *theirs), strict=True):
+        gradients = torch.autograd.grad((found * target.cuda()).sum(), there)  # type: ignore[operator]
+    expected_gradients = torch.autograd.grad((torch.cat(expected) * target).sum(), here)
+    for a, b in zip((found, *gradients), (torch.cat(expected), *expected_gradients), strict=True):
         assert torch.allclose(a.cpu().double(), b, atol=1e-5)  # type: ignore[union-attr]

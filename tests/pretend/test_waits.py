@@ -33,7 +33,7 @@ BATCHES = {
 }
 MOST = {"whole": 1, "packed": 2, "left": 2}
 """Waits of a forward and its backward. Without padding Transformers itself looks whether positions start anew: one.
-Ours: where documents start; left: one read in the input hook, one for the mask."""
+axattn: where documents start; left padding: one read in the input hook, one for the mask."""
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def counted(run: Callable[[], Any]) -> tuple[int, int]:
     ),
     indirect=["name"],
 )
-def test_a_layer_more_neither_waits_nor_copies(name: str, kind: str) -> None:
+def test_one_more_layer_neither_syncs_nor_copies(name: str, kind: str) -> None:
     given = inputs_of(kind)
 
     def counts(layers: int) -> tuple[int, int]:
@@ -105,7 +105,7 @@ def test_a_layer_more_neither_waits_nor_copies(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BATCHES)
-def test_a_layer_more_on_a_second_gpu_neither_waits_nor_copies(kind: str) -> None:
+def test_one_more_layer_on_a_second_gpu_neither_syncs_nor_copies(kind: str) -> None:
     def counts(layers: int) -> tuple[int, int]:
         model = matrix.on_gpus(axattn.apply(build("llama", num_hidden_layers=layers), "varlen"), "two")
         given = inputs_of(kind)
@@ -117,7 +117,7 @@ def test_a_layer_more_on_a_second_gpu_neither_waits_nor_copies(kind: str) -> Non
 
 
 @torch.no_grad()
-def test_a_step_of_decoding_under_padding_waits_once(name: str) -> None:
+def test_a_step_of_decoding_under_padding_syncs_once(name: str) -> None:
     batch = BATCHES["left"]
     ids, mask = batch.ids.to("cuda"), batch.mask.to("cuda")
     rows = len(ids)
@@ -154,7 +154,7 @@ def test_what_a_cuda_graph_reads_is_not_kept(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("queries", "causal", "window"), [(9, True, None), (9, False, None), (1, True, None), (9, True, 4)]
 )
-def test_calls_without_a_mask_neither_wait_nor_copy(name: str, queries: int, causal: bool, window: int | None) -> None:
+def test_calls_without_a_mask_neither_sync_nor_copy(name: str, queries: int, causal: bool, window: int | None) -> None:
     if name == "fp8" and window is not None:
         pytest.skip("fa3-fwd has no windows")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""flash-attn-4's own code, asked on a CPU what it refuses of what our record serves.
+"""flash-attn-4's own code, asked on a CPU what it refuses of what axattn's record serves.
 
     make real-fa4                                        # fetches the library; then its checks for every pair of needs
     python -m tests.real.fa4 --compile                   # before a release: and compiles each, 10-60 s a call
@@ -107,12 +107,12 @@ def _child(machine: str, thin: int, whole: bool, needs: str) -> None:
     if needs != "served":
         asked = [Need(**{**PLAIN, **fields}) for fields in json.loads(needs)]
     library = _Library(whole)
-    told: dict[Any, str] = {}
+    answers: dict[Any, str] = {}
     for need in asked:
         start, call = time.perf_counter(), _fields(need)
-        if call not in told:
-            told[call] = library.refusal(need)
-        entry = Asked(_shown(need), told[call], round(time.perf_counter() - start, 1))
+        if call not in answers:
+            answers[call] = library.refusal(need)
+        entry = Asked(_shown(need), answers[call], round(time.perf_counter() - start, 1))
         print(json.dumps(entry._asdict()), flush=True)
 
 
@@ -271,7 +271,7 @@ def main() -> int:
             if asked.refusal or given.compile:
                 print(f"{machine}  {asked.seconds:5.1f} s  {asked.need}: {asked.refusal or 'served'}", flush=True)
         print(f"{machine}: {count} calls, {time.perf_counter() - start:.0f} s", flush=True)
-    whose = "that our record serves" if given.needs == "served" else "that were asked for"
+    whose = "that axattn's record serves" if given.needs == "served" else "that were asked for"
     print(f"{refused} calls {whose} are refused by the library")
     return int(refused > 0)
 

@@ -1,4 +1,4 @@
-"""Our fp8 quantiser as Triton compiles it for chips, no GPU needed: ``python -m tests.real.fp8_kernels [90 ...]``.
+"""axattn's fp8 quantiser as Triton compiles it for chips, no GPU needed: ``python -m tests.real.fp8_kernels [90 ...]``.
 
 A line for each kernel: shared memory, registers, bytes spilled, whether it reads 16 bytes at a time. Exits with 1 where
 one spills, does not fit or reads less at a time. In a process of its own: the suite's kernels are interpreted.
@@ -14,18 +14,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from axattn.kernels import fp8_quantiser as ours
+from axattn.kernels import fp8_quantiser
 from tests.real.cubins import resources
 
 POINTERS = {"CHUNKS": "*i32", "ROUNDED": "*u8", "X": "*bf16", "SMOOTH": "*bf16"}
 FLOATS = ("PEAK", "SUM", "LOW", "HIGH", "UNDO")
 NUMBERS = ("heads", "group", "size", "stride_t", "stride_h", "smallest")
 KERNELS = (
-    (ours._statistics_kernel, {"MEAN": False}),
-    (ours._statistics_kernel, {"MEAN": True}),
-    (ours._round_kernel, {"MEAN": False, "ROUND": True}),
-    (ours._round_kernel, {"MEAN": True, "ROUND": True}),
-    (ours._round_kernel, {"MEAN": True, "ROUND": False}),
+    (fp8_quantiser._statistics_kernel, {"MEAN": False}),
+    (fp8_quantiser._statistics_kernel, {"MEAN": True}),
+    (fp8_quantiser._round_kernel, {"MEAN": False, "ROUND": True}),
+    (fp8_quantiser._round_kernel, {"MEAN": True, "ROUND": True}),
+    (fp8_quantiser._round_kernel, {"MEAN": True, "ROUND": False}),
 )
 LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory of a block (CUDA's programming guide, "Compute Capabilities")."""
@@ -33,7 +33,7 @@ LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 def compiled(kernel: Any, flags: dict[str, Any], sm: int, size: int) -> Any:
     """As the launcher compiles it for a head dim and bf16."""
-    constants = {**flags, **ours.cut(size), "GROUP": 8}
+    constants = {**flags, **fp8_quantiser.cut(size), "GROUP": 8}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {}
     for name in kernel.arg_names:
@@ -46,7 +46,7 @@ def compiled(kernel: Any, flags: dict[str, Any], sm: int, size: int) -> Any:
     ]
     attributes = {(n,): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": ours.WARPS})
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": fp8_quantiser.WARPS})
 
 
 def main(chips: list[int], sizes: tuple[int, ...]) -> int:

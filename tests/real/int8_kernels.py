@@ -1,4 +1,4 @@
-"""Our INT8 kernels as Triton compiles them for chips, no GPU needed: ``python -m tests.real.int8_kernels [--all]``.
+"""axattn's INT8 kernels as Triton compiles them, no GPU needed: ``python -m tests.real.int8_kernels [--all]``.
 
 A line for each: shared memory, registers, bytes spilled. Exits with 1 where one has more shared memory than the chip,
 or spills. In a process of its own: the suite's kernels are interpreted. ``--all`` is every chip, head dim and mask,
@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from axattn.kernels import int8_attention as ours
+from axattn.kernels import int8_attention
 from tests.real.cubins import resources
 
 CHIPS = (80, 86, 89, 90, 100, 120)
@@ -84,35 +84,35 @@ def launch(case: Case) -> Launch:
             return lambda *arguments, **options: taken.append(Launch(arguments, options))
 
     heads, kv_heads, tokens = 6, 3, 1001
-    size = ours.padded_size(case.head_dim)
-    cut = ours.tuning(size, case.sm)
+    size = int8_attention.padded_size(case.head_dim)
+    cut = int8_attention.tuning(size, case.sm)
     x = torch.empty(tokens, heads, case.head_dim, dtype=case.dtype)
     value = x[:, :kv_heads].contiguous()
     lengths = torch.tensor([0, tokens], dtype=torch.int32)
     name = "_quantise_kernel" if case.quantiser else "_forward_kernel"
-    real = getattr(ours, name)
-    setattr(ours, name, Taken())
+    real = getattr(int8_attention, name)
+    setattr(int8_attention, name, Taken())
     try:
         if case.quantiser:
             mean = torch.empty(1, heads, case.head_dim) if case.mean else None
-            ours.quantise(x, mean, torch.zeros(tokens, dtype=torch.int32) if case.mean else None)
+            int8_attention.quantise(x, mean, torch.zeros(tokens, dtype=torch.int32) if case.mean else None)
         else:
             q, k = (
-                ours.Rounded(torch.empty(tokens, n, size, dtype=torch.int8), torch.empty(n, tokens), x)
+                int8_attention.Rounded(torch.empty(tokens, n, size, dtype=torch.int8), torch.empty(n, tokens), x)
                 for n in (heads, kv_heads)
             )
-            blocks = ours.query_blocks((tokens,), cut.block_m, x.device)
+            blocks = int8_attention.query_blocks((tokens,), cut.block_m, x.device)
             mask: dict[str, Any] = {"causal": case.causal, "window": 100 if case.window else None}
             softcap = 30.0 if case.softcap else 0.0
-            ours.forward(q, k, value, lengths, lengths, blocks, cut=cut, softcap=softcap, scale=0.1, **mask)
+            int8_attention.forward(q, k, value, lengths, lengths, blocks, cut=cut, softcap=softcap, scale=0.1, **mask)
     finally:
-        setattr(ours, name, real)
+        setattr(int8_attention, name, real)
     return taken[0]
 
 
 def compiled(case: Case) -> Any:
     """The kernel, for the case's chip."""
-    kernel = ours._quantise_kernel if case.quantiser else ours._forward_kernel
+    kernel = int8_attention._quantise_kernel if case.quantiser else int8_attention._forward_kernel
     arguments, options = launch(case)
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def shown(case: Case) -> str:
     if case.quantiser:
         return " ".join([*words, "quantiser", f"mean={case.mean}"])
     words += [name for name in ("causal", "window", "softcap") if getattr(case, name)]
-    return " ".join([*words, str(tuple(ours.tuning(ours.padded_size(case.head_dim), case.sm)))])
+    return " ".join([*words, str(tuple(int8_attention.tuning(int8_attention.padded_size(case.head_dim), case.sm)))])
 
 
 def main(cases: list[Case]) -> int:
@@ -153,7 +153,7 @@ def main(cases: list[Case]) -> int:
         begun = time.perf_counter()
         found = compiled(case)
         registers, spilled = resources(found)
-        limit = ours.shared_memory(case.sm) * 1024
+        limit = int8_attention.shared_memory(case.sm) * 1024
         wrong = "TOO MUCH " * (found.metadata.shared > limit) + "SPILLS " * (spilled > 0)
         bad += bool(wrong)
         print(

@@ -1,6 +1,6 @@
-"""What our records promise, as a list: every `Need` of a fixed grid that a kernel's record serves on a machine.
+"""What axattn's records promise, as a list: every `Need` of a fixed grid that a kernel's record serves on a machine.
 
-The tests beside this file hand each of them to the library's own code. No library is asked here.
+The tests beside this file pass each of them to the library's own code. No library is asked here.
 """
 
 from __future__ import annotations

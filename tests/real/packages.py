@@ -69,9 +69,12 @@ def fetch(name: str) -> None:
     if package.source:
         library = package.requirement.split("==")[0]
         with tempfile.TemporaryDirectory() as folder_:
-            told = {**os.environ, "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}  # pip asks its setup.py for metadata
+            environment = {
+                **os.environ,
+                "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE",
+            }  # pip asks its setup.py for metadata
             options = ["-q", "--no-deps", "--no-binary", library, "--no-build-isolation", "-d", folder_]
-            subprocess.run([*pip, "download", *options, package.requirement], check=True, env=told)
+            subprocess.run([*pip, "download", *options, package.requirement], check=True, env=environment)
             (archive,) = Path(folder_).glob("*.tar.gz")
             with tarfile.open(archive) as opened:
                 opened.extractall(folder_, filter="data")

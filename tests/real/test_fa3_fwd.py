@@ -1,4 +1,4 @@
-"""fa3-fwd 0.0.3 as its authors wrote it, but for its operator: what our record of fp8 says yes to raises nothing there
+"""fa3-fwd 0.0.3 as released, but for its operator: what axattn's record of fp8 says yes to raises nothing there
 and is right (unrounded, as on the fake), and the models of the matrix run on it."""
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def test_the_library_takes_what_the_record_serves(name: str) -> None:
 
 @pytest.mark.parametrize("name", fa4.ARCHITECTURES)
 def test_the_library_and_the_record_agree_at_the_edges(name: str) -> None:
-    """No refusal of ours is untrue."""
+    """No refusal of axattn is untrue."""
     record = backends.get("flash_attention_4").capability_on(machine(name))
     for fields, refused in [(one, True) for one in REFUSED[name]] + [(one, False) for one in SERVED[name]]:
         need = Need(**{**fa4.PLAIN, **fields})

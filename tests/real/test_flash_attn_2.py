@@ -1,4 +1,4 @@
-"""flash-attn 2.8.3 as its authors wrote it, but for its kernels: on what our record says yes to it raises nothing and
+"""flash-attn 2.8.3 as released, but for its kernels: on what axattn's record says yes to it raises nothing and
 is right, and the models of the matrix run on it as on the fake."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""flash-attn 2.8.3's Triton backend for AMD GPUs, in Triton's interpreter: the witness that it ignores what our record
+"""flash-attn 2.8.3's Triton backend for AMD GPUs, in Triton's interpreter: shows that it ignores what axattn's record
 refuses there, and that what the record serves is right. In a process of its own: the package has two backends, chosen
 when it is imported."""
 

@@ -1,4 +1,4 @@
-"""Our INT8 kernels fit the chips that they are offered on: a few are compiled here, all with ``AXATTN_REAL=all``."""
+"""axattn's INT8 kernels fit the chips that they are offered on: some are compiled here, all by ``AXATTN_REAL=all``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our adapter over the real sageattention library, its kernels in Triton's interpreter: seconds a case.
+"""axattn's adapter over the real sageattention library, its kernels in Triton's interpreter: seconds a case.
 
 Two cases run in `make test`; ``AXATTN_REAL=all``, as in `make nightly`, runs the others. The library asserts that its
 tensors lie on a GPU, which is all that is patched here.
@@ -57,7 +57,7 @@ def qkv(
     torch.manual_seed(0)
     shapes = [(rows, heads, length, dim) for heads in (2, kv_heads, kv_heads)]
     query, key, value = (torch.randn(shape).to(dtype) for shape in shapes)
-    return [query, key + 20, value]  # keys far from zero: rounded as they are, they would lose what tells them apart
+    return [query, key + 20, value]  # keys far from zero: rounded as they are, they would lose what distinguishes them
 
 
 def run(inputs: list[torch.Tensor], mask: Any) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_a_gradient_reaches_all_three(library: Any) -> None:
 
 @nightly
 def test_what_the_record_leaves_out_the_library_gets_wrong(library: Any) -> None:
-    """Why `axattn.backends.sage.LIBRARY` is what it is, and the fake raises there; it tells when that is fixed."""
+    """Why `axattn.backends.sage.LIBRARY` is what it is, and the fake raises there; it shows when that is fixed."""
     q, k, v = qkv(1, 100, kv_heads=2)
     k = k - 20
     wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=SCALE)

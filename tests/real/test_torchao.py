@@ -1,4 +1,4 @@
-"""torchao's own fp8 quantiser, its kernels in Triton's interpreter, under our adapter and against our fake of it.
+"""torchao's own fp8 quantiser, its kernels in Triton's interpreter, under axattn's adapter and against its fake.
 
 What is patched: the number of processors, which it asks a GPU; its tuning, which times launches there; and the
 interpreter's cast to fp8, which truncates where a chip rounds and saturates.
@@ -82,7 +82,7 @@ def _rounding(real: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(params=VERSIONS)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """What our adapter takes from torchao, on a card with few processors: a row is three chunks."""
+    """What axattn's adapter takes from torchao, on a card with few processors: a row is three chunks."""
     from triton.runtime import interpreter
 
     if not is_there(request.param):
@@ -123,20 +123,20 @@ def test_the_fake_gives_its_bits(library: Any, shape: Any) -> None:
     require_same(inputs, kept)
 
 
-def test_rows_come_out_of_our_adapter_as_documents_do_of_our_kernel(library: Any) -> None:
+def test_rows_come_out_of_the_adapter_as_documents_do_of_axattns_kernel(library: Any) -> None:
     from axattn.kernels import fp8_quantiser
 
     rows, _, kv_heads, length, *_ = SHAPES[0]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in made(*SHAPES[0]))
     span = Span(0, rows, 0, length, 0, length)
     found = fp8.quantised_rows(q, k, v, Layout((span,), True, None, rows, length, length))
-    ours = [fp8_quantiser.quantise(x, Documents((length,) * rows, x.device), kv_heads) for x in (q, k, v)]
-    require_same(found, [*(x.values for x in ours), *(x.undo for x in ours)])
+    expected = [fp8_quantiser.quantise(x, Documents((length,) * rows, x.device), kv_heads) for x in (q, k, v)]
+    require_same(found, [*(x.values for x in expected), *(x.undo for x in expected)])
 
 
 @nightly
 @pytest.mark.parametrize("value", [0.0, 1e-38, float("nan"), float("inf")])
-def test_what_is_hardly_a_number(library: Any, value: float) -> None:
+def test_values_that_are_extreme_or_not_finite(library: Any, value: float) -> None:
     inputs = made(1, 2, 1, 9, 16, torch.bfloat16)
     for x in inputs:
         if value < 1:
@@ -168,9 +168,9 @@ def test_the_fake_refuses_what_it_refuses(library: Any, wrong: str) -> None:
 
 
 def test_the_fake_has_its_signature(library: Any) -> None:
-    theirs, ours = (inspect.signature(f).parameters for f in (library, fake.fp8_sdpa_quantize))
-    assert list(theirs)[: len(ours)] == list(ours)
-    assert all(p.default is not p.empty for p in list(theirs.values())[len(ours) :])
+    real, faked = (inspect.signature(f).parameters for f in (library, fake.fp8_sdpa_quantize))
+    assert list(real)[: len(faked)] == list(faked)
+    assert all(p.default is not p.empty for p in list(real.values())[len(faked) :])
 
 
 @nightly
@@ -183,6 +183,6 @@ def test_it_is_where_the_adapter_imports_it_from(version: str) -> None:
         "(found,) = [x for x in c.CONTRACTS if x.name == 'the fp8 quantiser']\n"
         "print(repr(found.check()))"
     )
-    told = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder(version)), os.getcwd()])}
-    done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder(version)), os.getcwd()])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "''", done.stderr

@@ -1,4 +1,4 @@
-"""What our record of xformers says, against the library's own dispatch and signatures."""
+"""What axattn's record of xformers says, against the library's own dispatch and signatures."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def test_the_fake_has_the_signature_of_the_library() -> None:
 
     from tests.fakes import xformers as fake
 
-    real, ours = (
+    real, faked = (
         [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
         for function in (xformers.ops.memory_efficient_attention, fake.memory_efficient_attention)
     )
-    assert ours == real
+    assert faked == real
 
 
 def test_the_range_of_flash_attn_is_the_library_s() -> None:
@@ -57,7 +57,7 @@ def test_the_range_of_flash_attn_is_the_library_s() -> None:
     assert f'"{xformers._UNCHECKED}", "0") != "1"' in source.read_text(encoding="utf-8")
 
 
-def test_a_flash_attn_of_another_version_is_taken_where_the_user_has_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flash_attn_of_another_version_is_taken_where_the_user_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     newer = environment("cuda", 90, flash_attn="2.9.0")
     assert any("it takes" in reason.text for reason in get("xformers").probe(newer))
     monkeypatch.setenv("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "1")
@@ -92,6 +92,6 @@ def test_a_flash_attn_of_another_version_is_taken_where_the_user_has_said_so(mon
         ("sm120", Need(head_dim=512, dtype="bfloat16"), "head_dim=512 (xformers serves up to 256)"),
     ],
 )
-def test_what_is_refused_on_a_machine_is_said(name: str, need: Need, text: str) -> None:
+def test_what_is_refused_on_a_machine_is_reported(name: str, need: Need, text: str) -> None:
     reasons = missing(need, get("xformers").capability_on(machine(name)), "xformers")
     assert [text in reason.text for reason in reasons] == ([True] if text else [])

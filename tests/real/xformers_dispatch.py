@@ -1,6 +1,6 @@
-"""xformers' own dispatch, asked for every call that our record serves: ``python -m tests.real.xformers_dispatch``.
+"""xformers' own dispatch, asked for every call that axattn's record serves: ``python -m tests.real.xformers_dispatch``.
 
-Nothing is computed: the adapter packs tensors without numbers, the library sees them on a GPU that is not here. A
+Nothing is computed: the adapter packs tensors without data, the library sees them on a GPU that is not here. A
 process of its own, because the library looks for its operators when it is imported.
 """
 
@@ -24,7 +24,7 @@ from axattn.masks.varlen_layout import Layout, Span
 from axattn.spec.capability import Need, missing
 from tests.real.needs import CHUNK, served
 
-_NO_NUMBERS = FakeTensorMode()
+_NO_DATA = FakeTensorMode()
 MACHINES = ("sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 LENGTH, CACHED, SCALE = 128, 40, 0.125
 
@@ -41,13 +41,13 @@ def pretend_cuda() -> None:
 
 
 def on_gpu(x: torch.Tensor) -> torch.Tensor:
-    """A tensor on a GPU of the shape, strides and dtype of `x`, without numbers and without autograd."""
+    """A tensor on a GPU of the shape, strides and dtype of `x`, without data and without autograd."""
     return _on_gpu(tuple(x.shape), x.stride(), x.dtype)
 
 
 @functools.cache
 def _on_gpu(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    with _NO_NUMBERS:
+    with _NO_DATA:
         return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
 
 

@@ -44,13 +44,13 @@ def test_malformed_hub_paths_are_refused(path: str) -> None:
         names.canonicalise(path)
 
 
-def test_a_hub_path_is_taken_apart() -> None:
+def test_a_hub_path_is_parsed() -> None:
     path = names.parse_hub_path("org/name@v1:fn")
     assert path == names.HubPath("org/name", "v1", "fn")
     assert str(path) == "org/name@v1:fn"
 
 
-def test_paged_names_pass_for_native_names_and_are_refused_for_ours() -> None:
+def test_paged_names_pass_for_native_names_and_are_refused_for_axattn_backends() -> None:
     assert names.canonicalise("paged|sdpa") == "paged|sdpa"
     with pytest.raises(UnknownAttentionError, match="no paged cache"):
         names.canonicalise("paged|sage")

@@ -31,14 +31,14 @@ def test_anything_else_is_refused_with_what_there_is(given: Any, text: str) -> N
         require_options(given, {"a": (SIZE,)})
 
 
-def test_every_mistake_is_said_at_once() -> None:
+def test_every_mistake_is_reported_at_once() -> None:
     with pytest.raises(InvalidConfigError) as raised:
         require_options({"size": 3, "other": 1}, {"a": (SIZE,)})
     assert len(raised.value.reasons) == 2
 
 
 @pytest.mark.parametrize("name", ["auto", "varlen", "sdpa", {"": "eager"}])
-def test_kernels_without_options_say_so(name: Any) -> None:
+def test_kernels_without_options_refuse_them(name: Any) -> None:
     with pytest.raises(InvalidConfigError, match="no options"):
         axattn.plan(build("llama"), name, kernel_options={"group_size": 4})
 

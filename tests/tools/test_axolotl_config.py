@@ -204,7 +204,7 @@ def test_auto_and_none_answer_before_and_after_they_are_resolved() -> None:
     assert resolved.attn_supports_packing
     assert resolved.attn_needs_dtype_cast  # it became varlen
     resolved = AttentionConfig().resolve(axattn.plan(CONFIGS["gemma2"](), "auto", environment=CPU))
-    assert not resolved.attn_needs_dtype_cast  # it became eager, through our masks
+    assert not resolved.attn_needs_dtype_cast  # it became eager, through axattn's masks
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "s2"])
@@ -238,7 +238,7 @@ def test_sage_trains_with_a_true_gradient_and_warns_of_nothing(adapter: str | No
         AttentionConfig(attn_implementation="sage", adapter=adapter)
 
 
-def test_fp8_turns_the_cache_off_and_says_so() -> None:
+def test_fp8_turns_the_cache_off_and_warns() -> None:
     with pytest.warns(UserWarning, match="use_cache: false"):
         assert AttentionConfig(attn_implementation="fp8").use_cache is False
     with warnings.catch_warnings():
@@ -277,7 +277,7 @@ def test_gemma4_hybrid_is_accepted_with_fa2(values: dict[str, Any]) -> None:
     assert quiet(gemma4_hybrid_attn_impl=True, **values).attn_implementation == "flash_attention_2"
 
 
-def test_all_problems_are_said_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     text = problems(
         attn_supports_packing=True,
         sdp_attention=True,

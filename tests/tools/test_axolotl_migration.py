@@ -111,7 +111,7 @@ def test_a_whole_file() -> None:
             "attn_implementation: {'': &a fa2, b: *a}\n",
             "attn_implementation: {'': flash_attention_2, b: flash_attention_2}\n",
         ),
-        # merge keys that bring nothing of ours
+        # merge keys that bring nothing of axattn
         (
             "b: &b {lr: 1}\n<<: *b\nlr: 2\nflash_attention: true\n",
             "b: &b {lr: 1}\n<<: *b\nlr: 2\nattn_implementation: flash_attention_2\n",
@@ -208,7 +208,7 @@ def test_conflicts_name_their_line_and_nothing_is_changed(text: str, line: int, 
         "fused_attn_kernel: true",
     ],
 )
-def test_what_axolotl_reads_itself_stays_and_is_said(line: str) -> None:
+def test_what_axolotl_reads_itself_stays_and_is_reported(line: str) -> None:
     key = line.partition(":")[0]
     done = migrate(f"{line}  # c\nflash_attention: true\n")
     assert done.after == f"{line}  # c\nattn_implementation: flash_attention_2\n"
@@ -216,7 +216,7 @@ def test_what_axolotl_reads_itself_stays_and_is_said(line: str) -> None:
     assert migrate(f"{key}:\n").notes == ()
 
 
-def test_a_computed_flag_in_a_file_is_said() -> None:
+def test_a_computed_flag_in_a_file_is_reported() -> None:
     assert "is computed" in migrate("attn_uses_flash_lib: true\n").notes[0]
 
 
@@ -443,10 +443,12 @@ def test_write_and_check_contradict_each_other(tmp_path: Path) -> None:
 
 def test_progress_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
     (tmp_path / "a.yml").write_text("flash_attention: true\n")
-    ours, theirs = pty.openpty()
+    terminal, process_end = pty.openpty()
     command = [sys.executable, "-m", "axattn", "migrate", str(tmp_path)]
-    on = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"}, check=True)
-    shown = os.read(ours, 100_000).decode()
+    on = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=process_end, env=os.environ | {"TERM": "xterm"}, check=True
+    )
+    shown = os.read(terminal, 100_000).decode()
     assert "reading" in shown
     off = subprocess.run(command, capture_output=True, env=os.environ | {"FORCE_COLOR": "1"}, check=True)
     assert on.stdout == off.stdout

@@ -262,7 +262,9 @@ def test_mistakes_are_one_line(arguments: list[str], code: int, part: str) -> No
     assert "Traceback" not in done.output
 
 
-def test_without_matplotlib_there_is_no_plot_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_there_is_no_plot_and_it_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import importlib.util
 
     real = importlib.util.find_spec

@@ -56,7 +56,7 @@ def test_auto_is_right_on_a_model(folders: Any, family: str) -> None:
 def test_what_a_model_does_to_padded_or_packed_rows_by_itself_is_not_the_kernel_s_fault(
     model_type: str, head: str, refused: bool, tmp_path: Path
 ) -> None:
-    """RoBERTa counts from behind its padding token, BART along the row, MobileBERT's embeddings look at neighbours."""
+    """RoBERTa counts from one past its padding id, BART along the row, MobileBERT's embeddings look at neighbours."""
     census(model_type, head).save_pretrained(tmp_path)
     found = axattn.verify(tmp_path, "auto")
     assert found.right, found
@@ -166,7 +166,7 @@ def test_a_fault_is_found_with_random_weights_too(
     assert not found.right
 
 
-def test_rows_longer_than_a_window_are_run_or_it_is_said(tmp_path: Path) -> None:
+def test_rows_longer_than_a_window_are_run_or_it_is_reported(tmp_path: Path) -> None:
     build("mistral", sliding_window=200).save_pretrained(tmp_path / "a")
     assert "longer than the window" in {c.scenario for c in axattn.verify(tmp_path / "a", "varlen", layers=1).checks}
     build("mistral", sliding_window=9000, max_position_embeddings=16384).save_pretrained(tmp_path / "b")
@@ -174,7 +174,7 @@ def test_rows_longer_than_a_window_are_run_or_it_is_said(tmp_path: Path) -> None
     assert (long.outcome, "9,032 tokens" in long.detail) == ("refused", True)
 
 
-def test_an_eager_that_overflows_is_no_licence() -> None:
+def test_an_overflow_of_eager_excuses_no_wrong_output() -> None:
     exact = {"output": torch.ones(3)}
     wrong, nan = {"output": torch.full((3,), 5.0)}, {"output": torch.full((3,), float("nan"))}
     for found in (wrong, nan):
@@ -309,7 +309,7 @@ def test_the_verb(folders: Any, monkeypatch: Patch) -> None:
     assert "flash_attention_2" in refused.stderr
 
 
-def test_a_model_in_hand_is_tried_as_a_copy_and_left_as_it_is() -> None:
+def test_a_loaded_model_is_verified_on_a_copy_and_left_as_it_is() -> None:
     model = axattn.apply(build("llama", attention_dropout=0.1), "auto").train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     found = axattn.verify(model, "varlen")

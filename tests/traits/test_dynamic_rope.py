@@ -53,7 +53,7 @@ def test_documents_have_the_factors_that_they_have_alone(name: str, lengths: tup
 
 
 @torch.no_grad()
-def test_padding_behind_a_document_does_not_make_it_long() -> None:
+def test_padding_after_a_document_does_not_make_it_long() -> None:
     model = long()
     ids, mask = tokens(1, 20), torch.ones(1, 20, dtype=torch.long)
     mask[:, 14:] = 0
@@ -161,7 +161,7 @@ def test_dynamic_ntk_depends_on_the_longest_document_and_is_refused(name: str) -
 @torch.no_grad()
 @pytest.mark.parametrize("start", [0, 2])
 def test_unpadded_rows_are_stretched_as_far_as_the_padded_batch(start: int) -> None:
-    """Padding behind the longest row counts there."""
+    """Padding after the longest row counts there."""
     model = build("llama", rope_parameters=DYNAMIC, max_position_embeddings=LIMIT)
     ids, mask = tokens(2, 16), torch.zeros(2, 16, dtype=torch.long)
     mask[0, start : start + 10], mask[1, start : start + 4] = 1, 1
@@ -172,12 +172,12 @@ def test_unpadded_rows_are_stretched_as_far_as_the_padded_batch(start: int) -> N
 
 
 @torch.no_grad()
-def test_padding_behind_a_short_document_stretches_nothing() -> None:
+def test_padding_after_a_short_document_stretches_nothing() -> None:
     model = build("llama", rope_parameters=DYNAMIC, max_position_embeddings=LIMIT)
-    ids, numbers = tokens(1, 18), torch.tensor([[1] * 5 + [2] * 4 + [0] * 9])
+    ids, document_ids = tokens(1, 18), torch.tensor([[1] * 5 + [2] * 4 + [0] * 9])
     expected = alone(model, ids[:, :9], (5, 4))
     axattn.apply(model, "auto")
-    assert torch.allclose(model(ids, attention_mask=numbers, use_cache=False).logits[:, :9], expected, atol=1e-5)
+    assert torch.allclose(model(ids, attention_mask=document_ids, use_cache=False).logits[:, :9], expected, atol=1e-5)
 
 
 def test_what_a_config_asks_for() -> None:

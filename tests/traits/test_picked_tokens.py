@@ -81,7 +81,7 @@ def test_a_token_that_a_head_finds_by_its_id_is_right_though_it_is_padding(
 
 @pytest.mark.parametrize("cls", [tf.BartForSequenceClassification, tf.T5ForSequenceClassification])
 @torch.no_grad()
-def test_an_end_behind_a_decoder_s_mask_is_read(cls: Any) -> None:
+def test_an_end_after_a_decoder_s_mask_is_read(cls: Any) -> None:
     eager = tiny_of(cls, **ENDS)
     given = batch("right", 0)
     given["input_ids"][0, 8] = given["input_ids"][1, 8] = END

@@ -25,7 +25,7 @@ ROWS = tf.AutoModelForSequenceClassification
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["llama", "bert", "albert"])
 def test_a_head_with_one_output_a_row_takes_no_packed_rows(model_type: str) -> None:
-    """ALBERT's hands all its inputs on, and would have no input hook of its own."""
+    """ALBERT's passes all its inputs on, and would have no input hook of its own."""
     model = axattn.apply(made(model_type, ROWS), "auto")
     with pytest.raises(UnsupportedAttentionError, match="one output a row"):
         model(tokens(1, 10), position_ids=positions((4, 6)))
@@ -89,7 +89,7 @@ def test_padding_that_an_output_is_read_from_is_what_eager_makes_of_it(
                 assert torch.allclose(*pair, atol=2e-5), (way, key)
     other = {"left": "right", "right": "left"}[side]
     assert read[side]
-    assert not read[other] or cls is tf.GPT2DoubleHeadsModel  # its summary may be told to read either end
+    assert not read[other] or cls is tf.GPT2DoubleHeadsModel  # its summary can be configured to read either end
 
 
 @torch.no_grad()
@@ -204,7 +204,7 @@ class Digesting(tf.LlamaForCausalLM):
         return output
 
 
-def test_an_output_of_which_nobody_knows_the_shape_is_refused_unpadded() -> None:
+def test_an_output_of_unknown_shape_is_refused_unpadded() -> None:
     model = axattn.apply(Digesting._from_config(build("llama").config), "auto", unpad=True)
     with pytest.raises(UnsupportedAttentionError, match="does not know how to pad its output digest"):
         model(**padded("right"), use_cache=False)

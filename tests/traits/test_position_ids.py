@@ -28,8 +28,8 @@ def roberta() -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["bart", "marian", "pegasus", "blenderbot"])
-def test_packed_rows_of_a_model_that_numbers_the_row_itself_are_refused(model_type: str) -> None:
-    """Their decoders take no position_ids: a second document would be numbered on from the first (error 0.5 of 1)."""
+def test_packed_rows_of_a_model_that_counts_positions_along_the_row_are_refused(model_type: str) -> None:
+    """Their decoders take no position_ids: a second document would count on from the first (error 0.5 of 1)."""
     model = axattn.apply(census(model_type, "causal"), "auto")
     ids = tokens(1, sum(LENGTHS))
     with pytest.raises(UnsupportedAttentionError, match="takes no position_ids"):
@@ -56,7 +56,7 @@ def test_the_encoder_of_t5_needs_no_positions_to_keep_documents_apart() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["auto", "varlen"])
-def test_roberta_counts_from_behind_its_padding_token(name: str) -> None:
+def test_roberta_counts_from_one_past_its_padding_token(name: str) -> None:
     model = roberta()
     ids = tokens(1, sum(LENGTHS))
     expected = torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], 1)
@@ -107,8 +107,8 @@ def test_a_layer_that_counts_only_where_no_positions_come_is_no_counter() -> Non
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "roberta"])
-def test_documents_known_by_their_lengths_alone_are_numbered_anew(model_type: str) -> None:
-    """A table of positions would give the second document those behind the first."""
+def test_documents_known_by_their_lengths_alone_get_positions_of_their_own(model_type: str) -> None:
+    """A table of positions would give the second document those after the first."""
     model = roberta() if model_type == "roberta" else census(model_type, "causal")
     ids = tokens(1, sum(LENGTHS))
     expected = torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], 1)
@@ -130,7 +130,7 @@ def test_encoders_run_unpadded_outside_training_too(model_type: str, unpadded: b
     assert bool((logits[0, 6:] == 0).all()) is unpadded
 
 
-def test_positions_that_a_model_drops_number_no_documents() -> None:
+def test_positions_that_a_model_drops_describe_no_documents() -> None:
     """CSM's depth decoder sets them to None, and chooses weights by a token's place in the row."""
     config = of_class(tf.CsmDepthDecoderConfig, "none")
     model = tf.CsmDepthDecoderModel._from_config(config, attn_implementation="eager")

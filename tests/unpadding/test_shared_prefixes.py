@@ -139,7 +139,7 @@ def test_rows_without_padding_and_with_several_documents() -> None:
     assert sizes.seen == [PROMPT + 20]
 
 
-def test_beside_unpad() -> None:
+def test_with_unpad() -> None:
     model = axattn.apply(build("llama").train(), "auto", unpad=True, share_prefixes=True)
     sizes = Sizes(model)
     require_equal(model, stock("llama"), batch())
@@ -207,7 +207,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 @pytest.mark.parametrize("what", ["attention", "config", "module", "noise"])
-def test_random_numbers_per_token_run_the_batch_as_it_came_and_say_so(what: str, said: Callable[[], str]) -> None:
+def test_random_numbers_per_token_run_the_batch_unchanged_with_a_warning(what: str, said: Callable[[], str]) -> None:
     model = build("llama", attention_dropout=0.1 if what == "attention" else 0.0)
     if what == "module":
         model.model.layers[1].mlp = torch.nn.Sequential(torch.nn.Dropout(0.2), model.model.layers[1].mlp)

@@ -98,7 +98,7 @@ def test_rows_that_are_packed_and_padded_keep_their_documents() -> None:
     assert torch.allclose(found.loss, expected.loss, rtol=1e-5)
 
 
-def test_a_mask_of_document_numbers_is_flattened_with_its_documents() -> None:
+def test_a_mask_of_document_ids_is_flattened_with_its_documents() -> None:
     model, reference = both("llama")
     mask = torch.tensor([[1] * 4 + [2] * 6 + [0] * 2, [1] * 3 + [2] * 4 + [3] * 5])
     given = {"input_ids": tokens(2, 12), "attention_mask": mask, "use_cache": False}
@@ -158,7 +158,7 @@ def test_token_labels_that_are_not_shifted_stay_where_they_are() -> None:
     assert torch.allclose(model(**given).loss, stock(**given).loss, rtol=1e-5)
 
 
-def test_targets_that_padding_predicts_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_targets_that_padding_predicts_are_left_out_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     notices._given.clear()
     model, reference = both("llama")
     given = batch("left")
@@ -297,7 +297,7 @@ def test_parts_of_it_compiled_run_unpadded_or_padded_but_right(what: str) -> Non
 
 
 def test_a_model_that_adds_tokens_of_its_own_is_missed() -> None:
-    """Documents told for the flat row fit no other: read again from positions, rows could run into each other."""
+    """Documents described for the flat row fit no other: read again from positions, rows could run into each other."""
     model, _ = both("llama")
     model.model.register_forward_pre_hook(
         lambda _, args, kwargs: (args, kwargs | {"input_ids": torch.nn.functional.pad(kwargs["input_ids"], (1, 0))}),
@@ -310,8 +310,8 @@ def test_a_model_that_adds_tokens_of_its_own_is_missed() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["auto", "varlen"])
-def test_without_a_head_rows_are_told_apart_too(name: str) -> None:
-    """No model inside has an input hook of its own, and positions alone say that these two rows are one document."""
+def test_without_a_head_rows_are_kept_apart_too(name: str) -> None:
+    """No inner model has an input hook of its own, and positions alone say that these two rows are one document."""
     model = axattn.apply(build("llama").model, name, unpad=True)
     given = batch("right", labels=False)
     given["position_ids"] = torch.arange(12).expand(3, 12).clone()
@@ -371,7 +371,7 @@ def test_noise_that_depends_on_the_length_of_a_row_is_refused() -> None:
 
 
 def fused_head(model: Any) -> None:
-    """As TRL's trainers (1.16) and Liger put theirs: a loss from the hidden states of the model inside."""
+    """As TRL's trainers (1.16) and Liger put theirs: a loss from the hidden states of the inner model."""
     original = model.forward
 
     def forward(self: Any, *args: Any, fused: bool = False, labels: Any = None, **kwargs: Any) -> Any:
@@ -386,7 +386,7 @@ def fused_head(model: Any) -> None:
 
 @pytest.mark.parametrize("order", ["before", "after", "applied again"])
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
-def test_a_forward_in_the_place_of_the_models_own_runs_unpadded_and_stays(family: str, order: str) -> None:
+def test_a_replaced_forward_runs_unpadded_and_stays(family: str, order: str) -> None:
     model, reference = build(family).train(), axattn.apply(build(family), "auto").train()
     if order != "before":
         axattn.apply(model, "auto", unpad=True)
@@ -414,7 +414,7 @@ def test_a_forward_in_the_place_of_the_models_own_runs_unpadded_and_stays(family
     assert tuple(sizes.seen[-1][:2]) == (3, 12)
 
 
-def test_a_forward_that_passes_every_entrance_by_is_refused() -> None:
+def test_a_forward_that_bypasses_every_input_hook_is_refused() -> None:
     model = axattn.apply(build("llama"), "auto", unpad=True).train()
     for one in (model, model.model):
         one.forward = types.MethodType(type(one).forward, one)
@@ -441,7 +441,7 @@ def test_router_logits_come_back_in_their_places() -> None:
                 assert torch.allclose(found.aux_loss, expected.aux_loss, rtol=1e-5)
 
 
-def test_wrappers_of_accelerate_call_the_entrance() -> None:
+def test_wrappers_of_accelerate_run_the_input_hook() -> None:
     import accelerate
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
@@ -461,7 +461,7 @@ def test_wrappers_of_accelerate_call_the_entrance() -> None:
     assert {tuple(size[:2]) for size in sizes.seen} == {(1, sum(LENGTHS))}
 
 
-def test_hooks_that_take_gradients_by_row_are_refused_and_others_are_told_what_they_see(
+def test_hooks_that_take_gradients_by_row_are_refused_and_others_are_warned_of_flat_rows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = axattn.apply(build("llama"), "auto", unpad=True).train()
@@ -487,13 +487,13 @@ def test_hooks_that_take_gradients_by_row_are_refused_and_others_are_told_what_t
 
 
 @torch.no_grad()
-def test_documents_that_a_users_hook_tells_are_counted_anew() -> None:
+def test_documents_that_a_users_hook_describes_are_counted_anew() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     model = tf.BertModel(tf.BertConfig(vocab_size=97, **sizes)).eval()
-    ids, numbers = tokens(2, 9), torch.tensor([[1] * 5 + [2] * 4, [1] * 6 + [0] * 3])
+    ids, document_ids = tokens(2, 9), torch.tensor([[1] * 5 + [2] * 4, [1] * 6 + [0] * 3])
     expected = torch.cat([model(ids[:1, :5])[0], model(ids[:1, 5:])[0], model(ids[1:, :6])[0]], 1)
     axattn.apply(model, "auto", unpad=True)
-    model.register_forward_pre_hook(lambda _, a, k: (a, {**k, "attention_mask": numbers}), with_kwargs=True)
+    model.register_forward_pre_hook(lambda _, a, k: (a, {**k, "attention_mask": document_ids}), with_kwargs=True)
     out = model(ids)[0]
     assert torch.allclose(torch.cat([out[:1], out[1:, :6]], 1), expected, atol=1e-5)

@@ -55,8 +55,8 @@ def _report(name: str, found: sources.Sources, chosen: Sequence[str]) -> int:
         print(f"{name}: {error}")
         return 1
     compared = outcomes.compare(auto, stock, REFUSALS, BY_DESIGN)
-    told, bad = outcomes.summary(auto, compared)
-    print(f"{name}: {told}", flush=True)
+    summary, bad = outcomes.summary(auto, compared)
+    print(f"{name}: {summary}", flush=True)
     for line in bad:
         print(f"  {line}")
     return len(bad)

@@ -36,8 +36,8 @@ class Upstream:
         config: makes a tiny config.
         inputs: what one forward gets.
         heads: the classes that are tried.
-        composite: Transformers' tests are told that the model is made of several.
-        encoder_decoder: they are told that it is one.
+        composite: Transformers' tests take the model for one made of several.
+        encoder_decoder: they take it for one.
     """
 
     config: Callable[[], Any]

@@ -1,4 +1,4 @@
-"""Generating in every way that Transformers knows, beside eager on the same weights: a mixin of ours.
+"""Generating in every way that Transformers knows, beside eager on the same weights: a mixin of axattn.
 
 It asks what Transformers' `GenerationTesterMixin` asks, which its source package lacks (`sources.py`).
 """

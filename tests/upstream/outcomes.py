@@ -127,8 +127,8 @@ def summary(auto: Mapping[str, Outcome], compared: Sequence[Comparison]) -> tupl
     """
     counts = Counter(one.verdict for one in compared)
     placed = sum(outcome.placed for outcome in auto.values())
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    shown = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
     bad = [f"{one.verdict}: {one.test}: {one.why}" for one in compared if one.verdict in BAD]
     if not counts["passed"] or not placed:
         bad.append(f"nothing was shown: {counts['passed']} tests passed, {placed} models were put on auto")
-    return f"{told or 'no tests'}; {placed} models on auto", bad
+    return f"{shown or 'no tests'}; {placed} models on auto", bad

@@ -37,7 +37,7 @@ class _Building:
 
     def reset(self) -> None:
         self.reset_model()
-        self.ours = False
+        self.on_auto = False
         self.loading = 0
         self.placed = 0
 
@@ -48,13 +48,13 @@ class _Building:
 _now = _Building()
 
 
-def _ours(config: Any) -> bool:
+def _runs_on_auto(config: Any) -> bool:
     """Whether a model is to run on `auto`: nobody has named another attention than ``sdpa`` for it, or for a part."""
     name = getattr(config, "_attn_implementation", None)
     if name is not None:
         return _stands_for_auto(name)
     parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
-    return all(part is None or _ours(part) for part in parts)
+    return all(part is None or _runs_on_auto(part) for part in parts)
 
 
 def _stands_for_auto(name: Any) -> bool:
@@ -79,7 +79,7 @@ def put_models_on_auto() -> None:
     @functools.wraps(init)
     def before(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if _now.outermost() is None and not _now.loading:
-            _now.outermost, _now.ours = weakref.ref(self), _ours(config)  # one whose building fails is gone
+            _now.outermost, _now.on_auto = weakref.ref(self), _runs_on_auto(config)  # one whose building fails is gone
         init(self, config, *args, **kwargs)
 
     @functools.wraps(post_init)
@@ -87,20 +87,20 @@ def put_models_on_auto() -> None:
         post_init(self)
         if _now.outermost() is self:
             _now.reset_model()
-            if _now.ours:
+            if _now.on_auto:
                 _place(self)
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         asked = kwargs.get("attn_implementation")
-        ours = _ours(kwargs.get("config")) if asked is None else _stands_for_auto(asked)
-        ours = ours and not _now.loading
+        on_auto = _runs_on_auto(kwargs.get("config")) if asked is None else _stands_for_auto(asked)
+        on_auto = on_auto and not _now.loading
         _now.loading += 1
         try:
             loaded = load(cls, *args, **kwargs)
         finally:
             _now.loading -= 1
-        if ours:
+        if on_auto:
             _place(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
@@ -130,15 +130,15 @@ def pytest_runtest_makereport(
     report = yield
     test = "::".join(item.nodeid.split("::")[1:])
     if report.when == "call" or report.outcome != "passed":
-        found = outcomes.Outcome(test, report.outcome, *told(call.excinfo), _now.placed)
+        found = outcomes.Outcome(test, report.outcome, *described(call.excinfo), _now.placed)
         before = _results.get(test)  # one of its subtests
         if before is None or _RANK[found.result] > _RANK[before.result]:
             _results[test] = found
     return report
 
 
-def told(failure: pytest.ExceptionInfo[BaseException] | None) -> tuple[bool, str]:
-    """Whether a failure comes from an `AxattnError`, and what it says: the errors behind it, and where."""
+def described(failure: pytest.ExceptionInfo[BaseException] | None) -> tuple[bool, str]:
+    """Whether a failure comes from an `AxattnError`, and what it says: its causes, and where."""
     if failure is None:
         return False, ""
     errors = list(_chain(failure.value))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 BUILD = Path(__file__).parents[2] / "build" / "upstream"
 PACKAGE = "transformers_tests"
-"""The name that Transformers' package `tests` gets, beside our own."""
+"""The name that Transformers' package `tests` gets, beside this project's own."""
 MIXINS = "test_modeling_common.py"
 NEEDED = ("parameterized",)
 """What the mixins import besides Transformers."""

@@ -1,4 +1,4 @@
-"""Transformers' mixins on our families. Collected only by name, with Transformers' tests on the path (`sources.py`)."""
+"""Transformers' mixins on tiny families. Collected only by name, with its tests on the path (`sources.py`)."""
 
 from __future__ import annotations
 

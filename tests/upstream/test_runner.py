@@ -75,7 +75,7 @@ def test_judgements_are_patterns_with_reasons() -> None:
         assert len(judgement.why) > 20
 
 
-def test_a_refusal_is_known_behind_another_error() -> None:
+def test_a_refusal_is_recognised_as_the_cause_of_another_error() -> None:
     for error, expected in ((InvalidInputError("no"), True), (ValueError("no"), False)):
         try:
             try:
@@ -83,7 +83,7 @@ def test_a_refusal_is_known_behind_another_error() -> None:
             except Exception as inner:
                 raise AssertionError("the forward failed") from inner
         except AssertionError as outer:
-            refused, text = plugin.told(pytest.ExceptionInfo.from_exception(outer))
+            refused, text = plugin.described(pytest.ExceptionInfo.from_exception(outer))
         assert refused is expected
         assert "the forward failed" in text
         assert "no" in text

@@ -12,7 +12,7 @@ from axattn.patches.state import transformers_model
 
 
 def copied(model: torch.nn.Module) -> Any:
-    """The copy; if `model` is a wrapper (PEFT), of the Transformers model inside.
+    """The copy; if `model` is a wrapper (PEFT), of the inner Transformers model.
 
     Raises:
         TypeError: there is no Transformers model in it.

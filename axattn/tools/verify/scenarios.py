@@ -60,7 +60,7 @@ class Subject:
     decoder: bool
 
     def positions(self, given: Batch) -> torch.Tensor:
-        """int64 ``[B, S]``: the position ids of a batch, in this model's numbering."""
+        """int64 ``[B, S]``: the position ids of a batch, as this model counts them."""
         first = first_position(self.model)
         return given.positions if not first else (given.positions + first).masked_fill(given.mask == 0, first - 1)
 

@@ -20,8 +20,8 @@ def _generated(case: Case, **options: Any) -> tuple[Result, Callable[[], Result]
     rows = [model.generate(batch.ids[r : r + 1, a:b], **greedy)[0, b - a :] for r, a, b in batch.documents]
 
     def found() -> Result:
-        ours = case.candidate().generate(batch.ids, attention_mask=batch.mask, **greedy, **options)
-        return {"tokens": ours[:, batch.ids.shape[1] :].float()}
+        on_axattn = case.candidate().generate(batch.ids, attention_mask=batch.mask, **greedy, **options)
+        return {"tokens": on_axattn[:, batch.ids.shape[1] :].float()}
 
     return {"tokens": torch.stack(rows).float()}, found
 
@@ -38,7 +38,7 @@ def generate_static(case: Case) -> Any:
 
 @scenario("generate, prefill in chunks", DECODERS)
 def generate_chunks(case: Case) -> Any:
-    """A long prompt, left-padded, in parts: what is padding in a part stands behind the cache in the mask."""
+    """A long prompt, left-padded, in parts: what is padding in a part comes after the cache in the mask."""
     return _generated(case, prefill_chunk_size=4)
 
 

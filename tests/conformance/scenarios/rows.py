@@ -63,7 +63,7 @@ def hole(case: Case) -> Any:
 
 @scenario("holes, positions counted from the mask", DECODERS)
 def counted_hole(case: Case) -> Any:
-    """As ``generate`` counts positions of a prompt with padding in it: they go on behind a hole."""
+    """As ``generate`` counts positions of a prompt with padding in it: they go on after non-contiguous padding."""
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[0, :2], mask[0, 9:], mask[1, 4:6], mask[1, 8:9] = 0, 0, 0, 0
     real = mask.bool()
@@ -115,14 +115,14 @@ def packed_padded(case: Case) -> Any:
     return _documents(case, batch, position_ids=case.positions(batch.positions), attention_mask=batch.mask)
 
 
-@scenario("packed, numbered in the mask", SELF)
-def packed_numbered(case: Case) -> Any:
+@scenario("packed, document ids in the mask", SELF)
+def packed_document_ids(case: Case) -> Any:
     """Nothing else says where a document ends; the last row is one document whose number is not 1."""
     batch = packed(LENGTHS, (5, 16), (21,))
-    numbers = torch.zeros_like(batch.ids)
+    ids = torch.zeros_like(batch.ids)
     for number, (row, a, b) in zip((1, 2, 3, 1, 2, 2), batch.documents, strict=True):
-        numbers[row, a:b] = number
-    return _documents(case, batch, attention_mask=numbers)
+        ids[row, a:b] = number
+    return _documents(case, batch, attention_mask=ids)
 
 
 @scenario("packed, documents not from position 0", SELF)

@@ -192,7 +192,7 @@ def _documents(lengths: tuple[int, ...], device: torch.device, stream: int) -> D
     with torch.inference_mode(False):
         documents = Documents(lengths, device)
         documents.mean(torch.zeros(sum(lengths), 1, 1, device=device))  # what it keeps is made here
-        documents.numbers  # noqa: B018
+        documents.document_ids  # noqa: B018
         return documents
 
 
