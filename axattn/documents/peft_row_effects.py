@@ -14,7 +14,7 @@ from axattn.hf import contracts
 from axattn.hf.integrations import adapter_keywords, adapters_run
 
 _PER_TOKEN = {
-    "alora_offsets": "aLoRA adapts the tokens behind the last invocation in each row",
+    "alora_offsets": "aLoRA adapts the tokens after the last invocation in each row",
     "scalings": "X-LoRA has a scaling for each token of the rows that it was given",
 }
 _PER_ROW = {

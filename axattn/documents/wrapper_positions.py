@@ -54,7 +54,7 @@ def require_positions_passed_on(module: torch.nn.Module, rows: int, length: int)
         found = from_positions(positions, mask, *shape)
         if found is not None and found.packed:
             name, several = type(wrapper).__name__, documents_in(found, mask)
-            text = f"{name} was given position_ids and did not hand them on"
+            text = f"{name} was given position_ids and did not pass them on"
             if positions is None:
                 text = f"{name} was given rows of {shape[1]} tokens and turned them into rows of {length}"
             raise UnsupportedAttentionError(

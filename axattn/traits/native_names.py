@@ -68,7 +68,7 @@ def _window_contradictions(source: str, config: Any, window: int, inner: list[to
         giving = [module for module in inner if _passes(module, "sliding_window")]
         if not giving:
             name = type(inner[0]).__name__
-            return [Reason("window", f"{name} does not hand its window of {window} tokens to Transformers' flash path")]
+            return [Reason("window", f"{name} does not pass its window of {window} tokens to Transformers' flash path")]
     both_ways = "create_sliding_window_causal_mask" in source and not getattr(config, "is_causal", True)
     if both_ways or "create_bidirectional_sliding_window_mask" in source:  # |q - k| <= window (`masking_utils`)
         windows = {getattr(module, "sliding_window", window) for module in inner}
@@ -105,7 +105,7 @@ def never_packs_reasons(module: torch.nn.Module, *, of_text: bool = False) -> li
         reasons.append(Reason("chunk", "this version of Transformers counts chunks from the row's start"))
     if not of_text and not passes_positions_to_masks(module):
         reasons.append(
-            Reason("segments", f"{type(module).__name__} does not hand position_ids to Transformers' mask builder")
+            Reason("segments", f"{type(module).__name__} does not pass position_ids to Transformers' mask builder")
         )
     return reasons
 

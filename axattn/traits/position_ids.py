@@ -80,7 +80,7 @@ def contradictions(text: torch.nn.Module) -> list[Reason]:
     if not _reproduces(by_source, run):
         ways = {True: "positions are counted from the mask", False: "they are not counted from the mask"}
         shown = ", ".join(map(str, run.padded))
-        return [probes.disagreement(text, ways[by_source.by_mask], f"those behind two tokens of padding are {shown}")]
+        return [probes.disagreement(text, ways[by_source.by_mask], f"those after two tokens of padding are {shown}")]
     return []
 
 

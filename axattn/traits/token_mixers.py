@@ -52,7 +52,7 @@ def mixers(model: torch.nn.Module, *, by_document: bool = False) -> list[Reason]
         return [Reason("model", f"{type(text).__name__} mixes tokens in layers of its own, not in attention")]
     run = None if by_document and scaled_by_share(text) else probes.token_mixing(text)
     if run is not None and run.tokens:
-        return [probes.disagreement(text, "only its layers mix tokens", "something before or behind them does too")]
+        return [probes.disagreement(text, "only its layers mix tokens", "something before or after them does too")]
     return []
 
 

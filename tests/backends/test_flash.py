@@ -498,8 +498,8 @@ def test_a_flash_library_that_fails_to_import_leaves_no_trace(
             "reaches 6 tokens to each side, .* flash path 5",
         ),
         ("gemma4_text, bidirectional", tf.AutoModel, "none", "reaches 4 tokens to each side, .* flash path 3"),
-        ("phimoe, sliding window", tf.AutoModelForCausalLM, "causal", "PhimoeAttention does not hand its window of 6"),
-        ("qwen2_moe, sliding window", tf.AutoModelForCausalLM, "causal", "does not hand its window of 6"),
+        ("phimoe, sliding window", tf.AutoModelForCausalLM, "causal", "PhimoeAttention does not pass its window of 6"),
+        ("qwen2_moe, sliding window", tf.AutoModelForCausalLM, "causal", "does not pass its window of 6"),
     ],
 )
 def test_models_whose_attention_modules_contradict_their_masks_are_refused(

@@ -173,7 +173,7 @@ def test_packed_input_that_transformers_serves_right_passes(native: str) -> None
 @pytest.mark.parametrize("family", ["gpt_oss", "opt"])
 def test_models_that_never_pass_positions_to_their_masks_are_refused_packed(family: str) -> None:
     model = axattn.apply(build(family), "eager")
-    with pytest.raises(UnsupportedAttentionError, match="does not hand position_ids"):
+    with pytest.raises(UnsupportedAttentionError, match="does not pass position_ids"):
         model(tokens(1, 10), **PACKED, use_cache=False)
 
 

@@ -59,7 +59,7 @@ def test_activated_lora_takes_no_packed_rows(name: str) -> None:
     assert name != "auto" or torch.allclose(plain.logits[:, :9], expected, atol=1e-4)
     with model.disable_adapter():
         assert model(input_ids=row.clamp(min=10), position_ids=where, use_cache=False).logits.isfinite().all()
-    with pytest.raises(UnsupportedAttentionError, match="aLoRA adapts the tokens behind the last invocation"):
+    with pytest.raises(UnsupportedAttentionError, match="aLoRA adapts the tokens after the last invocation"):
         model(input_ids=row, position_ids=where, use_cache=False)  # after an error PEFT leaves its hooks (0.21)
 
 
@@ -132,6 +132,6 @@ def test_rows_that_are_cut_keep_their_adapters_but_not_those_of_their_tokens() -
     model = activated()
     found = ReasonsByRow(model)
     model(input_ids=invoked(9, 3))
-    assert found.reasons == found.stay == ["aLoRA adapts the tokens behind the last invocation in each row"]
+    assert found.reasons == found.stay == ["aLoRA adapts the tokens after the last invocation in each row"]
     assert not reasons_by_row(model)
     assert not reasons_by_document(model)

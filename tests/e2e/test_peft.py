@@ -134,7 +134,7 @@ def prompted(kind: str, name: str | None) -> Any:
 def test_prompts_before_a_row_refuse_packed_documents(kind: str, name: str) -> None:
     """PEFT drops the positions of a row that gets a prompt, with a warning; a prefix is a cache of no document."""
     model = prompted(kind, name)
-    said = "packed rows can't continue from a cache" if kind == "prefix" else "did not hand them on"
+    said = "packed rows can't continue from a cache" if kind == "prefix" else "did not pass them on"
     ids, where = tokens(1, sum(LENGTHS)), positions(LENGTHS)
     for inputs in ({}, {"attention_mask": torch.ones_like(ids)}):
         with pytest.raises(AxattnError, match=said):
