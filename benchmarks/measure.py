@@ -27,17 +27,21 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warmup
 
 
 def in_random_turns(
-    candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 1
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.thread_time,
 ) -> dict[str, list[float]]:
-    """CPU seconds of this thread for every call, in a new order each round: for one thread, on a busy machine."""
+    """CPU seconds of every call, in a new order each round, on a busy machine: those of this thread, or by ``clock``
+    (``time.process_time``: of all threads)."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     order = random.Random(0)
     for turn in range(warmup + rounds):
         for name in order.sample(list(candidates), len(candidates)):
-            start = time.thread_time()
+            start = clock()
             candidates[name]()
             if turn >= warmup:
-                times[name].append(time.thread_time() - start)
+                times[name].append(clock() - start)
     return times
 
 

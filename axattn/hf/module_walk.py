@@ -1,10 +1,11 @@
-"""The modules of a model, walked once: inside `one_walk` all callers get the same tuple."""
+"""The modules of a model, walked once (inside `one_walk` all callers get the same tuple), and their attributes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -37,3 +38,13 @@ def named_modules(model: torch.nn.Module) -> Named:
 def modules_of(model: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
     """``model.modules()``, as a tuple."""
     return tuple(module for _, module in named_modules(model))
+
+
+def attribute(module: torch.nn.Module, name: str, default: Any = None) -> Any:
+    """``getattr(module, name, default)``, for an attribute that most modules lack: torch builds an error text for each
+    of those, which takes longer than the rest of a walk."""
+    cls = type(module)
+    if name in vars(module) or hasattr(cls, name) or cls.__getattr__ is not torch.nn.Module.__getattr__:
+        return getattr(module, name, default)
+    held = next((kind for kind in (module._parameters, module._buffers, module._modules) if name in kind), None)
+    return default if held is None else held[name]

@@ -15,7 +15,7 @@ from axattn.documents.input_hook import InputHook
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.forward_inputs import HOOK_INPUTS
 from axattn.hf.integrations import ORIGINAL
-from axattn.hf.module_walk import named_modules
+from axattn.hf.module_walk import attribute, named_modules
 from axattn.hf.source_inspection import code_of, tree_of
 from axattn.hf.trial import shared_skeletons
 from axattn.hf.weak_cache import weak_cache
@@ -88,7 +88,7 @@ def refuse_second_gradients(
     """
     default = native.get(id(model.config))
     for module in modules:
-        name = (native.get(id(getattr(module, "config", None)), default) or "").removeprefix("paged|")
+        name = (native.get(id(attribute(module, "config")), default) or "").removeprefix("paged|")
         known = names.is_native(name) and is_attention(module)
         if known and not backends.get(name).capability.second_gradient:
             hook = functools.partial(refuse_second_gradient_of_module, name)

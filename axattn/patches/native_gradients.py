@@ -16,6 +16,7 @@ from axattn.backends.hub import without_fixed
 from axattn.errors import Reason, UnsupportedAttentionError
 from axattn.hf.hub_kernels import build_of
 from axattn.hf.model_internals import flash_slot
+from axattn.hf.module_walk import attribute
 from axattn.hf.torch_internals import is_tracing
 from axattn.patches.patchset import PatchSet
 from axattn.planning import planner
@@ -37,7 +38,7 @@ def require_gradients(
     """
     layers = {(entry.layer.path, entry.layer.index): entry for entry in plan.layers}
     for module in modules:
-        path = path_of.get(id(getattr(module, "config", None)), "")
+        path = path_of.get(id(attribute(module, "config")), "")
         name = plan.running.get(path)
         if name is None or not names.is_flash(name) or not is_attention(module):
             continue

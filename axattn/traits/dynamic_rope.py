@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from axattn.hf.module_walk import modules_of
+from axattn.hf.module_walk import attribute, modules_of
 
 LONGROPE = "longrope"
 DYNAMIC = "dynamic"
@@ -67,7 +67,7 @@ def limit(module: torch.nn.Module, layer: str | None) -> int:
 def _embeddings(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str | None]]:
     """The length-dependent embeddings of a model, each once per layer type that it distinguishes."""
     for module in modules_of(model):
-        rope_type = getattr(module, "rope_type", None)
+        rope_type = attribute(module, "rope_type")
         if rope_type is None or not hasattr(module, "config"):
             continue
         for layer in list(rope_type) if isinstance(rope_type, dict) else [None]:

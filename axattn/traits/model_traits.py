@@ -14,7 +14,7 @@ import torch
 from axattn.errors import Reason
 from axattn.hf import contracts
 from axattn.hf.model_internals import window_of
-from axattn.hf.module_walk import modules_of
+from axattn.hf.module_walk import attribute, modules_of
 from axattn.hf.source_inspection import code_of, file_source, signature_of
 from axattn.spec import names
 from axattn.traits.dynamic_rope import rope_scaling_threshold
@@ -126,9 +126,7 @@ def _max_row_length(model: torch.nn.Module) -> int | None:
 
     They count positions from the row's start, independently of ``position_ids`` (transformers 5.23).
     """
-    scaled = [
-        m for m in modules_of(model) if getattr(m, "attn_temperature_tuning", False) and not getattr(m, "use_rope", 1)
-    ]
+    scaled = [m for m in modules_of(model) if attribute(m, "attn_temperature_tuning") and not getattr(m, "use_rope", 1)]
     return min((int(getattr(m, "floor_scale", 0)) - 1 for m in scaled), default=None)
 
 
@@ -149,5 +147,5 @@ def _mrope_planes(module: torch.nn.Module) -> tuple[int, ...]:
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     if isinstance(parameters, dict) and "mrope_section" in parameters:
         return (1, 3, 4)
-    files = {code_of(inner).__module__ for inner in modules_of(module) if hasattr(inner, "config_class")}
+    files = {code_of(inner).__module__ for inner in modules_of(module) if hasattr(type(inner), "config_class")}
     return (1, 3, 4) if any("mrope_section" in file_source(name) for name in files) else ()

@@ -14,7 +14,7 @@ import torch
 
 from axattn.errors import Reason
 from axattn.hf import probes
-from axattn.hf.module_walk import modules_of
+from axattn.hf.module_walk import attribute, modules_of
 from axattn.hf.source_inspection import (
     calls_of,
     code_of,
@@ -161,7 +161,7 @@ def _own_parts(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def _unwrapped(part: torch.nn.Module) -> torch.nn.Module:
     """The module inside a wrapper: PEFT's ``modules_to_save``, torch's compiled and checkpointed modules."""
     for name in ("original_module", "_orig_mod", "_checkpoint_wrapped_module"):
-        inner = getattr(part, name, None)
+        inner = attribute(part, name)
         if isinstance(inner, torch.nn.Module):
             return _unwrapped(inner)
     return part

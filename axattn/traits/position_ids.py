@@ -14,7 +14,7 @@ import torch
 
 from axattn.errors import Reason
 from axattn.hf import probes
-from axattn.hf.module_walk import modules_of, named_modules
+from axattn.hf.module_walk import attribute, modules_of, named_modules
 from axattn.hf.source_inspection import calls_of, code_of, file_source, is_readable, signature_of, source_of, tree_of
 from axattn.hf.torch_internals import running_max
 from axattn.hf.weak_cache import weak_cache
@@ -168,13 +168,13 @@ def _by_source(text: torch.nn.Module) -> Counting | None:
 
     first = 0
     for module in modules_of(text):
-        padding = getattr(module, "padding_idx", None)
+        padding = attribute(module, "padding_idx")
         if not isinstance(padding, int) and not isinstance(module, PreTrainedModel):
             continue
         cls = code_of(module)
         if not is_readable(cls):
             return None
-        if getattr(module, "position_embedding_type", "") == "rotary":  # ESM-2: only differences of positions matter
+        if attribute(module, "position_embedding_type") == "rotary":  # ESM-2: only differences of positions matter
             continue
         if isinstance(padding, int) and not first and _OWN_COUNT in source_of(cls.forward):
             first = padding + 1

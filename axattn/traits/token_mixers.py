@@ -12,7 +12,7 @@ import torch
 
 from axattn.errors import Reason
 from axattn.hf import probes
-from axattn.hf.module_walk import modules_of, named_modules
+from axattn.hf.module_walk import attribute, modules_of, named_modules
 from axattn.hf.source_inspection import calls_interface, code_of, source_of
 from axattn.traits.recurrent import recurrent
 
@@ -61,7 +61,7 @@ def scaled_by_share(text: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     return [
         (name, module)
         for name, module in named_modules(text)
-        if getattr(module, "token_dropout", False) is True and "mask_token_id" in source_of(code_of(module).forward)
+        if attribute(module, "token_dropout") is True and "mask_token_id" in source_of(code_of(module).forward)
     ]
 
 
@@ -95,4 +95,4 @@ def _shifts_tokens(module: torch.nn.Module) -> bool:
     """MobileBERT embeds three neighbouring tokens together; RWKV's layers shift tokens by a padding layer."""
     if isinstance(module, torch.nn.ZeroPad2d):
         return True
-    return bool(getattr(module, "trigram_input", False)) and "functional.pad(" in source_of(code_of(module).forward)
+    return bool(attribute(module, "trigram_input")) and "functional.pad(" in source_of(code_of(module).forward)
