@@ -105,11 +105,6 @@ class Context:
         rows, length = self.shape
         return TracedSegments(document_ids_op(self.handle, rows, length, self.segments.device), rows, length)
 
-    @property
-    def running(self) -> bool:
-        """Whether the forward still runs: an interrupt (Ctrl-C in a notebook) skips the forward hooks that end it."""
-        return self.caller is None or is_executing(self.caller)
-
 
 class _Slot:
     """The state of one thread.
@@ -150,8 +145,8 @@ def current() -> Context | None:
     """The context of the innermost running model, None outside any model with an input hook."""
     here = _threads.slot
     if not torch.compiler.is_dynamo_compiling():  # `torch.export` runs the frames itself, and ends some with an error
-        while here.context is not None and not here.context.running:
-            here.context = here.context.outer
+        while here.context is not None and not (here.context.caller is None or is_executing(here.context.caller)):
+            here.context = here.context.outer  # an interrupt (Ctrl-C in a notebook) skips the hooks that end a forward
     return here.context
 
 

@@ -60,7 +60,8 @@ class InputHook:
         """Forward pre-hook (``with_kwargs=True``). Adds to packed rows what is missing: on a flash name the lengths of
         the documents, which Transformers' flash path reads at any batch size, and positions that restart in each
         document. Replaces a mask of document ids by a 0/1 mask."""
-        if is_paged_step(kwargs) and (self.traits.native is not None or switched_to_native(self.traits, module)):
+        paged = "write_index" in kwargs and is_paged_step(kwargs)  # most forwards need no call for this
+        if paged and (self.traits.native is not None or switched_to_native(self.traits, module)):
             return None
         state, compiling = self.state, torch.compiler.is_compiling()
         if compiling or not state.unchanged():

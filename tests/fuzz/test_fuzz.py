@@ -103,7 +103,7 @@ def every_batch_is_refused(patch: Patch) -> None:
     def refuse(*args: Any) -> Any:
         raise UnsupportedAttentionError("no rows", [])
 
-    patch.setattr("axattn.documents.input_hook.read", refuse)
+    patch.setattr("axattn.documents.input_hook.InputHook.pre_forward", refuse)
 
 
 def test_a_needless_refusal_is_untrue(monkeypatch: Patch) -> None:
