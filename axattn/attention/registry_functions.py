@@ -43,18 +43,21 @@ def mask_function(config: Any = None, **keywords: Any) -> LazyMask | None:
 
     A model with an input hook is refused in that case (`axattn.hf.registries.require_registered`).
     """
-    global _forward_context, _mask_interface  # noqa: PLW0603  # an import statement takes a microsecond each time
-    if _forward_context is None or _mask_interface is None:
-        from axattn.documents import forward_context as _forward_context
-        from axattn.masks import mask_interface as _mask_interface
-    if config is not None and _forward_context.slot().context is None and not attends(config):
+    # a graph that read `_imported` would be compiled again once it is set
+    if torch.compiler.is_compiling() or not _imported:
+        from axattn.documents import forward_context
+        from axattn.masks import mask_interface
+
+        if not torch.compiler.is_compiling():
+            _imported[:] = forward_context, mask_interface
+    else:  # an import statement takes a microsecond each time
+        forward_context, mask_interface = _imported
+    if config is not None and forward_context.slot().context is None and not attends(config):
         return None
-    made: LazyMask = _mask_interface.lazy_mask(config=config, **keywords)
-    return made
+    return mask_interface.lazy_mask(config=config, **keywords)
 
 
-_forward_context: Any = None
-_mask_interface: Any = None
+_imported: list[Any] = []
 
 
 FUNCTIONS: dict[str, tuple[functools.partial[Any], Any]] = {

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 import axattn
+from axattn.attention import registry_functions
 from tests.models import build, positions, tokens
 from tests.parallel_jobs import compare, gradients, packed_batch
 from tests.sampling import SAMPLE, part_of
@@ -59,6 +60,18 @@ def step(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, tor
     loss = model(**batch, use_cache=False).loss
     loss.backward()
     return loss.detach(), gradients(model)
+
+
+@torch.no_grad()
+def test_a_model_compiled_before_anything_ran_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_functions, "_imported", [])
+    model = axattn.apply(build("mistral", **SIZES["mistral"]).eval(), "varlen")
+    given = {"input_ids": tokens(1, 16), "position_ids": positions((6, 10))}
+    counted = Counted()
+    compiled = torch.compile(model, backend=counted, fullgraph=True)
+    found = [compiled(**given, use_cache=False).logits for _ in range(3)]
+    assert counted.graphs == 1
+    torch.testing.assert_close(model(**given, use_cache=False).logits, found[-1])
 
 
 @pytest.mark.parametrize(
